@@ -1,0 +1,154 @@
+"""One way to measure: contenders take turns in one run, beside a ceiling measured in the same run.
+
+A bench file builds its contenders, checks their results, and calls `compare`. It runs as a script,
+`python benchmarks/bench_<x>.py [--json FILE]`, and under `pytest benchmarks/ --benchmark-only`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import vfengine
+
+Contender = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: `contender` on `case`."""
+
+    case: str
+    contender: str
+    metric: str
+    value: float
+    unit: str
+
+
+def machine() -> dict[str, object]:
+    """What the figures were read on; load_average tells a quiet machine from a busy one."""
+    facts = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vfengine": vfengine.__version__,
+    }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def interleave(
+    contenders: dict[str, Contender], seconds: float = 2.0, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds a call, the contenders taking turns so that a busy moment hits all alike.
+
+    Every contender is called twice unmeasured, then at least 5 and at most 2,000 rounds are run.
+    """
+    clock = _cuda_clock if device == "cuda" else _cpu_clock
+    for contender in contenders.values():
+        contender()
+        contender()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 5 or (rounds < 2000 and time.perf_counter() < end):
+        for name, contender in contenders.items():
+            times[name].append(clock(contender))
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare(
+    case: str,
+    contenders: dict[str, Contender],
+    moved_bytes: int,
+    *,
+    baseline: str,
+    device: str = "cpu",
+    seconds: float = 2.0,
+) -> list[Row]:
+    """Time, GB/s, share of a copy's GB/s and speed-up over `baseline`, for each contender.
+
+    moved_bytes: what the op must read and write. The ceiling is a copy that moves as many, so that
+                 it sits in the same level of cache; it takes its turn among the contenders.
+    """
+    source = torch.empty(max(moved_bytes // 2, 1), dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    medians = interleave(
+        {**contenders, "copy": lambda: target.copy_(source)}, seconds=seconds, device=device
+    )
+    rows = []
+    for name, median in medians.items():
+        rows += [
+            Row(case, name, "time", median * 1e6, "us"),
+            Row(case, name, "bandwidth", moved_bytes / median / 1e9, "GB/s"),
+            Row(case, name, "of_copy", 100 * medians["copy"] / median, "%"),
+            Row(case, name, f"speedup_over_{baseline}", medians[baseline] / median, "x"),
+        ]
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per case and contender, a column per metric."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        cell = f"{row.value:,.2f} {row.unit}"
+        lines.setdefault((row.case, row.contender), {})[row.metric] = cell
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    body = [["case", "contender", *metrics]]
+    body += [[*key, *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()]
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in body
+    )
+
+
+def main(measure: Callable[[], list[Row]], description: str | None) -> None:
+    """The script form of a bench file: print a table, and write --json FILE."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows there")
+    arguments = parser.parse_args()
+    facts = machine()
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    rows = measure()
+    print(table(rows))
+    if arguments.json:
+        report = {"machine": facts, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _cpu_clock(contender: Contender) -> float:
+    start = time.perf_counter()
+    contender()
+    return time.perf_counter() - start
+
+
+def _cuda_clock(contender: Contender) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    contender()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

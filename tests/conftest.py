@@ -1,0 +1,63 @@
+"""What several test files share: a decomposed model small enough to sample in milliseconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vfengine.checkpoint import CheckpointConfig, build_base, build_residual, save_checkpoint
+from vfengine.models import UNetConfig
+from vfengine.schedule import NoiseSchedule
+
+TINY_LABELS = ("cartwheel", "jump", "walk")
+
+
+def tiny_config(**changes) -> CheckpointConfig:
+    """4 frames of 16 x 16, three labels; both UNets have two levels of 16 channels."""
+    shape = {
+        "block_out_channels": (16, 16),
+        "layers_per_block": (1, 1),
+        "patch_size": 2,
+        "spatial_attention": (False, True),
+        "temporal_conv": (False, False),
+        "num_classes": len(TINY_LABELS),
+        "head_dim": 8,
+    }
+    values = {
+        "num_frames": 4,
+        "height": 16,
+        "width": 16,
+        "channels": 3,
+        "lam": 0.5,
+        "labels": TINY_LABELS,
+        "fps": 8.0,
+        "schedule": NoiseSchedule.linear(1000, 1e-4, 2e-2).to_dict(),
+        "base": UNetConfig(**shape, temporal_attention=(False, False)),
+        "residual": UNetConfig(
+            **shape, temporal_attention=(False, True), frame_embedding=True, in_channels=6
+        ),
+        "base_path": "stepwise",
+    }
+    return CheckpointConfig(**{**values, **changes})
+
+
+def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
+    """Writes an untrained tiny model; every weight is random, the output layers' too."""
+    config = tiny_config(**changes)
+    generator = torch.Generator().manual_seed(seed)
+    states = []
+    for build in (build_base, build_residual):
+        state = build(config).unet.state_dict()
+        for weight in state.values():
+            if weight.ndim > 1:
+                fan_in = weight[0].numel()
+                weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
+        states.append(state)
+    save_checkpoint(folder, config, *states, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """The folder of a tiny untrained decomposed model (`tiny_config`)."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")

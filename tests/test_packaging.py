@@ -1,0 +1,112 @@
+"""What is installed fits together: native module, Triton kernels, versions, files of a build."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import vfengine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_versions_agree():
+    import vfengine_native
+
+    assert vfengine_native.__version__ == vfengine.__version__
+    assert importlib.metadata.version("vfengine") == vfengine.__version__
+
+
+@pytest.mark.parametrize(
+    "module", [None, SimpleNamespace(__version__="0.0.0", __file__="/old/vfengine_native.so")]
+)
+def test_native_module_absent_or_of_another_version(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vfengine_native", module)
+    monkeypatch.delitem(sys.modules, "vfengine.native", raising=False)
+    with pytest.raises(ImportError, match=r"run `pip install \.` again"):
+        importlib.import_module("vfengine.native")
+
+
+def test_native_module_is_top_level():
+    origin = Path(importlib.util.find_spec("vfengine_native").origin)
+    assert origin.parent.name != "vfengine"
+
+
+def test_native_module_says_what_it_was_built_with():
+    import vfengine_native
+
+    assert vfengine_native.cuda_built == hasattr(vfengine_native, "residual_step_cuda")
+    assert bool(vfengine_native.cuda_architectures) == vfengine_native.cuda_built
+    assert vfengine_native.cpu_isa() in vfengine_native.cpu_isas
+    with pytest.raises(ValueError, match="mmx"):
+        vfengine_native.set_cpu_isa("mmx")
+
+
+def test_triton_kernels_are_found():
+    kernels = importlib.import_module("vfengine.kernels")
+    (folder,) = map(Path, kernels.__path__)
+    stems = {path.stem for path in folder.glob("*.py")}
+    assert "residual_step" in stems
+    assert "__init__" not in stems  # kernels/__init__.py would shadow Hugging Face's `kernels`
+    assert importlib.util.find_spec("vfengine.kernels.residual_step").origin.startswith(str(folder))
+
+
+def test_exports():
+    assert set(vfengine.__all__) <= set(dir(vfengine))
+    for name in vfengine.__all__:
+        assert getattr(vfengine, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vfengine.nothing
+
+
+def test_imports_are_light():
+    script = (
+        "import sys, vfengine; assert 'torch' not in sys.modules, 'torch';"
+        "vfengine.ops; heavy = {'triton', 'av', 'diffusers', 'pybullet', 'torch._dynamo'};"
+        "heavy &= set(sys.modules); assert not heavy, heavy"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+def test_build_knows_every_source_file():
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    sources = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.cu")]
+    assert sources
+    for path in sources:
+        assert path.relative_to(ROOT).as_posix() in cmake
+
+
+def test_every_package_is_listed():
+    project = (ROOT / "pyproject.toml").read_text()
+    for path in ROOT.glob("vfengine/**/__init__.py"):
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert f'"{package}",' in project
+
+
+def test_sdist_carries_the_build():
+    manifest = (ROOT / "MANIFEST.in").read_text()
+    named = set(re.findall(r"\S+", manifest))
+    assert {"csrc", "kernels", "CMakeLists.txt", "constraints.txt", "vfengine/assets"} <= named
+    for name in re.findall(r"^(?:include|graft) (.+)$", manifest, re.MULTILINE):
+        for path in name.split():
+            assert (ROOT / path).exists(), path
+
+
+def test_constraints_cover_the_requirements():
+    project = (ROOT / "pyproject.toml").read_text()
+    pinned = {
+        re.split("==", line)[0].lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    block = project[project.index("\ndependencies = [") : project.index("\nbench = ")]
+    required = {name.lower() for name in re.findall(r'"([A-Za-z][\w.-]*)[^"]*"', block)}
+    assert required
+    assert required <= pinned

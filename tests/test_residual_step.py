@@ -1,0 +1,307 @@
+"""residual_step against its reference: vfengine/ops/residual_step.py, csrc, kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vfengine.native import vfengine_native
+from vfengine.noise import residual_noise
+from vfengine.ops import residual_step, residual_step_reference
+
+SHAPES = {
+    "model": (2, 16, 3, 64, 64),
+    "odd": (3, 5, 3, 7, 11),
+    "tiny": (1, 2, 1, 1, 1),
+    "single_frame": (2, 1, 4, 8, 8),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STEP = 2  # the row of coeffs that make_case asks for; it has sigma > 0, row 1 has sigma = 0
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False, device="cpu"):
+    """Keyword arguments of a call, the base frame's lam being 1."""
+    random = torch.Generator().manual_seed(sum(shape) + step)
+    clip = lambda *size: torch.randn(*size, generator=random).to(device, dtype)  # noqa: E731
+    batch, frames, *image = shape
+    lam = torch.rand(frames, generator=random)
+    lam[frames // 2] = 1.0
+    case = {
+        "u": clip(*shape),
+        "r": clip(*shape),
+        "g": clip(batch, *image),
+        "lam": lam.to(device),
+        "coeffs": torch.tensor([[1.0, -0.5, 0.0], [1.02, -0.11, 0.0], [0.97, 0.3, 0.4]]).to(device),
+        "step": torch.tensor([step], dtype=torch.int32, device=device),
+        "xi": clip(*shape),
+    }
+    return {**case, "r_uncond": clip(*shape), "guidance_scale": 2.5} if guided else case
+
+
+def in_own_dtype(u, r, g, lam, coeffs, step, xi, r_uncond=None, guidance_scale=1.0):
+    """What one would write in PyTorch: every operation rounds to the dtype of u."""
+    c1, c2, sigma = coeffs[int(step)].tolist()
+    lam = lam.view(-1, 1, 1, 1)
+    if r_uncond is not None:
+        r = r_uncond + guidance_scale * (r - r_uncond)
+    own = (1 - lam).sqrt().to(u.dtype) * (c2 * r + sigma * xi)
+    return c1 * u + lam.sqrt().to(u.dtype) * g.unsqueeze(1) + own
+
+
+def assert_matches(case, backend):
+    """Error against fp64 at most twice that of PyTorch in the same dtype, plus one rounding."""
+    as_double = {k: v.double() if k in ("u", "r", "r_uncond", "xi", "g") else v
+                 for k, v in case.items()}  # fmt: skip
+    exact = residual_step_reference(**as_double)
+    peer = (in_own_dtype(**case).double() - exact).abs().max()
+    rounding = torch.finfo(case["u"].dtype).eps / 2 * exact.abs().max()
+    out = residual_step(**case, out=torch.empty_like(case["u"]), backend=backend)
+    error = (out.double() - exact).abs().max()
+    assert error <= 2 * peer + rounding, f"{error:.3g}, PyTorch {peer:.3g}"
+
+
+@all_dtypes
+@all_shapes
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("step", [1, STEP], ids=["sigma=0", "sigma>0"])
+def test_residual_step_matches_reference(dtype, shape, guided, step):
+    assert_matches(make_case(shape, dtype, step, guided), backend="cpu")
+
+
+@no_gpu
+@all_dtypes
+@all_shapes
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_residual_step_matches_reference_on_a_gpu(dtype, shape, guided, backend):
+    assert_matches(make_case(shape, dtype, guided=guided, device="cuda"), backend=backend)
+
+
+def test_triton_kernel_in_the_interpreter():
+    script = "import test_residual_step as tests; tests.interpret_triton()"
+    here = str(Path(__file__).parent)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+def interpret_triton():
+    import triton.runtime.interpreter as interpreter
+
+    convert = interpreter._convert_float
+
+    def round_bf16(x, source, target, rounding):
+        # The interpreter truncates fp32 to bf16; a GPU rounds to nearest even.
+        if (source.name, target.name) == ("fp32", "bf16"):
+            rounded = torch.from_numpy(x.copy()).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view("uint16")
+        return convert(x, source, target, rounding)
+
+    interpreter._convert_float = round_bf16
+    for dtype in DTYPES.values():
+        for name in ("odd", "tiny", "single_frame"):
+            for guided in (False, True):
+                for step in (1, STEP):
+                    assert_matches(make_case(SHAPES[name], dtype, step, guided), backend="triton")
+    case = make_case()
+    case["xi"] = None
+    assert residual_step(**case, backend="triton").isnan().all(), "sigma > 0 without xi"
+    case = make_case(step=3)
+    assert residual_step(**case, backend="triton").isnan().all(), "step outside coeffs"
+
+
+@all_dtypes
+def test_writes_u_or_out_and_returns_it(dtype):
+    case = make_case(dtype=dtype)
+    before = case["u"].clone()
+    out = torch.empty_like(before)
+    assert residual_step(**case, out=out) is out
+    assert torch.equal(case["u"], before)
+    u = case["u"]
+    assert residual_step(**case) is u
+    assert torch.equal(u, out)
+    case["u"] = before.clone()
+    residual_step(**case, out=case["u"].view(before.shape))  # the same memory under another name
+    assert torch.equal(case["u"], out)
+
+
+def test_seed_draws_xi():
+    case = make_case()
+    xi = residual_noise(case["u"].shape, 7, step=STEP + 1)
+    expected = residual_step(**{**case, "xi": xi}, out=torch.empty_like(xi))
+    drawn = residual_step(**{**case, "xi": None}, seed=7, out=torch.empty_like(xi))
+    assert torch.equal(drawn, expected)
+
+
+@all_dtypes
+def test_same_bits_on_any_threads_and_instruction_set(dtype):
+    case = make_case((2, 9, 3, 61, 67), dtype, guided=True)  # tiles and vectors are all ragged
+    threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
+    try:
+        results = []
+        for name in vfengine_native.cpu_isas:
+            vfengine_native.set_cpu_isa(name)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(residual_step(**case, out=torch.empty_like(case["u"])))
+    finally:
+        torch.set_num_threads(threads)
+        vfengine_native.set_cpu_isa(isa)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("isa", vfengine_native.cpu_isas)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_types_round_as_torch_does(dtype, isa):
+    u = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)  # every value
+    u = u.view(1, 1, 1, 256, 256)
+    zero, step = torch.zeros_like(u), torch.zeros(1, dtype=torch.int32)
+    former = vfengine_native.cpu_isa()
+    try:
+        vfengine_native.set_cpu_isa(isa)
+        for c1 in (1.0, 1 / 3, 3e-6, 2.7):
+            coeffs, out = torch.tensor([[c1, 0.0, 0.0]]), torch.empty_like(u)
+            residual_step(u, zero, zero[:, 0], torch.ones(1), coeffs, step, out=out)
+            expected = (coeffs[0, 0] * u.float()).to(dtype)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+    finally:
+        vfengine_native.set_cpu_isa(former)
+
+
+@all_dtypes
+def test_reference_backend(dtype):
+    case = make_case(dtype=dtype, guided=True)
+    out = residual_step(**case, out=torch.empty_like(case["u"]), backend="reference")
+    assert torch.equal(out, residual_step_reference(**case).to(dtype))
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_residual_step_registers(guided):
+    case = make_case(guided=guided)
+    u, r, g, lam, coeffs, step, xi = (
+        case[k] for k in ("u", "r", "g", "lam", "coeffs", "step", "xi")
+    )
+    rest = (r, g, lam, coeffs, step, case.get("r_uncond"), xi, 2.5, "auto")
+    torch.library.opcheck(torch.ops.vfengine.residual_step_.default, (u, *rest))
+    torch.library.opcheck(torch.ops.vfengine.residual_step.default, (u, *rest, u.clone()))
+
+
+@pytest.mark.parametrize("name", ["r", "g", "xi", "r_uncond", "out"])
+def test_rejects_other_dtype(name):
+    case = make_case(guided=True)
+    case["out"] = torch.empty_like(case["u"])
+    case[name] = case[name].half()
+    with pytest.raises(TypeError, match=f"residual_step: {name} must be torch.float32"):
+        residual_step(**case)
+
+
+def test_rejects_float64_clips_and_tables_of_other_types():
+    case = make_case()
+    with pytest.raises(TypeError, match="u must be fp32, fp16 or bf16"):
+        residual_step(**{k: v.double() if v.is_floating_point() else v for k, v in case.items()})
+    for name in ("lam", "coeffs", "step"):
+        with pytest.raises(TypeError, match=f"{name} must be torch"):
+            residual_step(**{**case, name: case[name].double()})
+
+
+@pytest.mark.parametrize("name", ["u", "r", "g", "lam", "coeffs", "step", "xi", "r_uncond", "out"])
+def test_rejects_other_shape(name):
+    case = make_case(guided=True)
+    case["out"] = torch.empty_like(case["u"])
+    case[name] = torch.cat([case[name]] * 2, dim=-1)
+    with pytest.raises(ValueError, match="residual_step: .* must be"):
+        residual_step(**case)
+
+
+@pytest.mark.parametrize("name", ["u", "r", "xi", "r_uncond", "out"])
+def test_rejects_strided_clips(name):
+    case = make_case(guided=True)
+    case["out"] = torch.empty_like(case["u"])
+    case[name] = case[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    with pytest.raises(ValueError, match=f"{name} must be contiguous, got strides"):
+        residual_step(**case)
+
+
+@pytest.mark.parametrize("name", ["r", "g", "lam", "coeffs", "step", "xi", "out"])
+def test_rejects_other_device(name):
+    case = make_case()
+    case["out"] = torch.empty_like(case["u"])
+    case[name] = case[name].to("meta")
+    with pytest.raises(ValueError, match="must be on"):
+        residual_step(**case)
+
+
+@pytest.mark.parametrize("name", ["r", "xi"])
+def test_rejects_out_over_an_input(name):
+    case = make_case()
+    with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+        residual_step(**case, out=case[name])
+
+
+def test_rejects_out_shifted_over_u():
+    case = make_case((1, 2, 1, 4, 4))
+    memory = torch.zeros(40)
+    case["u"] = memory[:32].view(1, 2, 1, 4, 4)
+    with pytest.raises(ValueError, match="out shares memory with u"):
+        residual_step(**case, out=memory[8:].view(1, 2, 1, 4, 4))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"seed": 0}], ids=["xi", "seed"])
+@pytest.mark.parametrize("step", [-1, 3])
+def test_rejects_step_outside_the_table(step, options, backend):
+    case = make_case(step=step)
+    if options:
+        case["xi"] = None
+    with pytest.raises(ValueError, match="outside coeffs"):
+        residual_step(**case, **options, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_rejects_lam_outside_unit_interval(value, backend):
+    case = make_case()
+    case["lam"][0] = value
+    with pytest.raises(ValueError, match=r"lam must lie in \[0, 1\]"):
+        residual_step(**case, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rejects_missing_or_double_noise(backend):
+    case = make_case()
+    with pytest.raises(ValueError, match="got both"):
+        residual_step(**case, seed=0, backend=backend)
+    with pytest.raises(ValueError, match="needs seed or xi"):
+        residual_step(**{**case, "xi": None}, backend=backend)
+    quiet = make_case(step=1)
+    residual_step(**{**quiet, "xi": None}, backend=backend)  # sigma = 0 needs none
+
+
+def test_rejects_what_autograd_records():
+    case = make_case()
+    case["r"].requires_grad_()
+    with pytest.raises(ValueError, match="no derivative"):
+        residual_step(**case)
+    with torch.no_grad():
+        residual_step(**case)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "fastest"])
+def test_rejects_backend_that_cannot_run(backend, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = make_case()
+    with pytest.raises(ValueError, match=f"backend='{backend}'"):
+        residual_step(**case, backend=backend)
+    monkeypatch.setenv("VFENGINE_KERNEL_BACKEND", backend)
+    with pytest.raises(ValueError, match=f"VFENGINE_KERNEL_BACKEND={backend}"):
+        residual_step(**case)
+    residual_step(**case, backend="cpu")  # an explicit backend goes before the environment

@@ -1,0 +1,213 @@
+"""A decomposed model on disk: a folder of `config.json`, `base.safetensors` and `residual.safetensors`.
+
+The configuration holds everything that sampling needs to know (shapes, labels, schedule, λ); the weights are read
+without executing code, and held against the SHA-256 that the configuration records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from .models import BaseGenerator, ResidualGenerator, UNet, UNetConfig
+from .schedule import NoiseSchedule
+
+FORMAT = "vfengine-decomposed-1"
+DEFAULT = Path(__file__).parent / "assets" / "default"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a decomposed model is, apart from its weights.
+
+    num_frames, height, width, channels   of the clips it was trained on; pixels in -1..1
+    lam         λ of the non-base frames in training, and so of sampling
+    labels      class names in the order of the class indices; the null class follows them
+    fps         frames a second at which a clip plays at its natural speed
+    schedule    NoiseSchedule.to_dict()
+    base, residual   UNetConfig of the two networks
+    base_std, residual_std   standard deviation of what each network predicts (see models/generators.py)
+    base_path   "stepwise" or "clean": how the base path is walked by default
+    sha256      of the two weight files, filled in by save_checkpoint
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    channels: int
+    lam: float
+    labels: tuple[str, ...]
+    fps: float
+    schedule: dict
+    base: UNetConfig
+    residual: UNetConfig
+    base_std: float = 0.5
+    residual_std: float = 0.35
+    base_path: str = "stepwise"
+    sha256: dict = field(default_factory=dict)
+
+    @property
+    def null_class(self) -> int:
+        """The class index that means "no label" in classifier-free guidance."""
+        return len(self.labels)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_dict(self.schedule)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name the base network, so that a base path of another one can be refused."""
+        return self.sha256.get("base", "")[:16]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckpointConfig:
+        """Raises ValueError for text that is not the configuration of a decomposed model."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON ({error})") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f'"format" is not "{FORMAT}"')
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown entries: {', '.join(sorted(unknown))}")
+        try:
+            values["labels"] = tuple(values["labels"])
+            values["base"] = UNetConfig(**values["base"])
+            values["residual"] = UNetConfig(**values["residual"])
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"incomplete or of another version ({error})") from error
+
+
+def build_base(config: CheckpointConfig) -> BaseGenerator:
+    """The base generator with freshly initialised weights."""
+    return BaseGenerator(UNet(config.base), config.noise_schedule(), config.base_std)
+
+
+def build_residual(config: CheckpointConfig) -> ResidualGenerator:
+    """The residual generator with freshly initialised weights."""
+    return ResidualGenerator(
+        UNet(config.residual), config.noise_schedule(), config.lam, config.residual_std
+    )
+
+
+def read_config(folder: str | Path | None = None) -> CheckpointConfig:
+    """The configuration of a checkpoint folder; None is the default checkpoint in the package.
+
+    Raises FileNotFoundError when there is none, ValueError when it is not one of ours.
+    """
+    folder = _folder(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: it has no config.json")
+    try:
+        return CheckpointConfig.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not the configuration of a decomposed model: {error}") from error
+
+
+def load_base(
+    folder: str | Path | None,
+    config: CheckpointConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> BaseGenerator:
+    """The base generator of a checkpoint, in eval mode; the faults of its file raise ValueError."""
+    unet = _load_unet(_folder(folder), "base", config.base, config, dtype, device)
+    generator = BaseGenerator(unet, config.noise_schedule(), config.base_std)
+    return generator.to(device).eval().requires_grad_(False)
+
+
+def load_residual(
+    folder: str | Path | None,
+    config: CheckpointConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ResidualGenerator:
+    """The residual generator of a checkpoint, in eval mode; the faults of its file raise ValueError."""
+    unet = _load_unet(_folder(folder), "residual", config.residual, config, dtype, device)
+    generator = ResidualGenerator(unet, config.noise_schedule(), config.lam, config.residual_std)
+    return generator.to(device).eval().requires_grad_(False)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    config: CheckpointConfig,
+    base: dict[str, Tensor],
+    residual: dict[str, Tensor],
+    dtype: torch.dtype = torch.float16,
+) -> CheckpointConfig:
+    """Write a checkpoint from the state dicts of the two UNets; an interrupted write leaves the old one.
+
+    Returns the configuration as written, with the SHA-256 of the weights.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    try:
+        fresh.mkdir()
+        digests = {}
+        for name, state in (("base", base), ("residual", residual)):
+            tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
+            save_file(tensors, fresh / f"{name}.safetensors")
+            digests[name] = hashlib.sha256((fresh / f"{name}.safetensors").read_bytes()).hexdigest()
+        config = CheckpointConfig(**{**_shallow(config), "sha256": digests})
+        (fresh / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return config
+
+
+def _folder(folder: str | Path | None) -> Path:
+    return DEFAULT if folder is None else Path(folder)
+
+
+def _shallow(config: CheckpointConfig) -> dict:
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def _load_unet(folder, name, unet_config, config, dtype, device) -> UNet:
+    """A UNet on `device` with the weights of `name`.safetensors, which must be exactly those it needs."""
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint {folder} has no {file.name}")
+    data = file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != config.sha256.get(name, digest):
+        raise ValueError(f"{file} is truncated or not the file its config.json was written with")
+    try:
+        state = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    with torch.device("meta"):
+        unet = UNet(unet_config)
+    expected = {k: v.shape for k, v in unet.state_dict().items()}
+    found = {k: v.shape for k, v in state.items()}
+    if found != expected:
+        odd = next(k for k in sorted({**expected, **found}) if expected.get(k) != found.get(k))
+        raise ValueError(
+            f"{file} is of another architecture than its config.json: {odd} "
+            f"should be {_shape(expected.get(odd))}, is {_shape(found.get(odd))}"
+        )
+    unet.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    return unet.to(memory_format=torch.channels_last)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))

@@ -1,0 +1,79 @@
+"""The two generators of a decomposed model: a UNet that predicts clean pictures, behind an ε interface.
+
+Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels, which trains several
+times faster at large patches. A wrapper scales what goes in to unit variance and turns what comes out into ε.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import NoiseSchedule
+from .unet import UNet
+
+
+class _Generator(nn.Module):
+    """What both have: the UNet, ᾱ of every timestep, the standard deviation of what the UNet predicts."""
+
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float):
+        super().__init__()
+        self.unet, self.data_std = unet, data_std
+        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Move and cast the network; ᾱ moves but stays float64."""
+        alphas_cumprod = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        self.alphas_cumprod = alphas_cumprod.to(self.alphas_cumprod.device)
+        return self
+
+    def _alphas_cumprod(self, t: Tensor, dims: int) -> Tensor:
+        """ᾱ_t as fp32 [B, 1, ...] with `dims` dimensions."""
+        return self.alphas_cumprod[t].float().view(-1, *[1] * (dims - 1))
+
+
+class BaseGenerator(_Generator):
+    """z_φ: the noise estimate of base frames (VideoFusion, eq. 6: an image diffusion model)."""
+
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float = 0.5):
+        super().__init__(unet, schedule, data_std)
+
+    def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """Clean estimate x̂_m of noisy base frames z [B, C, H, W]."""
+        a = self._alphas_cumprod(t, z.dim())
+        # z / sqrt(ᾱ) = x + σ ε; var = std² + σ²
+        scale = (a * self.data_std**2 + (1 - a)).rsqrt()
+        return self.data_std * self.unet(z * scale, t, **conditions).to(z.dtype)
+
+    def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """b̂ = (z - √ᾱ x̂) / √(1-ᾱ).  z [B, C, H, W], t int64 [B]; class_labels, context: see UNet."""
+        a = self._alphas_cumprod(t, z.dim())
+        return (z - a.sqrt() * self.denoise(z, t, **conditions)) / (1 - a).sqrt()
+
+
+class ResidualGenerator(_Generator):
+    """z_ψ: the estimate r̂_i of each frame's own noise, from z' = z - √λ √(1-ᾱ) b̂.
+
+    Its base frame z'_m = √ᾱ x̂_m carries no noise of its own: x̂_m is given to every frame as a condition and is
+    the picture that the UNet's prediction is added to. Divisor and input scale follow from the λ of training.
+    """
+
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, lam: float, data_std: float = 0.35):
+        super().__init__(unet, schedule, data_std)
+        self.lam = lam
+
+    def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """Clean estimate of all frames from z' [B, N, C, H, W]; on the base frame x̂_m itself."""
+        a = self._alphas_cumprod(t, z.dim())
+        m = z.shape[1] // 2
+        frames = z / a.sqrt()
+        base = frames[:, m : m + 1]
+        scale = (self.data_std**2 + (1 - a) / a * (1 - self.lam)).rsqrt()
+        condition = (base * 2).expand_as(frames)  # about unit variance
+        change = self.unet(torch.cat([(frames - base) * scale, condition], dim=2), t, **conditions)
+        clean = base + self.data_std * change.to(z.dtype)
+        return torch.cat([clean[:, :m], base, clean[:, m + 1 :]], dim=1)
+
+    def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """r̂ = (z' - √ᾱ x̂) / (√(1-ᾱ) √(1-λ)), zero on the base frame.  z' [B, N, C, H, W], t int64 [B]."""
+        a = self._alphas_cumprod(t, z.dim())
+        return (z - a.sqrt() * self.denoise(z, t, **conditions)) / ((1 - a) * (1 - self.lam)).sqrt()

@@ -1,0 +1,214 @@
+"""Building blocks of the UNet family.
+
+Activations are `[B*N, C, H, W]` in channels_last memory, that is rows of C contiguous numbers: `[B*N, H*W, C]`
+for a spatial transformer and `[B, N, H*W, C]` for a temporal one are views of the same memory, never copies.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
+    """positions [...] -> [..., dim] fp32: cos then sin of positions at dim / 2 frequencies, 1 to 1/10000."""
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=positions.device) * (-math.log(10000.0) / half)
+    )
+    angles = positions[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] channels_last -> [B, H*W, C], a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def images(x: Tensor, height: int, width: int) -> Tensor:
+    """[B, H*W, C] -> [B, C, H, W] channels_last, a view."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def zero_(layer: nn.Module) -> nn.Module:
+    """Start the last layer of a residual branch at zero, so that the branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in fp32 whatever comes in: on CPUs the channels_last bf16 kernel is three times slower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions; the embedding scales and shifts (or, scale_shift=False, only shifts) between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int, groups: int, scale_shift: bool):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
+        self.norm2 = GroupNorm(groups, out_channels)
+        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B*N, C, H, W], embedding [B*N, E] (already through SiLU) -> [B*N, C', H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)).to(x.dtype))
+        modulation = self.time_emb_proj(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + modulation)
+        return self.conv_shortcut(x) + self.conv2(F.silu(h).to(x.dtype))
+
+
+class TemporalConv(nn.Module):
+    """`depth` convolutions over three neighbouring frames at each pixel, added to their input."""
+
+    def __init__(self, channels: int, groups: int, depth: int):
+        super().__init__()
+        self.norms = nn.ModuleList(GroupNorm(groups, channels) for _ in range(depth))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(depth)
+        )
+        zero_(self.convs[-1])
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        """x [B*N, C, H, W] -> the same; inside [B, C, N, H*W], so that the kernel (3, 1) runs along frames."""
+        height, width = x.shape[-2:]
+        h = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            h = conv(F.silu(norm(h)).to(x.dtype))
+        return x + images(h.permute(0, 2, 3, 1).flatten(0, 1), height, width)
+
+
+class RelativePositionBias(nn.Module):
+    """One learned number per head and bucket of the distance between two frames (T5, arXiv 1910.10683).
+
+    Half of the buckets serve each direction; half of those hold exact distances, the rest grow logarithmically
+    up to max_distance, so that any number of frames has a bias.
+    """
+
+    def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128):
+        super().__init__()
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+        nn.init.zeros_(self.relative_attention_bias.weight)
+
+    def buckets(self, num_frames: int, device: torch.device) -> Tensor:
+        """int64 [N, N]: the bucket of (query frame, key frame)."""
+        frames = torch.arange(num_frames, device=device)
+        offset = frames[None, :] - frames[:, None]
+        half = self.num_buckets // 2
+        exact = half // 2
+        distance = offset.abs()
+        growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        far = (exact + growth * (half - exact)).long().clamp(max=half - 1)
+        return (offset > 0).long() * half + torch.where(distance < exact, distance, far)
+
+    def forward(self, num_frames: int, device: torch.device) -> Tensor:
+        """[heads, N, N], added to the attention logits."""
+        return self.relative_attention_bias(self.buckets(num_frames, device)).permute(2, 0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v for q [..., H, L, D], k, v [..., H, M, D], bias [H, L, M].
+
+    Frames and coarse pictures are short sequences in large batches: there two batched products take a tenth of
+    the time of torch's fused CPU kernel.
+    """
+    if k.shape[-2] > 64:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
+    return logits.float().softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention of rows x [..., L, C] to themselves or to a context [..., M, C']."""
+
+    def __init__(self, channels: int, head_dim: int, context_dim: int | None = None):
+        super().__init__()
+        self.heads, self.head_dim = channels // head_dim, head_dim
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        split = (self.heads, self.head_dim)
+        q, k, v = (
+            layer(value).unflatten(-1, split).transpose(-3, -2)
+            for layer, value in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
+        )
+        return self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """GEGLU: C -> mult * C, gated by a second projection, -> C."""
+
+    def __init__(self, channels: int, mult: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * mult * channels)
+        self.out = nn.Linear(mult * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class Transformer(nn.Module):
+    """GroupNorm, then self-attention, cross-attention (where there is a context) and a feed-forward layer.
+
+    axis "space": each frame's H*W pixels attend to each other, and to the context.
+    axis "time": each pixel's N frames attend to each other, with a relative position bias.
+    """
+
+    def __init__(self, channels: int, axis: str, config):
+        super().__init__()
+        self.axis = axis
+        self.norm = GroupNorm(config.norm_groups, channels)
+        self.proj_in = nn.Linear(channels, channels)
+        self.proj_out = zero_(nn.Linear(channels, channels))
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, config.head_dim)
+        self.norm2 = self.attn2 = self.norm3 = self.ff = self.bias = None
+        if axis == "space" and config.context_dim:
+            self.norm2 = nn.LayerNorm(channels)
+            self.attn2 = Attention(channels, config.head_dim, config.context_dim)
+        if axis == "time" and config.position_buckets:
+            self.bias = RelativePositionBias(self.attn1.heads, config.position_buckets)
+        if config.feed_forward_mult:
+            self.norm3 = nn.LayerNorm(channels)
+            self.ff = FeedForward(channels, config.feed_forward_mult)
+
+    def forward(self, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
+        """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
+        height, width = x.shape[-2:]
+        h = rows(self.norm(x).to(x.dtype))  # [B*N, H*W, C]
+        bias = None
+        if self.axis == "time":
+            h = h.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, H*W, N, C], the memory stays
+            bias = self.bias(num_frames, x.device) if self.bias is not None else None
+        h = self.proj_in(h)
+        h = h + self.attn1(self.norm1(h), bias=bias)
+        if self.attn2 is not None and context is not None:
+            h = h + self.attn2(self.norm2(h), context)
+        if self.ff is not None:
+            h = h + self.ff(self.norm3(h))
+        h = self.proj_out(h)
+        if self.axis == "time":
+            h = h.transpose(1, 2).flatten(0, 1)
+        return x + images(h, height, width)

@@ -1,0 +1,223 @@
+"""The base path: all that the residual phase needs to know of the base generator.
+
+    d_t = z_m,t - √(1-ᾱ_t) b̂_t        √ᾱ_t times the clean base frame predicted at step t
+    d_0 = z_m                          the finished base frame, kept last
+    g_t = d_p - c1 d_t                 the base term of the step t -> p
+
+T small images: about a megabyte, computed once, saved, and used again for any residual seed, number
+of frames, λ, or chunk of a long clip. A given image has a path of its own, d_t = √ᾱ_t x.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .schedule import NoiseSchedule
+from .solvers import SOLVERS, SolverTable, solver_table
+
+BASE_PATHS = ("stepwise", "clean")
+_FORMAT = "vfengine.base_trajectory.1"
+
+
+@dataclass(frozen=True, eq=False)
+class BaseTrajectory:
+    """A walked base path of S steps, for B clips.
+
+    states:      [S+1, B, C, H, W] fp32 or float64: d_t of each visited step, then the final frame
+    table:       the solver that walked it, and that the residual phase will follow
+    schedule_id: `NoiseSchedule.fingerprint()` of its schedule
+    base_path:   "stepwise" (the base network's estimates) or "clean" (d_t = √ᾱ_t x, so g_t = 0)
+    metadata:    notes that travel with the file, such as seeds: str -> str
+    """
+
+    states: Tensor
+    table: SolverTable
+    schedule_id: str
+    base_path: str = "stepwise"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.states.ndim != 5 or self.states.shape[0] != len(self.table) + 1:
+            raise ValueError(
+                f"BaseTrajectory: states must be [{len(self.table) + 1}, B, C, H, W], "
+                f"got {list(self.states.shape)}"
+            )
+        if self.states.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"BaseTrajectory: states must be fp32 or float64: {self.states.dtype}")
+        if self.base_path not in BASE_PATHS:
+            raise ValueError(f"base_path must be one of {BASE_PATHS}, got {self.base_path!r}")
+
+    @property
+    def final(self) -> Tensor:
+        """The finished base frame, [B, C, H, W]."""
+        return self.states[-1]
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The visited timesteps, int64 [S], descending."""
+        return self.table.timesteps
+
+    @property
+    def num_inference_steps(self) -> int:
+        """S, the number of steps."""
+        return len(self.table)
+
+    def base_terms(self) -> Tensor:
+        """g_t = d_p - c1 d_t of every step, [S, B, C, H, W]; exactly 0 on a clean path."""
+        if self.base_path == "clean":
+            return torch.zeros_like(self.states[:-1])
+        c1 = self.table.coeffs[:, 0].view(-1, 1, 1, 1, 1).to(self.states.device)
+        return (self.states[1:] - c1 * self.states[:-1]).to(self.states.dtype)
+
+    def clean(self) -> BaseTrajectory:
+        """The path of base_path="clean": d_t = √ᾱ_t x_m, with x_m this path's finished frame."""
+        states = _clean_states(self.final, self.table)
+        return BaseTrajectory(states, self.table, self.schedule_id, "clean", self.metadata)
+
+    @classmethod
+    def from_image(
+        cls,
+        x: Tensor,
+        *,
+        schedule: NoiseSchedule,
+        num_inference_steps: int = 50,
+        solver: str = "ddim",
+        eta: float = 0.0,
+        spacing: str = "leading",
+        metadata: Mapping[str, str] | None = None,
+    ) -> BaseTrajectory:
+        """The path of a given base frame, with no base generator: d_t = √ᾱ_t x.
+
+        x: [B, C, H, W] floating point, in the range the networks were trained on
+
+        Raises ValueError for another shape, TypeError for another dtype.
+        """
+        if x.ndim != 4 or x.numel() == 0:
+            raise ValueError(f"from_image: expected x [B, C, H, W], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"from_image: expected a floating point image, got {x.dtype}")
+        table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
+        states = _clean_states(x.to(torch.promote_types(x.dtype, torch.float32)), table)
+        return cls(states, table, schedule.fingerprint(), "clean", dict(metadata or {}))
+
+    def to(self, device: torch.device | str) -> BaseTrajectory:
+        """The same path with its states on another device."""
+        states = self.states.to(device)
+        return BaseTrajectory(states, self.table, self.schedule_id, self.base_path, self.metadata)
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """ValueError when the path was walked on another schedule."""
+        if schedule.fingerprint() != self.schedule_id:
+            raise ValueError(
+                f"the base trajectory was made with noise schedule {self.schedule_id}, "
+                f"not {schedule.fingerprint()}"
+            )
+
+    # -- on disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a .safetensors file, whole or not at all. Raises OSError when it cannot."""
+        path = Path(path)
+        tensors = {
+            "states": self.states,
+            "timesteps": self.table.timesteps,
+            "alphas_cumprod": self.table.alphas_cumprod,
+            "coeffs": self.table.coeffs,
+            "extrapolation": self.table.extrapolation,
+        }
+        header = {
+            "format": _FORMAT,
+            "solver": self.table.solver,
+            "eta": repr(self.table.eta),
+            "schedule_id": self.schedule_id,
+            "base_path": self.base_path,
+            "metadata": json.dumps(dict(self.metadata)),
+        }
+        data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        schedule: NoiseSchedule | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BaseTrajectory:
+        """Read what `save` wrote.
+
+        schedule: refuse a path of any other schedule
+
+        Raises FileNotFoundError; ValueError, one line, for a file that is truncated, is not a base
+        trajectory, or was made with another schedule.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such base trajectory")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated, or not a base trajectory ({error})") from error
+        try:
+            trajectory = _from_file(header, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a base trajectory ({error})") from error
+        if schedule is not None:
+            trajectory.check_schedule(schedule)
+        return trajectory.to(device)
+
+
+def _clean_states(x: Tensor, table: SolverTable) -> Tensor:
+    """d_t = √ᾱ_t x, ending in x itself; [S+1, B, C, H, W]."""
+    signal = table.alphas_cumprod.sqrt().view(-1, 1, 1, 1, 1).to(x.device)
+    return (signal * x).to(x.dtype)
+
+
+def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> BaseTrajectory:
+    """Header and tensors back to a path; KeyError, TypeError or ValueError for anything amiss."""
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"format {header.get('format')!r}, expected {_FORMAT!r}")
+    if header["solver"] not in SOLVERS:
+        raise ValueError(f"solver {header['solver']!r} is not one of {SOLVERS}")
+    steps = tensors["timesteps"].numel()
+    expected = {
+        "timesteps": ((steps,), torch.int64),
+        "alphas_cumprod": ((steps + 1,), torch.float64),
+        "coeffs": ((steps, 3), torch.float64),
+        "extrapolation": ((steps,), torch.float64),
+    }
+    for name, (shape, dtype) in expected.items():
+        found = tensors[name]
+        if found.shape != shape or found.dtype != dtype:
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}")
+    metadata = json.loads(header["metadata"])
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata is not a mapping")
+    table = SolverTable(
+        solver=header["solver"],
+        eta=float(header["eta"]),
+        **{name: tensors[name] for name in expected},
+    )
+    return BaseTrajectory(
+        states=tensors["states"],
+        table=table,
+        schedule_id=header["schedule_id"],
+        base_path=header["base_path"],
+        metadata=metadata,
+    )

@@ -1,0 +1,403 @@
+"""Clips to files and back: mp4, webm, gif, animated webp, and png sheets.
+
+A clip is uint8 [N, H, W, 3], RGB. Every file is written under a temporary name in its own folder
+and renamed when it is complete, so that an error or an interrupt leaves nothing behind. The same
+frames give the same bytes: one encoder thread, no dates, no random identifiers. Every animated
+format decodes to exactly N frames, equal neighbours included.
+
+    mp4   H.264, 4:2:0 (an odd width or height is extended by its last column or row)
+    webm  VP9, 4:2:0
+    gif   one palette of 256 colours for the clip
+    webp  lossless
+    png   lossless, all frames side by side in rows of 16
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from av.filter import Graph
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+__all__ = [
+    "SUFFIXES",
+    "Video",
+    "VideoReader",
+    "check_target",
+    "enlarge",
+    "read_video",
+    "replacing",
+    "sheet",
+    "write_video",
+]
+
+SHEET_COLUMNS = 16
+MAX_FPS = 1000.0
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside path; renames it to path on success, removes it otherwise."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | Path) -> Path:
+    """path itself, once a video can be written there: suffix known, folder there and writable.
+
+    Raises ValueError for the suffix or a path that is a folder, FileNotFoundError or
+    NotADirectoryError for the folder, PermissionError for one that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path}: unknown suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
+        )
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a file name")
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: folder is not writable")
+    return path
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> None:
+    """Writes a clip in the format that the suffix of path names (see the module's table).
+
+    frames: uint8 [N, H, W, 3], N >= 1
+    fps:    frames per second, in (0, 1000]; gif keeps 1/100 s, webm and webp 1/1000 s (a png none)
+
+    Raises TypeError for another dtype, ValueError for a shape, suffix or fps, OSError when the file
+    cannot be written. Only a complete file ever appears under path.
+    """
+    path = check_target(path)
+    _check_clip("write_video", frames)
+    if not 0.0 < fps <= MAX_FPS:
+        raise ValueError(f"write_video: fps must be in (0, {MAX_FPS:g}], got {fps!r}")
+    with replacing(path) as temporary:
+        _WRITERS[path.suffix.lower()](temporary, np.ascontiguousarray(frames), float(fps))
+
+
+def _check_clip(name: str, frames: np.ndarray) -> None:
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+        kind = getattr(frames, "dtype", type(frames).__name__)
+        raise TypeError(f"{name}: frames must be a uint8 array, got {kind}")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"{name}: frames must be [N, H, W, 3], got {list(frames.shape)}")
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    # mbtree: x264's SIMD lookahead reads past its tables on small frames, and the bytes then differ
+    # from run to run. It shifts bits between long-lived and short-lived blocks; at crf 17 and a few
+    # dozen frames nothing is lost.
+    options = {"crf": "17", "preset": "medium", "mbtree": "0"}
+    _write_yuv420(path, frames, fps, "mp4", "libx264", options, {"movflags": "+faststart"})
+
+
+def _write_webm(path: Path, frames: np.ndarray, fps: float) -> None:
+    options = {"crf": "18", "b": "0", "deadline": "good", "cpu-used": "2"}
+    _write_yuv420(path, frames, fps, "webm", "libvpx-vp9", options, {})
+
+
+def _write_yuv420(
+    path: Path, frames: np.ndarray, fps: float, container: str, codec: str, options: dict, mux: dict
+) -> None:
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(str(path), "w", format=container, options={"fflags": "+bitexact", **mux}) as file:
+        stream = file.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1
+        context.flags |= Flags.bitexact
+        # 1 is BT.709 for all three; without the tags a player may guess another matrix.
+        context.colorspace = context.color_primaries = context.color_trc = 1
+        context.color_range = ColorRange.MPEG
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=Interpolation.BICUBIC
+                | Interpolation.ACCURATE_RND
+                | Interpolation.BITEXACT,
+                threads=1,
+            )
+            frame.pts, frame.time_base = i, 1 / rate
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    # FFmpeg, because Pillow merges equal neighbours and the clip would lose frames.
+    height, width = frames.shape[1:3]
+    tick = Fraction(1, 100)
+    graph = Graph()
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=tick)
+    split = graph.add("split")
+    palette = graph.add("palettegen", "reserve_transparent=0")
+    apply = graph.add("paletteuse")
+    sink = graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(apply, 1, 0)
+    palette.link_to(apply, 0, 1)
+    apply.link_to(sink)
+    graph.configure()
+    starts, _ = _ticks(len(frames), fps, 100)
+    for start, pixels in zip(starts, frames, strict=True):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts, frame.time_base = start, tick
+        graph.push(frame)
+    graph.push(None)
+    with av.open(str(path), "w", format="gif", options={"fflags": "+bitexact", "loop": "0"}) as f:
+        stream = f.add_stream("gif", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        stream.codec_context.time_base = tick
+        for _ in frames:
+            f.mux(stream.encode(graph.pull()))
+        f.mux(stream.encode())
+
+
+def _write_webp(path: Path, frames: np.ndarray, fps: float) -> None:
+    # The container by hand (developers.google.com/speed/webp/docs/riff_container), because
+    # libwebp's animation encoder merges equal neighbours and the clip would lose frames.
+    size = _uint24(frames.shape[2] - 1) + _uint24(frames.shape[1] - 1)
+    animated, no_blending, forever = b"\x02\0\0\0", b"\x02", b"\0\0"
+    chunks = [_chunk(b"VP8X", animated + size), _chunk(b"ANIM", b"\0\0\0\0" + forever)]
+    _, lasts = _ticks(len(frames), fps, 1000)
+    for duration, pixels in zip(lasts, frames, strict=True):
+        still = BytesIO()
+        Image.fromarray(pixels).save(still, format="WEBP", lossless=True)
+        bitstream = still.getvalue()[12:]  # after "RIFF", size, "WEBP"
+        place = _uint24(0) + _uint24(0) + size + _uint24(duration) + no_blending
+        chunks.append(_chunk(b"ANMF", place + bitstream))
+    path.write_bytes(_chunk(b"RIFF", b"WEBP" + b"".join(chunks)))
+
+
+def _chunk(name: bytes, payload: bytes) -> bytes:
+    return name + len(payload).to_bytes(4, "little") + payload + b"\0" * (len(payload) % 2)
+
+
+def _uint24(value: int) -> bytes:
+    return value.to_bytes(3, "little")
+
+
+def _ticks(count: int, fps: float, per_second: int) -> tuple[list[int], list[int]]:
+    """Start and duration of each frame in whole ticks, at least one, without drift."""
+    starts = [max(i, round(i * per_second / fps)) for i in range(count + 1)]
+    return starts[:-1], [end - start for start, end in pairwise(starts)]
+
+
+def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
+    Image.fromarray(sheet(frames)).save(path, format="PNG")
+
+
+_WRITERS: dict[str, Callable[[Path, np.ndarray, float], None]] = {
+    ".mp4": _write_mp4,
+    ".webm": _write_webm,
+    ".gif": _write_gif,
+    ".webp": _write_webp,
+    ".png": _write_png,
+}
+SUFFIXES = tuple(_WRITERS)
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def sheet(frames: np.ndarray, columns: int = SHEET_COLUMNS, gap: int = 1) -> np.ndarray:
+    """All frames in one picture, uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 3].
+
+    frames:  uint8 [N, H, W, 3], or several clips [B, N, H, W, 3], each starting a row
+    columns: frames in a row at most; a longer clip goes on in the next row
+    gap:     black pixels between neighbours
+
+    Raises TypeError for another dtype, ValueError for a shape, columns < 1 or gap < 0.
+    """
+    clips = frames[None] if getattr(frames, "ndim", 0) == 4 else frames
+    if getattr(clips, "ndim", 0) != 5 or len(clips) == 0:
+        shape = list(getattr(frames, "shape", ()))
+        raise ValueError(f"sheet: frames must be [N, H, W, 3] or [B, N, H, W, 3], got {shape}")
+    _check_clip("sheet", clips[0])
+    if columns < 1 or gap < 0:
+        raise ValueError(f"sheet: expected columns >= 1 and gap >= 0, got {columns} and {gap}")
+    batch, count, height, width, _ = clips.shape
+    columns = min(columns, count)
+    rows_per_clip = -(-count // columns)
+    picture = np.zeros(
+        (batch * rows_per_clip * (height + gap) - gap, columns * (width + gap) - gap, 3), np.uint8
+    )
+    for b in range(batch):
+        for i in range(count):
+            top = (b * rows_per_clip + i // columns) * (height + gap)
+            left = i % columns * (width + gap)
+            picture[top : top + height, left : left + width] = clips[b, i]
+    return picture
+
+
+def enlarge(frames: np.ndarray, factor: int, filter: str = "nearest") -> np.ndarray:
+    """The clip for viewing, uint8 [N, H factor, W factor, 3].
+
+    frames: uint8 [N, H, W, 3];  factor: int >= 1
+    filter: "nearest" keeps every pixel a square, "lanczos" smooths
+
+    Raises TypeError for another dtype, ValueError for a shape, factor or filter.
+    """
+    _check_clip("enlarge", frames)
+    if type(factor) is not int or factor < 1:
+        raise ValueError(f"enlarge: factor must be an int >= 1, got {factor!r}")
+    if filter not in ("nearest", "lanczos"):
+        raise ValueError(f"enlarge: filter must be 'nearest' or 'lanczos', got {filter!r}")
+    if factor == 1:
+        return frames
+    if filter == "nearest":
+        return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    size = (frames.shape[2] * factor, frames.shape[1] * factor)
+    resample = Image.Resampling.LANCZOS
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, resample)) for f in frames])
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+class Video(NamedTuple):
+    """What a file holds: frames uint8 [N, H, W, 3]; fps, or None if it states none; truncated."""
+
+    frames: np.ndarray
+    fps: float | None
+    truncated: bool
+
+
+def read_video(path: str | Path) -> Video:
+    """All frames of a video file that decode (see `VideoReader`, which yields them one by one).
+
+    Raises FileNotFoundError for a missing file, ValueError for one without a single readable frame.
+    """
+    reader = VideoReader(path)
+    frames = np.stack(list(reader))
+    return Video(frames, reader.fps, reader.truncated)
+
+
+class VideoReader:
+    """Iterates over the frames of a video file, uint8 [H, W, 3], upright, up to the first fault.
+
+    Frames are counted by decoding, whatever the header says. All have the size of the first.
+    During and after the iteration:
+
+        fps        frames per second as the file states them, or None
+        truncated  the data ended in a fault, or before the end that the header announces
+
+    Iterating raises FileNotFoundError for a missing file, ValueError for a file that is no video or
+    in which no frame decodes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.fps: float | None = None
+        self.truncated = False
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file")
+        self.fps, self.truncated = None, False
+        # FFmpeg does not decode animated webp, and passes off half a gif frame as a whole one.
+        by_pillow = self.path.suffix.lower() in (".gif", ".webp", ".png", ".apng")
+        frames = self._images() if by_pillow else self._video()
+        count = 0
+        for frame in frames:
+            count += 1
+            yield frame
+        if count == 0:
+            raise ValueError(f"{self.path}: no frame could be decoded")
+
+    def _video(self) -> Iterator[np.ndarray]:
+        try:
+            file = av.open(str(self.path))
+        except (av.FFmpegError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{self.path}: not a readable video ({reason})") from error
+        with file:
+            if not file.streams.video:
+                raise ValueError(f"{self.path}: holds no video stream")
+            stream = file.streams.video[0]
+            self.fps = float(stream.average_rate) if stream.average_rate else None
+            size: dict[str, int] = {}
+            count, end = 0, 0.0
+            for frame in self._decoded(file, stream):
+                size = size or {"width": frame.width, "height": frame.height}
+                pixels = frame.to_ndarray(format="rgb24", **size)
+                yield np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
+                count, end = count + 1, frame.time or 0.0
+            last_expected = _announced_seconds(stream) - 2.0 / (self.fps or 1.0)
+            self.truncated |= count < stream.frames or end < last_expected
+
+    def _decoded(
+        self, file: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[av.VideoFrame]:
+        """Frames up to the first fault in the data, the decoder's delayed ones included."""
+        try:
+            for packet in file.demux(stream):
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        self.truncated = True
+                        return
+                    yield frame
+        except av.FFmpegError:
+            self.truncated = True
+            try:
+                yield from stream.decode(None)
+            except av.FFmpegError:
+                return
+
+    def _images(self) -> Iterator[np.ndarray]:
+        try:
+            file = Image.open(self.path)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{self.path}: not a readable picture or animation") from error
+        with file:
+            milliseconds: list[float] = []
+            try:
+                for image in ImageSequence.Iterator(file):
+                    pixels = np.array(image.convert("RGB"))
+                    milliseconds.append(image.info.get("duration", 0))
+                    self.fps = 1000.0 * len(milliseconds) / (sum(milliseconds) or float("inf"))
+                    yield pixels
+            except OSError:
+                self.truncated = True
+            self.fps = self.fps or None
+
+
+def _announced_seconds(stream: av.VideoStream) -> float:
+    """The track's length as a Matroska tag states it ("00:00:05.333000000"), 0 without one."""
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
+    try:
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
