@@ -21,25 +21,27 @@ def eager(u, r, g, lam, coeffs, step):
     """The formula as one would write it, in the dtype of the clip; coeffs on the host."""
     c1, c2, _ = coeffs[step]
     shared, own = lam.sqrt().view(-1, 1, 1, 1), (1 - lam).sqrt().view(-1, 1, 1, 1)
-    return (c1 * u + shared.to(u.dtype) * g.unsqueeze(1) + (own * c2).to(u.dtype) * r).contiguous()
+    return c1 * u + shared.to(u.dtype) * g.unsqueeze(1) + (own * c2).to(u.dtype) * r
 
 
 def contenders(shape, dtype):
-    """Calls that leave their result in a tensor of their own, and the bytes that a call must move."""
+    """Calls that return what they wrote, and the bytes that a call must move."""
     random = torch.Generator().manual_seed(0)
     u, r = (torch.randn(shape, generator=random).to(DEVICE, dtype) for _ in range(2))
     g, lam = r[:, 0].contiguous(), torch.full((shape[1],), 0.5, device=DEVICE)
-    coeffs = torch.tensor([[1.02, -0.11, 0.0]])
+    coeffs = torch.tensor([[0.98, -0.11, 0.0]])  # c1 < 1: repeated in place it stays bounded
     on_device = coeffs.to(DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    out, rows = torch.empty_like(u), coeffs.tolist()
+    rows = coeffs.tolist()
     compiled = torch.compile(eager, fullgraph=True)
+    mine = u.clone()
     calls = {
-        "vfengine": lambda: residual_step(u, r, g, lam, *on_device, out=out),
+        "vfengine": lambda: residual_step(mine, r, g, lam, *on_device),
         "eager": lambda: eager(u, r, g, lam, rows, 0),
         "torch.compile": lambda: compiled(u, r, g, lam, rows, 0),
     }
     if DEVICE == "cuda":
-        calls["triton"] = lambda: residual_step(u, r, g, lam, *on_device, out=out, backend="triton")
+        also_mine = u.clone()
+        calls["triton"] = lambda: residual_step(also_mine, r, g, lam, *on_device, backend="triton")
     expected = residual_step_reference(u.double(), r, g, lam, *on_device)
     scale = expected.abs().max() * torch.finfo(dtype).eps
     for name, call in calls.items():

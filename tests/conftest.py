@@ -42,16 +42,18 @@ def tiny_config(**changes) -> CheckpointConfig:
 
 
 def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
-    """Writes an untrained tiny model; every weight is random, the output layers' too."""
+    """Writes an untrained tiny model; the seed decides every weight, the output layers' too."""
     config = tiny_config(**changes)
     generator = torch.Generator().manual_seed(seed)
     states = []
     for build in (build_base, build_residual):
         state = build(config).unet.state_dict()
-        for weight in state.values():
+        for name, weight in state.items():
             if weight.ndim > 1:
                 fan_in = weight[0].numel()
                 weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
+            elif name.endswith("bias"):
+                weight.zero_()
         states.append(state)
     save_checkpoint(folder, config, *states, dtype=torch.float32)
     return folder

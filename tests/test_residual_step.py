@@ -218,7 +218,7 @@ def test_rejects_other_shape(name):
     case = make_case(guided=True)
     case["out"] = torch.empty_like(case["u"])
     case[name] = torch.cat([case[name]] * 2, dim=-1)
-    with pytest.raises(ValueError, match="residual_step: .* must be"):
+    with pytest.raises(ValueError, match=r"residual_step: .* must be"):
         residual_step(**case)
 
 

@@ -108,7 +108,7 @@ def test_write_rejects_what_it_cannot_write(tmp_path):
 def test_target_is_checked(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         check_target(tmp_path / "folder.mp4")
     with pytest.raises(NotADirectoryError, match="not a folder"):
         check_target(tmp_path / "file" / "a.mp4")

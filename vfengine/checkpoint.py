@@ -115,7 +115,9 @@ def read_config(folder: str | Path | None = None) -> CheckpointConfig:
     try:
         return CheckpointConfig.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not the configuration of a decomposed model: {error}") from error
+        raise ValueError(
+            f"{file} is not the configuration of a decomposed model: {error}"
+        ) from error
 
 
 def load_base(

@@ -14,43 +14,74 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _train(arguments)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+        ImportError,
+    ) as error:
         print(f"vfengine.train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vfengine.train: interrupted; --resume goes on from the last saved state", file=sys.stderr)
+        print(
+            "vfengine.train: interrupted; --resume goes on from the last saved state",
+            file=sys.stderr,
+        )
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     from .training import TrainingOptions
 
-    parser = argparse.ArgumentParser("python -m vfengine.train", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoint, state, log and samples")
-    parser.add_argument("--data", default="mocap", help='"mocap", or a folder of videos, its sub-folders as classes')
+    parser = argparse.ArgumentParser(
+        "python -m vfengine.train", description=__doc__.split(": ", 1)[1]
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for checkpoint, state, log and samples"
+    )
+    parser.add_argument(
+        "--data", default="mocap", help='"mocap", or a folder of videos, its sub-folders as classes'
+    )
     parser.add_argument("--num-clips", type=int, default=12_000, help="clips of mocap to render")
-    parser.add_argument("--clips-cache", type=Path, help="folder that keeps rendered clips (default: the output)")
+    parser.add_argument(
+        "--clips-cache", type=Path, help="folder that keeps rendered clips (default: the output)"
+    )
     parser.add_argument("--num-frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=64, help="height and width")
     parser.add_argument("--frame-stride", type=int, default=1, help="of a folder of videos")
-    parser.add_argument("--fps", type=float, default=10.0, help="at which generated clips are to be played")
-    parser.add_argument("--lam", type=float, default=0.5, help="share of the noise that the frames have in common")
+    parser.add_argument(
+        "--fps", type=float, default=10.0, help="at which generated clips are to be played"
+    )
+    parser.add_argument(
+        "--lam", type=float, default=0.5, help="share of the noise that the frames have in common"
+    )
     parser.add_argument("--base-channels", type=_ints, default=(80, 160, 272), help="per level")
     parser.add_argument("--residual-channels", type=_ints, default=(64, 96, 112), help="per level")
     parser.add_argument("--layers-per-block", type=_ints, default=(0, 1, 1), help="per level")
     parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--base-path", choices=("stepwise", "clean"), default="clean", help="default when sampling")
+    parser.add_argument(
+        "--base-path", choices=("stepwise", "clean"), default="clean", help="default when sampling"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--sample-every", type=int, default=2000, metavar="STEPS", help="0: no sample sheets")
+    parser.add_argument(
+        "--sample-every", type=int, default=2000, metavar="STEPS", help="0: no sample sheets"
+    )
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
     defaults = TrainingOptions()
     for option in fields(TrainingOptions):
         value = getattr(defaults, option.name)
-        kind = {"choices": ("auto", "bf16", "fp32")} if option.name == "precision" else {"type": type(value)}
+        kind = (
+            {"choices": ("auto", "bf16", "fp32")}
+            if option.name == "precision"
+            else {"type": type(value)}
+        )
         value = "auto" if option.name == "precision" else value
-        parser.add_argument(f"--{option.name.replace('_', '-')}", default=value, help=f"default {value}", **kind)
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}", default=value, help=f"default {value}", **kind
+        )
     return parser
 
 
@@ -67,7 +98,9 @@ def _train(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
     state_file = output / "training.safetensors"
     if state_file.exists() and not arguments.resume:
-        raise ValueError(f"{state_file} exists: pass --resume to go on from it, or another --output")
+        raise ValueError(
+            f"{state_file} exists: pass --resume to go on from it, or another --output"
+        )
     if arguments.resume and not state_file.exists():
         raise FileNotFoundError(f"nothing to resume: there is no {state_file}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
@@ -79,10 +112,17 @@ def _train(arguments: argparse.Namespace) -> int:
     trainer = Trainer(_config(arguments, names), options, clips, labels, arguments.device)
     if arguments.resume:
         trainer.restore(state_file)
-    sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.base, trainer.residual)]
+    sizes = [
+        sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.base, trainer.residual)
+    ]
     print(f"{len(clips)} clips of {len(names)} classes; base {sizes[0]:.2f} M and residual {sizes[1]:.2f} M "
           f"parameters; {options.precision} on {arguments.device}", file=sys.stderr)  # fmt: skip
-    record = {**vars(arguments), **asdict(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    record = {
+        **vars(arguments),
+        **asdict(options),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     with (output / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps({"start": trainer.steps_done, **record}, default=str) + "\n")
         progress = tqdm(total=options.steps, initial=trainer.steps_done, unit="step", disable=None)
@@ -100,7 +140,9 @@ def _train(arguments: argparse.Namespace) -> int:
             if step % arguments.save_every == 0 or step == options.steps:
                 trainer.save(state_file)
                 trainer.export(output / "checkpoint")
-            if arguments.sample_every and (step % arguments.sample_every == 0 or step == options.steps):
+            if arguments.sample_every and (
+                step % arguments.sample_every == 0 or step == options.steps
+            ):
                 _sample_sheet(trainer, output / "samples" / f"step-{step:07d}.png")
                 since = time.perf_counter()
         progress.close()
@@ -130,7 +172,9 @@ def _data(arguments: argparse.Namespace):
 
         name = f"mocap-{arguments.num_frames}x{arguments.size}-seed{arguments.seed}-{arguments.num_clips}.npy"
         file = (arguments.clips_cache or arguments.output) / name
-        with tqdm(total=arguments.num_clips, desc="rendering", unit="clip", disable=None) as progress:
+        with tqdm(
+            total=arguments.num_clips, desc="rendering", unit="clip", disable=None
+        ) as progress:
             clips, labels = render_clips(
                 arguments.num_clips,
                 arguments.seed,
@@ -207,7 +251,9 @@ def _summary(step: int, reports: list, batch_size: int, seconds: float) -> dict:
     import numpy as np
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a fifth without a sample stays NaN, as null
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # a fifth without a sample stays NaN, as null
         by_t = {
             name: [None if np.isnan(v) else round(float(v), 4) for v in
                    np.nanmean([getattr(r, f"{name}_by_t") for r in reports], axis=0)]
@@ -235,7 +281,9 @@ def _sample_sheet(trainer, file: Path) -> None:
     labels = torch.arange(min(8, len(config.labels)), device=trainer.device)
     shape = (len(labels), config.num_frames, config.channels, config.height, config.width)
     noise = decomposed_noise(shape, base_seed=0, residual_seed=1, device=trainer.device)
-    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.options.precision == "bf16"):
+    with torch.autocast(
+        trainer.device.type, torch.bfloat16, enabled=trainer.options.precision == "bf16"
+    ):
         video = sample(
             lambda z, t: trainer.averaged_base(z, t, class_labels=labels),
             lambda z, t: trainer.averaged_residual(z, t, class_labels=labels),

@@ -21,7 +21,9 @@ from torch import Tensor
 from .checkpoint import CheckpointConfig, build_base, build_residual, save_checkpoint
 from .decompose import add_noise, joint_loss
 
-TIME_BINS = 5  # the log shows the losses by fifths of the schedule: where motion is decided, where detail
+TIME_BINS = (
+    5  # the log shows the losses by fifths of the schedule: where motion is decided, where detail
+)
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,35 @@ class Trainer:
         shape = (config.num_frames, config.height, config.width, config.channels)
         if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[1:] != shape:
             raise ValueError(f"expected uint8 clips [M, {shape}], got {clips.dtype} {clips.shape}")
-        if len(labels) != len(clips) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(config.labels)):
-            raise ValueError(f"expected {len(clips)} labels in 0..{len(config.labels) - 1}, got {labels.shape}")
+        if len(labels) != len(clips) or (
+            len(labels) and not 0 <= labels.min() <= labels.max() < len(config.labels)
+        ):
+            raise ValueError(
+                f"expected {len(clips)} labels in 0..{len(config.labels) - 1}, got {labels.shape}"
+            )
         self.config, self.options, self.clips, self.labels = config, options, clips, labels
-        self.device, self.schedule, self.steps_done = torch.device(device), config.noise_schedule(), 0
+        self.device, self.schedule, self.steps_done = (
+            torch.device(device),
+            config.noise_schedule(),
+            0,
+        )
         torch.manual_seed(options.seed)
         self.base, self.residual = build_base(config).to(device), build_residual(config).to(device)
         self.parameters = [*self.base.parameters(), *self.residual.parameters()]
         self.averaged_base, self.averaged_residual = build_base(config), build_residual(config)
-        for averaged, trained in ((self.averaged_base, self.base), (self.averaged_residual, self.residual)):
+        for averaged, trained in (
+            (self.averaged_base, self.base),
+            (self.averaged_residual, self.residual),
+        ):
             averaged.load_state_dict(trained.state_dict())
             averaged.to(device).eval().requires_grad_(False)
         self.averages = [*self.averaged_base.parameters(), *self.averaged_residual.parameters()]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay, fused=True
+            self.parameters,
+            options.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=options.weight_decay,
+            fused=True,
         )
 
     def step(self) -> StepReport:
@@ -129,7 +146,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():  # early on a shorter average, or the first weights would linger
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - min(options.ema, (k + 1) / (k + 10)))
+            torch._foreach_lerp_(
+                self.averages, self.parameters, 1 - min(options.ema, (k + 1) / (k + 10))
+            )
         self.steps_done += 1
         report = StepReport(
             float(base_loss.detach().mean()),
@@ -196,7 +215,15 @@ class Trainer:
         chosen = rng.integers(0, len(self.clips), count)
         m = self.config.num_frames // 2
         pixels = np.stack([self.clips[i, m] if only_base else self.clips[i] for i in chosen])
-        x = torch.from_numpy(pixels).to(self.device).movedim(-1, -3).float().div(127.5).sub(1).contiguous()
+        x = (
+            torch.from_numpy(pixels)
+            .to(self.device)
+            .movedim(-1, -3)
+            .float()
+            .div(127.5)
+            .sub(1)
+            .contiguous()
+        )
         labels = self.labels[chosen].copy()
         labels[rng.uniform(size=count) < self.options.class_dropout] = self.config.null_class
         return x, torch.from_numpy(labels).to(self.device)
@@ -212,7 +239,10 @@ class Trainer:
 
     def _jitter(self, generator, exact: Tensor, shape) -> Tensor:
         """Noise [B, C, H, W] for the base frames shown to the residual network; zero where b̂ is the network's."""
-        std = torch.rand(len(exact), 1, 1, 1, generator=generator).to(self.device) * self.options.base_jitter
+        std = (
+            torch.rand(len(exact), 1, 1, 1, generator=generator).to(self.device)
+            * self.options.base_jitter
+        )
         return self._normal(generator, shape) * std * exact.view(-1, 1, 1, 1)
 
     def _by_t(self, loss: Tensor, t: Tensor) -> list[float]:
@@ -252,7 +282,9 @@ class Trainer:
             with safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
                 if metadata.get("model") != self._identity():
-                    raise ValueError(f"{file} is the training state of another model or of other data")
+                    raise ValueError(
+                        f"{file} is the training state of another model or of other data"
+                    )
                 self._prepare_optimizer()
                 with torch.no_grad():
                     for kind, values in self._state().items():
@@ -281,6 +313,8 @@ class Trainer:
 
     def _identity(self) -> str:
         """Names the model and the amount of data that a state belongs to."""
-        values = {f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name != "sha256"}
+        values = {
+            f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name != "sha256"
+        }
         text = repr((sorted(values.items()), self.clips.shape, self.options.seed))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -35,6 +35,7 @@ __all__ = [
     "Video",
     "VideoReader",
     "check_target",
+    "check_writable",
     "enlarge",
     "read_video",
     "replacing",
@@ -64,16 +65,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_target(path: str | Path) -> Path:
     """path itself, once a video can be written there: suffix known, folder there and writable.
 
-    Raises ValueError for the suffix or a path that is a folder, FileNotFoundError or
-    NotADirectoryError for the folder, PermissionError for one that cannot be written to.
+    Raises ValueError for an unknown suffix, else what `check_writable` raises.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path}: unknown suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
         )
+    return check_writable(path)
+
+
+def check_writable(path: str | Path) -> Path:
+    """path itself, once a file can be created or replaced there.
+
+    Raises IsADirectoryError for a path that is a folder, FileNotFoundError or NotADirectoryError
+    for its folder, PermissionError for a folder that cannot be written to.
+    """
+    path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not a file name")
+        raise IsADirectoryError(f"{path}: is a folder, not a file name")
     folder = path.parent
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")

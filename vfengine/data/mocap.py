@@ -70,7 +70,9 @@ class Motion:
         self.duration = float(self.times[-1])
         widths = [4, *_JOINTS.values()]
         starts = 4 + np.concatenate([[0], np.cumsum(widths)[:-1]])
-        self.quaternions = [slice(s, s + 4) for s, width in zip(starts, widths, strict=True) if width == 4]
+        self.quaternions = [
+            slice(s, s + 4) for s, width in zip(starts, widths, strict=True) if width == 4
+        ]
 
     def at(self, time: float) -> np.ndarray:
         """The pose at `time` seconds: linear between rows, quaternions normalised along the shorter way."""
@@ -111,7 +113,8 @@ class MocapRenderer:
         }
         motions = root / "data" / "motions"
         self.motions = {
-            action: Motion(motions / f"humanoid3d_{action}.txt", action in _PERIODIC) for action in ACTIONS
+            action: Motion(motions / f"humanoid3d_{action}.txt", action in _PERIODIC)
+            for action in ACTIONS
         }
 
     def close(self) -> None:
@@ -124,7 +127,9 @@ class MocapRenderer:
         rng = np.random.default_rng(seed)
         motion, span = self.motions[action], SECONDS[action]
         latest = motion.duration if motion.periodic else max(motion.duration - span, 0.05)
-        times = rng.uniform(0, latest) + np.arange(self.num_frames) * span / max(self.num_frames - 1, 1)
+        times = rng.uniform(0, latest) + np.arange(self.num_frames) * span / max(
+            self.num_frames - 1, 1
+        )
         self._dress(rng)
         camera = self._camera(rng)
         room = self._room(rng)
@@ -152,7 +157,11 @@ class MocapRenderer:
         """In front, up to 35 degrees to a side and 18 above, close enough to fill the picture."""
         yaw, elevation = np.radians(rng.uniform(-35, 35)), np.radians(rng.uniform(0, 18))
         distance, target = rng.uniform(2.85, 3.25), np.array([0, 0.9, 0])
-        direction = [np.sin(yaw) * np.cos(elevation), np.sin(elevation), np.cos(yaw) * np.cos(elevation)]
+        direction = [
+            np.sin(yaw) * np.cos(elevation),
+            np.sin(elevation),
+            np.cos(yaw) * np.cos(elevation),
+        ]
         eye = target + distance * np.array(direction)
         return {
             "viewMatrix": self.bullet.computeViewMatrix(eye.tolist(), target.tolist(), [0, 1, 0]),
@@ -172,7 +181,9 @@ class MocapRenderer:
             room = room * np.where(stripe & is_wall, 1 - rng.uniform(0.08, 0.25), 1)[..., None]
         return room * 255
 
-    def _frame(self, pose: np.ndarray, camera: dict, light: list[float], room: np.ndarray) -> np.ndarray:
+    def _frame(
+        self, pose: np.ndarray, camera: dict, light: list[float], room: np.ndarray
+    ) -> np.ndarray:
         """uint8 [H, W, 3]: the actor in this pose before the room, averaged down."""
         bullet, client = self.bullet, self.client
         # the camera follows: only the height of the root is kept
@@ -187,7 +198,9 @@ class MocapRenderer:
                     self.actor, self.joints[name], _xyzw(value), physicsClientId=client
                 )
             else:
-                bullet.resetJointState(self.actor, self.joints[name], value[0], physicsClientId=client)
+                bullet.resetJointState(
+                    self.actor, self.joints[name], value[0], physicsClientId=client
+                )
             column += width
         side = self.size * _SUPERSAMPLING
         _, _, colour, _, segmentation = bullet.getCameraImage(
@@ -229,7 +242,9 @@ def render_clips(
     if file is not None and file.exists():
         clips = np.load(file, mmap_mode="r")
         if clips.shape != shape or clips.dtype != np.uint8:
-            raise ValueError(f"{file} holds {clips.dtype} {clips.shape}, expected uint8 {shape}: remove it")
+            raise ValueError(
+                f"{file} holds {clips.dtype} {clips.shape}, expected uint8 {shape}: remove it"
+            )
         return clips, labels
     unfinished = None
     if file is None:
@@ -286,9 +301,13 @@ def _native_output_hidden():
         os.close(nowhere)
 
 
-def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
+def _colour(
+    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
+) -> np.ndarray:
     """A random RGB colour in 0..1 of any hue."""
-    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value)))
+    return np.array(
+        colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value))
+    )
 
 
 def _xyzw(quaternion: np.ndarray) -> list[float]:

@@ -63,17 +63,24 @@ class ResidualGenerator(_Generator):
 
     def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """Clean estimate of all frames from z' [B, N, C, H, W]; on the base frame x̂_m itself."""
-        a = self._alphas_cumprod(t, z.dim())
-        m = z.shape[1] // 2
-        frames = z / a.sqrt()
-        base = frames[:, m : m + 1]
-        scale = (self.data_std**2 + (1 - a) / a * (1 - self.lam)).rsqrt()
-        condition = (base * 2).expand_as(frames)  # about unit variance
-        change = self.unet(torch.cat([(frames - base) * scale, condition], dim=2), t, **conditions)
-        clean = base + self.data_std * change.to(z.dtype)
-        return torch.cat([clean[:, :m], base, clean[:, m + 1 :]], dim=1)
+        base, _, change = self._change(z, t, conditions)
+        return base + change
 
     def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """r̂ = (z' - √ᾱ x̂) / (√(1-ᾱ) √(1-λ)), zero on the base frame.  z' [B, N, C, H, W], t int64 [B]."""
         a = self._alphas_cumprod(t, z.dim())
-        return (z - a.sqrt() * self.denoise(z, t, **conditions)) / ((1 - a) * (1 - self.lam)).sqrt()
+        _, difference, change = self._change(z, t, conditions)
+        return (difference - change) * (a / ((1 - a) * (1 - self.lam))).sqrt()
+
+    def _change(self, z: Tensor, t: Tensor, conditions: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """x̂_m [B, 1, C, H, W]; how z'_i / √ᾱ differs from it; how x̂_i does (nothing on the base frame)."""
+        a = self._alphas_cumprod(t, z.dim())
+        m = z.shape[1] // 2
+        frames = z / a.sqrt()
+        base = frames[:, m : m + 1]
+        difference = frames - base
+        scale = (self.data_std**2 + (1 - a) / a * (1 - self.lam)).rsqrt()
+        condition = (base * 2).expand_as(frames)  # about unit variance
+        change = self.unet(torch.cat([difference * scale, condition], dim=2), t, **conditions)
+        others = torch.arange(z.shape[1], device=z.device) != m
+        return base, difference, self.data_std * change.to(z.dtype) * others.view(-1, 1, 1, 1)

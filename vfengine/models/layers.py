@@ -15,7 +15,8 @@ def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
     """positions [...] -> [..., dim] fp32: cos then sin of positions at dim / 2 frequencies, 1 to 1/10000."""
     half = dim // 2
     frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=positions.device) * (-math.log(10000.0) / half)
+        torch.arange(half, dtype=torch.float32, device=positions.device)
+        * (-math.log(10000.0) / half)
     )
     angles = positions[..., None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -43,13 +44,17 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in fp32 whatever comes in: on CPUs the channels_last bf16 kernel is three times slower."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return F.group_norm(
+            x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
+        )
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions; the embedding scales and shifts (or, scale_shift=False, only shifts) between them."""
 
-    def __init__(self, in_channels: int, out_channels: int, embed_dim: int, groups: int, scale_shift: bool):
+    def __init__(
+        self, in_channels: int, out_channels: int, embed_dim: int, groups: int, scale_shift: bool
+    ):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels)
@@ -58,7 +63,9 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, out_channels)
         self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -129,7 +136,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     the time of torch's fused CPU kernel.
     """
     if k.shape[-2] > 64:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)
+        )
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
@@ -147,7 +156,9 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         source = x if context is None else context
         split = (self.heads, self.head_dim)
         q, k, v = (

@@ -58,7 +58,9 @@ class UNetConfig:
         ):
             value = tuple(getattr(self, name))
             if len(value) != levels:
-                raise ValueError(f"UNetConfig: {name} needs {levels} entries, one per level, got {value}")
+                raise ValueError(
+                    f"UNetConfig: {name} needs {levels} entries, one per level, got {value}"
+                )
             object.__setattr__(self, name, value)
         for channels in self.block_out_channels:
             if channels % self.norm_groups or channels % self.head_dim:
@@ -85,7 +87,9 @@ class Stage(nn.Module):
         super().__init__()
         channels = config.block_out_channels[level]
         embed_dim = 4 * config.block_out_channels[0]
-        self.resnet = ResBlock(in_channels, channels, embed_dim, config.norm_groups, config.scale_shift)
+        self.resnet = ResBlock(
+            in_channels, channels, embed_dim, config.norm_groups, config.scale_shift
+        )
         self.temp_conv = self.spatial = self.temporal = None
         if config.temporal_conv[level]:
             self.temp_conv = TemporalConv(channels, config.norm_groups, config.temporal_conv_depth)
@@ -94,7 +98,9 @@ class Stage(nn.Module):
         if attention and config.temporal_attention[level]:
             self.temporal = Transformer(channels, "time", config)
 
-    def forward(self, x: Tensor, embedding: Tensor, num_frames: int, context: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, num_frames: int, context: Tensor | None
+    ) -> Tensor:
         x = self.resnet(x, embedding)
         if self.temp_conv is not None:
             x = self.temp_conv(x, num_frames)
@@ -116,7 +122,9 @@ class UNet(nn.Module):
         self.time_dim, embed_dim = widths[0], 4 * widths[0]
         self.time_embedding = _mlp(self.time_dim, embed_dim)
         self.class_embedding = (
-            nn.Embedding(config.num_classes + 1, embed_dim) if config.num_classes is not None else None
+            nn.Embedding(config.num_classes + 1, embed_dim)
+            if config.num_classes is not None
+            else None
         )
         self.frame_embedding = _mlp(self.time_dim, embed_dim) if config.frame_embedding else None
         # a sum lets class and frame act only side by side; this lets "frame 3 of a cartwheel" mean something
@@ -159,7 +167,11 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor | None = None, class_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """x [B, C, H, W] or [B, N, C, H, W], t int64 [B], context [B, M, C'], class_labels int64 [B] -> like x.
 
@@ -197,7 +209,9 @@ class UNet(nn.Module):
 
     def _embedding(self, t: Tensor, class_labels: Tensor | None, num_frames: int, device) -> Tensor:
         """[B*N, E]: of the timestep, the class and the frame."""
-        embedding = self.time_embedding(sinusoidal_embedding(t, self.time_dim).to(self.dtype))  # [B, E]
+        embedding = self.time_embedding(
+            sinusoidal_embedding(t, self.time_dim).to(self.dtype)
+        )  # [B, E]
         if self.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full_like(t, self.config.num_classes)
@@ -205,13 +219,17 @@ class UNet(nn.Module):
         if self.frame_embedding is not None:
             # 60 a frame: 16 frames span about the 1000 of the timesteps, whose frequencies these are
             offsets = (torch.arange(num_frames, device=device) - num_frames // 2) * 60.0
-            frame = self.frame_embedding(sinusoidal_embedding(offsets, self.time_dim).to(self.dtype))
+            frame = self.frame_embedding(
+                sinusoidal_embedding(offsets, self.time_dim).to(self.dtype)
+            )
             embedding = embedding[:, None] + frame  # [B, N, E]
             embedding = embedding + self.embedding_mixer(F.silu(embedding))
             return embedding.flatten(0, 1)
         return embedding.repeat_interleave(num_frames, dim=0)
 
-    def _check(self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None) -> None:
+    def _check(
+        self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None
+    ) -> None:
         config, multiple = self.config, self.config.size_multiple
         form = "[B, N, C, H, W]" if config.is_video else "[B, C, H, W]"
         if x.dim() != (5 if config.is_video else 4) or x.shape[-3] != config.in_channels:
@@ -231,7 +249,9 @@ class UNet(nn.Module):
                 f"UNet: class_labels {tuple(class_labels.shape)} given to a UNet "
                 f"with num_classes={config.num_classes} and a batch of {x.shape[0]}"
             )
-        if context is not None and (config.context_dim is None or context.shape[-1] != config.context_dim):
+        if context is not None and (
+            config.context_dim is None or context.shape[-1] != config.context_dim
+        ):
             raise ValueError(
                 f"UNet: context {tuple(context.shape)} given to a UNet with context_dim={config.context_dim}"
             )

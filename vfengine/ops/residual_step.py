@@ -66,9 +66,9 @@ def residual_step(
         xi = _draw(u, coeffs, step, seed)
     rest = (lam, coeffs, step, r_uncond, xi, guidance_scale, backend)
     if out is None or out is u:
-        torch.ops.vfengine.residual_step_(u, r, g, *rest)
+        _OP_IN_PLACE(u, r, g, *rest)
         return u
-    torch.ops.vfengine.residual_step(u, r, g, *rest, out)
+    _OP(u, r, g, *rest, out)
     return out
 
 
@@ -207,3 +207,5 @@ register(
     lambda u, *rest: _residual_step(u, *rest, out=u),
     lambda u, *rest: _check(u, *rest, out=u),
 )
+_OP = torch.ops.vfengine.residual_step.default
+_OP_IN_PLACE = torch.ops.vfengine.residual_step_.default
