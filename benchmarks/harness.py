@@ -126,8 +126,13 @@ def main(measure: Callable[[], list[Row]], description: str | None) -> None:
     rows = measure()
     print(table(rows))
     if arguments.json:
-        report = {"machine": facts, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, rows, facts)
+
+
+def write_json(file: Path, rows: Sequence[Row], facts: dict[str, object] | None = None) -> None:
+    """Writes {"machine": {...}, "rows": [{...}, ...]}; facts: of `machine`, None: read now."""
+    report = {"machine": facts or machine(), "rows": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _cpu_clock(contender: Contender) -> float:

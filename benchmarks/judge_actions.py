@@ -2,10 +2,11 @@
 
     python benchmarks/judge_actions.py --model CHECKPOINT --work FOLDER [--json FILE]
 
-1. Trains a 3D CNN on rendered mocap (kept in FOLDER and found again), and reads held-out clips with it: other
-   actors, rooms, views and phases of the same 15 performances. Frozen clips (one frame, repeated) must fall to
-   chance, or the judge would be reading poses and not motion.
-2. Generates --per-action clips of every action, in both `base_path` modes from the same seeds, and reads them.
+1. Trains a 3D CNN on rendered mocap (kept in FOLDER and found again), and reads held-out clips
+   with it: other actors, rooms, views and phases of the same 15 performances. Frozen clips (one
+   frame, repeated) must fall to chance, or the judge would be reading poses and not motion.
+2. Generates --per-action clips of every action, in both `base_path` modes from the same seeds, and
+   reads them.
 3. Writes a sheet of generated clips a mode into FOLDER, for people to look at.
 """
 
@@ -29,7 +30,7 @@ HELD_OUT_SEED, HELD_OUT_CLIPS = 1_000_003, 600
 
 
 class Judge(nn.Module):
-    """Clips [B, N, 3, H, W] in -1..1 -> logits [B, classes], from colours and from frame differences."""
+    """Clips [B, N, 3, H, W] in -1..1 -> logits [B, classes], from colours and their changes."""
 
     def __init__(self, classes: int = len(ACTIONS)):
         super().__init__()
@@ -63,7 +64,7 @@ def to_input(clips: np.ndarray) -> Tensor:
 def train_judge(
     clips: np.ndarray, labels: np.ndarray, steps: int, batch: int = 32, seed: int = 0
 ) -> Judge:
-    """Cross-entropy on real clips, half of them blurred or noisy, so that generated ones are not foreign."""
+    """Cross-entropy on real clips, half of them blurred or noisy as generated ones may be."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     judge = Judge().train()
@@ -107,7 +108,7 @@ def read(judge: Judge, clips: np.ndarray) -> np.ndarray:
 
 
 def generate(pipeline: VideoFusionPipeline, per_action: int, base_path: str, options) -> np.ndarray:
-    """uint8 clips [15 * per_action, N, H, W, 3]; clip j of an action uses seed j of base and of residual."""
+    """uint8 clips [15 * per_action, N, H, W, 3]; clip j of an action is sample j of its seeds."""
     parts = []
     for action in tqdm(ACTIONS, desc=base_path, disable=None):
         output = pipeline(

@@ -34,7 +34,11 @@ def tiny_config(**changes) -> CheckpointConfig:
         "schedule": NoiseSchedule.linear(1000, 1e-4, 2e-2).to_dict(),
         "base": UNetConfig(**shape, temporal_attention=(False, False)),
         "residual": UNetConfig(
-            **shape, temporal_attention=(False, True), frame_embedding=True, in_channels=6
+            **shape,
+            temporal_attention=(False, True),
+            frame_embedding=True,
+            in_channels=6,
+            out_channels=6,
         ),
         "base_path": "stepwise",
     }

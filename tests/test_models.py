@@ -20,6 +20,7 @@ from vfengine.models.layers import (
 )
 
 IMAGE, CLIP = tiny_config().base, tiny_config().residual
+RGB = {"in_channels": 3, "out_channels": 3}
 SCHEDULE = tiny_config().noise_schedule()
 
 
@@ -40,7 +41,7 @@ def normal(*shape: int, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("batch, height, width", [(2, 16, 16), (1, 4, 12)])
 @pytest.mark.parametrize("frames", [None, 1, 4, 5])
 def test_unet_keeps_shape(frames, batch, height, width):
-    config = IMAGE if frames is None else replace(CLIP, in_channels=3)
+    config = IMAGE if frames is None else replace(CLIP, **RGB)
     shape = (batch, 3, height, width) if frames is None else (batch, frames, 3, height, width)
     unet = randomise(UNet(config))
     out = unet(normal(*shape), torch.arange(batch), class_labels=torch.zeros(batch).long())
@@ -49,7 +50,7 @@ def test_unet_keeps_shape(frames, batch, height, width):
 
 
 def test_every_convolution_sees_channels_last():
-    unet = randomise(UNet(replace(CLIP, in_channels=3, temporal_conv=(True, True))))
+    unet = randomise(UNet(replace(CLIP, **RGB, temporal_conv=(True, True))))
     seen = []
 
     def check(module, inputs):
@@ -76,7 +77,7 @@ def test_folding_frames_and_pixels_copies_nothing():
 
 def test_starts_as_zero_and_every_weight_learns():
     torch.manual_seed(0)
-    unet = UNet(replace(CLIP, in_channels=3, temporal_conv=(True, True)))
+    unet = UNet(replace(CLIP, **RGB, temporal_conv=(True, True)))
     x, t, labels = normal(2, 4, 3, 16, 16), torch.tensor([5, 700]), torch.tensor([0, 2])
     assert not bool(unet(x, t, class_labels=labels).any())
     optimizer = torch.optim.SGD(unet.parameters(), 0.1)
@@ -96,13 +97,13 @@ def test_frames_meet_only_through_temporal_layers():
     other = x.clone()
     other[:, 3] += 1
     for temporal, expected in ((True, True), (False, False)):
-        config = replace(CLIP, in_channels=3, temporal_attention=(False, temporal))
+        config = replace(CLIP, **RGB, temporal_attention=(False, temporal))
         unet = randomise(UNet(config))
         assert bool((unet(x, t)[:, 0] != unet(other, t)[:, 0]).any()) is expected
 
 
 def test_frame_embedding_tells_frames_apart():
-    unet = randomise(UNet(replace(CLIP, in_channels=3, temporal_attention=(False, False))))
+    unet = randomise(UNet(replace(CLIP, **RGB, temporal_attention=(False, False))))
     out = unet(normal(1, 1, 3, 16, 16).expand(1, 4, 3, 16, 16), torch.tensor([500]))
     assert float((out[:, 0] - out[:, 3]).detach().abs().max()) > 1e-3
 
@@ -115,7 +116,7 @@ def test_class_label_and_null_class():
     assert bool((unet(x, t) != unet(x, t, class_labels=torch.tensor([0, 1]))).any())
 
 
-@pytest.mark.parametrize("config", [IMAGE, replace(CLIP, in_channels=3)])
+@pytest.mark.parametrize("config", [IMAGE, replace(CLIP, **RGB)])
 def test_context_sequence_is_attended_to(config):
     unet = randomise(UNet(replace(config, context_dim=24)))
     x = normal(2, 4, 3, 16, 16) if config.is_video else normal(2, 3, 16, 16)
@@ -163,7 +164,8 @@ def test_config_rejects_uneven_levels_and_heads():
 def test_attend_matches_fused_attention(length, biased):
     q, k, v = (normal(2, 3, length, 8, seed=s) for s in (1, 2, 3))
     bias = normal(3, length, length) if biased else None
-    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=None if bias is None else bias.double())  # fmt: skip
+    mask = None if bias is None else bias.double()
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     torch.testing.assert_close(attend(q, k, v, bias).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -183,7 +185,9 @@ def test_relative_position_buckets():
 def test_resblock_takes_weights_of_diffusers():
     from diffusers.models.resnet import ResnetBlock2D
 
-    peer = randomise(ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=48, groups=32, eps=1e-5))  # fmt: skip
+    peer = randomise(
+        ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=48, groups=32, eps=1e-5)
+    )
     ours = ResBlock(32, 64, 48, groups=32, scale_shift=False)
     ours.load_state_dict(peer.state_dict())
     x, embedding = normal(2, 32, 8, 8), normal(2, 48)
@@ -269,11 +273,20 @@ def test_residual_generator_leaves_the_base_frame_alone(frames):
     torch.testing.assert_close(rebuilt.float(), z, rtol=1e-4, atol=1e-4)
 
 
-def test_untrained_residual_generator_repeats_the_base_frame():
+def test_residual_generator_blends_what_the_unet_says():
     generator = ResidualGenerator(UNet(CLIP), SCHEDULE, lam=0.5)
     z, t = normal(1, 4, 3, 16, 16), torch.tensor([200])
-    clean = generator.denoise(z, t)
-    torch.testing.assert_close(clean, clean[:, 2:3].expand_as(clean))
+    base = z[:, 2:3] / SCHEDULE.alphas_cumprod[200].sqrt()
+    bias = generator.unet.conv_out.bias.data.view(6, -1)  # the untrained UNet says its bias
+    bias[:3] = torch.tensor([0.1, -0.2, 0.3]).view(3, 1)
+    bias[3] = 50.0  # all weight on the base frame
+    repeated = generator.denoise(z, t)
+    torch.testing.assert_close(repeated, base.expand_as(z).float())
+    bias[5] = 100.0  # all weight on the paint
+    painted = generator.denoise(z, t)[:, [0, 1, 3]]
+    torch.testing.assert_close(
+        painted, torch.tensor([0.1, -0.2, 0.3]).view(3, 1, 1).expand_as(painted)
+    )
 
 
 def test_casting_a_generator_keeps_the_schedule_exact():

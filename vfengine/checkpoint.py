@@ -1,7 +1,7 @@
-"""A decomposed model on disk: a folder of `config.json`, `base.safetensors` and `residual.safetensors`.
+"""A decomposed model on disk: a folder of config.json, base.safetensors and residual.safetensors.
 
-The configuration holds everything that sampling needs to know (shapes, labels, schedule, λ); the weights are read
-without executing code, and held against the SHA-256 that the configuration records.
+The configuration holds everything that sampling needs to know (shapes, labels, schedule, λ); the
+weights are read without executing code, and held against the SHA-256 that it records.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class CheckpointConfig:
     fps         frames a second at which a clip plays at its natural speed
     schedule    NoiseSchedule.to_dict()
     base, residual   UNetConfig of the two networks
-    base_std, residual_std   standard deviation of what each network predicts (see models/generators.py)
+    base_std, residual_std   standard deviation of what each network predicts (see
+                models/generators.py)
     base_path   "stepwise" or "clean": how the base path is walked by default
     sha256      of the two weight files, filled in by save_checkpoint
     """
@@ -64,7 +66,7 @@ class CheckpointConfig:
         return NoiseSchedule.from_dict(self.schedule)
 
     def fingerprint(self) -> str:
-        """16 hex digits that name the base network, so that a base path of another one can be refused."""
+        """16 hex digits that name the base network: a base path of another one can be refused."""
         return self.sha256.get("base", "")[:16]
 
     def to_json(self) -> str:
@@ -86,7 +88,9 @@ class CheckpointConfig:
             values["labels"] = tuple(values["labels"])
             values["base"] = UNetConfig(**values["base"])
             values["residual"] = UNetConfig(**values["residual"])
-            return cls(**values)
+            config = cls(**values)
+            config.noise_schedule()  # refused here, where the file's name is known
+            return config
         except (TypeError, KeyError) as error:
             raise ValueError(f"incomplete or of another version ({error})") from error
 
@@ -126,7 +130,7 @@ def load_base(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> BaseGenerator:
-    """The base generator of a checkpoint, in eval mode; the faults of its file raise ValueError."""
+    """The base generator of a checkpoint, in eval mode; faults of its file raise ValueError."""
     unet = _load_unet(_folder(folder), "base", config.base, config, dtype, device)
     generator = BaseGenerator(unet, config.noise_schedule(), config.base_std)
     return generator.to(device).eval().requires_grad_(False)
@@ -138,7 +142,7 @@ def load_residual(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ResidualGenerator:
-    """The residual generator of a checkpoint, in eval mode; the faults of its file raise ValueError."""
+    """The residual generator of a checkpoint, in eval mode; faults of its file raise ValueError."""
     unet = _load_unet(_folder(folder), "residual", config.residual, config, dtype, device)
     generator = ResidualGenerator(unet, config.noise_schedule(), config.lam, config.residual_std)
     return generator.to(device).eval().requires_grad_(False)
@@ -151,11 +155,16 @@ def save_checkpoint(
     residual: dict[str, Tensor],
     dtype: torch.dtype = torch.float16,
 ) -> CheckpointConfig:
-    """Write a checkpoint from the state dicts of the two UNets; an interrupted write leaves the old one.
+    """Write a checkpoint from the UNets' state dicts; an interrupted write leaves the old one.
 
-    Returns the configuration as written, with the SHA-256 of the weights.
+    Returns the configuration as written, with the SHA-256 of the weights. Raises ValueError rather
+    than replace a folder or file that is no checkpoint.
     """
     folder = Path(folder)
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    ):
+        raise ValueError(f"{folder} exists and is no checkpoint: it is not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
     try:
@@ -163,7 +172,7 @@ def save_checkpoint(
         digests = {}
         for name, state in (("base", base), ("residual", residual)):
             tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-            save_file(tensors, fresh / f"{name}.safetensors")
+            write_safetensors(tensors, fresh / f"{name}.safetensors")
             digests[name] = hashlib.sha256((fresh / f"{name}.safetensors").read_bytes()).hexdigest()
         config = CheckpointConfig(**{**_shallow(config), "sha256": digests})
         (fresh / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
@@ -171,9 +180,21 @@ def save_checkpoint(
             os.replace(folder, old)
         os.replace(fresh, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return config
+
+
+def write_safetensors(
+    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """`save_file` with the permissions of any other new file; by itself it makes them 0600."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata)
+    file.chmod(mode)
 
 
 def _folder(folder: str | Path | None) -> Path:
@@ -185,7 +206,7 @@ def _shallow(config: CheckpointConfig) -> dict:
 
 
 def _load_unet(folder, name, unet_config, config, dtype, device) -> UNet:
-    """A UNet on `device` with the weights of `name`.safetensors, which must be exactly those it needs."""
+    """A UNet on `device` with the weights of `name`.safetensors, which must be exactly its own."""
     file = folder / f"{name}.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"checkpoint {folder} has no {file.name}")

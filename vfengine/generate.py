@@ -449,9 +449,18 @@ def _progress(settings: argparse.Namespace, phases: int) -> Any:
     return tqdm(
         total=batches * phases * settings.num_inference_steps,
         disable=True if settings.quiet else None,  # None: shown if stderr is a terminal
+        ncols=_terminal_columns(),
         leave=False,
         unit="step",
     )
+
+
+def _terminal_columns() -> int:
+    """Of the terminal at stderr; 80 when it does not say, where tqdm would show nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or no file behind stderr
+        return 80
 
 
 # -- what is said about it -------------------------------------------------------------------------

@@ -8,35 +8,31 @@ import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    """Runs one command line; returns the exit status: 2 for bad input, 1 for a loss gone to NaN."""
     try:
-        return _train(arguments)
-    except (
-        ValueError,
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
-        ImportError,
-    ) as error:
-        print(f"vfengine.train: error: {error}", file=sys.stderr)
-        return 2
+        return _train(_parser().parse_args(argv))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"vfengine.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print(
-            "vfengine.train: interrupted; --resume goes on from the last saved state",
-            file=sys.stderr,
-        )
+        message = "interrupted; --resume goes on from the last saved state"
+        print(f"vfengine.train: {message}", file=sys.stderr)
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
     from .training import TrainingOptions
 
-    parser = argparse.ArgumentParser(
-        "python -m vfengine.train", description=__doc__.split(": ", 1)[1]
-    )
+    parser = _Parser("python -m vfengine.train", description=__doc__.split(": ", 1)[1])
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for checkpoint, state, log and samples"
     )
@@ -65,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
+    parser.add_argument(
+        "--init-from", type=Path, metavar="DIR", help="a checkpoint whose weights to start from"
+    )
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     parser.add_argument(
         "--sample-every", type=int, default=2000, metavar="STEPS", help="0: no sample sheets"
@@ -73,12 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     defaults = TrainingOptions()
     for option in fields(TrainingOptions):
         value = getattr(defaults, option.name)
-        kind = (
-            {"choices": ("auto", "bf16", "fp32")}
-            if option.name == "precision"
-            else {"type": type(value)}
-        )
-        value = "auto" if option.name == "precision" else value
+        kind = {"type": type(value)}
+        if option.name == "precision":
+            value, kind = "auto", {"choices": ("auto", "bf16", "fp32")}
         parser.add_argument(
             f"--{option.name.replace('_', '-')}", default=value, help=f"default {value}", **kind
         )
@@ -93,6 +89,7 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    from .pipeline import usable_device
     from .training import Trainer, TrainingOptions
 
     output: Path = arguments.output
@@ -103,20 +100,26 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if arguments.resume and not state_file.exists():
         raise FileNotFoundError(f"nothing to resume: there is no {state_file}")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
-    options = TrainingOptions(**{f.name: getattr(arguments, f.name) for f in fields(TrainingOptions)
-                                 if f.name != "precision"}, precision=_precision(arguments))  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
+    usable_device(arguments.device)
+    values = {f.name: getattr(arguments, f.name) for f in fields(TrainingOptions)}
+    options = TrainingOptions(**{**values, "precision": _precision(arguments)})
+    _check(arguments)
     clips, labels, names = _data(arguments)
     trainer = Trainer(_config(arguments, names), options, clips, labels, arguments.device)
     if arguments.resume:
         trainer.restore(state_file)
+    elif arguments.init_from:
+        fresh = trainer.warm_start(arguments.init_from)
+        print(f"not in {arguments.init_from}: {', '.join(fresh) or 'nothing'}", file=sys.stderr)
+    output.mkdir(parents=True, exist_ok=True)
     sizes = [
         sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.base, trainer.residual)
     ]
-    print(f"{len(clips)} clips of {len(names)} classes; base {sizes[0]:.2f} M and residual {sizes[1]:.2f} M "
-          f"parameters; {options.precision} on {arguments.device}", file=sys.stderr)  # fmt: skip
+    print(
+        f"{len(clips)} clips of {len(names)} classes; base {sizes[0]:.2f} M and residual "
+        f"{sizes[1]:.2f} M parameters; {options.precision} on {arguments.device}",
+        file=sys.stderr,
+    )
     record = {
         **vars(arguments),
         **asdict(options),
@@ -150,8 +153,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """ValueError for numbers out of range and networks that cannot be, before clips are made."""
+    for name in ("num_clips", "num_frames", "size", "frame_stride", "patch_size", "save_every",
+                 "log_every"):  # fmt: skip
+        if getattr(arguments, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.sample_every < 0:
+        raise ValueError(f"--sample-every must not be negative, got {arguments.sample_every}")
+    if not 0 < arguments.fps < float("inf"):
+        raise ValueError(f"--fps must be positive, got {arguments.fps}")
+    if not 0 <= arguments.lam < 1:  # at 1 no frame has noise of its own to estimate
+        raise ValueError(f"--lam must be at least 0 and below 1, got {arguments.lam}")
+    multiple = _config(arguments, ("any",)).base.size_multiple
+    if arguments.size % multiple:
+        raise ValueError(f"--size must be a multiple of {multiple}, got {arguments.size}")
+
+
 def _precision(arguments: argparse.Namespace) -> str:
-    """What "auto" means: bf16 where the device computes in it, fp32 where it would only emulate it."""
+    """What "auto" means: bf16 where the device computes in it, fp32 where it would emulate it."""
     import torch
 
     if arguments.precision != "auto":
@@ -170,11 +191,11 @@ def _data(arguments: argparse.Namespace):
     if arguments.data == "mocap":
         from .data.mocap import ACTIONS, render_clips
 
-        name = f"mocap-{arguments.num_frames}x{arguments.size}-seed{arguments.seed}-{arguments.num_clips}.npy"
+        shape = f"{arguments.num_frames}x{arguments.size}"
+        name = f"mocap-{shape}-seed{arguments.seed}-{arguments.num_clips}.npy"
         file = (arguments.clips_cache or arguments.output) / name
-        with tqdm(
-            total=arguments.num_clips, desc="rendering", unit="clip", disable=None
-        ) as progress:
+        total = arguments.num_clips
+        with tqdm(total=total, desc="rendering", unit="clip", disable=None) as progress:
             clips, labels = render_clips(
                 arguments.num_clips,
                 arguments.seed,
@@ -205,7 +226,7 @@ def _data(arguments: argparse.Namespace):
 def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     """The model: attention at the coarsest level, temporal convolutions one above it."""
     from .checkpoint import CheckpointConfig
-    from .models import UNetConfig
+    from .models import ResidualGenerator, UNetConfig
     from .schedule import NoiseSchedule
 
     levels = len(arguments.layers_per_block)
@@ -224,6 +245,7 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     residual = replace(
         base,
         in_channels=6,
+        out_channels=3 + ResidualGenerator.BLENDED,
         block_out_channels=arguments.residual_channels,
         temporal_attention=coarsest,
         temporal_conv=tuple(level == levels - 2 for level in range(levels)),
@@ -245,20 +267,17 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
 
 
 def _summary(step: int, reports: list, batch_size: int, seconds: float) -> dict:
-    """The log line of some steps: means of their losses, of each fifth of the schedule, and the speed."""
+    """The log line of some steps: mean losses, those of each fifth of the schedule, the speed."""
     import warnings
 
     import numpy as np
 
+    by_t = {}
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # a fifth without a sample stays NaN, as null
-        by_t = {
-            name: [None if np.isnan(v) else round(float(v), 4) for v in
-                   np.nanmean([getattr(r, f"{name}_by_t") for r in reports], axis=0)]
-            for name in ("base", "residual")
-        }  # fmt: skip
+        warnings.simplefilter("ignore", RuntimeWarning)  # a fifth without a sample is null
+        for name in ("base", "residual"):
+            means = np.nanmean([getattr(r, f"{name}_by_t") for r in reports], axis=0)
+            by_t[name] = [None if np.isnan(v) else round(float(v), 4) for v in means]
     return {
         "step": step,
         "base": round(float(np.mean([r.base_loss for r in reports])), 4),
@@ -275,7 +294,7 @@ def _sample_sheet(trainer, file: Path) -> None:
 
     from .decompose import decomposed_noise
     from .sampling import sample
-    from .video_io import write_video
+    from .video_io import sheet, write_video
 
     config = trainer.config
     labels = torch.arange(min(8, len(config.labels)), device=trainer.device)
@@ -296,7 +315,7 @@ def _sample_sheet(trainer, file: Path) -> None:
         )
     pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(2, -1).cpu().numpy()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_video(file, pixels.reshape(-1, *pixels.shape[2:]), fps=config.fps)
+    write_video(file, sheet(pixels, columns=config.num_frames)[None])
 
 
 if __name__ == "__main__":

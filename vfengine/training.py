@@ -1,7 +1,7 @@
-"""Training a decomposed model: the joint loss of `decompose.py` on clips, an average of the weights, checkpoints.
+"""Training a decomposed model: the joint loss of `decompose.py` on clips, averaged weights, state.
 
-Everything random in step k is drawn from (seed, k), so a run that is stopped and resumed takes, bit for bit, the
-steps of one that was never stopped (same machine, thread count and torch).
+Everything random in step k is drawn from (seed, k), so a run that is stopped and resumed takes, bit
+for bit, the steps of one that was never stopped (same machine, thread count and torch).
 """
 
 from __future__ import annotations
@@ -15,30 +15,40 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import CheckpointConfig, build_base, build_residual, save_checkpoint
+from .checkpoint import (
+    CheckpointConfig,
+    build_base,
+    build_residual,
+    load_base,
+    load_residual,
+    read_config,
+    save_checkpoint,
+    write_safetensors,
+)
 from .decompose import add_noise, joint_loss
 
-TIME_BINS = (
-    5  # the log shows the losses by fifths of the schedule: where motion is decided, where detail
-)
+# the log shows the losses by fifths of the schedule: where motion is decided, where detail
+TIME_BINS = 5
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train; recorded with the weights.
 
-    steps            optimizer steps; the learning rate rises over `warmup` and falls over the last `decay` share
+    steps            optimizer steps; the learning rate rises over `warmup` and falls over the last
+                     `decay` share
     batch_size       clips a step
     extra_images     base frames of further clips a step, for the base network alone
     learning_rate, weight_decay, gradient_clip   of AdamW (0.9, 0.99)
     ema              decay of the averaged weights, which are the ones that are shipped
-    class_dropout    share of samples whose label becomes the null class, for classifier-free guidance
-    clean_share      share of clips on which the residual network sees the exact base noise (base_path="clean")
-    base_jitter      noise on the base frame that those clips show it, uniform up to this standard deviation:
-                     a generated base frame is not as clean as a real one
+    class_dropout    share of samples whose label becomes the null class, for classifier-free
+                     guidance
+    clean_share      share of clips on which the residual network sees the exact base noise
+                     (base_path="clean")
+    base_jitter      noise on the base frame that those clips show it, of a standard deviation
+                     uniform up to this: a generated base frame is not as clean as a real one
     precision        "bf16" (autocast) or "fp32"
     """
 
@@ -64,8 +74,12 @@ class TrainingOptions:
         for name in ("decay", "ema", "class_dropout", "clean_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        if self.extra_images < 0 or self.warmup < 0:
-            raise ValueError("extra_images and warmup must not be negative")
+        for name in ("extra_images", "warmup", "weight_decay", "base_jitter", "seed"):
+            if not getattr(self, name) >= 0:  # also refuses NaN
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
 
@@ -78,7 +92,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step's losses: their means, and the means within each fifth of the schedule (NaN: no sample there)."""
+    """One step's losses: their means, and those in each fifth of the schedule (NaN: no sample)."""
 
     base_loss: float
     residual_loss: float
@@ -103,18 +117,17 @@ class Trainer:
         shape = (config.num_frames, config.height, config.width, config.channels)
         if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[1:] != shape:
             raise ValueError(f"expected uint8 clips [M, {shape}], got {clips.dtype} {clips.shape}")
-        if len(labels) != len(clips) or (
-            len(labels) and not 0 <= labels.min() <= labels.max() < len(config.labels)
+        if not len(clips):
+            raise ValueError("expected at least one clip, got none")
+        if len(labels) != len(clips) or not (
+            0 <= labels.min() <= labels.max() < len(config.labels)
         ):
             raise ValueError(
                 f"expected {len(clips)} labels in 0..{len(config.labels) - 1}, got {labels.shape}"
             )
         self.config, self.options, self.clips, self.labels = config, options, clips, labels
-        self.device, self.schedule, self.steps_done = (
-            torch.device(device),
-            config.noise_schedule(),
-            0,
-        )
+        self.device, self.schedule = torch.device(device), config.noise_schedule()
+        self.steps_done = 0
         torch.manual_seed(options.seed)
         self.base, self.residual = build_base(config).to(device), build_residual(config).to(device)
         self.parameters = [*self.base.parameters(), *self.residual.parameters()]
@@ -133,6 +146,7 @@ class Trainer:
             weight_decay=options.weight_decay,
             fused=True,
         )
+        self._prepare_optimizer()
 
     def step(self) -> StepReport:
         """One optimizer step on the batch of this step."""
@@ -194,36 +208,33 @@ class Trainer:
         return t, base_loss, base_t, residual_loss
 
     def _image_loss(self, rng, generator, count: int) -> tuple[Tensor, Tensor]:
-        """The base network's loss (DESIGN: base frame) on further base frames: (loss [count], t [count])."""
+        """The base network's loss on further base frames, eq. (4): (loss [count], t [count])."""
         x, labels = self._clips(rng, count, only_base=True)
         t, b = self._timesteps(generator, count), self._normal(generator, x.shape)
         error = b - self.base(add_noise(x, b, t, self.schedule), t, class_labels=labels)
         return error.square().flatten(1).mean(1) * self._clean_weight(t, 1.0, self.base.data_std), t
 
     def _clean_weight(self, t: Tensor, noise_share: float, data_std: float) -> Tensor:
-        """Factor [B] on the squared ε error, so that clean-pixel errors weigh min(1/σ², 10) + 1/std².
+        """Factor [B] on the squared ε error: clean-pixel errors weigh min(1/σ², 10) + 1/std².
 
-        σ² = share (1-ᾱ)/ᾱ is the noise a network sees beside unit signal, and (1-ᾱ)/ᾱ turns ε errors (of the
-        frame's whole noise) into pixel errors: the weighting of EDM (arXiv 2206.00364, Table 1), capped.
+        σ² = share (1-ᾱ)/ᾱ is the noise a network sees beside unit signal, and (1-ᾱ)/ᾱ turns ε
+        errors (of the frame's whole noise) into pixel errors: the weighting of EDM (arXiv
+        2206.00364, Table 1), capped.
         """
         signal, noise = self.schedule.signal_and_noise(t, torch.empty(len(t), device=self.device))
         pixels = (noise / signal).square()
         return pixels * ((1 / (noise_share * pixels)).clamp(max=10) + data_std**-2)
 
     def _clips(self, rng, count: int, only_base: bool = False) -> tuple[Tensor, Tensor]:
-        """`count` clips [B, N, C, H, W] (or base frames [B, C, H, W]) in -1..1, and their labels, some dropped."""
+        """`count` clips [B, N, C, H, W] (or base frames [B, C, H, W]) in -1..1, and their labels.
+
+        A share `class_dropout` of the labels is the null class.
+        """
         chosen = rng.integers(0, len(self.clips), count)
         m = self.config.num_frames // 2
         pixels = np.stack([self.clips[i, m] if only_base else self.clips[i] for i in chosen])
-        x = (
-            torch.from_numpy(pixels)
-            .to(self.device)
-            .movedim(-1, -3)
-            .float()
-            .div(127.5)
-            .sub(1)
-            .contiguous()
-        )
+        x = torch.from_numpy(pixels).to(self.device).movedim(-1, -3).float()
+        x = x.div(127.5).sub(1).contiguous()
         labels = self.labels[chosen].copy()
         labels[rng.uniform(size=count) < self.options.class_dropout] = self.config.null_class
         return x, torch.from_numpy(labels).to(self.device)
@@ -238,18 +249,39 @@ class Trainer:
         return torch.randn(shape, generator=generator).to(self.device)
 
     def _jitter(self, generator, exact: Tensor, shape) -> Tensor:
-        """Noise [B, C, H, W] for the base frames shown to the residual network; zero where b̂ is the network's."""
-        std = (
-            torch.rand(len(exact), 1, 1, 1, generator=generator).to(self.device)
-            * self.options.base_jitter
-        )
+        """Noise [B, C, H, W] on the base frames that the residual network is shown.
+
+        Zero where b̂ is the base network's.
+        """
+        share = torch.rand(len(exact), 1, 1, 1, generator=generator).to(self.device)
+        std = share * self.options.base_jitter
         return self._normal(generator, shape) * std * exact.view(-1, 1, 1, 1)
 
     def _by_t(self, loss: Tensor, t: Tensor) -> list[float]:
         bins = t * TIME_BINS // self.schedule.num_train_timesteps
         return [float(loss.detach()[bins == i].mean()) for i in range(TIME_BINS)]
 
-    # ------------------------------------------------------------------------------------------ on disk
+    # -- on disk -------------------------------------------------------------------------------
+
+    def warm_start(self, folder: Path) -> list[str]:
+        """Start from the weights of a checkpoint folder where name and shape are the same.
+
+        Returns the names of the weights that keep their fresh initialisation. Raises
+        FileNotFoundError or ValueError for a folder that holds no whole checkpoint.
+        """
+        config = read_config(folder)
+        fresh = []
+        for name, stored, nets in (
+            ("base", load_base(folder, config), (self.base, self.averaged_base)),
+            ("residual", load_residual(folder, config), (self.residual, self.averaged_residual)),
+        ):
+            state = stored.unet.state_dict()
+            for net in nets:
+                own = net.unet.state_dict()
+                fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+                net.unet.load_state_dict(fits, strict=False)
+            fresh += [f"{name}.{key}" for key in own if key not in fits]
+        return fresh
 
     def export(self, folder: Path) -> CheckpointConfig:
         """Write the averaged weights as a checkpoint that `vfengine.generate --model` takes."""
@@ -261,7 +293,7 @@ class Trainer:
         )
 
     def save(self, file: Path) -> None:
-        """Everything a run continues from, in one .safetensors file, written under a temporary name."""
+        """Everything a run continues from, in one .safetensors file that is whole or not there."""
         tensors = {
             f"{kind}.{i}": value.detach().cpu().contiguous()
             for kind, values in self._state().items()
@@ -271,13 +303,13 @@ class Trainer:
         metadata["options"] = json.dumps(asdict(self.options))
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata)
+            write_safetensors(tensors, temporary, metadata)
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
 
     def restore(self, file: Path) -> None:
-        """Continue from `save`. Raises ValueError for a damaged file or the state of another model."""
+        """Continue from `save`. Raises ValueError for a damaged file or another model's state."""
         try:
             with safe_open(file, "pt") as stored:
                 metadata = stored.metadata() or {}
@@ -285,7 +317,6 @@ class Trainer:
                     raise ValueError(
                         f"{file} is the training state of another model or of other data"
                     )
-                self._prepare_optimizer()
                 with torch.no_grad():
                     for kind, values in self._state().items():
                         for i, value in enumerate(values):
@@ -295,7 +326,7 @@ class Trainer:
         self.steps_done = int(metadata["steps_done"])
 
     def _state(self) -> dict[str, list[Tensor]]:
-        adam = [self.optimizer.state[p] for p in self.parameters if p in self.optimizer.state]
+        adam = [self.optimizer.state[p] for p in self.parameters]
         return {
             "parameter": self.parameters,
             "average": self.averages,
@@ -303,7 +334,7 @@ class Trainer:
         }
 
     def _prepare_optimizer(self) -> None:
-        """Give AdamW the state it would have after a step, for `restore` to fill."""
+        """Give AdamW the state that its first step would, so that `save` and `restore` find it."""
         for parameter in self.parameters:
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),

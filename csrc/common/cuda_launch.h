@@ -51,10 +51,24 @@ __device__ __forceinline__ void from_float(__nv_bfloat16& to, float x) {
   to = __float2bfloat16_rn(x);
 }
 
-// kSize neighbours, moved by one instruction.
+// kSize neighbours: a single element, or 16 bytes moved by one instruction.
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) Vector {
+  static_assert(kSize == 1 || sizeof(T) * kSize == 16);
   T at[kSize];
 };
+
+template <int kSize, class T>
+__device__ __forceinline__ Vector<T, kSize> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, kSize>*>(from);
+}
+
+template <class T, int kSize>
+__device__ __forceinline__ void store(T* to, const Vector<T, kSize>& x) {
+  if constexpr (kSize == 1)
+    *to = x.at[0];
+  else  // a plain assignment becomes four stores of 4 bytes (nvcc 13.0)
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&x));
+}
 
 }  // namespace vf

@@ -33,36 +33,35 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= pixels) return;
 
   const int32_t row = *step;
-  const bool in_range = row >= 0 && row < num_steps;
-  float c[3] = {0.0f, 0.0f, 0.0f};
-  if (in_range)
+  float c[3] = {nanf(""), 0.0f, 0.0f};
+  if (row >= 0 && row < num_steps)
     for (int k = 0; k < 3; ++k) c[k] = coeffs[3 * int64_t(row) + k];
-  const bool noise = c[2] != 0.0f;
-  const bool broken = !in_range || (noise && xi == nullptr);
+  const bool noise = c[2] != 0.0f && xi != nullptr;
+  if (c[2] != 0.0f && xi == nullptr) c[0] = nanf("");
 
   const int runs = (frames + run - 1) / run;
   for (int64_t tile = blockIdx.y; tile < batch * runs; tile += gridDim.y) {
     const int64_t clip = tile / runs;
     const int first = int(tile % runs) * run;
     const int last = first + run < frames ? first + run : frames;
-    const Vec gv = *reinterpret_cast<const Vec*>(g + clip * pixels + i);
+    const Vec gv = load<kSize>(g + clip * pixels + i);
     for (int n = first; n < last; ++n) {
       const int64_t at = (clip * frames + n) * pixels + i;
       const ResidualStepFrame frame = residual_step_frame(c, lam[n]);
-      const Vec uv = *reinterpret_cast<const Vec*>(u + at);
-      const Vec rv = *reinterpret_cast<const Vec*>(r + at);
+      const Vec uv = load<kSize>(u + at);
+      const Vec rv = load<kSize>(r + at);
       Vec r0v, xv, ov;
-      if (r_uncond) r0v = *reinterpret_cast<const Vec*>(r_uncond + at);
-      if (noise && !broken) xv = *reinterpret_cast<const Vec*>(xi + at);
+      if (r_uncond) r0v = load<kSize>(r_uncond + at);
+      if (noise) xv = load<kSize>(xi + at);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         float rk = to_float(rv.at[k]);
         if (r_uncond) rk = guided(rk, to_float(r0v.at[k]), guidance_scale);
         float x = residual_step(frame, to_float(uv.at[k]), to_float(gv.at[k]), rk);
-        if (noise && !broken) x += frame.from_noise * to_float(xv.at[k]);
-        from_float(ov.at[k], broken ? nanf("") : x);
+        if (noise) x += frame.from_noise * to_float(xv.at[k]);
+        from_float(ov.at[k], x);
       }
-      *reinterpret_cast<Vec*>(out + at) = ov;
+      store(out + at, ov);
     }
   }
 }

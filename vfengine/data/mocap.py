@@ -1,9 +1,10 @@
-"""Rendered mocap: recorded human motions, played by a random actor in a random room, seen from a random side.
+"""Rendered mocap: recorded human motions with a random actor, room and side to see them from.
 
-The motions are the 15 performances that pybullet ships (`pybullet_data/data/motions/humanoid3d_*.txt`); pybullet's
-software renderer draws them. A clip is 16 frames of 64 x 64 by default, about one period of the action, the camera
-following the actor so that the figure fills the picture. Content (actor, room, view, light, phase) is random;
-motion is the class. This is not real video, and one performance per action is all there is of each motion.
+The motions are the 15 performances that pybullet ships (`humanoid3d_*.txt` in its data/motions);
+pybullet's software renderer draws them. A clip is 16 frames of 64 x 64 by default, about one period
+of the action, the camera following the actor so that the figure fills the picture. Content (actor,
+room, view, light, phase) is random; motion is the class. This is not real video, and one
+performance per action is all there is of each motion.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ SECONDS = {
 ACTIONS = tuple(SECONDS)
 _PERIODIC = ("walk", "run")  # the others would jump where their end meets their start
 
-# joints in the order of a motion's columns, after time, root position and root rotation; quaternion or one angle
+# joints in the order of a motion's columns, after time, root position and root rotation, and how
+# many columns each has: 4 for a quaternion, 1 for an angle
 _JOINTS = {
     "chest": 4,
     "neck": 4,
@@ -75,7 +77,7 @@ class Motion:
         ]
 
     def at(self, time: float) -> np.ndarray:
-        """The pose at `time` seconds: linear between rows, quaternions normalised along the shorter way."""
+        """The pose at `time` seconds: linear between rows, unit quaternions the shorter way."""
         time = time % self.duration if self.periodic else min(max(time, 0.0), self.duration)
         i = min(int(np.searchsorted(self.times, time, "right")) - 1, len(self.times) - 2)
         share = (time - self.times[i]) / max(self.times[i + 1] - self.times[i], 1e-6)
@@ -121,7 +123,10 @@ class MocapRenderer:
         self.bullet.disconnect(self.client)
 
     def clip(self, action: str, seed: int | tuple[int, ...]) -> np.ndarray:
-        """One clip uint8 [N, H, W, 3]; the same seed gives the same clip. Raises ValueError for an action."""
+        """One clip uint8 [N, H, W, 3]; the same seed gives the same clip.
+
+        Raises ValueError for an unknown action.
+        """
         if action not in self.motions:
             raise ValueError(f"unknown action {action!r}: expected one of {', '.join(ACTIONS)}")
         rng = np.random.default_rng(seed)
@@ -169,7 +174,7 @@ class MocapRenderer:
         }
 
     def _room(self, rng: np.random.Generator) -> np.ndarray:
-        """A wall and a floor, shaded across or down, the wall sometimes striped: [S, S, 3] in 0..255."""
+        """A wall and a floor, shaded across or down, perhaps with stripes: [S, S, 3] in 0..255."""
         side = self.size * _SUPERSAMPLING
         down, across = np.mgrid[0:side, 0:side] / side
         wall, floor = _colour(rng, (0, 0.5), (0.25, 0.95)), _colour(rng, (0, 0.5), (0.2, 0.8))
@@ -232,15 +237,19 @@ def render_clips(
     num_frames: int = 16,
     progress=None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 clips [M, N, H, W, 3] and int64 labels [M] (indices into ACTIONS), the actions taking turns.
+    """uint8 clips [M, N, H, W, 3] and int64 labels [M] (indices into ACTIONS, in turns).
 
-    Clip i depends on seed and i alone, not on the number of workers. With `file`, clips are kept there as .npy
-    (memory-mapped) and found again by the next call. progress(n) is called as clips are finished.
+    Clip i depends on seed and i alone, not on the number of workers. With `file`, clips are kept
+    there as .npy (memory-mapped) and found again by the next call. progress(n) is called as clips
+    are finished. Raises ValueError for a file that is truncated or holds clips of another shape.
     """
     shape = (num_clips, num_frames, size, size, 3)
     labels = np.arange(num_clips, dtype=np.int64) % len(ACTIONS)
     if file is not None and file.exists():
-        clips = np.load(file, mmap_mode="r")
+        try:
+            clips = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file} is no complete .npy file, remove it: {error}") from error
         if clips.shape != shape or clips.dtype != np.uint8:
             raise ValueError(
                 f"{file} holds {clips.dtype} {clips.shape}, expected uint8 {shape}: remove it"

@@ -1,4 +1,4 @@
-"""One UNet family for the base generator, the residual generator and plain video diffusion models."""
+"""One UNet family for the base generator, the residual generator and plain video diffusion."""
 
 from .generators import BaseGenerator, ResidualGenerator
 from .unet import UNet, UNetConfig

@@ -1,7 +1,8 @@
-"""The two generators of a decomposed model: a UNet that predicts clean pictures, behind an ε interface.
+"""The generators of a decomposed model: a UNet that predicts clean pictures, behind ε estimates.
 
-Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels, which trains several
-times faster at large patches. A wrapper scales what goes in to unit variance and turns what comes out into ε.
+Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels, which
+trains several times faster at large patches. A wrapper scales what goes in to unit variance and
+turns what comes out into ε.
 """
 
 import torch
@@ -12,7 +13,7 @@ from .unet import UNet
 
 
 class _Generator(nn.Module):
-    """What both have: the UNet, ᾱ of every timestep, the standard deviation of what the UNet predicts."""
+    """What both have: the UNet, every timestep's ᾱ, the standard deviation of what is predicted."""
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float):
         super().__init__()
@@ -45,7 +46,10 @@ class BaseGenerator(_Generator):
         return self.data_std * self.unet(z * scale, t, **conditions).to(z.dtype)
 
     def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """b̂ = (z - √ᾱ x̂) / √(1-ᾱ).  z [B, C, H, W], t int64 [B]; class_labels, context: see UNet."""
+        """b̂ = (z - √ᾱ x̂) / √(1-ᾱ).
+
+        z [B, C, H, W], t int64 [B]; class_labels, context: see UNet
+        """
         a = self._alphas_cumprod(t, z.dim())
         return (z - a.sqrt() * self.denoise(z, t, **conditions)) / (1 - a).sqrt()
 
@@ -53,9 +57,15 @@ class BaseGenerator(_Generator):
 class ResidualGenerator(_Generator):
     """z_ψ: the estimate r̂_i of each frame's own noise, from z' = z - √λ √(1-ᾱ) b̂.
 
-    Its base frame z'_m = √ᾱ x̂_m carries no noise of its own: x̂_m is given to every frame as a condition and is
-    the picture that the UNet's prediction is added to. Divisor and input scale follow from the λ of training.
+    Its base frame z'_m = √ᾱ x̂_m carries no noise of its own and is shown to every frame. A clean
+    frame is blended, pixel by pixel, from three pictures: the base frame, for what does not move;
+    the noisy frame, shrunk towards the base frame as far as its noise demands, for what can be seen
+    through the noise; and one that the UNet paints, for what can not. The UNet's outputs are the
+    paint and the three weights (as logits), so it has 2 C inputs and C + 3 outputs.
+    Input scale and divisor follow from the λ of training.
     """
+
+    BLENDED = 3  # pictures
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, lam: float, data_std: float = 0.35):
         super().__init__(unet, schedule, data_std)
@@ -67,20 +77,29 @@ class ResidualGenerator(_Generator):
         return base + change
 
     def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """r̂ = (z' - √ᾱ x̂) / (√(1-ᾱ) √(1-λ)), zero on the base frame.  z' [B, N, C, H, W], t int64 [B]."""
+        """r̂ = (z' - √ᾱ x̂) / (√(1-ᾱ) √(1-λ)), zero on the base frame.
+
+        z' [B, N, C, H, W], t int64 [B]; class_labels, context: see UNet
+        """
         a = self._alphas_cumprod(t, z.dim())
         _, difference, change = self._change(z, t, conditions)
         return (difference - change) * (a / ((1 - a) * (1 - self.lam))).sqrt()
 
     def _change(self, z: Tensor, t: Tensor, conditions: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """x̂_m [B, 1, C, H, W]; how z'_i / √ᾱ differs from it; how x̂_i does (nothing on the base frame)."""
+        """x̂_m [B, 1, C, H, W]; how z'_i / √ᾱ differs from it; how x̂_i does (0 in frame m)."""
         a = self._alphas_cumprod(t, z.dim())
-        m = z.shape[1] // 2
-        frames = z / a.sqrt()
+        m, channels = z.shape[1] // 2, z.shape[2]
+        frames = z / a.sqrt()  # x_i + σ r_i, and x̂_m
         base = frames[:, m : m + 1]
         difference = frames - base
-        scale = (self.data_std**2 + (1 - a) / a * (1 - self.lam)).rsqrt()
+        variance = (1 - a) / a * (1 - self.lam)  # σ²
+        total = self.data_std**2 + variance
         condition = (base * 2).expand_as(frames)  # about unit variance
-        change = self.unet(torch.cat([difference * scale, condition], dim=2), t, **conditions)
+        out = self.unet(torch.cat([difference * total.rsqrt(), condition], 2), t, **conditions)
+        paint, logits = out.to(z.dtype).split([channels, self.BLENDED], dim=2)
+        # the first of the weights is the base frame's, which is no change
+        _, seen, painted = logits.softmax(2).split(1, dim=2)
+        shrunk = difference * (self.data_std**2 / total)
+        change = seen * shrunk + painted * (paint - base)
         others = torch.arange(z.shape[1], device=z.device) != m
-        return base, difference, self.data_std * change.to(z.dtype) * others.view(-1, 1, 1, 1)
+        return base, difference, change * others.view(-1, 1, 1, 1)

@@ -1,7 +1,8 @@
 """Building blocks of the UNet family.
 
-Activations are `[B*N, C, H, W]` in channels_last memory, that is rows of C contiguous numbers: `[B*N, H*W, C]`
-for a spatial transformer and `[B, N, H*W, C]` for a temporal one are views of the same memory, never copies.
+Activations are `[B*N, C, H, W]` in channels_last memory, that is rows of C contiguous numbers:
+`[B*N, H*W, C]` for a spatial transformer and `[B, N, H*W, C]` for a temporal one are views of the
+same memory, never copies.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
-    """positions [...] -> [..., dim] fp32: cos then sin of positions at dim / 2 frequencies, 1 to 1/10000."""
+    """positions [...] -> [..., dim] fp32: cos, then sin, at dim / 2 frequencies, 1 to 1/10000."""
     half = dim // 2
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32, device=positions.device)
@@ -33,7 +34,7 @@ def images(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def zero_(layer: nn.Module) -> nn.Module:
-    """Start the last layer of a residual branch at zero, so that the branch starts as the identity."""
+    """Start a residual branch's last layer at zero, so that the branch starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -41,7 +42,7 @@ def zero_(layer: nn.Module) -> nn.Module:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in fp32 whatever comes in: on CPUs the channels_last bf16 kernel is three times slower."""
+    """GroupNorm in fp32 whatever comes in: CPUs' channels_last bf16 kernel is 3 times slower."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(
@@ -50,7 +51,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions; the embedding scales and shifts (or, scale_shift=False, only shifts) between them."""
+    """Two 3x3 convolutions; between them the embedding scales and shifts.
+
+    With scale_shift=False it only shifts.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, embed_dim: int, groups: int, scale_shift: bool
@@ -92,7 +96,7 @@ class TemporalConv(nn.Module):
         zero_(self.convs[-1])
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        """x [B*N, C, H, W] -> the same; inside [B, C, N, H*W], so that the kernel (3, 1) runs along frames."""
+        """x [B*N, C, H, W] -> the same; inside [B, C, N, H*W]: kernel (3, 1) runs along frames."""
         height, width = x.shape[-2:]
         h = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)
         for norm, conv in zip(self.norms, self.convs, strict=True):
@@ -101,10 +105,10 @@ class TemporalConv(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """One learned number per head and bucket of the distance between two frames (T5, arXiv 1910.10683).
+    """A learned number per head and bucket of the distance of two frames (T5, arXiv 1910.10683).
 
-    Half of the buckets serve each direction; half of those hold exact distances, the rest grow logarithmically
-    up to max_distance, so that any number of frames has a bias.
+    Half of the buckets serve each direction; half of those hold exact distances, the rest grow
+    logarithmically up to max_distance, so that any number of frames has a bias.
     """
 
     def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128):
@@ -132,8 +136,8 @@ class RelativePositionBias(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v for q [..., H, L, D], k, v [..., H, M, D], bias [H, L, M].
 
-    Frames and coarse pictures are short sequences in large batches: there two batched products take a tenth of
-    the time of torch's fused CPU kernel.
+    Frames and coarse pictures are short sequences in large batches: there two batched products take
+    a tenth of the time of torch's fused CPU kernel.
     """
     if k.shape[-2] > 64:
         return F.scaled_dot_product_attention(
@@ -182,7 +186,7 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """GroupNorm, then self-attention, cross-attention (where there is a context) and a feed-forward layer.
+    """GroupNorm, self-attention, cross-attention (where there is a context), feed-forward layer.
 
     axis "space": each frame's H*W pixels attend to each other, and to the context.
     axis "time": each pixel's N frames attend to each other, with a relative position bias.

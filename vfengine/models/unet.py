@@ -1,8 +1,9 @@
-"""One UNet for the base generator (images), the residual generator (clips) and a plain video diffusion model.
+"""One UNet for the base generator (images), the residual generator (clips) and plain video models.
 
-Topology and names follow the UNets that diffusers publishes, so that their weights can be mapped onto it:
-`layers_per_block[level]` residual blocks on the way down, one more on the way up, a middle of two; after each
-residual block an optional temporal convolution, spatial transformer and temporal transformer.
+Topology and names follow the UNets that diffusers publishes, so that their weights can be mapped
+onto it: `layers_per_block[level]` residual blocks on the way down, one more on the way up, a middle
+of two; after each residual block an optional temporal convolution, spatial transformer and temporal
+transformer.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,16 @@ from .layers import GroupNorm, ResBlock, TemporalConv, Transformer, sinusoidal_e
 class UNetConfig:
     """Shape of a UNet. A level is one resolution; sequences hold one entry per level, finest first.
 
-    patch_size        p folds p x p pixels into channels before the first convolution, and back after the last
-    spatial_attention, temporal_attention, temporal_conv    which levels have them (the middle: as the last level)
+    patch_size        p folds p x p pixels into channels before the first convolution, and back
+                      after the last
+    spatial_attention, temporal_attention, temporal_conv    which levels have them (the middle: as
+                      the last level)
     temporal_conv_depth    convolutions per temporal convolution block
     frame_embedding   adds an embedding of the frame's distance to the base frame N // 2
-    num_classes       class labels 0 .. num_classes - 1, and the null class num_classes; None: no classes
-    context_dim       width of the context sequence that spatial transformers attend to; None: no context
+    num_classes       class labels 0 .. num_classes - 1, and the null class num_classes; None: no
+                      classes
+    context_dim       width of the context sequence that spatial transformers attend to; None: no
+                      context
     position_buckets  of the relative position bias of temporal attention; 0: none
     feed_forward_mult, scale_shift, head_dim, norm_groups    see `layers`
     """
@@ -65,8 +70,8 @@ class UNetConfig:
         for channels in self.block_out_channels:
             if channels % self.norm_groups or channels % self.head_dim:
                 raise ValueError(
-                    f"UNetConfig: {channels} channels are no multiple of norm_groups={self.norm_groups} "
-                    f"and head_dim={self.head_dim}"
+                    f"UNetConfig: {channels} channels are no multiple of "
+                    f"norm_groups={self.norm_groups} and head_dim={self.head_dim}"
                 )
 
     @property
@@ -81,7 +86,7 @@ class UNetConfig:
 
 
 class Stage(nn.Module):
-    """A residual block and the temporal convolution, spatial and temporal transformer that follow it."""
+    """A residual block, then the temporal convolution, spatial and temporal transformer it has."""
 
     def __init__(self, in_channels: int, level: int, config: UNetConfig, attention: bool = True):
         super().__init__()
@@ -112,7 +117,7 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """forward(x, t, context=None, class_labels=None); images [B, C, H, W] or, with anything temporal, clips."""
+    """forward(x, t, context=None, class_labels=None): images or, with anything temporal, clips."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -127,7 +132,8 @@ class UNet(nn.Module):
             else None
         )
         self.frame_embedding = _mlp(self.time_dim, embed_dim) if config.frame_embedding else None
-        # a sum lets class and frame act only side by side; this lets "frame 3 of a cartwheel" mean something
+        # a sum lets class and frame act only side by side; this lets "frame 3 of a cartwheel" mean
+        # something
         self.embedding_mixer = _mlp(embed_dim, embed_dim) if config.frame_embedding else None
 
         self.conv_in = nn.Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
@@ -173,10 +179,13 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
     ) -> Tensor:
-        """x [B, C, H, W] or [B, N, C, H, W], t int64 [B], context [B, M, C'], class_labels int64 [B] -> like x.
+        """The network's prediction, of the shape of x but with out_channels.
 
-        Without class_labels a class-conditional UNet takes the null class. Raises ValueError for a shape that
-        does not fit the configuration, or for labels or a context that the network has no place for.
+        x [B, C, H, W] or [B, N, C, H, W], t int64 [B], context [B, M, C'], class_labels int64 [B]
+
+        Without class_labels a class-conditional UNet takes the null class. Raises ValueError for a
+        shape that does not fit the configuration, or for labels or a context that the network has
+        no place for.
         """
         config = self.config
         self._check(x, t, context, class_labels)
@@ -209,15 +218,14 @@ class UNet(nn.Module):
 
     def _embedding(self, t: Tensor, class_labels: Tensor | None, num_frames: int, device) -> Tensor:
         """[B*N, E]: of the timestep, the class and the frame."""
-        embedding = self.time_embedding(
-            sinusoidal_embedding(t, self.time_dim).to(self.dtype)
-        )  # [B, E]
+        timestep = sinusoidal_embedding(t, self.time_dim).to(self.dtype)
+        embedding = self.time_embedding(timestep)  # [B, E]
         if self.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full_like(t, self.config.num_classes)
             embedding = embedding + self.class_embedding(class_labels)
         if self.frame_embedding is not None:
-            # 60 a frame: 16 frames span about the 1000 of the timesteps, whose frequencies these are
+            # 60 a frame: 16 frames span about the 1000 timesteps whose frequencies these are
             offsets = (torch.arange(num_frames, device=device) - num_frames // 2) * 60.0
             frame = self.frame_embedding(
                 sinusoidal_embedding(offsets, self.time_dim).to(self.dtype)
@@ -253,7 +261,8 @@ class UNet(nn.Module):
             config.context_dim is None or context.shape[-1] != config.context_dim
         ):
             raise ValueError(
-                f"UNet: context {tuple(context.shape)} given to a UNet with context_dim={config.context_dim}"
+                f"UNet: context {tuple(context.shape)} given to a UNet "
+                f"with context_dim={config.context_dim}"
             )
 
 
