@@ -1,6 +1,6 @@
 // u_i <- c1 u_i + sqrt(lam_i) g + sqrt(1 - lam_i) (c2 r_i + sigma xi_i)
 //
-// The two-phase step of all frames (README.md, "How it works"; VideoFusion, Algorithm 2), and what
+// The two-phase step of all frames (vfengine/sampling.py; VideoFusion, Algorithm 2), and what
 // the CPU and the CUDA kernel share: the arguments and the arithmetic of one element.
 #pragma once
 #include <cmath>

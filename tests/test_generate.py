@@ -1,9 +1,9 @@
 """python -m vfengine.generate: what it writes, what it says, and everything it refuses."""
 
-import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -485,7 +485,10 @@ def test_no_progress_bar_in_a_pipe(tiny_checkpoint, tmp_path):
 def test_errors_and_help_come_without_torch(tmp_path):
     hidden = tmp_path / "torch.py"
     hidden.write_text("raise SystemExit('torch was imported')")
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
+    environment = {
+        **ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]),
+    }
     for argv, status in (
         (["--help"], 0),
         (["--num-frames", "none"], 2),
@@ -502,9 +505,13 @@ def test_errors_and_help_come_without_torch(tmp_path):
 def read_terminal(terminal, until=None):
     """What a process writes to a terminal, up to a text or to its end."""
     seen = b""
-    with contextlib.suppress(OSError):  # how a pty says that its other end is closed
-        while until is None or until not in seen:
+    while until is None or until not in seen:
+        if not select.select([terminal], [], [], 120)[0]:
+            raise TimeoutError(f"silent after {seen!r}")
+        try:
             seen += os.read(terminal, 4096)
+        except OSError:  # how a pty says that its other end is closed
+            break
     return seen
 
 

@@ -273,6 +273,18 @@ def test_residual_generator_leaves_the_base_frame_alone(frames):
     torch.testing.assert_close(rebuilt.float(), z, rtol=1e-4, atol=1e-4)
 
 
+def test_residual_generator_takes_the_sampler_s_lam():
+    generator = ResidualGenerator(randomise(UNet(CLIP)), SCHEDULE, lam=0.5)
+    z, t = normal(2, 4, 3, 16, 16), torch.tensor([30, 800])
+    assert torch.equal(generator(z, t), generator(z, t, lam=0.5))
+    lam = torch.tensor([0.0, 0.2, 1.0, 0.9])
+    with torch.no_grad():
+        clean, noise = generator.denoise(z, t, lam=lam), generator(z, t, lam=lam)
+    a = SCHEDULE.alphas_cumprod[t].view(2, 1, 1, 1, 1)
+    rebuilt = a.sqrt() * clean + ((1 - a) * (1 - lam).view(4, 1, 1, 1)).sqrt() * noise
+    torch.testing.assert_close(rebuilt.float(), z, rtol=1e-4, atol=1e-4)
+
+
 def test_residual_generator_blends_what_the_unet_says():
     generator = ResidualGenerator(UNet(CLIP), SCHEDULE, lam=0.5)
     z, t = normal(1, 4, 3, 16, 16), torch.tensor([200])

@@ -450,13 +450,14 @@ def _progress(settings: argparse.Namespace, phases: int) -> Any:
         total=batches * phases * settings.num_inference_steps,
         disable=True if settings.quiet else None,  # None: shown if stderr is a terminal
         ncols=_terminal_columns(),
+        nrows=20,  # as with columns, a terminal that states 0 would show nothing
         leave=False,
         unit="step",
     )
 
 
 def _terminal_columns() -> int:
-    """Of the terminal at stderr; 80 when it does not say, where tqdm would show nothing."""
+    """Of the terminal at stderr; 80 when it does not say."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):  # no terminal, or no file behind stderr

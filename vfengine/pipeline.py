@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,7 +163,7 @@ class VideoFusionPipeline:
         if (base_path or config.base_path) == "clean" and trajectory.base_path == "stepwise":
             path = trajectory.clean()
 
-        model = self._guided("residual", classes, guidance_scale, timings)
+        model = self._guided("residual", classes, guidance_scale, timings, lam=lam)
         shape = (len(classes), num_frames, config.channels, config.height, config.width)
         noise = residual_noise(
             shape, residual_seed, sample_offset=sample_offset, device=self.device
@@ -288,7 +289,9 @@ class VideoFusionPipeline:
         indices = [null if name is None else self.labels.index(name) for name in names]
         return torch.tensor(indices, device=self.device).repeat_interleave(num_videos)
 
-    def _guided(self, name: str, classes: Tensor, scale: float, timings: dict[str, float]) -> Model:
+    def _guided(
+        self, name: str, classes: Tensor, scale: float, timings: dict[str, float], **conditions: Any
+    ) -> Model:
         """The named network as (z, t) -> ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
 
         Both estimates come from one call on a doubled batch; where they are the same, or s = 1, the
@@ -301,14 +304,14 @@ class VideoFusionPipeline:
         network = self._networks[name]
         null = torch.full_like(classes, self.config.null_class)
         if self.config.labels == ():
-            return network
+            return lambda z, t: network(z, t, **conditions)
         if scale == 1.0 or torch.equal(classes, null):
-            return lambda z, t: network(z, t, class_labels=classes)
+            return lambda z, t: network(z, t, class_labels=classes, **conditions)
         both = torch.cat([classes, null])
 
         def guided(z: Tensor, t: Tensor) -> Tensor:
             conditional, unconditional = network(
-                torch.cat([z, z]), torch.cat([t, t]), class_labels=both
+                torch.cat([z, z]), torch.cat([t, t]), class_labels=both, **conditions
             ).chunk(2)
             return torch.lerp(unconditional, conditional, scale)
 

@@ -1,1 +1,1 @@
-"""Clips to train on: rendered mocap (`mocap.py`), or a folder of the user's own videos (`folder.py`)."""
+"""Clips to train on: rendered mocap (`mocap.py`), or a folder of videos (`folder.py`)."""

@@ -8,6 +8,7 @@ turns what comes out into ε.
 import torch
 from torch import Tensor, nn
 
+from ..decompose import Lam, frame_weights
 from ..schedule import NoiseSchedule
 from .unet import UNet
 
@@ -62,7 +63,8 @@ class ResidualGenerator(_Generator):
     the noisy frame, shrunk towards the base frame as far as its noise demands, for what can be seen
     through the noise; and one that the UNet paints, for what can not. The UNet's outputs are the
     paint and the three weights (as logits), so it has 2 C inputs and C + 3 outputs.
-    Input scale and divisor follow from the λ of training.
+
+    lam is the λ of training; a call may name another, as a number or [N], as the sampler does.
     """
 
     BLENDED = 3  # pictures
@@ -71,34 +73,41 @@ class ResidualGenerator(_Generator):
         super().__init__(unet, schedule, data_std)
         self.lam = lam
 
-    def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def denoise(self, z: Tensor, t: Tensor, lam: Lam | None = None, **conditions) -> Tensor:
         """Clean estimate of all frames from z' [B, N, C, H, W]; on the base frame x̂_m itself."""
-        base, _, change = self._change(z, t, conditions)
+        base, _, change = self._change(z, t, lam, conditions)
         return base + change
 
-    def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, lam: Lam | None = None, **conditions) -> Tensor:
         """r̂ = (z' - √ᾱ x̂) / (√(1-ᾱ) √(1-λ)), zero on the base frame.
 
-        z' [B, N, C, H, W], t int64 [B]; class_labels, context: see UNet
+        z' [B, N, C, H, W], t int64 [B], lam as in `decompose.frame_weights`; class_labels, context:
+        see UNet
+        """
+        _, difference, change = self._change(z, t, lam, conditions)
+        return (difference - change) / self._variance(z, t, lam).sqrt()
+
+    def _variance(self, z: Tensor, t: Tensor, lam: Lam | None) -> Tensor:
+        """σ² = (1-λ) (1-ᾱ)/ᾱ, the variance of z'_i / √ᾱ about x_i: [B, N, 1, 1, 1].
+
+        Where λ = 1 a frame has no noise of its own, and r̂ no meaning; a floor keeps it finite.
         """
         a = self._alphas_cumprod(t, z.dim())
-        _, difference, change = self._change(z, t, conditions)
-        return (difference - change) * (a / ((1 - a) * (1 - self.lam))).sqrt()
+        weights = frame_weights(self.lam if lam is None else lam, z.shape[1], device=z.device)
+        own = (1 - weights).clamp(min=1e-4).view(-1, 1, 1, 1)
+        return own * (1 - a) / a
 
-    def _change(self, z: Tensor, t: Tensor, conditions: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def _change(self, z: Tensor, t: Tensor, lam: Lam | None, conditions: dict):
         """x̂_m [B, 1, C, H, W]; how z'_i / √ᾱ differs from it; how x̂_i does (0 in frame m)."""
-        a = self._alphas_cumprod(t, z.dim())
         m, channels = z.shape[1] // 2, z.shape[2]
-        frames = z / a.sqrt()  # x_i + σ r_i, and x̂_m
+        frames = z / self._alphas_cumprod(t, z.dim()).sqrt()  # x_i + σ r_i, and x̂_m
         base = frames[:, m : m + 1]
         difference = frames - base
-        variance = (1 - a) / a * (1 - self.lam)  # σ²
-        total = self.data_std**2 + variance
+        total = self.data_std**2 + self._variance(z, t, lam)
         condition = (base * 2).expand_as(frames)  # about unit variance
         out = self.unet(torch.cat([difference * total.rsqrt(), condition], 2), t, **conditions)
         paint, logits = out.to(z.dtype).split([channels, self.BLENDED], dim=2)
-        # the first of the weights is the base frame's, which is no change
-        _, seen, painted = logits.softmax(2).split(1, dim=2)
+        _, seen, painted = logits.softmax(2).split(1, dim=2)  # the first: base frame, no change
         shrunk = difference * (self.data_std**2 / total)
         change = seen * shrunk + painted * (paint - base)
         others = torch.arange(z.shape[1], device=z.device) != m
