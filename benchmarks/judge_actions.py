@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vfengine import VideoFusionPipeline
 from vfengine.data.mocap import ACTIONS, render_clips
+from vfengine.trajectory import BaseTrajectory
 from vfengine.video_io import write_video
 
 HELD_OUT_SEED, HELD_OUT_CLIPS = 1_000_003, 600
@@ -107,19 +108,26 @@ def read(judge: Judge, clips: np.ndarray) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def generate(pipeline: VideoFusionPipeline, per_action: int, base_path: str, options) -> np.ndarray:
-    """uint8 clips [15 * per_action, N, H, W, 3]; clip j of an action is sample j of its seeds."""
+def generate(
+    pipeline: VideoFusionPipeline, base_path: str, paths: dict[str, BaseTrajectory], options
+) -> np.ndarray:
+    """uint8 clips [15 * per_action, N, H, W, 3]; clip j of an action is sample j of its seeds.
+
+    paths keeps the base paths of the actions: both modes start from the same ones.
+    """
     parts = []
     for action in tqdm(ACTIONS, desc=base_path, disable=None):
         output = pipeline(
             action,
-            num_videos=per_action,
+            num_videos=options.per_action,
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             base_path=base_path,
             base_seed=options.seed + ACTIONS.index(action),
             residual_seed=options.seed + 1000 + ACTIONS.index(action),
+            trajectory=paths.get(action),
         )
+        paths[action] = output.trajectory
         parts.append((output.frames * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
@@ -154,9 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         pipeline = VideoFusionPipeline.from_pretrained(
             options.model, dtype=getattr(torch, options.dtype)
         )
+    paths: dict[str, BaseTrajectory] = {}
     asked = np.repeat(np.arange(len(ACTIONS)), options.per_action)
     for base_path in options.base_path:
-        clips = generate(pipeline, options.per_action, base_path, options)
+        clips = generate(pipeline, base_path, paths, options)
         seen = read(judge, clips)
         case = f"{len(clips)} generated, {base_path}"
         rows.append(Row(case, "judge", "top-1", 100 * float((seen == asked).mean()), "%"))

@@ -15,8 +15,9 @@ import torch
 from conftest import save_tiny
 
 import vfengine as vf
-from vfengine import generate, solvers, trajectory, video_io
-from vfengine.generate import DEFAULTS, main, read_settings
+from vfengine import generate, generate_settings, solvers, trajectory, video_io
+from vfengine.generate import main
+from vfengine.generate_settings import DEFAULTS, read_settings
 from vfengine.pipeline import to_uint8
 from vfengine.video_io import read_video
 
@@ -81,8 +82,8 @@ def test_defaults_are_the_pipelines(tiny_checkpoint):
     ):
         assert DEFAULTS[name] == said[name], name
     assert getattr(torch, DEFAULTS["dtype"]) == pipe.dtype
-    assert generate.SOLVERS == solvers.SOLVERS
-    assert generate.BASE_PATHS == trajectory.BASE_PATHS
+    assert generate_settings.SOLVERS == solvers.SOLVERS
+    assert generate_settings.BASE_PATHS == trajectory.BASE_PATHS
 
 
 def test_output_is_named_after_the_label(cli):
@@ -162,10 +163,10 @@ def test_list_labels(cli):
 
 
 def test_every_flag_takes_underscores():
-    for option in generate._parser()._option_string_actions:
+    for option in generate_settings._parser()._option_string_actions:
         if "-" not in option[2:]:
             continue
-        action = generate._parser()._option_string_actions[option]
+        action = generate_settings._parser()._option_string_actions[option]
         if action.nargs == 0:
             hyphens, underscores = [option], ["--" + option[2:].replace("-", "_")]
         else:
@@ -469,7 +470,11 @@ def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
 # -- as a process ----------------------------------------------------------------------------------
 
 COMMAND = [sys.executable, "-m", "vfengine.generate"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(generate.__file__).parents[1])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(generate.__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",  # two threads on one busy core would wait for each other for minutes
+}
 
 
 def test_no_progress_bar_in_a_pipe(tiny_checkpoint, tmp_path):

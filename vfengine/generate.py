@@ -14,10 +14,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from .generate_settings import DEFAULTS, UsageError, one_line, read_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,221 +28,6 @@ if TYPE_CHECKING:
     from .trajectory import BaseTrajectory
 
 PROGRAM = "vfengine.generate"
-SOLVERS = ("ddim", "ddpm", "dpmsolver")
-BASE_PATHS = ("stepwise", "clean")
-FILTERS = ("nearest", "lanczos")
-DTYPES = {
-    **{name: name for name in ("float32", "bfloat16", "float16")},
-    **{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
-}
-DEFAULTS = {
-    "label": None,
-    "list_labels": False,
-    "num_frames": None,
-    "num_inference_steps": 50,
-    "guidance_scale": 2.0,
-    "base_seed": 0,
-    "residual_seed": 1,
-    "solver": "ddim",
-    "eta": 0.0,
-    "num_videos": 1,
-    "batch_size": 1,
-    "fps": None,
-    "output": None,
-    "scale": 1,
-    "scale_filter": "nearest",
-    "model": None,
-    "base_trajectory": None,
-    "base_path": None,
-    "device": "cpu",
-    "dtype": "float32",
-    "quiet": False,
-    "json": False,
-}
-
-
-class UsageError(ValueError):
-    """Bad input, in one line."""
-
-
-# -- settings --------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            limit = "2^64-1" if high == 2**64 - 1 else high
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number from {low} to {limit}, got {text!r}"
-            )
-        return value
-
-    return convert
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:  # also refuses NaN
-            raise argparse.ArgumentTypeError(
-                f"expected a number from {low:g} to {high:g}, got {text!r}"
-            )
-        return value
-
-    return convert
-
-
-def _parser() -> _Parser:
-    """All flags, each absent from the result unless given."""
-    parser = _Parser(
-        prog=f"python -m {PROGRAM}",
-        description="Generate clips with a decomposed video diffusion model (VideoFusion).",
-        epilog="Flags may be written with hyphens or underscores.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    seed = _whole(0, 2**64 - 1)
-
-    what = parser.add_argument_group("what")
-    what.add_argument("--label", metavar="NAME", help="what to show; see --list-labels")
-    what.add_argument("--list-labels", action="store_true", help="print the labels and stop")
-    what.add_argument(
-        "--num-frames", type=_whole(1, 1024), metavar="N", help="default: as the model was trained"
-    )
-    what.add_argument("--num-videos", type=_whole(1, 100_000), metavar="N", help="default: 1")
-    what.add_argument(
-        "--seed", type=_whole(0, 2**64 - 2), metavar="S",
-        help="short for --base-seed S --residual-seed S+1",
-    )  # fmt: skip
-    what.add_argument("--base-seed", type=seed, metavar="S", help="of the base frame; default: 0")
-    what.add_argument("--residual-seed", type=seed, metavar="S", help="of the motion; default: 1")
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--model", metavar="DIR", help="checkpoint folder; default: the shipped one")
-    how.add_argument(
-        "--num-inference-steps", type=_whole(1, 100_000), metavar="N", help="default: 50"
-    )
-    how.add_argument(
-        "--guidance-scale", type=_number(0, 100), metavar="S",
-        help="of classifier-free guidance, 1 is off; default: 2",
-    )  # fmt: skip
-    how.add_argument("--solver", choices=SOLVERS, help="default: ddim")
-    how.add_argument("--eta", type=_number(0, 1), help="noise that ddim adds; default: 0")
-    how.add_argument(
-        "--base-path", choices=BASE_PATHS,
-        help="follow the base network step by step, or finish the base frame and animate it; "
-        "default: what the checkpoint names",
-    )  # fmt: skip
-    how.add_argument(
-        "--base-trajectory", metavar="FILE",
-        help="a .safetensors file: read the base path if it exists, write it otherwise",
-    )  # fmt: skip
-    how.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 …; default: cpu")
-    how.add_argument("--dtype", choices=tuple(DTYPES), help="of the networks; default: float32")
-    how.add_argument(
-        "--batch-size", type=_whole(1, 4096), metavar="N", help="videos at a time; default: 1"
-    )
-    how.add_argument("--config", metavar="FILE", help="YAML or JSON of these settings")
-
-    where = parser.add_argument_group("where to")
-    where.add_argument(
-        "--output", metavar="FILE",
-        help=".mp4, .webm, .gif, .webp, or .png for a sheet of all frames; several videos are "
-        "numbered; default: LABEL.mp4",
-    )  # fmt: skip
-    where.add_argument("--fps", type=_number(0.1, 1000), help="default: the model's")
-    where.add_argument(
-        "--scale", type=_whole(1, 64), metavar="N", help="enlarge N times; default: 1"
-    )
-    where.add_argument("--scale-filter", choices=FILTERS, help="default: nearest")
-    where.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    where.add_argument("--json", action="store_true", help="print one machine-readable line")
-    return parser
-
-
-def read_settings(argv: Sequence[str]) -> argparse.Namespace:
-    """Flags over --config FILE over `DEFAULTS`, whose keys the result has as attributes.
-
-    Its base_seed_is_asked tells whether the base seed was given as such. Raises UsageError for
-    whatever is not understood.
-    """
-    parser = _parser()
-    flags = _parse(parser, argv)
-    file = flags.pop("config", None)
-    config = {} if file is None else _read_config_file(parser, Path(file))
-    return argparse.Namespace(**{**DEFAULTS, "base_seed_is_asked": False, **config, **flags})
-
-
-def _parse(parser: _Parser, tokens: Sequence[str]) -> dict[str, Any]:
-    """What the tokens ask for, and nothing else; --seed already in two."""
-    values = vars(parser.parse_args([_with_hyphens(token) for token in tokens]))
-    if "seed" in values or "base_seed" in values:
-        values["base_seed_is_asked"] = "base_seed" in values
-    if "seed" in values:
-        seed = values.pop("seed")
-        values = {"base_seed": seed, "residual_seed": seed + 1, **values}
-    if "dtype" in values:
-        values["dtype"] = DTYPES[values["dtype"]]
-    return values
-
-
-def _with_hyphens(token: str) -> str:
-    """--num_frames=4 as --num-frames=4; values stay as they are."""
-    name, equals, value = token.partition("=")
-    return name.replace("_", "-") + equals + value if token.startswith("--") else token
-
-
-def _read_config_file(parser: _Parser, file: Path) -> dict[str, Any]:
-    """The file's entries, put through the same checks as flags."""
-    import yaml
-
-    try:
-        text = file.read_text(encoding="utf-8")
-        entries = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: of JSON, or text that is not UTF-8
-        raise UsageError(f"--config {file}: cannot be read ({_one_line(error)})") from error
-    if entries is None:
-        entries = {}
-    if not isinstance(entries, dict):
-        raise UsageError(f"--config {file}: expected names and values, got {_one_line(entries)}")
-    known = {*DEFAULTS, "seed"} - {"list_labels"}
-    tokens = {}
-    for key, value in entries.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise UsageError(
-                f"--config {file}: unknown entry {key!r}, expected some of "
-                f"{', '.join(sorted(known))}"
-            )
-        if name in tokens:
-            raise UsageError(f"--config {file}: {name} is there twice")
-        switch = DEFAULTS.get(name) is False
-        if switch is not isinstance(value, bool) or isinstance(value, (dict, list)):
-            wanted = "true or false" if switch else "one value"
-            raise UsageError(f"--config {file}: {name} must be {wanted}, got {_one_line(value)}")
-        if value is not False and value is not None:
-            tokens[name] = f"--{name}" if switch else f"--{name}={value}"
-    try:
-        return _parse(parser, list(tokens.values()))
-    except UsageError as error:
-        raise UsageError(f"--config {file}: {error}") from error
-
-
-# -- one run ---------------------------------------------------------------------------------------
 
 
 class Failure(RuntimeError):
@@ -428,7 +215,7 @@ def _write(target: Path, frames: np.ndarray, settings: argparse.Namespace) -> No
     try:
         write_video(target, enlarge(frames, settings.scale, settings.scale_filter), settings.fps)
     except (OSError, av.FFmpegError) as error:
-        raise Failure(f"{target}: cannot be written ({_one_line(error)})") from error
+        raise Failure(f"{target}: cannot be written ({one_line(error)})") from error
 
 
 def _write_trajectory(file: Path, walked: Sequence[BaseTrajectory]) -> None:
@@ -438,7 +225,7 @@ def _write_trajectory(file: Path, walked: Sequence[BaseTrajectory]) -> None:
     try:
         replace(walked[0], states=states).save(file)
     except OSError as error:
-        raise Failure(f"{file}: cannot be written ({_one_line(error)})") from error
+        raise Failure(f"{file}: cannot be written ({one_line(error)})") from error
 
 
 def _progress(settings: argparse.Namespace, phases: int) -> Any:
@@ -528,10 +315,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-def _one_line(thing: object) -> str:
-    return " ".join(str(getattr(thing, "strerror", None) or thing).split())
-
-
 def _seconds_since_process_start() -> float:
     """On Linux; elsewhere 0, and times count from the import of this module."""
     try:
@@ -553,7 +336,7 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
         generate(read_settings(sys.argv[1:] if argv is None else argv), run)
     except (ValueError, OSError, Failure) as error:
         status = 1 if isinstance(error, Failure) else 2
-        message = f"error: {_one_line(error)}"
+        message = f"error: {one_line(error)}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     else:
