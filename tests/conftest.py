@@ -32,7 +32,7 @@ def tiny_config(**changes) -> CheckpointConfig:
         "labels": TINY_LABELS,
         "fps": 8.0,
         "schedule": NoiseSchedule.linear(1000, 1e-4, 2e-2).to_dict(),
-        "base": UNetConfig(**shape, temporal_attention=(False, False)),
+        "base": UNetConfig(**shape, temporal_attention=(False, False), out_channels=4),
         "residual": UNetConfig(
             **shape,
             temporal_attention=(False, True),

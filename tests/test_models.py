@@ -19,7 +19,8 @@ from vfengine.models.layers import (
     rows,
 )
 
-IMAGE, CLIP = tiny_config().base, tiny_config().residual
+IMAGE, CLIP = replace(tiny_config().base, out_channels=3), tiny_config().residual
+BASE = tiny_config().base
 RGB = {"in_channels": 3, "out_channels": 3}
 SCHEDULE = tiny_config().noise_schedule()
 
@@ -249,7 +250,7 @@ def test_spatial_transformer_takes_weights_of_diffusers():
 
 
 def test_base_generator_is_its_clean_estimate_in_noise_form():
-    generator = BaseGenerator(randomise(UNet(IMAGE)), SCHEDULE)
+    generator = BaseGenerator(randomise(UNet(BASE)), SCHEDULE)
     z, t = normal(3, 3, 16, 16), torch.tensor([0, 400, 999])
     a = SCHEDULE.alphas_cumprod[t].view(3, 1, 1, 1)
     with torch.no_grad():
@@ -302,7 +303,7 @@ def test_residual_generator_blends_what_the_unet_says():
 
 
 def test_casting_a_generator_keeps_the_schedule_exact():
-    generator = BaseGenerator(UNet(IMAGE), SCHEDULE).to(torch.bfloat16)
+    generator = BaseGenerator(UNet(BASE), SCHEDULE).to(torch.bfloat16)
     assert generator.alphas_cumprod.dtype == torch.float64
     assert generator.unet.dtype == torch.bfloat16
     out = generator(normal(1, 3, 16, 16), torch.tensor([10]))

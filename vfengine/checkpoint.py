@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .models import BaseGenerator, ResidualGenerator, UNet, UNetConfig
 from .schedule import NoiseSchedule
@@ -205,27 +206,49 @@ def _shallow(config: CheckpointConfig) -> dict:
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
-def _load_unet(folder, name, unet_config, config, dtype, device) -> UNet:
-    """A UNet on `device` with the weights of `name`.safetensors, which must be exactly its own."""
-    file = folder / f"{name}.safetensors"
+def read_weights(
+    folder: str | Path | None, name: str, config: CheckpointConfig
+) -> dict[str, Tensor]:
+    """The tensors of `name`.safetensors ("base", "residual"), as stored, once found whole.
+
+    Raises FileNotFoundError without the file, ValueError for a damaged or exchanged one.
+    """
+    file = _folder(folder) / f"{name}.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"checkpoint {folder} has no {file.name}")
+        raise FileNotFoundError(f"checkpoint {file.parent} has no {file.name}")
     data = file.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != config.sha256.get(name, digest):
         raise ValueError(f"{file} is truncated or not the file its config.json was written with")
     try:
-        state = load(data)
+        return load(data)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    with torch.device("meta"):
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leave new weights as they are: they are about to be replaced.
+
+    Initialising on the meta device would also import torch._dynamo, a second of a cold start.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _load_unet(folder, name, unet_config, config, dtype, device) -> UNet:
+    """A UNet on `device` with the weights of `name`.safetensors, which must be exactly its own."""
+    state = read_weights(folder, name, config)
+    with torch.device("meta"), _WithoutInitialisation():
         unet = UNet(unet_config)
     expected = {k: v.shape for k, v in unet.state_dict().items()}
     found = {k: v.shape for k, v in state.items()}
     if found != expected:
         odd = next(k for k in sorted({**expected, **found}) if expected.get(k) != found.get(k))
         raise ValueError(
-            f"{file} is of another architecture than its config.json: {odd} "
+            f"{folder / name}.safetensors is of another architecture than its config.json: {odd} "
             f"should be {_shape(expected.get(odd))}, is {_shape(found.get(odd))}"
         )
     unet.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)

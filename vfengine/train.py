@@ -226,12 +226,13 @@ def _data(arguments: argparse.Namespace):
 def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     """The model: attention at the coarsest level, temporal convolutions one above it."""
     from .checkpoint import CheckpointConfig
-    from .models import ResidualGenerator, UNetConfig
+    from .models import UNetConfig
     from .schedule import NoiseSchedule
 
     levels = len(arguments.layers_per_block)
     coarsest = tuple(level == levels - 1 for level in range(levels))
-    base = UNetConfig(
+    base = UNetConfig(  # what comes out: see models/generators.py
+        out_channels=4,
         block_out_channels=arguments.base_channels,
         layers_per_block=arguments.layers_per_block,
         patch_size=arguments.patch_size,
@@ -245,7 +246,7 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     residual = replace(
         base,
         in_channels=6,
-        out_channels=3 + ResidualGenerator.BLENDED,
+        out_channels=6,
         block_out_channels=arguments.residual_channels,
         temporal_attention=coarsest,
         temporal_conv=tuple(level == levels - 2 for level in range(levels)),

@@ -21,9 +21,8 @@ from .checkpoint import (
     CheckpointConfig,
     build_base,
     build_residual,
-    load_base,
-    load_residual,
     read_config,
+    read_weights,
     save_checkpoint,
     write_safetensors,
 )
@@ -271,11 +270,11 @@ class Trainer:
         """
         config = read_config(folder)
         fresh = []
-        for name, stored, nets in (
-            ("base", load_base(folder, config), (self.base, self.averaged_base)),
-            ("residual", load_residual(folder, config), (self.residual, self.averaged_residual)),
+        for name, nets in (
+            ("base", (self.base, self.averaged_base)),
+            ("residual", (self.residual, self.averaged_residual)),
         ):
-            state = stored.unet.state_dict()
+            state = read_weights(folder, name, config)
             for net in nets:
                 own = net.unet.state_dict()
                 fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}

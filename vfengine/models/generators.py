@@ -34,17 +34,25 @@ class _Generator(nn.Module):
 
 
 class BaseGenerator(_Generator):
-    """z_φ: the noise estimate of base frames (VideoFusion, eq. 6: an image diffusion model)."""
+    """z_φ: the noise estimate of base frames (VideoFusion, eq. 6: an image diffusion model).
+
+    The clean picture is blended, pixel by pixel, from the noisy one, shrunk as far as its noise
+    demands, and one that the UNet paints: what little noise leaves visible need not be repainted.
+    The UNet's outputs are the paint and the weight (as a logit): C inputs, C + 1 outputs.
+    """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float = 0.5):
+        _check_channels("BaseGenerator", unet, inputs=1, weights=1)
         super().__init__(unet, schedule, data_std)
 
     def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """Clean estimate x̂_m of noisy base frames z [B, C, H, W]."""
         a = self._alphas_cumprod(t, z.dim())
-        # z / sqrt(ᾱ) = x + σ ε; var = std² + σ²
-        scale = (a * self.data_std**2 + (1 - a)).rsqrt()
-        return self.data_std * self.unet(z * scale, t, **conditions).to(z.dtype)
+        total = a * self.data_std**2 + (1 - a)  # the variance of z
+        out = self.unet(z * total.rsqrt(), t, **conditions)
+        paint, logit = out.to(z.dtype).split([z.shape[1], 1], dim=1)
+        shrunk = z * (a.sqrt() * self.data_std**2 / total)  # E[x | z] of a Gaussian x
+        return torch.lerp(paint, shrunk, logit.sigmoid())
 
     def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """b̂ = (z - √ᾱ x̂) / √(1-ᾱ).
@@ -67,9 +75,8 @@ class ResidualGenerator(_Generator):
     lam is the λ of training; a call may name another, as a number or [N], as the sampler does.
     """
 
-    BLENDED = 3  # pictures
-
     def __init__(self, unet: UNet, schedule: NoiseSchedule, lam: float, data_std: float = 0.35):
+        _check_channels("ResidualGenerator", unet, inputs=2, weights=3)
         super().__init__(unet, schedule, data_std)
         self.lam = lam
 
@@ -106,9 +113,19 @@ class ResidualGenerator(_Generator):
         total = self.data_std**2 + self._variance(z, t, lam)
         condition = (base * 2).expand_as(frames)  # about unit variance
         out = self.unet(torch.cat([difference * total.rsqrt(), condition], 2), t, **conditions)
-        paint, logits = out.to(z.dtype).split([channels, self.BLENDED], dim=2)
+        paint, logits = out.to(z.dtype).split([channels, 3], dim=2)
         _, seen, painted = logits.softmax(2).split(1, dim=2)  # the first: base frame, no change
         shrunk = difference * (self.data_std**2 / total)
         change = seen * shrunk + painted * (paint - base)
         others = torch.arange(z.shape[1], device=z.device) != m
         return base, difference, change * others.view(-1, 1, 1, 1)
+
+
+def _check_channels(name: str, unet: UNet, inputs: int, weights: int) -> None:
+    """ValueError unless the UNet takes `inputs` pictures, and gives one and `weights` weights."""
+    given, made = unet.config.in_channels, unet.config.out_channels
+    if given % inputs or made != given // inputs + weights:
+        raise ValueError(
+            f"{name}: needs a UNet of {inputs} C inputs and C + {weights} outputs, "
+            f"got {given} and {made}"
+        )
