@@ -1,9 +1,11 @@
 """vfengine/checkpoint.py: what it writes comes back; what is not whole or not ours is refused."""
 
 import json
+import math
 import os
 import shutil
 import stat
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,3 +250,30 @@ def test_config_of_another_version_is_refused(folder, changes, reason):
 def test_config_text_round_trips():
     config = tiny_config(base_path="clean", sha256={"base": "ab", "residual": "cd"})
     assert CheckpointConfig.from_json(config.to_json()) == config
+
+
+def entries(values, place=()):
+    """The place of every entry of nested objects and lists."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*place, key)
+        if isinstance(value, dict | list):
+            yield from entries(value, (*place, key))
+
+
+def test_any_damage_to_a_config_is_taken_or_refused_in_words():
+    text = tiny_config().to_json()
+    damage = [None, True, -1, 0, 3.5, math.nan, 1e300, 10**12, "x", "", [], [[1]], {}, {"a": 1}]
+    outcomes = Counter()
+    for place in entries(json.loads(text)):
+        for value in damage:
+            values = part = json.loads(text)
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = value
+            try:
+                CheckpointConfig.from_json(json.dumps(values))
+                outcomes["taken"] += 1
+            except ValueError as error:
+                assert str(error)
+                outcomes["refused"] += 1
+    assert outcomes["refused"] > 10 * outcomes["taken"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .models import BaseGenerator, ResidualGenerator, UNet, UNetConfig
 from .schedule import NoiseSchedule
+from .trajectory import BASE_PATHS
 
 FORMAT = "vfengine-decomposed-1"
 DEFAULT = Path(__file__).parent / "assets" / "default"
@@ -58,6 +60,36 @@ class CheckpointConfig:
     base_path: str = "stepwise"
     sha256: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("num_frames", "height", "width", "channels"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 2**16:
+                raise ValueError(f"{name} must be an int from 1 to {2**16}, got {value!r}")
+        for name in ("lam", "fps", "base_std", "residual_std"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if not (0 <= value < 1 if name == "lam" else 0 < value < math.inf):
+                raise ValueError(f"{name} is out of range: {value!r}")
+        if self.base_path not in BASE_PATHS:
+            raise ValueError(f"base_path must be one of {BASE_PATHS}, got {self.base_path!r}")
+        if not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"labels must be strings, got {self.labels!r}")
+        if not isinstance(self.schedule, dict):
+            raise ValueError(f"schedule must be an object, got {self.schedule!r}")
+        if not isinstance(self.sha256, dict) or not all(
+            isinstance(digest, str) for digest in self.sha256.values()
+        ):
+            raise ValueError(f"sha256 must be an object of strings, got {self.sha256!r}")
+        for name, pictures in (("base", 1), ("residual", 2)):
+            unet = getattr(self, name)
+            if unet.in_channels != pictures * self.channels:
+                raise ValueError(
+                    f"{name} takes {unet.in_channels} channels, not those of the clips"
+                )
+            if (unet.num_classes or 0) != len(self.labels):
+                raise ValueError(f"{name} has {unet.num_classes} classes, not {len(self.labels)}")
+
     @property
     def null_class(self) -> int:
         """The class index that means "no label" in classifier-free guidance."""
@@ -86,9 +118,11 @@ class CheckpointConfig:
         if unknown:
             raise ValueError(f"unknown entries: {', '.join(sorted(unknown))}")
         try:
+            if not isinstance(values["labels"], list):
+                raise ValueError(f"labels must be a list, got {values['labels']!r}")
             values["labels"] = tuple(values["labels"])
-            values["base"] = UNetConfig(**values["base"])
-            values["residual"] = UNetConfig(**values["residual"])
+            for name in ("base", "residual"):
+                values[name] = UNetConfig(**values[name])
             config = cls(**values)
             config.noise_schedule()  # refused here, where the file's name is known
             return config

@@ -17,9 +17,9 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 
 def _check_betas(name: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> None:
-    if type(num_train_timesteps) is not int or num_train_timesteps < 1:
+    if type(num_train_timesteps) is not int or not 1 <= num_train_timesteps <= 10**6:
         raise ValueError(
-            f"{name}: num_train_timesteps must be a positive int, got {num_train_timesteps!r}"
+            f"{name}: num_train_timesteps must be an int in 1 … 10^6, got {num_train_timesteps!r}"
         )
     if not 0.0 < beta_start <= beta_end < 1.0:
         raise ValueError(

@@ -15,6 +15,32 @@ from torch import Tensor, nn
 
 from .layers import GroupNorm, ResBlock, TemporalConv, Transformer, sinusoidal_embedding
 
+# what UNetConfig accepts: the least of its counts, and of its sequences' entries (None: booleans)
+_LARGEST = 2**16
+_COUNTS = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "patch_size": 1,
+    "temporal_conv_depth": 1,
+    "num_classes": 1,
+    "context_dim": 1,
+    "position_buckets": 0,
+    "head_dim": 1,
+    "norm_groups": 1,
+    "feed_forward_mult": 0,
+}
+_PER_LEVEL = {
+    "block_out_channels": 2,
+    "layers_per_block": 0,
+    "spatial_attention": None,
+    "temporal_attention": None,
+    "temporal_conv": None,
+}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -53,20 +79,36 @@ class UNetConfig:
     scale_shift: bool = True
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        for name in (
-            "block_out_channels",
-            "layers_per_block",
-            "spatial_attention",
-            "temporal_attention",
-            "temporal_conv",
-        ):
-            value = tuple(getattr(self, name))
+        for name, lowest in _COUNTS.items():
+            value = getattr(self, name)
+            optional = value is None and name in ("num_classes", "context_dim")
+            if not optional and not (_is_int(value) and lowest <= value <= _LARGEST):
+                raise ValueError(
+                    f"UNetConfig: {name} must be an int from {lowest} to {_LARGEST}, got {value!r}"
+                )
+        for name in ("frame_embedding", "scale_shift"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"UNetConfig: {name} must be true or false")
+        if self.position_buckets and self.position_buckets < 4:
+            raise ValueError("UNetConfig: position_buckets must be 0, or 4 and more")
+        levels = None
+        for name, lowest in _PER_LEVEL.items():
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 16:
+                raise ValueError(f"UNetConfig: {name} must be a sequence, got {value!r}")
+            levels = levels or len(value)
             if len(value) != levels:
                 raise ValueError(
                     f"UNetConfig: {name} needs {levels} entries, one per level, got {value}"
                 )
-            object.__setattr__(self, name, value)
+            for entry in value:
+                if lowest is None:
+                    fits = isinstance(entry, bool)
+                else:
+                    fits = _is_int(entry) and lowest <= entry <= _LARGEST
+                if not fits:
+                    raise ValueError(f"UNetConfig: {name} cannot hold {entry!r}")
+            object.__setattr__(self, name, tuple(value))
         for channels in self.block_out_channels:
             if channels % self.norm_groups or channels % self.head_dim:
                 raise ValueError(
