@@ -53,15 +53,15 @@ class TrainingOptions:
 
     steps: int = 20_000
     batch_size: int = 8
-    extra_images: int = 16
+    extra_images: int = 40
     learning_rate: float = 8e-4
     warmup: int = 150
-    decay: float = 0.35
+    decay: float = 0.5
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema: float = 0.999
     class_dropout: float = 0.12
-    clean_share: float = 0.75
+    clean_share: float = 0.85
     base_jitter: float = 0.1
     precision: str = "bf16"
     seed: int = 0
