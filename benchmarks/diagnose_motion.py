@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     held_out = options.work / f"held-out-{HELD_OUT_CLIPS}.npy"
     clips, labels = render_clips(HELD_OUT_CLIPS, HELD_OUT_SEED, file=held_out)
     count = options.num_clips - options.num_clips % len(ACTIONS)
-    clips, labels = np.asarray(clips[:count]), labels[:count]
+    clips, labels = np.array(clips[:count]), labels[:count]
     rows = diagnose(judge, options.model, clips, labels, options.num_inference_steps)
     if options.json:
         write_json(options.json, rows)

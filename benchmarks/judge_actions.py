@@ -218,7 +218,7 @@ def _judge(options) -> tuple[Judge, list[Row]]:
     )
     rows = []
     for case, clips in (("held-out rendered", held_out), ("frozen rendered", frozen)):
-        accuracy = 100 * float((read(judge, np.asarray(clips)) == labels).mean())
+        accuracy = 100 * float((read(judge, np.array(clips)) == labels).mean())
         rows.append(Row(f"{len(clips)} {case}", "judge", "top-1", accuracy, "%"))
         print(f"{len(clips)} {case}: {accuracy:.1f} %", flush=True)
     return judge, rows
