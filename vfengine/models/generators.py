@@ -1,8 +1,7 @@
 """The generators of a decomposed model: a UNet that predicts clean pictures, behind ε estimates.
 
-Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels, which
-trains several times faster at large patches. A wrapper scales what goes in to unit variance and
-turns what comes out into ε.
+Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels. A
+wrapper scales what goes in to unit variance and turns what comes out into ε.
 """
 
 import torch

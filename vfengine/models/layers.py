@@ -137,7 +137,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """softmax(q k^T / sqrt(D) + bias) v for q [..., H, L, D], k, v [..., H, M, D], bias [H, L, M].
 
     Frames and coarse pictures are short sequences in large batches: there two batched products take
-    a tenth of the time of torch's fused CPU kernel.
+    a fraction of the time of torch's fused CPU kernel.
     """
     if k.shape[-2] > 64:
         return F.scaled_dot_product_attention(
