@@ -1,6 +1,6 @@
 .PHONY: install test bench lint clean
 
-CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 install:
 	pip install -c constraints.txt -e '.[train,test]'

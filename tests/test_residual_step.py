@@ -1,120 +1,105 @@
 """residual_step against its reference: vfengine/ops/residual_step.py, csrc, kernels."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_cases import (
+    SHAPES,
+    all_dtypes,
+    all_shapes,
+    as_it_is,
+    assert_as_close_as_pytorch,
+    assert_same_bits,
+    frames_case,
+    frames_cases,
+    in_double,
+    misaligned,
+    no_gpu,
+    on_cpu,
+    placed,
+)
 
 from vfengine.native import vfengine_native
 from vfengine.noise import residual_noise
 from vfengine.ops import residual_step, residual_step_reference
 
-SHAPES = {
-    "model": (2, 16, 3, 64, 64),
-    "odd": (3, 5, 3, 7, 11),
-    "tiny": (1, 2, 1, 1, 1),
-    "single_frame": (2, 1, 4, 8, 8),
-}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-STEP = 2  # the row of coeffs that make_case asks for; it has sigma > 0, row 1 has sigma = 0
-
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+STEP = 2  # the row of COEFFS with sigma > 0; row 1 has sigma = 0
+SEED = 2**63 + 7  # as int64 it is negative
 
 
-def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False, device="cpu"):
-    """Keyword arguments of a call, the base frame's lam being 1."""
-    random = torch.Generator().manual_seed(sum(shape) + step)
-    clip = lambda *size: torch.randn(*size, generator=random).to(device, dtype)  # noqa: E731
-    batch, frames, *image = shape
-    lam = torch.rand(frames, generator=random)
-    lam[frames // 2] = 1.0
-    case = {
-        "u": clip(*shape),
-        "r": clip(*shape),
-        "g": clip(batch, *image),
-        "lam": lam.to(device),
-        "coeffs": torch.tensor([[1.0, -0.5, 0.0], [1.02, -0.11, 0.0], [0.97, 0.3, 0.4]]).to(device),
-        "step": torch.tensor([step], dtype=torch.int32, device=device),
-        "xi": clip(*shape),
-    }
-    return {**case, "r_uncond": clip(*shape), "guidance_scale": 2.5} if guided else case
+def make_case(
+    shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False, noise="xi", device="cpu"
+):
+    """Keyword arguments of a call. noise: "xi" or "seed"."""
+    case = frames_case(shape, dtype, step, guided, device)
+    case["u"], case["g"] = case.pop("clip"), case.pop("image")
+    if noise == "seed":
+        return {**case, "seed": SEED, "sample_offset": 3, "frame_offset": 2}
+    random = torch.Generator().manual_seed(1)
+    return {**case, "xi": torch.randn(shape, generator=random).to(device, dtype)}
 
 
-def in_own_dtype(u, r, g, lam, coeffs, step, xi, r_uncond=None, guidance_scale=1.0):
+def in_own_dtype(
+    u, r, g, lam, coeffs, step, xi=None, r_uncond=None, guidance_scale=1.0, seed=None, **place
+):
     """What one would write in PyTorch: every operation rounds to the dtype of u."""
     c1, c2, sigma = coeffs[int(step)].tolist()
     lam = lam.view(-1, 1, 1, 1)
     if r_uncond is not None:
         r = r_uncond + guidance_scale * (r - r_uncond)
+    if xi is None:
+        xi = residual_noise(u.shape, seed, step=int(step) + 1, **place).to(u)
     own = (1 - lam).sqrt().to(u.dtype) * (c2 * r + sigma * xi)
     return c1 * u + lam.sqrt().to(u.dtype) * g.unsqueeze(1) + own
 
 
 def assert_matches(case, backend):
-    """Error against fp64 at most twice that of PyTorch in the same dtype, plus one rounding."""
-    as_double = {k: v.double() if k in ("u", "r", "r_uncond", "xi", "g") else v
-                 for k, v in case.items()}  # fmt: skip
-    exact = residual_step_reference(**as_double)
-    peer = (in_own_dtype(**case).double() - exact).abs().max()
-    rounding = torch.finfo(case["u"].dtype).eps / 2 * exact.abs().max()
-    out = residual_step(**case, out=torch.empty_like(case["u"]), backend=backend)
-    error = (out.double() - exact).abs().max()
-    assert error <= 2 * peer + rounding, f"{error:.3g}, PyTorch {peer:.3g}"
+    out = torch.empty_like(case["u"])
+    assert residual_step(**case, out=out, backend=backend) is out
+    exact = residual_step_reference(**in_double(case))
+    assert_as_close_as_pytorch(out, exact, in_own_dtype(**case))
+    return out
+
+
+def run_cases(backend, shapes, device, place):
+    """All shapes, dtypes and options on one backend: as the reference, and the CPU's very bits."""
+    count = 0
+    for arguments in frames_cases(shapes):
+        for noise in ("xi", "seed"):
+            case = placed(make_case(*arguments, noise, device), place)
+            out = assert_matches(case, backend)
+            assert_same_bits(residual_step(**on_cpu(case), backend="cpu"), out.cpu(), arguments)
+            case["u"] = place(case["u"].clone())
+            residual_step(**case, backend=backend)
+            assert_same_bits(case["u"], out, "in place")
+            count += 1
+    if backend != "cpu":
+        case = {**make_case(device=device), "xi": None}
+        assert residual_step(**case, backend=backend).isnan().all(), "sigma > 0 without noise"
+        for step in (-1, 3):
+            case = make_case(step=step, noise="seed", device=device)
+            assert residual_step(**case, backend=backend).isnan().all(), "step outside coeffs"
+        case = make_case(device=device)
+        case["lam"][0] = 1.5
+        assert residual_step(**case, backend=backend)[:, 0].isnan().all(), "lam outside [0, 1]"
+    return count
 
 
 @all_dtypes
 @all_shapes
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("step", [1, STEP], ids=["sigma=0", "sigma>0"])
-def test_residual_step_matches_reference(dtype, shape, guided, step):
-    assert_matches(make_case(shape, dtype, step, guided), backend="cpu")
+@pytest.mark.parametrize("noise", ["xi", "seed"])
+@pytest.mark.parametrize("place", [as_it_is, misaligned])
+def test_residual_step_matches_reference(dtype, shape, guided, step, noise, place):
+    case = make_case(shape, dtype, step, guided, noise)
+    assert_matches(placed(case, place), backend="cpu")
 
 
 @no_gpu
-@all_dtypes
-@all_shapes
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_residual_step_matches_reference_on_a_gpu(dtype, shape, guided, backend):
-    assert_matches(make_case(shape, dtype, guided=guided, device="cuda"), backend=backend)
-
-
-def test_triton_kernel_in_the_interpreter():
-    script = "import test_residual_step as tests; tests.interpret_triton()"
-    here = str(Path(__file__).parent)
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout + child.stderr
-
-
-def interpret_triton():
-    import triton.runtime.interpreter as interpreter
-
-    convert = interpreter._convert_float
-
-    def round_bf16(x, source, target, rounding):
-        # The interpreter truncates fp32 to bf16; a GPU rounds to nearest even.
-        if (source.name, target.name) == ("fp32", "bf16"):
-            rounded = torch.from_numpy(x.copy()).to(torch.bfloat16)
-            return rounded.view(torch.int16).numpy().view("uint16")
-        return convert(x, source, target, rounding)
-
-    interpreter._convert_float = round_bf16
-    for dtype in DTYPES.values():
-        for name in ("odd", "tiny", "single_frame"):
-            for guided in (False, True):
-                for step in (1, STEP):
-                    assert_matches(make_case(SHAPES[name], dtype, step, guided), backend="triton")
-    case = make_case()
-    case["xi"] = None
-    assert residual_step(**case, backend="triton").isnan().all(), "sigma > 0 without xi"
-    case = make_case(step=3)
-    assert residual_step(**case, backend="triton").isnan().all(), "step outside coeffs"
+@pytest.mark.parametrize("place", [as_it_is, misaligned])
+def test_residual_step_on_a_gpu(backend, place):
+    run_cases(backend, SHAPES, "cuda", place)
 
 
 @all_dtypes
@@ -133,16 +118,19 @@ def test_writes_u_or_out_and_returns_it(dtype):
 
 
 def test_seed_draws_xi():
-    case = make_case()
-    xi = residual_noise(case["u"].shape, 7, step=STEP + 1)
-    expected = residual_step(**{**case, "xi": xi}, out=torch.empty_like(xi))
-    drawn = residual_step(**{**case, "xi": None}, seed=7, out=torch.empty_like(xi))
-    assert torch.equal(drawn, expected)
+    case = make_case(noise="seed")
+    out = torch.empty_like(case["u"])
+    place = {"step": STEP + 1, "sample_offset": 3, "frame_offset": 2}
+    xi = residual_noise(case["u"].shape, SEED, **place)
+    expected = residual_step(**{**make_case(), "xi": xi}, out=torch.empty_like(xi))
+    assert torch.equal(residual_step(**case, out=out), expected)
+    assert not torch.equal(residual_step(**{**case, "frame_offset": 1}, out=out), expected)
 
 
 @all_dtypes
 def test_same_bits_on_any_threads_and_instruction_set(dtype):
-    case = make_case((2, 9, 3, 61, 67), dtype, guided=True)  # tiles and vectors are all ragged
+    # Tiles and vectors are all ragged.
+    case = make_case((2, 9, 3, 61, 67), dtype, guided=True, noise="seed")
     threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
     try:
         results = []
@@ -190,7 +178,7 @@ def test_residual_step_registers(guided):
     u, r, g, lam, coeffs, step, xi = (
         case[k] for k in ("u", "r", "g", "lam", "coeffs", "step", "xi")
     )
-    rest = (r, g, lam, coeffs, step, case.get("r_uncond"), xi, 2.5, "auto")
+    rest = (r, g, lam, coeffs, step, case.get("r_uncond"), xi, 2.5, None, 0, 0, "auto")
     torch.library.opcheck(torch.ops.vfengine.residual_step_.default, (u, *rest))
     torch.library.opcheck(torch.ops.vfengine.residual_step.default, (u, *rest, u.clone()))
 
@@ -280,7 +268,7 @@ def test_rejects_missing_or_double_noise(backend):
     case = make_case()
     with pytest.raises(ValueError, match="got both"):
         residual_step(**case, seed=0, backend=backend)
-    with pytest.raises(ValueError, match="needs seed or xi"):
+    with pytest.raises(ValueError, match="needs the seed of its noise"):
         residual_step(**{**case, "xi": None}, backend=backend)
     quiet = make_case(step=1)
     residual_step(**{**quiet, "xi": None}, backend=backend)  # sigma = 0 needs none

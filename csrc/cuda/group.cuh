@@ -1,0 +1,99 @@
+// What a thread owns: the 16 bytes of neighbours that one instruction moves, and their arithmetic
+// in fp32; and a launch shape for clips of them.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/cuda_launch.h"
+#include "common/noise.h"
+
+namespace vf {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
+__device__ __forceinline__ void from_float(__half& to, float x) { to = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(__nv_bfloat16& to, float x) {
+  to = __float2bfloat16_rn(x);
+}
+
+template <class T>
+struct alignas(16) Group {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+// kVector: `from` is a multiple of 16 bytes and the whole group is there, so that one instruction
+// moves it. Otherwise the first `count` elements move one by one.
+template <bool kVector, class T>
+__device__ __forceinline__ Group<T> load_group(const T* from, int64_t count) {
+  if constexpr (kVector) return *reinterpret_cast<const Group<T>*>(from);
+  Group<T> x{};
+  for (int k = 0; k < Group<T>::kSize; ++k)
+    if (k < count) x.at[k] = from[k];
+  return x;
+}
+
+template <bool kVector, class T>
+__device__ __forceinline__ void store_group(T* to, const Group<T>& x, int64_t count) {
+  if constexpr (kVector) {  // a plain assignment becomes four stores of 4 bytes (nvcc 13.0)
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&x));
+  } else {
+    for (int k = 0; k < Group<T>::kSize; ++k)
+      if (k < count) to[k] = x.at[k];
+  }
+}
+
+// The words of counter element / 4; element is a multiple of 4.
+__device__ __forceinline__ void draw_words(const NoiseSource& from, int64_t element,
+                                           uint32_t words[4]) {
+  words[0] = uint32_t(element / 4);
+  words[1] = from.frame;
+  words[2] = from.sample;
+  words[3] = from.stream_and_step;
+  philox4x32_10<ScalarLanes>(words, from.key);
+}
+
+// kSize normals from `element` on.
+template <int kSize>
+__device__ __forceinline__ void draw_normals(const NoiseSource& from, int64_t element,
+                                             float normals[kSize]) {
+#pragma unroll
+  for (int first = 0; first < kSize; first += 4) {
+    uint32_t words[4];
+    draw_words(from, element + first, words);
+    int32_t w[4];
+    for (int k = 0; k < 4; ++k) w[k] = int32_t(words[k] >> 8);
+    box_muller<ScalarLanes>(w, normals + first);
+  }
+}
+
+// blockIdx.x: kThreads groups of pixels; blockIdx.y: clips times runs of `run` frames each, as far
+// as a grid goes: the kernel strides over the rest.
+struct FrameGrid {
+  dim3 blocks;
+  int run;
+};
+
+inline FrameGrid frame_grid(int64_t batch, int64_t frames, int64_t pixels, int group, int device) {
+  constexpr int kMaxRun = 16;
+  int processors = 0;
+  cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  const int64_t per_block = int64_t(kThreads) * group;
+  const int64_t blocks_x = (pixels + per_block - 1) / per_block;
+  // The longest run that still gives every processor four blocks.
+  int run = int(std::min<int64_t>(frames, kMaxRun));
+  const auto runs = [&] { return batch * ((frames + run - 1) / run); };
+  while (run > 1 && blocks_x * runs() < 4 * int64_t(processors)) run = (run + 1) / 2;
+  return {dim3(unsigned(blocks_x), unsigned(std::min<int64_t>(runs(), 65535))), run};
+}
+
+}  // namespace vf

@@ -1,0 +1,139 @@
+"""What the tests of all kernels share: shapes, places in memory, how close is close enough.
+
+As a script it runs every kernel of one backend over its cases, in whatever environment it is
+started: Triton's interpreter, the CUDA source on the CPU (tests/emulation), a GPU.
+
+    python tests/kernel_cases.py BACKEND [--shapes all|small|race] [--device cpu|cuda] [--guarded]
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHAPES = {
+    "model": (2, 16, 3, 64, 64),
+    "odd": (3, 5, 3, 7, 11),
+    "tiny": (1, 2, 1, 1, 1),
+    "single_frame": (2, 1, 4, 8, 8),
+    "long": (1, 19, 2, 10, 10),  # several runs of frames; whole vectors of fp32 but not of bf16
+}
+SMALL = {
+    **{name: SHAPES[name] for name in ("odd", "tiny", "single_frame")},
+    "two_blocks": (1, 3, 3, 19, 19),
+}
+RACE = {"whole_vectors": (1, 2, 1, 4, 4), "tail": (1, 2, 1, 3, 5)}  # few threads: each is slow
+SETS = {"all": {**SHAPES, **SMALL}, "small": SMALL, "race": RACE}
+OPS = ("residual_step", "decomposed_step", "remove_base", "decomposed_noise")
+
+# Row 0 and 1 have sigma = 0, row 2 has sigma > 0.
+COEFFS = ((1.0, -0.5, 0.0), (1.02, -0.11, 0.0), (0.97, 0.3, 0.4))
+
+all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+Place = Callable[[Tensor], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """A copy that starts one element after a multiple of 64 bytes."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def frames_case(shape, dtype, step, guided, device="cpu") -> dict[str, object]:
+    """Random arguments that residual_step and decomposed_step share; the base frame's λ is 1."""
+    random = torch.Generator().manual_seed(sum(shape) + step)
+    batch, frames, *image = shape
+    clip = lambda *size: torch.randn(*size, generator=random).to(device, dtype)  # noqa: E731
+    lam = torch.rand(frames, generator=random)
+    lam[frames // 2] = 1.0
+    case = {
+        "clip": clip(*shape),
+        "r": clip(*shape),
+        "image": clip(batch, *image),
+        "lam": lam.to(device),
+        "coeffs": torch.tensor(COEFFS, device=device),
+        "step": torch.tensor([step], dtype=torch.int32, device=device),
+    }
+    return {**case, "r_uncond": clip(*shape), "guidance_scale": 2.5} if guided else case
+
+
+def placed(case: dict, place: Place) -> dict:
+    """The case with its clips and images at another place in memory."""
+    move = ("u", "z", "r", "r_uncond", "xi", "g", "b", "out")
+    return {k: place(v) if k in move and v is not None else v for k, v in case.items()}
+
+
+def on_cpu(case: dict) -> dict:
+    """The case with copies of its tensors on the CPU."""
+    return {k: v.cpu().clone() if isinstance(v, Tensor) else v for k, v in case.items()}
+
+
+def in_double(case: dict) -> dict:
+    """The case in fp64, for a reference that is exact beside fp32."""
+    clips = ("u", "z", "r", "r_uncond", "xi", "g", "b")
+    return {k: v.double() if k in clips and v is not None else v for k, v in case.items()}
+
+
+def assert_as_close_as_pytorch(out: Tensor, exact: Tensor, peer: Tensor) -> None:
+    """Error at most twice that of PyTorch in the same dtype, plus one rounding.
+
+    exact: the result in fp64; peer: PyTorch's own, every operation rounding to out's dtype
+    """
+    rounding = torch.finfo(out.dtype).eps / 2 * exact.abs().max()
+    peer_error = (peer.double() - exact).abs().max()
+    error = (out.double() - exact).abs().max()
+    assert error <= 2 * peer_error + rounding, f"{error:.3g}, PyTorch {peer_error:.3g}"
+
+
+def assert_same_bits(a: Tensor, b: Tensor, what: object = "") -> None:
+    """Equal, NaN to NaN; zeros may differ in sign."""
+    assert torch.equal(a.isnan(), b.isnan()), what
+    assert torch.equal(a.nan_to_num(), b.nan_to_num()), what
+
+
+def frames_cases(shapes: dict) -> Iterator[tuple]:
+    """(shape, dtype, step, guided) of every combination."""
+    return product(shapes.values(), DTYPES.values(), (1, 2), (False, True))
+
+
+def run(backend: str, shapes: dict, device: str, place: Place) -> None:
+    """Every op's cases on one backend; AssertionError at the first that is wrong."""
+    for op in OPS:
+        module = importlib.import_module(f"test_{op}")
+        count = module.run_cases(backend, shapes, device, place)
+        print(f"{op}: {count} cases on {backend}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backend")
+    parser.add_argument("--shapes", choices=SETS, default="all")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--guarded", action="store_true", help="an overrun kills the process")
+    arguments = parser.parse_args()
+    shapes = SETS[arguments.shapes]
+    places = [as_it_is] if shapes is RACE else [as_it_is, misaligned]
+    if arguments.backend == "triton" and arguments.device == "cpu":
+        from triton_tools import guarded, round_bf16_correctly
+
+        round_bf16_correctly()
+        if arguments.guarded:
+            places = [guarded]
+    for place in places:
+        run(arguments.backend, shapes, arguments.device, place)
+
+
+if __name__ == "__main__":
+    main()

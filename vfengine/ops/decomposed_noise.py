@@ -1,0 +1,319 @@
+"""decomposed_noise: base noise, residual noise, or both combined, straight from a counter.
+
+    out_i = √λ_i b + √(1-λ_i) r_i         b, r_i ~ N(0, I), b shared by all frames
+
+One number depends on its seed and on where it sits, and on nothing else:
+
+    key     = (seed mod 2^32, seed div 2^32)
+    counter = (e div 4, frame, sample, stream * 2^24 + step)        e = index within [C, H, W]
+    words   = philox4x32_10(counter, key)                           4 words, for e = 4k … 4k+3
+
+    u = ((w >> 8) + 1) / 2^24 in (0, 1]      v = (w >> 8) / 2^24 in [0, 1)      exact in fp32
+    n_0 = √(-2 ln u(w_0)) cos 2π v(w_1)      n_1 = √(-2 ln u(w_0)) sin 2π v(w_1)
+    n_2 = √(-2 ln u(w_2)) cos 2π v(w_3)      n_3 = √(-2 ln u(w_2)) sin 2π v(w_3)
+
+Stream 0 is base noise (frame 0 always: all frames share it), stream 1 residual noise. Step 0 is
+the initial noise, step k+1 the noise a stochastic solver adds in its k-th step (k = 0, 1 …).
+
+ln, cos and sin are polynomials in fp32, evaluated in one order by operations that IEEE 754 rounds
+correctly and without FMA. So the normals, and not just the words, are equal bit for bit on every
+device, instruction set and backend. Both factors of a normal are within 1 unit in the last place of
+the exact ones, over all 2^24 arguments each.
+
+Kernels: csrc/common/noise.h, csrc/cpu/decomposed_noise.cpp, csrc/cuda/decomposed_noise.cu,
+kernels/decomposed_noise.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vfengine.ops._dispatch import (
+    DTYPES,
+    check_no_grad,
+    check_overlap,
+    check_tensor,
+    choose_backend,
+    register,
+    run_native,
+)
+
+BASE_STREAM = 0
+RESIDUAL_STREAM = 1
+STEP_BITS = 24
+
+_NAME = "decomposed_noise"
+_OUT_DTYPES = {**DTYPES, torch.int32: 3}
+_MASK = 0xFFFFFFFF
+_MUL = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def decomposed_noise(
+    out: Tensor,
+    base_seed: int | None = None,
+    residual_seed: int | None = None,
+    lam: Tensor | None = None,
+    *,
+    step: int = 0,
+    sample_offset: int = 0,
+    frame_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Fill `out` with decomposed noise (VideoFusion, eq. of ε_i); drawn in fp32, rounded once.
+
+    base_seed alone:              b, out [B, C, H, W]
+    residual_seed alone:          r, out [B, N, C, H, W]
+    both, and lam (fp32 [N]):     √λ_i b + √(1-λ_i) r_i, out [B, N, C, H, W]
+
+    out:           fp32, fp16 or bf16, contiguous. int32 takes the random 32-bit words themselves,
+                   as two's complement (one seed only)
+    step:          0 for the initial noise, k+1 for what step k of a stochastic solver adds
+    sample_offset: index of the first sample, where out is part of a larger batch
+    frame_offset:  index of the first frame, where out is part of a longer clip
+    backend:       "auto", "cpu", "cuda", "triton" or "reference" (vfengine/ops/_dispatch.py)
+
+    Returns out. Raises TypeError for a dtype or a seed that is no int; ValueError for a shape,
+    stride, device, overlap, backend or number it cannot take, for tensors that autograd records,
+    and for λ outside [0, 1] (on CUDA that cannot be seen without waiting: there it writes NaN).
+    """
+    for name, seed in (("base_seed", base_seed), ("residual_seed", residual_seed)):
+        if seed is not None:
+            check_seed(seed, name)
+    if base_seed is None and residual_seed is None:
+        raise ValueError("decomposed_noise: expected base_seed, residual_seed, or both; got none")
+    place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
+    check_place(_NAME, **place)
+    _OP(out, *map(signed_seed, (base_seed, residual_seed)), lam, *place.values(), backend)
+    return out
+
+
+def decomposed_noise_reference(
+    shape: Sequence[int],
+    base_seed: int | None = None,
+    residual_seed: int | None = None,
+    lam: Tensor | None = None,
+    *,
+    step: int = 0,
+    sample_offset: int = 0,
+    frame_offset: int = 0,
+    words: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What `decomposed_noise` writes into fp32 of this shape, in plain PyTorch.
+
+    words: the random 32-bit words instead, int64 in [0, 2^32)
+    """
+    place = {"step": step, "sample_offset": sample_offset, "words": words, "device": device}
+    if residual_seed is None:
+        b = _draw((shape[0], 1, *shape[1:]), base_seed, BASE_STREAM, **place)
+        return b.squeeze(1)
+    r = _draw(shape, residual_seed, RESIDUAL_STREAM, frame_offset=frame_offset, **place)
+    if base_seed is None:
+        return r
+    if not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"{_NAME}: lam must lie in [0, 1], got {lam.tolist()}")
+    b = _draw((shape[0], 1, *shape[2:]), base_seed, BASE_STREAM, **place)
+    lam = lam.view(-1, 1, 1, 1)
+    return _sqrt(lam) * b + _sqrt(1 - lam) * r
+
+
+def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
+    """Ten Philox rounds (Salmon et al. 2011; bit-equal to Random123's philox4x32).
+
+    counter: int64 [..., 4], key: int64 [..., 2], broadcastable, every value a word in [0, 2^32)
+    returns: int64 [..., 4], words in [0, 2^32)
+    """
+    if counter.dtype != torch.int64 or key.dtype != torch.int64:
+        raise TypeError(f"philox4x32_10: expected int64, got {counter.dtype} and {key.dtype}")
+    if counter.shape[-1:] != (4,) or key.shape[-1:] != (2,):
+        raise ValueError(
+            f"philox4x32_10: expected counter [..., 4] and key [..., 2], "
+            f"got {list(counter.shape)} and {list(key.shape)}"
+        )
+    return torch.stack(torch.broadcast_tensors(*_rounds(counter.unbind(-1), key.unbind(-1))), -1)
+
+
+def check_seed(seed: int, name: str = "seed") -> int:
+    """seed itself; TypeError when not an int, ValueError outside [0, 2^64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} must be an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{name} must be in [0, 2^64), got {seed}")
+    return seed
+
+
+def signed_seed(seed: int | None) -> int | None:
+    """A seed in [0, 2^64) as the int64 that an op's schema takes."""
+    return seed - 2**64 if seed is not None and seed >> 63 else seed
+
+
+def unsigned_seed(seed: int | None) -> int:
+    """The seed that `signed_seed` was given; 0 for None."""
+    return 0 if seed is None else seed % 2**64
+
+
+def check_place(op: str, **place: int) -> None:
+    """ValueError unless step is in [0, 2^24) and the offsets are in [0, 2^31)."""
+    for name, value in place.items():
+        limit = 1 << (STEP_BITS if name == "step" else 31)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+            raise ValueError(f"{op}: {name} must be an int in [0, {limit}), got {value!r}")
+
+
+def _draw(
+    shape: Sequence[int],
+    seed: int,
+    stream: int,
+    *,
+    step: int,
+    sample_offset: int,
+    words: bool,
+    device: torch.device | str | None,
+    frame_offset: int = 0,
+) -> Tensor:
+    """Normals fp32, or words int64, [B, N, C, H, W] of one stream."""
+    batch, frames, *image = shape
+    size = torch.Size(image).numel()
+    out = torch.empty((batch, frames, size), dtype=torch.int64 if words else None, device=device)
+    frame = torch.arange(frame_offset, frame_offset + frames, device=device)[:, None]
+    group = torch.arange((size + 3) // 4, device=device)
+    constant = torch.zeros_like(group)
+    for b in range(batch):  # one sample at a time: the words of a sample fit in cache
+        counter = (group, frame, constant + sample_offset + b, constant + (stream << 24 | step))
+        drawn = torch.broadcast_tensors(*_rounds(counter, (seed & _MASK, seed >> 32)))
+        four = torch.stack(drawn if words else _box_muller(drawn), -1)
+        out[b] = four.flatten(1)[:, :size]
+    return out.view(batch, frames, *image)
+
+
+def _rounds(counter: Sequence[Tensor], key: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2^64; masking after the shift makes it a logical one.
+        p0, p1 = c0 * _MUL[0], c2 * _MUL[1]
+        c0, c2 = (p1 >> 32 & _MASK) ^ c1 ^ k0, (p0 >> 32 & _MASK) ^ c3 ^ k1
+        c1, c3 = p1 & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _box_muller(words: Sequence[Tensor]) -> list[Tensor]:
+    """The four normals of four words."""
+    normals = []
+    for first, second in (words[:2], words[2:]):
+        r = _radius((first >> 8).int())
+        cos, sin = _cos_and_sin((second >> 8).int())
+        normals += [r * cos, r * sin]
+    return normals
+
+
+def _radius(w: Tensor) -> Tensor:
+    """√(-2 ln((w + 1) / 2^24)) for int32 w in [0, 2^24), fp32.
+
+    (w + 1) / 2^24 = 2^e (1 + f) with 1 + f in [√½, √2), and ln = e ln 2 + f - f²/2 + f³ p(f).
+    """
+    from_root = (w + 1).float().view(torch.int32) - 0x3F3504F3  # √½
+    e = ((from_root >> 23) - 24).float()
+    f = ((from_root & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
+    p = f * 0.06746640801429749 - 0.11675652116537094
+    p = p * f + 0.11888162046670914
+    p = p * f - 0.1240558922290802
+    p = p * f + 0.14219552278518677
+    p = p * f - 0.1666799634695053
+    p = p * f + 0.2000211924314499
+    p = p * f - 0.25000008940696716
+    p = p * f + 0.3333331346511841
+    ff = f * f
+    e_ln2 = e * 0.693145751953125  # 19 bits times 5 bits: exact
+    total = e_ln2 + f
+    lost = (e_ln2 - total) + f  # what the sum was rounded by, exactly
+    rest = (ff * 0.5 - (ff * f) * p) - e * 1.428606765330187e-06
+    return _sqrt((total + (lost - rest)) * -2.0)
+
+
+def _cos_and_sin(w: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2π w / 2^24 for int32 w in [0, 2^24), fp32.
+
+    The angle is π/2 (quadrant + f), f in [-½, ½) exact.
+    """
+    quadrant = (w + (1 << 21)) >> 22
+    f = (w - (quadrant << 22)).float() * 2.0**-22
+    ff = f * f
+    s = ff * 0.00015820674889255315 - 0.004681266378611326  # sin(π/2 f) / f - 3/2
+    s = s * ff + 0.07969257980585098
+    s = s * ff - 0.6459640860557556
+    s = s * ff + 0.07079632580280304
+    s = f * 1.5 + f * s  # f * 1.5 is exact
+    c = ff * -0.0009040216682478786 + 0.02086028829216957  # (1 - cos(π/2 f)) / f² - 1
+    c = c * ff - 0.25366923213005066
+    c = c * ff + 0.2337005138397217
+    rounded = 1.0 - ff
+    c = rounded + (((1.0 - rounded) - ff) - ff * c)
+    odd = (quadrant & 1) == 1
+    cos, sin = torch.where(odd, s, c), torch.where(odd, c, s)
+    return (
+        torch.where(((quadrant + 1) & 2) == 2, -cos, cos),
+        torch.where((quadrant & 2) == 2, -sin, sin),
+    )
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """√x of fp32, rounded correctly, which torch.sqrt of fp32 does not promise on a CPU."""
+    return x.double().sqrt().float()
+
+
+def _run(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend):
+    _check(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend)
+    if lam is not None:
+        check_overlap(_NAME, out, {"lam": lam}, may_be=out)
+    backend = choose_backend(_NAME, backend, out.device)
+    place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
+    seeds = unsigned_seed(base_seed), unsigned_seed(residual_seed)
+    batch = out.shape[0]
+    frames = 1 if residual_seed is None else out.shape[1]
+    if backend == "reference":
+        named = [None if s is None else s % 2**64 for s in (base_seed, residual_seed)]
+        words = out.dtype == torch.int32
+        drawn = decomposed_noise_reference(
+            out.shape, *named, lam, **place, words=words, device=out.device
+        )
+        out.copy_(drawn)  # int64 words wrap to int32
+    elif backend == "triton":
+        from vfengine.kernels.decomposed_noise import launch
+
+        launch(out.view(batch, frames, -1), *seeds, lam, base=residual_seed is None, **place)
+    else:
+        run_native(
+            *(_NAME, backend, out.device),
+            *(out.data_ptr(), 0 if lam is None else lam.data_ptr()),
+            *(batch, frames, out.numel() // (batch * frames)),
+            *(residual_seed is None, *seeds, step, sample_offset, frame_offset),
+            _OUT_DTYPES[out.dtype],
+        )
+
+
+def _check(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend):
+    if out.dtype not in _OUT_DTYPES:
+        raise TypeError(f"{_NAME}: out must be fp32, fp16, bf16 or int32, got {out.dtype}")
+    axes = "[B, C, H, W]" if residual_seed is None else "[B, N, C, H, W]"
+    if out.ndim != axes.count(",") + 1 or out.numel() == 0:
+        raise ValueError(f"{_NAME}: out must be {axes} and not empty, got {list(out.shape)}")
+    check_tensor(_NAME, "out", out, out.shape, out.dtype, out.device)
+    check_no_grad(_NAME, out)
+    if (lam is not None) != (base_seed is not None and residual_seed is not None):
+        raise ValueError(f"{_NAME}: expected lam where both seeds are given, and only there")
+    if lam is not None:
+        if out.dtype == torch.int32:
+            raise TypeError(f"{_NAME}: int32 words are of one seed, got two")
+        check_tensor(_NAME, "lam", lam, out.shape[1:2], torch.float32, out.device)
+
+
+_OP = register(
+    f"{_NAME}(Tensor(a!) out, int? base_seed, int? residual_seed, Tensor? lam, int step, "
+    "int sample_offset, int frame_offset, str backend) -> ()",
+    _run,
+    _check,
+)

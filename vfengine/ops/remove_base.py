@@ -1,0 +1,76 @@
+"""remove_base: the residual network's input, in one read and one write of the clip.
+
+    z'_i <- z_i - √λ_i √(1-ᾱ_t) b
+
+Kernels: csrc/remove_base.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernels/frames.py.
+"""
+
+import torch
+from torch import Tensor
+
+from vfengine.ops._dispatch import register
+from vfengine.ops._frames import FramesOp, row_of, shares
+
+_NAME = "remove_base"
+
+
+def remove_base(
+    z: Tensor,
+    b: Tensor,
+    lam: Tensor,
+    noise_levels: Tensor,
+    step: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """z'_i <- z_i - √λ_i √(1-ᾱ_t) b̂ for all frames (VideoFusion, Algorithm 2).
+
+    z:            [B, N, C, H, W], fp32, fp16 or bf16, contiguous; written unless `out` is given
+    b:            [B, C, H, W], same dtype: the base network's estimate b̂, or the noise itself
+    lam:          fp32 [N], λ_i in [0, 1]
+    noise_levels: fp32 [T], √(1-ᾱ_t) of every step
+    step:         int32 [1], the entry; read on the device, so that a CUDA graph can replay it
+    out:          like z; z itself, or memory that no argument shares
+    backend:      "auto", "cpu", "cuda", "triton" or "reference" (vfengine/ops/_dispatch.py)
+
+    Returns the tensor that was written. Sums are in fp32 and rounded once; every kernel returns the
+    same bits, the CPU's on any number of threads. Errors as of `residual_step`.
+    """
+    rest = (b, lam, noise_levels, step, backend)
+    if out is None or out is z:
+        _OP_IN_PLACE(z, *rest)
+        return z
+    _OP(z, *rest, out)
+    return out
+
+
+def remove_base_reference(
+    z: Tensor, b: Tensor, lam: Tensor, noise_levels: Tensor, step: Tensor
+) -> Tensor:
+    """The formula of `remove_base` in plain PyTorch, in fp32, or in fp64 for fp64 clips.
+
+    Returns a new tensor in the dtype it was computed in.
+    """
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    level = row_of(_NAME, noise_levels, step).to(dtype)
+    shared, _ = shares(_NAME, lam, dtype)
+    return z.to(dtype) - shared * level * b.to(dtype).unsqueeze(1)
+
+
+def _reference(z, b, lam, noise_levels, step, **_):
+    return remove_base_reference(z, b, lam, noise_levels, step)
+
+
+def _run(z, b, lam, noise_levels, step, backend, out=None):
+    _STEP.run(z, b, lam, noise_levels, step, z if out is None else out, backend)
+
+
+def _check(z, b, lam, noise_levels, step, backend, out=None):
+    _STEP.check(z, b, lam, noise_levels, step, z if out is None else out)
+
+
+_STEP = FramesOp(_NAME, ("z", "b", "noise_levels"), 1, _reference)
+_ARGUMENTS = "Tensor b, Tensor lam, Tensor noise_levels, Tensor step, str backend"
+_OP = register(f"{_NAME}(Tensor z, {_ARGUMENTS}, Tensor(a!) out) -> ()", _run, _check)
+_OP_IN_PLACE = register(f"{_NAME}_(Tensor(a!) z, {_ARGUMENTS}) -> ()", _run, _check)
