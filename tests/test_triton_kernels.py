@@ -1,0 +1,115 @@
+"""The Triton kernels without a GPU: in the interpreter, and as compiled for one (triton_tools)."""
+
+import pytest
+import torch
+from kernel_cases import DTYPES, all_dtypes
+from triton_tools import Compiled, interpret, specialise
+
+from vfengine.kernels import decomposed_noise, decomposed_step, frames, remove_base, residual_step
+
+RULES = {
+    "residual_step": residual_step.RULE,
+    "decomposed_step": decomposed_step.RULE,
+    "remove_base": remove_base.RULE,
+}
+OPERANDS = {"residual_step": 3, "decomposed_step": 3, "remove_base": 2}  # clips and image read
+VECTORS = {4: 2, 2: 1}  # of 16 bytes, for the 8 elements that one of 128 threads has of BLOCK
+SCALARS = {"residual_step": 5, "decomposed_step": 5, "remove_base": 3}  # step, its row, λ
+ARCHITECTURES = (80, 90, 100, 120)
+
+
+def test_kernels_in_the_interpreter_with_a_guard_page_behind_every_buffer():
+    """Values as the reference, bits as the CPU; an access past an end would kill the process."""
+    script = "import sys, kernel_cases; sys.argv = {argv}; kernel_cases.main()"
+    argv = ["kernel_cases", "triton", "--shapes", "small", "--guarded"]
+    assert "decomposed_noise" in interpret(script.format(argv=argv))
+
+
+def specialised(
+    op: str,
+    dtype: torch.dtype,
+    pixels: int = 3 * 64 * 64,
+    offset: int = 0,
+    arch: int = 90,
+    **options,
+) -> Compiled:
+    """Compiled for 2 clips of 16 frames, x lying `offset` elements off alignment."""
+    size = 2 * 16 * pixels
+    x = torch.zeros(size + offset, dtype=dtype)[offset:].view(2, 16, 1, 1, pixels)
+    other = torch.zeros(x.shape, dtype=dtype)
+    rule = RULES[op]
+    coeffs = torch.zeros(10, rule.columns)
+    step = torch.zeros(1, dtype=torch.int32)
+    if rule.residual:
+        options["r"] = other
+    grid, arguments, constants = frames.launch_arguments(
+        rule, x, other[:, 0], torch.zeros(16), coeffs, step, torch.zeros_like(x), **options
+    )
+    return specialise(frames.frames_kernel, *arguments, arch=arch, grid=grid, **constants)
+
+
+@all_dtypes
+@pytest.mark.parametrize("op", RULES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_main_path_moves_16_bytes_an_instruction(op, dtype, arch):
+    compiled = specialised(op, dtype, arch=arch)
+    vectors = VECTORS[dtype.itemsize]
+    assert compiled.loads == {16: OPERANDS[op] * vectors, 4: SCALARS[op]}
+    assert compiled.stores == {16: vectors}
+    assert compiled.count("LDG*.128*") == OPERANDS[op] * vectors
+    assert compiled.count("STG*.128*") == vectors
+    assert_no_local_memory(compiled, registers=64)
+
+
+@all_dtypes
+@pytest.mark.parametrize("op", ["residual_step", "decomposed_step"])
+def test_guidance_and_drawn_noise_keep_whole_vectors(op, dtype):
+    vectors = VECTORS[dtype.itemsize]
+    shape = (2, 16, 1, 1, 3 * 64 * 64)
+    guided = specialised(op, dtype, r_uncond=torch.zeros(shape, dtype=dtype))
+    assert guided.loads == {16: 4 * vectors, 4: 5}
+    drawn = specialised(op, dtype, seeds=(1, 2))
+    assert drawn.loads == {16: 3 * vectors, 4: 5}
+    assert drawn.stores == {16: vectors}
+    assert_no_local_memory(guided, registers=64)
+    assert_no_local_memory(drawn, registers=168)
+
+
+@all_dtypes
+def test_misaligned_and_odd_clips_take_narrower_accesses(dtype):
+    vectors = VECTORS[dtype.itemsize]
+    shifted = specialised("residual_step", dtype, offset=1)
+    assert shifted.loads[16] == 2 * vectors  # g and r, not u
+    assert shifted.stores == {16: vectors}
+    odd = specialised("residual_step", dtype, pixels=3 * 7 * 11)
+    assert odd.loads[16] == odd.stores[16] == 0  # rows start anywhere
+    assert odd.loads[dtype.itemsize] > 0
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.int32])
+@pytest.mark.parametrize("part", ["base", "residual", "combined"])
+def test_noise_is_written_16_bytes_an_instruction(dtype, part):
+    if part == "combined" and dtype == torch.int32:
+        part = "residual"  # words are of one seed
+    out = torch.zeros(2, 1 if part == "base" else 16, 3 * 64 * 64, dtype=dtype)
+    lam = torch.zeros(16) if part == "combined" else None
+    grid, arguments, constants = decomposed_noise.launch_arguments(
+        out, 1, 2, lam, base=part == "base", step=0, sample_offset=0, frame_offset=0
+    )
+    compiled = specialise(decomposed_noise.noise_kernel, *arguments, grid=grid, **constants)
+    assert compiled.stores == {16: VECTORS[dtype.itemsize]}
+    assert compiled.loads[16] == 0
+    assert_no_local_memory(compiled, registers=168)
+
+
+def test_no_multiplication_is_fused_with_an_addition():
+    """Fused, the bits would not be those of the CPU; what is left belongs to square roots."""
+    options = {"xi": torch.zeros(2, 16, 1, 1, 3 * 64 * 64)}
+    compiled = specialised("residual_step", torch.float32, **options)
+    assert "fma.rn" not in compiled.asm["ptx"]
+
+
+def assert_no_local_memory(compiled: Compiled, registers: int) -> None:
+    assert compiled.usage["LOCAL"] == compiled.usage["STACK"] == 0
+    assert compiled.count("LDL*") == compiled.count("STL*") == 0
+    assert compiled.usage["REG"] <= registers
