@@ -3,6 +3,10 @@
 // Nothing is checked here: vfengine/ops/<op>.py has done it. Every call releases the GIL.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
 #include "common/isa.h"
 #include "decomposed_noise.h"
 #include "decomposed_step.h"
@@ -76,6 +80,163 @@ vf::NoiseArgs noise_args(uintptr_t out, uintptr_t lam, int64_t batch, int64_t fr
   return args;
 }
 
+// ---- the short way -----------------------------------------------------------------------------
+//
+// vfengine/ops/_frames.py checks arguments in Python, which takes longer than the kernel of a small
+// clip. The same checks here, of plain CPU tensors alone, take a third. They only ever say yes to
+// what Python would accept; where they do not, Python looks again and finds the words.
+
+struct Names {  // interned once; torch's objects are compared by identity
+  py::object tensor, dtypes[3], float32, int32;
+  py::str is_cpu{"is_cpu"}, dtype{"dtype"}, shape{"shape"}, is_contiguous{"is_contiguous"},
+      requires_grad{"requires_grad"}, data_ptr{"data_ptr"};
+
+  Names() {
+    const py::module_ torch = py::module_::import("torch");
+    tensor = torch.attr("Tensor");
+    float32 = torch.attr("float32");
+    int32 = torch.attr("int32");
+    dtypes[0] = float32;
+    dtypes[1] = torch.attr("float16");
+    dtypes[2] = torch.attr("bfloat16");
+    for (py::str* name : {&is_cpu, &dtype, &shape, &is_contiguous, &requires_grad, &data_ptr}) {
+      PyObject* interned = name->release().ptr();
+      PyUnicode_InternInPlace(&interned);
+      *name = py::reinterpret_steal<py::str>(interned);
+    }
+  }
+};
+
+const Names& names() {
+  static const Names* names = new Names;  // never destroyed: Python may be gone by then
+  return *names;
+}
+
+struct PlainTensor {
+  uintptr_t address = 0;  // 0: absent
+  int64_t shape[5], ndim = 0, elements = 0;
+  py::object dtype;
+};
+
+bool is_true(py::handle tensor, const py::str& attribute) {
+  return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), attribute.ptr())).ptr() ==
+         Py_True;
+}
+
+// Whether `tensor` is a torch.Tensor itself, on the CPU, contiguous, of one to five sizes, and not
+// one that autograd follows; `plain` is then what it is.
+bool read(py::handle tensor, PlainTensor& plain) {
+  const Names& n = names();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != n.tensor.ptr()) return false;
+  if (!is_true(tensor, n.is_cpu) || is_true(tensor, n.requires_grad)) return false;
+  const auto call = [&](const py::str& method) {
+    return py::reinterpret_steal<py::object>(
+        PyObject_CallMethodObjArgs(tensor.ptr(), method.ptr(), nullptr));
+  };
+  if (call(n.is_contiguous).ptr() != Py_True) return false;
+  const auto shape =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), n.shape.ptr()));
+  if (!shape || !PyTuple_Check(shape.ptr())) return false;
+  plain.ndim = PyTuple_GET_SIZE(shape.ptr());
+  if (plain.ndim < 1 || plain.ndim > 5) return false;
+  plain.elements = 1;
+  for (int64_t i = 0; i < plain.ndim; ++i) {
+    plain.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    plain.elements *= plain.shape[i];
+  }
+  plain.dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), n.dtype.ptr()));
+  const py::object address = call(n.data_ptr);
+  if (!address || !plain.dtype) return false;
+  plain.address = PyLong_AsUnsignedLongLong(address.ptr());
+  return plain.address != 0 && plain.elements > 0;
+}
+
+// What make() of the kernels takes, of tensors that fit rule `columns`; false where any does not.
+bool frames_fit(const py::handle tensors[9], int columns, vf::FrameArgs& args) {
+  enum { kX, kG, kR, kUncond, kXi, kLam, kCoeffs, kStep, kOut };
+  const Names& n = names();
+  PlainTensor t[9];
+  const bool in_place = tensors[kOut].is(tensors[kX]);
+  for (int i = 0; i < (in_place ? kOut : kOut + 1); ++i)
+    if (!tensors[i].is_none() && !read(tensors[i], t[i])) return false;
+  const PlainTensor& x = t[kX];
+  if (in_place) t[kOut] = x;
+  int dtype = 0;
+  while (dtype < 3 && x.dtype.ptr() != n.dtypes[dtype].ptr()) ++dtype;
+  if (dtype == 3 || x.ndim != 5) return false;
+
+  const int64_t *s = x.shape, image[] = {s[0], s[2], s[3], s[4]};
+  const auto is = [](const PlainTensor& t, const py::object& dtype, const int64_t* shape,
+                     int64_t ndim) {
+    return t.dtype.ptr() == dtype.ptr() && t.ndim == ndim &&
+           std::equal(shape, shape + ndim, t.shape);
+  };
+  for (int i : {kR, kUncond, kXi, kOut})
+    if (t[i].address && !is(t[i], x.dtype, s, 5)) return false;
+  const int64_t one = 1, coeffs[] = {t[kCoeffs].shape[0], columns};
+  if (!is(t[kG], x.dtype, image, 4) || !is(t[kLam], n.float32, s + 1, 1) ||
+      !is(t[kCoeffs], n.float32, coeffs, columns > 1 ? 2 : 1) || !is(t[kStep], n.int32, &one, 1))
+    return false;
+
+  const uintptr_t start = t[kOut].address, size = dtype == 0 ? 4 : 2;
+  const uintptr_t end = start + x.elements * size;
+  for (int i = 0; i < kOut; ++i) {
+    const uintptr_t first = t[i].address, bytes = t[i].elements * (i < kLam ? size : 4);
+    if (!first || (i == kX && first == start)) continue;
+    if (first < end && start < first + bytes) return false;
+  }
+
+  args.x = at<const void>(x.address);
+  args.g = at<const void>(t[kG].address);
+  args.r = at<const void>(t[kR].address);
+  args.r_uncond = at<const void>(t[kUncond].address);
+  args.xi = at<const void>(t[kXi].address);
+  args.lam = at<const float>(t[kLam].address);
+  args.coeffs = at<const float>(t[kCoeffs].address);
+  args.step = at<const int32_t>(t[kStep].address);
+  args.out = at<void>(start);
+  args.batch = s[0];
+  args.frames = s[1];
+  args.pixels = s[2] * s[3] * s[4];
+  args.num_steps = t[kCoeffs].shape[0];
+  args.dtype = static_cast<vf::DType>(dtype);
+  return true;
+}
+
+bool is_text(py::handle text, const char* value) {
+  return PyUnicode_Check(text.ptr()) && PyUnicode_CompareWithASCIIString(text.ptr(), value) == 0;
+}
+
+// name_plain(backend, x, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale, draw, seeds,
+// offsets, threads): runs the CPU kernel and returns True, or does nothing and returns False.
+template <class Rule, class Cpu>
+void define_plain(py::module_& m, Cpu cpu) {
+  m.def((std::string(Rule::kName) + "_plain").c_str(),
+        [=](py::handle backend, py::handle x, py::handle g, py::handle r, py::handle r_uncond,
+            py::handle xi, py::handle lam, py::handle coeffs, py::handle step, py::handle out,
+            float guidance_scale, bool draw, uint64_t base_seed, uint64_t residual_seed,
+            uint32_t first_sample, uint32_t first_frame, int64_t threads) {
+          const char* environment = std::getenv("VFENGINE_KERNEL_BACKEND");
+          const bool unset = !environment || !*environment;
+          if (!is_text(backend, "cpu") && !(is_text(backend, "auto") && unset)) return false;
+          const py::handle tensors[] = {x, g, r, r_uncond, xi, lam, coeffs, step, out};
+          vf::FrameArgs args;
+          if (!frames_fit(tensors, Rule::kColumns, args)) {
+            PyErr_Clear();
+            return false;
+          }
+          args.guidance_scale = guidance_scale;
+          args.draw = draw;
+          args.base_key = key_of(base_seed);
+          args.residual_key = key_of(residual_seed);
+          args.first_sample = first_sample;
+          args.first_frame = first_frame;
+          const py::gil_scoped_release release;
+          cpu(args, threads);
+          return true;
+        });
+}
+
 // name_cpu(*arguments of make, threads) and name_cuda(*arguments of make, device, stream).
 template <class Args, class... Arguments, class Cpu, class Cuda>
 void define(py::module_& m, const std::string& name, Args (*make)(Arguments...), Cpu cpu,
@@ -110,6 +271,8 @@ PYBIND11_MODULE(vfengine_native, m) {
   m.doc() = "Compiled kernels of vfengine; call them through vfengine.ops";
   m.attr("__version__") = VF_VERSION;
 
+  // A tenth of what os.environ.get costs, which shows beside the kernel of a small clip.
+  m.def("environment", &std::getenv, py::arg("name"), "Value of a variable, or None");
   m.def("cpu_isa", [] { return vf::isa_name(vf::cpu_isa()); }, "Instruction set in use");
   m.def("set_cpu_isa", &vf::set_cpu_isa, py::arg("name"), "Use another one (tests, benchmarks)");
   py::list isas;
@@ -134,6 +297,13 @@ PYBIND11_MODULE(vfengine_native, m) {
 #else
   m.attr("cuda_emulated") = false;
 #endif
+
+#define VF_PLAIN(name, Rule) \
+  define_plain<vf::Rule>(    \
+      m, [](const auto& args, int64_t threads) { VF_CPU_CALL(name##_cpu, args, threads); })
+  VF_PLAIN(residual_step, ResidualStep);
+  VF_PLAIN(decomposed_step, DecomposedStep);
+  VF_PLAIN(remove_base, RemoveBase);
 
   VF_OP(residual_step, &frame_args);
   VF_OP(decomposed_step, &frame_args);

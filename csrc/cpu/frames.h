@@ -1,10 +1,11 @@
 // Runs a rule of common/frames.h over a clip: vectors of simd.h, threads of parallel.h.
 //
-// A task is one tile: kTileFrames frames x kTilePixels pixels of one clip, so that its part of g
-// and its base noise are read or drawn once and stay in the L1 cache. The clip moves through memory
-// once: one read each of x, r, r_uncond and xi, one write of out. Noise drawn here costs no
-// traffic. Every element is computed the same way whatever tile, lane or thread it falls on, hence
-// the same bits on any number of threads and any instruction set.
+// A task is one tile of one clip. A clip that fits the caches is cut into tiles of a few frames,
+// whose part of g, and base noise, are then read or drawn once and stay in the L1 cache. A larger
+// one moves through memory from front to back, which prefetchers follow best; g comes from an outer
+// cache then. Either way one read each of x, r, r_uncond and xi and one write of out; noise drawn
+// here costs no traffic. Every element is computed the same way whatever tile, lane or thread it
+// falls on, hence the same bits on any number of threads and any instruction set.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -16,8 +17,13 @@
 
 namespace vf::VF_ISA {
 
-constexpr int64_t kTileFrames = 8;
-constexpr int64_t kTilePixels = 2048;          // a multiple of kBlock
+struct Tile {
+  int64_t frames, pixels;  // pixels: a multiple of kBlock
+};
+
+constexpr Tile kInCache{8, 2048};
+constexpr Tile kFrontToBack{1, 65536};
+constexpr int64_t kCacheBytes = 4 << 20;       // of a clip, beyond which it is not in the caches
 constexpr int64_t kElementsPerThread = 32768;  // below that a thread costs more than it brings
 
 enum class Noise { none, given, drawn };
@@ -84,8 +90,8 @@ static void step_tile(const FrameArgs& args, int64_t clip, int64_t first_frame, 
                       int64_t first_pixel, int64_t pixels) {
   const float* coeffs = args.coeffs + Rule::kColumns * int64_t(*args.step);
   const uint32_t sample = args.first_sample + uint32_t(clip), step = uint32_t(*args.step) + 1;
-  alignas(64) float xi[kNoise == Noise::drawn ? kTilePixels : 1];
-  alignas(64) float base_noise[kNoise == Noise::drawn && Rule::kBaseNoise ? kTilePixels : 1];
+  alignas(64) float xi[kNoise == Noise::drawn ? kInCache.pixels : 1];
+  alignas(64) float base_noise[kNoise == Noise::drawn && Rule::kBaseNoise ? kInCache.pixels : 1];
   if constexpr (kNoise == Noise::drawn && Rule::kBaseNoise) {
     const NoiseSource from{0, sample, stream_and_step(kBaseStream, step), args.base_key};
     draw<T>(from, first_pixel, pixels, base_noise);
@@ -106,23 +112,28 @@ static void step_tile(const FrameArgs& args, int64_t clip, int64_t first_frame, 
                           xi,
                           base_noise,
                           static_cast<T*>(args.out) + at};
-    step_row<Rule, T, kGuided, kNoise>(row, pixels, Rule::weights(coeffs, args.lam[n]),
-                                       args.guidance_scale);
+    const FrameWeights w = Rule::weights(coeffs, args.lam[n]);
+    const FrameWeights plain{plain_nan(w.x), plain_nan(w.base), plain_nan(w.base_noise),
+                             plain_nan(w.residual), plain_nan(w.noise)};
+    step_row<Rule, T, kGuided, kNoise>(row, pixels, plain, plain_nan(args.guidance_scale));
   }
 }
 
 template <class Rule, class T, bool kGuided, Noise kNoise>
 static void step_clips(const FrameArgs& args, int64_t threads) {
-  const int64_t frame_tiles = (args.frames + kTileFrames - 1) / kTileFrames;
-  const int64_t pixel_tiles = (args.pixels + kTilePixels - 1) / kTilePixels;
-  threads = std::min(threads, args.batch * args.frames * args.pixels / kElementsPerThread);
+  const int64_t elements = args.batch * args.frames * args.pixels;
+  const bool in_cache = kNoise == Noise::drawn || elements * int64_t(sizeof(T)) <= kCacheBytes;
+  const Tile tile = in_cache ? kInCache : kFrontToBack;
+  const int64_t frame_tiles = (args.frames + tile.frames - 1) / tile.frames;
+  const int64_t pixel_tiles = (args.pixels + tile.pixels - 1) / tile.pixels;
+  threads = std::min(threads, elements / kElementsPerThread);
   parallel_for(args.batch * frame_tiles * pixel_tiles, threads, [&](int64_t task) {
-    const int64_t first_pixel = task % pixel_tiles * kTilePixels;
-    const int64_t first_frame = task / pixel_tiles % frame_tiles * kTileFrames;
+    const int64_t first_pixel = task % pixel_tiles * tile.pixels;
+    const int64_t first_frame = task / pixel_tiles % frame_tiles * tile.frames;
     const int64_t clip = task / pixel_tiles / frame_tiles;
     step_tile<Rule, T, kGuided, kNoise>(
-        args, clip, first_frame, std::min(first_frame + kTileFrames, args.frames), first_pixel,
-        std::min(kTilePixels, args.pixels - first_pixel));
+        args, clip, first_frame, std::min(first_frame + tile.frames, args.frames), first_pixel,
+        std::min(tile.pixels, args.pixels - first_pixel));
   });
 }
 

@@ -64,12 +64,16 @@ static inline Pair load_pair(const BFloat16* p) {
   return {reinterpret_cast<F32>(words << 16), reinterpret_cast<F32>(words & 0xffff0000u)};
 }
 
-// The upper 16 bits of the result are x rounded to nearest even; a NaN stays one.
+// The upper 16 bits of the result are x rounded to nearest even. A NaN of x must have nothing in
+// its lower half, or the carry could make it a number: so have those that come from bf16 operands,
+// and those of `plain_nan`.
 static inline U32 round_to_bf16(F32 x) {
   const U32 bits = reinterpret_cast<U32>(x);
-  const U32 rounded = bits + (0x7fffu + (bits >> 16 & 1u));
-  return x == x ? rounded : (bits | 0x400000u);
+  return bits + (0x7fffu + (bits >> 16 & 1u));
 }
+
+// x, or the NaN that arithmetic makes where x is another.
+static inline float plain_nan(float x) { return x == x ? x : bits_to_float(0x7fc00000u); }
 
 static inline void store_pair(BFloat16* p, const Pair& x) {
   store(p, (round_to_bf16(x.at[0]) >> 16) | (round_to_bf16(x.at[1]) & 0xffff0000u));

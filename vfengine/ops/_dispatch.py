@@ -10,8 +10,10 @@
 |             | CUDA     | takes "cuda" where it was built, else "triton" |
 """
 
+import functools
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
     """
     asked = f"backend={backend!r}"
     if backend == "auto":
-        backend = os.environ.get("VFENGINE_KERNEL_BACKEND") or "auto"
+        backend = native().environment("VFENGINE_KERNEL_BACKEND") or "auto"
         asked = f"VFENGINE_KERNEL_BACKEND={backend}" if backend != "auto" else asked
     if backend not in BACKENDS:
         raise ValueError(f"{op}: {asked} is unknown, expected one of {', '.join(BACKENDS)}")
@@ -55,41 +57,36 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
     return backend
 
 
-def run_native(op: str, backend: str, device: torch.device, *arguments) -> None:
-    """Call the compiled kernel `op`; arguments: those of csrc/bindings.cpp, in order."""
-    if backend == "cpu":
-        getattr(native(), f"{op}_cpu")(*arguments, torch.get_num_threads())
-        return
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    getattr(native(), f"{op}_cuda")(*arguments, device.index or 0, stream)
+def cuda_place(tensor: Tensor) -> tuple[int, int]:
+    """Device index and stream, the last arguments of a CUDA kernel; 0, 0 in tests/emulation."""
+    if not tensor.is_cuda:
+        return 0, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def register(schema: str, kernel: Callable[..., None], check: Callable[..., None]) -> Callable:
-    """Register an op that writes into a tensor argument, for CPU and CUDA tensors; returns a call.
+    """Register an op that writes into a tensor argument, for CPU and CUDA tensors; returns it.
 
     kernel: runs it; check: raises for arguments the kernel cannot take, without looking at memory.
     The op makes no tensor, so `check` is all there is to its fake.
-
-    torch.library.Library costs about 3 µs a call, the custom_op decorator 8 to 13. What is returned
-    passes it by where nothing is there to see the op (no tracer, mode, transform or profiler).
+    torch.library.Library costs about 3 µs a call, the custom_op decorator 8 to 13.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0]
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"vfengine::{name}", check, lib=LIBRARY)
-    op = getattr(torch.ops.vfengine, name).default
-
-    def call(tensor: Tensor, *rest) -> None:
-        (kernel if _unobserved(tensor) else op)(tensor, *rest)
-
-    return call
+    return getattr(torch.ops.vfengine, name).default
 
 
-def _unobserved(tensor: Tensor) -> bool:
+def unobserved(tensor: Tensor) -> bool:
+    """Whether a kernel may run without its op: nothing is there that would want to see the op.
+
+    That is a plain CPU tensor, and no tracer, mode, transform or profiler.
+    """
     return (
-        (tensor.is_cpu or tensor.is_cuda)
-        and type(tensor) is Tensor
+        type(tensor) is Tensor
+        and tensor.is_cpu
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -137,7 +134,9 @@ def check_overlap(op: str, out: Tensor, inputs: dict[str, Tensor | None], may_be
             raise ValueError(f"{op}: out shares memory with {name}")
 
 
-def native():
+@functools.cache
+def native() -> ModuleType:
+    """vfengine_native, loaded when a kernel is first asked for."""
     from vfengine.native import vfengine_native
 
     return vfengine_native

@@ -2,12 +2,13 @@
 
     out_i = w.x x_i + w.base g + w.base_noise b + w.residual r_i + w.noise ξ_i
 
-x, r: [B, N, C, H, W], g: [B, C, H, W]; csrc/common/frames.h has the rest.
+x, r: [B, N, C, H, W], g: [B, C, H, W]; csrc/common/frames.h has the rest. A small clip's kernel
+takes about as long as a dozen lines of Python, hence few calls and no copies of arguments here.
 """
 
+import functools
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,23 +19,24 @@ from vfengine.ops._dispatch import (
     check_overlap,
     check_tensor,
     choose_backend,
-    run_native,
+    cuda_place,
+    native,
 )
 
 
-@dataclass(frozen=True)
 class FramesOp:
     """One of the three ops.
 
+    name:      of the op, of its kernels and of their files
     names:     of x, g and coeffs in its public function
     columns:   of coeffs
-    reference: (x, r, g, lam, coeffs, step, **options) -> new tensor
+    reference: (x, g, lam, coeffs, step, **options) -> new tensor; options as of kernels/frames.py
     """
 
-    name: str
-    names: tuple[str, str, str]
-    columns: int
-    reference: Callable[..., Tensor]
+    def __init__(
+        self, name: str, names: tuple[str, str, str], columns: int, reference: Callable[..., Tensor]
+    ) -> None:
+        self.name, self.names, self.columns, self.reference = name, names, columns, reference
 
     def run(
         self,
@@ -54,20 +56,39 @@ class FramesOp:
         frame_offset: int = 0,
     ) -> None:
         """Check everything, then write the result into out."""
+        noise = (seeds is not None, *(seeds or _NO_SEEDS), sample_offset, frame_offset)
+        tensors = (x, g, r, r_uncond, xi, lam, coeffs, step, out)
+        if self._plain(backend, *tensors, guidance_scale, *noise, torch.get_num_threads()):
+            return
         self.check(x, g, lam, coeffs, step, out, r, r_uncond, xi)
-        inputs = dict(zip(self.names, (x, g, coeffs), strict=True))
-        inputs |= {"r": r, "r_uncond": r_uncond, "xi": xi, "lam": lam, "step": step}
-        check_overlap(self.name, out, inputs, may_be=x)
         backend = choose_backend(self.name, backend, x.device)
-        batch, frames = x.shape[:2]
+        addresses = (
+            x.data_ptr(),
+            g.data_ptr(),
+            0 if r is None else r.data_ptr(),
+            0 if r_uncond is None else r_uncond.data_ptr(),
+            0 if xi is None else xi.data_ptr(),
+            lam.data_ptr(),
+            coeffs.data_ptr(),
+            step.data_ptr(),
+            out.data_ptr(),
+        )
+        inputs = (x, g, lam, coeffs, step, r, r_uncond, xi)
+        self._check_overlap(addresses, out, *inputs)
         if backend in ("cpu", "cuda"):
-            run_native(
-                *(self.name, backend, x.device),
-                *(x.data_ptr(), g.data_ptr(), _address(r), _address(r_uncond), _address(xi)),
-                *(lam.data_ptr(), coeffs.data_ptr(), step.data_ptr(), out.data_ptr()),
-                *(batch, frames, x.numel() // (batch * frames), coeffs.shape[0]),
-                *(guidance_scale, seeds is not None, *(seeds or (0, 0))),
-                *(sample_offset, frame_offset, DTYPES[x.dtype]),
+            kernel = getattr(native(), f"{self.name}_{backend}")
+            where = cuda_place(x) if backend == "cuda" else (torch.get_num_threads(),)
+            batch, frames, c, h, w = x.shape
+            kernel(
+                *addresses,
+                batch,
+                frames,
+                c * h * w,
+                coeffs.shape[0],
+                guidance_scale,
+                *noise,
+                DTYPES[x.dtype],
+                *where,
             )
             return
         options = {
@@ -100,24 +121,85 @@ class FramesOp:
         xi: Tensor | None = None,
     ) -> None:
         """Raise unless dtypes, shapes, strides and devices fit; looks at no memory."""
-        op, (x_name, g_name, coeffs_name) = self.name, self.names
-        shape, dtype, device = x.shape, x.dtype, x.device
-        if dtype not in DTYPES:
-            raise TypeError(f"{op}: {x_name} must be fp32, fp16 or bf16, got {dtype}")
-        if len(shape) != 5 or 0 in shape:
-            raise ValueError(
-                f"{op}: {x_name} must be [B, N, C, H, W] and not empty, got {list(shape)}"
-            )
-        num_steps = coeffs.shape[0] if coeffs.ndim else 0
-        _check_all(op, (x_name, "r", "r_uncond", "xi", "out"), (x, r, r_uncond, xi, out), x)
-        check_tensor(op, g_name, g, shape[:1] + shape[2:], dtype, device)
-        check_tensor(op, "lam", lam, shape[1:2], torch.float32, device)
-        check_tensor(op, coeffs_name, coeffs, self.coeffs_shape(num_steps), torch.float32, device)
-        check_tensor(op, "step", step, (1,), torch.int32, device)
-        check_no_grad(op, x, g, r, r_uncond, xi, out)
+        shape, dtype, device, on_cpu = x.shape, x.dtype, x.device, x.is_cpu
+        fits = dtype in DTYPES and len(shape) == 5 and 0 not in shape
+        if fits:
+            batch, frames, *image = shape
+            for tensor, expected in (
+                (x, shape),
+                (r, shape),
+                (g, (batch, *image)),
+                (r_uncond, shape),
+                (xi, shape),
+                (out, shape),
+            ):
+                if tensor is not None and not (
+                    tensor.dtype is dtype
+                    and tensor.shape == expected
+                    and (tensor.is_cpu if on_cpu else tensor.device == device)
+                    and tensor.is_contiguous()
+                ):
+                    fits = False
+            for tensor, kind, expected in (
+                (lam, torch.float32, (frames,)),
+                (coeffs, torch.float32, self._coeffs_shape(coeffs)),
+                (step, torch.int32, (1,)),
+            ):
+                if not (
+                    tensor.dtype is kind
+                    and tensor.shape == expected
+                    and (tensor.is_cpu if on_cpu else tensor.device == device)
+                    and tensor.is_contiguous()
+                ):
+                    fits = False
+        if not fits:
+            self._explain(x, g, lam, coeffs, step, out, r, r_uncond, xi)
+        if torch.is_grad_enabled():
+            check_no_grad(self.name, x, g, r, r_uncond, xi, out)
 
-    def coeffs_shape(self, num_steps: int) -> tuple[int, ...]:
-        return (num_steps, self.columns) if self.columns > 1 else (num_steps,)
+    def _explain(self, x, g, lam, coeffs, step, out, r, r_uncond, xi) -> None:
+        """Raise for the first argument that does not fit."""
+        op, (x_name, g_name, coeffs_name) = self.name, self.names
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{op}: {x_name} must be fp32, fp16 or bf16, got {x.dtype}")
+        if x.ndim != 5 or x.numel() == 0:
+            raise ValueError(
+                f"{op}: {x_name} must be [B, N, C, H, W] and not empty, got {list(x.shape)}"
+            )
+        (batch, frames, *image), place = x.shape, (x.dtype, x.device)
+        clips = ((x_name, x), ("r", r), ("r_uncond", r_uncond), ("xi", xi), ("out", out))
+        for name, tensor in clips:
+            if tensor is not None:
+                check_tensor(op, name, tensor, x.shape, *place)
+        check_tensor(op, g_name, g, (batch, *image), *place)
+        check_tensor(op, "lam", lam, (frames,), torch.float32, x.device)
+        expected = self._coeffs_shape(coeffs)
+        check_tensor(op, coeffs_name, coeffs, expected, torch.float32, x.device)
+        check_tensor(op, "step", step, (1,), torch.int32, x.device)
+
+    def _check_overlap(self, addresses, out, x, g, lam, coeffs, step, r, r_uncond, xi) -> None:
+        """Raise where out shares memory with an input, x as a whole excepted."""
+        start, nbytes = addresses[-1], out.nbytes
+        reach = max(nbytes, coeffs.nbytes, lam.nbytes, step.nbytes)  # no input is larger
+        first, end = start - reach, start + nbytes
+        in_place = addresses[0] == start
+        if not any(first < address < end for address in addresses[in_place:-1]):
+            return
+        inputs = dict(zip(self.names, (x, g, coeffs), strict=True))
+        inputs |= {"r": r, "r_uncond": r_uncond, "xi": xi, "lam": lam, "step": step}
+        check_overlap(self.name, out, inputs, may_be=x)
+
+    def _coeffs_shape(self, coeffs: Tensor) -> tuple[int, ...]:
+        rows = coeffs.shape[0] if coeffs.ndim else 0
+        return (rows, self.columns) if self.columns > 1 else (rows,)
+
+    @functools.cached_property
+    def _plain(self) -> Callable[..., bool]:
+        """Checks and runs ordinary CPU tensors (csrc/bindings.cpp); says whether it did."""
+        return getattr(native(), f"{self.name}_plain")
+
+
+_NO_SEEDS = (0, 0)
 
 
 def row_of(op: str, coeffs: Tensor, step: Tensor) -> Tensor:
@@ -142,14 +224,3 @@ def guided(r: Tensor, r_uncond: Tensor | None, guidance_scale: float, dtype: tor
     if r_uncond is None:
         return r.to(dtype)
     return r_uncond.to(dtype) + guidance_scale * (r.to(dtype) - r_uncond.to(dtype))
-
-
-def _check_all(op: str, names: Sequence[str], tensors: Sequence[Tensor | None], like: Tensor):
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor is not like:
-            check_tensor(op, name, tensor, like.shape, like.dtype, like.device)
-    check_tensor(op, names[0], like, like.shape, like.dtype, like.device)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

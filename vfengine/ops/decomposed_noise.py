@@ -35,8 +35,10 @@ from vfengine.ops._dispatch import (
     check_overlap,
     check_tensor,
     choose_backend,
+    cuda_place,
+    native,
     register,
-    run_native,
+    unobserved,
 )
 
 BASE_STREAM = 0
@@ -85,7 +87,8 @@ def decomposed_noise(
         raise ValueError("decomposed_noise: expected base_seed, residual_seed, or both; got none")
     place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
     check_place(_NAME, **place)
-    _OP(out, *map(signed_seed, (base_seed, residual_seed)), lam, *place.values(), backend)
+    seeds = map(signed_seed, (base_seed, residual_seed))
+    (_run if unobserved(out) else _OP)(out, *seeds, lam, *place.values(), backend)
     return out
 
 
@@ -286,12 +289,20 @@ def _run(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, 
 
         launch(out.view(batch, frames, -1), *seeds, lam, base=residual_seed is None, **place)
     else:
-        run_native(
-            *(_NAME, backend, out.device),
-            *(out.data_ptr(), 0 if lam is None else lam.data_ptr()),
-            *(batch, frames, out.numel() // (batch * frames)),
-            *(residual_seed is None, *seeds, step, sample_offset, frame_offset),
+        kernel = getattr(native(), f"{_NAME}_{backend}")
+        kernel(
+            out.data_ptr(),
+            0 if lam is None else lam.data_ptr(),
+            batch,
+            frames,
+            out.numel() // (batch * frames),
+            residual_seed is None,
+            *seeds,
+            step,
+            sample_offset,
+            frame_offset,
             _OUT_DTYPES[out.dtype],
+            *((torch.get_num_threads(),) if backend == "cpu" else cuda_place(out)),
         )
 
 

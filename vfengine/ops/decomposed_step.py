@@ -8,7 +8,7 @@ Kernels: csrc/decomposed_step.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernel
 import torch
 from torch import Tensor
 
-from vfengine.ops._dispatch import register
+from vfengine.ops._dispatch import register, unobserved
 from vfengine.ops._frames import FramesOp, guided, row_of, shares
 from vfengine.ops.decomposed_noise import (
     check_place,
@@ -59,19 +59,26 @@ def decomposed_step(
     Returns the tensor that was written. Sums are in fp32 and rounded once; every kernel returns the
     same bits, the CPU's on any number of threads. Errors as of `residual_step`.
     """
+    out = z if out is None else out
+    seeds = None
     if base_seed is not None or residual_seed is not None or sample_offset or frame_offset:
         if (base_seed is None) != (residual_seed is None):
             raise ValueError(f"{_NAME}: expected both base_seed and residual_seed, or none")
         if base_seed is not None:
-            base_seed = signed_seed(check_seed(base_seed, "base_seed"))
-            residual_seed = signed_seed(check_seed(residual_seed, "residual_seed"))
+            check_seed(base_seed, "base_seed")
+            seeds = (base_seed, check_seed(residual_seed, "residual_seed"))
         check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
-    rest = (b, r, lam, coeffs, step, r_uncond, guidance_scale, base_seed, residual_seed)
+    options = (r, r_uncond, None, guidance_scale, seeds, sample_offset, frame_offset)
+    if unobserved(z):
+        _STEP.run(z, b, lam, coeffs, step, out, backend, *options)
+        return out
+    rest = (b, r, lam, coeffs, step, r_uncond, guidance_scale)
+    rest += (signed_seed(base_seed), signed_seed(residual_seed))
     rest += (sample_offset, frame_offset, backend)
-    if out is None or out is z:
+    if out is z:
         _OP_IN_PLACE(z, *rest)
-        return z
-    _OP(z, *rest, out)
+    else:
+        _OP(z, *rest, out)
     return out
 
 

@@ -8,7 +8,7 @@ Kernels: csrc/remove_base.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernels/fr
 import torch
 from torch import Tensor
 
-from vfengine.ops._dispatch import register
+from vfengine.ops._dispatch import register, unobserved
 from vfengine.ops._frames import FramesOp, row_of, shares
 
 _NAME = "remove_base"
@@ -37,11 +37,14 @@ def remove_base(
     Returns the tensor that was written. Sums are in fp32 and rounded once; every kernel returns the
     same bits, the CPU's on any number of threads. Errors as of `residual_step`.
     """
-    rest = (b, lam, noise_levels, step, backend)
-    if out is None or out is z:
-        _OP_IN_PLACE(z, *rest)
-        return z
-    _OP(z, *rest, out)
+    out = z if out is None else out
+    arguments = (b, lam, noise_levels, step)
+    if unobserved(z):
+        _STEP.run(z, *arguments, out, backend)
+    elif out is z:
+        _OP_IN_PLACE(z, *arguments, backend)
+    else:
+        _OP(z, *arguments, backend, out)
     return out
 
 

@@ -8,7 +8,7 @@ Kernels: csrc/residual_step.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernels/
 import torch
 from torch import Tensor
 
-from vfengine.ops._dispatch import register
+from vfengine.ops._dispatch import register, unobserved
 from vfengine.ops._frames import FramesOp, guided, row_of, shares
 from vfengine.ops.decomposed_noise import (
     check_place,
@@ -65,17 +65,24 @@ def residual_step(
     [0, 1], a step outside coeffs, and σ > 0 with neither seed nor xi. On CUDA these last three
     cannot be seen without waiting for the device: there such a step writes NaN.
     """
+    out = u if out is None else out
+    seeds = None
     if seed is not None or sample_offset or frame_offset:
         if xi is not None:
             raise ValueError(f"{_NAME}: expected a seed and its offsets, or xi; got both")
         if seed is not None:
-            seed = signed_seed(check_seed(seed))
+            seeds = (0, check_seed(seed))
         check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
-    rest = (r, g, lam, coeffs, step, r_uncond, xi, guidance_scale, seed, sample_offset)
-    if out is None or out is u:
-        _OP_IN_PLACE(u, *rest, frame_offset, backend)
-        return u
-    _OP(u, *rest, frame_offset, backend, out)
+    options = (r, r_uncond, xi, guidance_scale, seeds, sample_offset, frame_offset)
+    if unobserved(u):
+        _STEP.run(u, g, lam, coeffs, step, out, backend, *options)
+        return out
+    rest = (r, g, lam, coeffs, step, r_uncond, xi, guidance_scale, signed_seed(seed))
+    rest += (sample_offset, frame_offset, backend)
+    if out is u:
+        _OP_IN_PLACE(u, *rest)
+    else:
+        _OP(u, *rest, out)
     return out
 
 
