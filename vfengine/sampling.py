@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .decompose import Lam, Model, base_index, combine, frame_weights, remove_base
+from . import ops
+from .decompose import Lam, Model, base_index, combine, frame_weights
 from .noise import base_noise as draw_base_noise
 from .noise import check_seed
-from .noise import residual_noise as draw_residual_noise
-from .ops.residual_step import residual_step, residual_step_reference
 from .schedule import NoiseSchedule
 from .solvers import SolverTable, solver_table
 from .trajectory import BASE_PATHS, BaseTrajectory
@@ -64,7 +63,7 @@ def sample(
     base_path:      "stepwise" is the paper; "clean" finishes the base frame, then animates it
                     (d_t = √ᾱ_t x_m; two-phase only)
     base_seed, residual_seed: of the noise that η > 0 adds on the way
-    backend:        of the residual step, see `ops.residual_step`; float64 runs its reference
+    backend:        of the ops that step (vfengine/ops); float64 runs their references
     callback:       called as callback(phase, steps done, steps in all), for progress bars; phase is
                     "base" or "residual", or "interleaved"
 
@@ -85,11 +84,11 @@ def sample(
             residual_model,
             base_noise,
             residual_noise,
-            schedule=schedule,
             table=solver_table(solver, schedule, **walk),
             lam=lam,
             base_seed=base_seed,
             residual_seed=residual_seed,
+            backend=backend,
             callback=callback,
         )
     path = sample_base(
@@ -199,32 +198,23 @@ def sample_residual(
     # z'_i at z_i = √λ_i b + √(1-λ_i) r_i is √λ_i d + √(1-λ_i) r_i
     u = combine(d[0], residual_noise.to(d.dtype), lam).to(dtype).contiguous()
     estimate = _Extrapolation(table)
+    place = {"sample_offset": sample_offset, "frame_offset": frame_offset}
     for k, t in enumerate(_timesteps(table, u)):
         r_hat = estimate(k, _call("residual_model", residual_model, u, t).to(dtype))
-        xi = None
-        if table.coeffs[k, 2] > 0:
-            xi = draw_residual_noise(
-                u.shape,
-                residual_seed,
-                step=k + 1,
-                sample_offset=sample_offset,
-                frame_offset=frame_offset,
-                dtype=dtype,
-                device=device,
-            )
-        _update(u, r_hat.contiguous(), g[k], lam, coeffs, steps[k], xi, backend)
+        arguments = (u, r_hat.contiguous(), g[k], lam, coeffs, steps[k])
+        _run(ops.residual_step, *arguments, seed=residual_seed, **place, out=u, backend=backend)
         u[:, m] = d[k + 1]  # λ_m = 1 makes it so up to rounding; written, it is so bit for bit
         if callback is not None:
             callback("residual", k + 1, len(table))
     return u
 
 
-def _update(u, r_hat, g, lam, coeffs, step, xi, backend) -> None:
-    """The line at the top of this file, in place: the kernel, or its reference for float64."""
-    if u.dtype != torch.float64:
-        residual_step(u, r_hat, g, lam, coeffs, step, xi=xi, backend=backend)
+def _run(op: Callable[..., Tensor], *arguments: Tensor, out: Tensor, backend: str, **options):
+    """An op of vfengine/ops: its kernel, or its reference for float64."""
+    if out.dtype != torch.float64:
+        op(*arguments, **options, out=out, backend=backend)
     elif backend in ("auto", "reference"):
-        u.copy_(residual_step_reference(u, r_hat, g, lam, coeffs, step, xi=xi))
+        out.copy_(getattr(ops, f"{op.__name__}_reference")(*arguments, **options))
     else:
         raise ValueError(f"float64 clips run backend='reference', got {backend!r}")
 
@@ -235,39 +225,42 @@ def _sample_interleaved(
     base_noise: Tensor,
     residual_noise: Tensor,
     *,
-    schedule: NoiseSchedule,
     table: SolverTable,
     lam: Lam,
     base_seed: int,
     residual_seed: int,
+    backend: str,
     callback: Callback | None,
 ) -> Tensor:
     """Algorithm 2, and with σ > 0 Algorithm 1, line by line."""
     dtype, state = residual_noise.dtype, _at_least_fp32(residual_noise)
-    m = base_index(residual_noise.shape[1])
+    device, frames = residual_noise.device, residual_noise.shape[1]
+    m, lam = base_index(frames), frame_weights(lam, frames, device=device)
+    coeffs = table.coeffs.to(device, state)
+    noise_levels = (1.0 - table.alphas_cumprod).sqrt().to(device, state)
+    steps = torch.arange(len(table), dtype=torch.int32, device=device).split(1)
+    seeds = {"base_seed": base_seed, "residual_seed": residual_seed}
 
     # Sampling b, r^i;  z^m <- b;  z^i = √λ^i b + √(1-λ^i) r^i
     z = combine(base_noise.to(state), residual_noise.to(state), lam)
-    estimate = _Extrapolation(table)
+    z_removed = torch.empty_like(z)
+    base_estimate, residual_estimate = _Extrapolation(table), _Extrapolation(table)
     # for t = T to 1 do
     for k, t in enumerate(_timesteps(table, z)):
         # b <- z_φ(z^m, t)
-        b = _call("base_model", base_model, z[:, m].contiguous().to(base_noise.dtype), t).to(state)
+        z_m = z[:, m].to(base_noise.dtype, copy=True).contiguous()  # z is about to be written
+        b = _call("base_model", base_model, z_m, t).to(state).contiguous()
         # z'^i <- z^i - √λ^i √(1-ᾱ_t) b
-        z_removed = remove_base(z, b, lam, t, schedule)
+        place = {"lam": lam, "step": steps[k], "backend": backend}
+        _run(ops.remove_base, z, b, noise_levels=noise_levels, **place, out=z_removed)
         # r^i <- z_ψ(z'^i, t, i)
-        r = _call("residual_model", residual_model, z_removed.to(dtype), t).to(state)
+        r = _call("residual_model", residual_model, z_removed.to(dtype), t).to(state).contiguous()
         # ε^m <- b;  ε^i <- √λ^i b + √(1-λ^i) r^i
-        eps = combine(b, r, lam)
         # Algorithm 1: sampling b, r^i;  ξ^m = b, ξ^i = √λ^i b + √(1-λ^i) r^i
-        xi = None
-        if table.coeffs[k, 2] > 0:
-            place = {"step": k + 1, "dtype": state, "device": z.device}
-            xi_base = draw_base_noise(b.shape, base_seed, **place)
-            xi = combine(xi_base, draw_residual_noise(z.shape, residual_seed, **place), lam)
         # z^i <- √ᾱ_p (z^i - √(1-ᾱ_t) ε^i) / √ᾱ_t + √(1-ᾱ_p-σ²) ε^i + σ ξ^i
         #      = c1 z^i + c2 ε^i + σ ξ^i
-        z = _step(table, k, z, estimate(k, eps), xi)
+        b, r = base_estimate(k, b), residual_estimate(k, r)
+        _run(ops.decomposed_step, z, b, r, coeffs=coeffs, **place, **seeds, out=z)
         if callback is not None:
             callback("interleaved", k + 1, len(table))
     # return z^i
