@@ -1,70 +1,122 @@
-"""residual_step: two reads and one write of the clip, beside eager PyTorch and torch.compile.
+"""residual_step: two reads and one write of the clip, beside Algorithm 2 in eager and compiled.
 
-A DDIM step (sigma = 0) of the default clip, and of eight of them, which leave the caches.
+A step of 64 frames of 512 x 512 (200 MB in fp32) and of the default clip; a guidance pair and noise
+drawn in the kernel on top. Bytes are those of the plain step in every line, 2 reads + 1 write.
 """
 
 import pytest
 import torch
-from harness import Row, compare, main
+from clips import (
+    CASES,
+    DEFAULT,
+    DEVICE,
+    LARGE_CASES,
+    Clip,
+    algorithm_2,
+    algorithm_2_into,
+    check,
+    make_clip,
+)
+from harness import Row, Target, compare, main, warm_microseconds
 
 from vfengine.ops import residual_step, residual_step_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {
-    f"{name} {'x'.join(map(str, shape))}": (shape, dtype)
-    for shape in ((1, 16, 3, 64, 64), (8, 16, 3, 64, 64))
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-}
+TARGETS = [
+    *(Target(case, "residual_step", "of_copy", 90) for case in LARGE_CASES),
+    *(Target(case, "residual_step", "speedup_over_eager", 20) for case in LARGE_CASES),
+    *(Target(case, "residual_step", "speedup_over_compiled", 4) for case in LARGE_CASES),
+    *(Target(case, "residual_step", "speedup_over_compiled_into", 1.5) for case in LARGE_CASES),
+    *(Target(case, "guided", "time_over_plain", 4 / 3, at_most=True) for case in LARGE_CASES),
+    *(Target(case, "drawn noise", "speedup_over_randn_eager", 5) for case in LARGE_CASES),
+    *(
+        Target(case, "residual_step", "warm_call", 15, at_most=True)
+        for case, (shape, _) in CASES.items()
+        if shape is DEFAULT
+    ),
+]
 
 
-def eager(u, r, g, lam, coeffs, step):
-    """The formula as one would write it, in the dtype of the clip; coeffs on the host."""
-    c1, c2, _ = coeffs[step]
-    shared, own = lam.sqrt().view(-1, 1, 1, 1), (1 - lam).sqrt().view(-1, 1, 1, 1)
-    return c1 * u + shared.to(u.dtype) * g.unsqueeze(1) + (own * c2).to(u.dtype) * r
+def with_randn(clip: Clip):
+    """Noise from torch.randn, and the formula as one would write it."""
+    c1, c2, sigma = clip.coeffs[1].tolist()
+    shared, own = (x.sqrt().view(-1, 1, 1, 1).to(clip.z.dtype) for x in (clip.lam, 1 - clip.lam))
+
+    def call():
+        xi = torch.randn(clip.z.shape, dtype=clip.z.dtype, device=DEVICE)
+        base = shared * clip.b.unsqueeze(1)
+        return c1 * clip.z + base + own * (c2 * clip.r + sigma * xi)
+
+    return call
 
 
-def contenders(shape, dtype):
-    """Calls that return what they wrote, and the bytes that a call must move."""
-    random = torch.Generator().manual_seed(0)
-    u, r = (torch.randn(shape, generator=random).to(DEVICE, dtype) for _ in range(2))
-    g, lam = r[:, 0].contiguous(), torch.full((shape[1],), 0.5, device=DEVICE)
-    coeffs = torch.tensor([[0.98, -0.11, 0.0]])  # c1 < 1: repeated in place it stays bounded
-    on_device = coeffs.to(DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    rows = coeffs.tolist()
-    compiled = torch.compile(eager, fullgraph=True)
-    mine = u.clone()
+def contenders(clip: Clip) -> dict:
+    """Calls that return what they wrote, checked."""
+    buffers = {name: clip.z.clone() for name in ("plain", "guided", "drawn")}
+    removed, z_next = torch.empty_like(clip.z), torch.empty_like(clip.z)
+    compiled = torch.compile(algorithm_2, fullgraph=True)
+    compiled_into = torch.compile(algorithm_2_into, fullgraph=True)
+    step = (clip.r, clip.b, *clip.table)
+    pair = {"r_uncond": clip.r_uncond, "guidance_scale": 2.0}
     calls = {
-        "vfengine": lambda: residual_step(mine, r, g, lam, *on_device),
-        "eager": lambda: eager(u, r, g, lam, rows, 0),
-        "torch.compile": lambda: compiled(u, r, g, lam, rows, 0),
+        "residual_step": lambda: residual_step(buffers["plain"], *step, clip.quiet),
+        "guided": lambda: residual_step(buffers["guided"], *step, clip.quiet, **pair),
+        "drawn noise": lambda: residual_step(buffers["drawn"], *step, clip.noisy, seed=1),
+        "eager": lambda: algorithm_2(clip.z, clip.r, clip.b, clip.lam)[1],
+        "compiled": lambda: compiled(clip.z, clip.r, clip.b, clip.lam)[1],
+        "compiled_into": lambda: compiled_into(clip.z, clip.r, clip.b, clip.lam, removed, z_next),
+        "randn_eager": with_randn(clip),
     }
     if DEVICE == "cuda":
-        also_mine = u.clone()
-        calls["triton"] = lambda: residual_step(also_mine, r, g, lam, *on_device, backend="triton")
-    expected = residual_step_reference(u.double(), r, g, lam, *on_device)
-    scale = expected.abs().max() * torch.finfo(dtype).eps
-    for name, call in calls.items():
-        error = (call().double() - expected).abs().max()
-        if error > 4 * scale:
-            raise ValueError(f"{name} is off by {error:.3g}")
-    return calls, (3 * u.numel() + g.numel()) * u.element_size()
+        also = clip.z.clone()
+        calls["triton"] = lambda: residual_step(also, *step, clip.quiet, backend="triton")
+    verify(clip, calls)
+    return calls
 
 
-def measure(seconds: float = 2.0, cases=tuple(CASES)) -> list[Row]:
+def verify(clip: Clip, calls: dict) -> None:
+    """The first call of each against its formula in fp32."""
+    arguments = (clip.z.float(), clip.r.float(), clip.b.float(), *clip.table)
+    plain = residual_step_reference(*arguments, clip.quiet)
+    for name in ("residual_step", *(["triton"] if "triton" in calls else [])):
+        check(name, calls[name](), plain)
+    pair = {"r_uncond": clip.r_uncond.float(), "guidance_scale": 2.0}
+    check("guided", calls["guided"](), residual_step_reference(*arguments, clip.quiet, **pair))
+    drawn = residual_step_reference(*arguments, clip.noisy, seed=1)
+    check("drawn noise", calls["drawn noise"](), drawn)
+    written = algorithm_2(clip.z.float(), clip.r.float(), clip.b.float(), clip.lam)[1]
+    for name in ("eager", "compiled", "compiled_into"):
+        check(name, calls[name](), written)
+
+
+def measure(seconds: float = 4.0, cases=tuple(CASES)) -> list[Row]:
     rows = []
     for case in cases:
-        calls, moved = contenders(*CASES[case])
-        rows += compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
+        clip = make_clip(case)
+        calls = contenders(clip)
+        moved = (3 * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
+        mine = compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
+        time = {row.contender: row.value for row in mine if row.metric == "time"}
+        rows += mine
+        for name in ("compiled", "compiled_into"):
+            ratio = time[name] / time["residual_step"]
+            rows.append(Row(case, "residual_step", f"speedup_over_{name}", ratio, "x"))
+        ratio = time["guided"] / time["residual_step"]
+        rows.append(Row(case, "guided", "time_over_plain", ratio, "x"))
+        ratio = time["randn_eager"] / time["drawn noise"]
+        rows.append(Row(case, "drawn noise", "speedup_over_randn_eager", ratio, "x"))
+        if DEVICE == "cpu" and CASES[case][0] is DEFAULT:
+            warm = warm_microseconds(calls["residual_step"])
+            rows.append(Row(case, "residual_step", "warm_call", warm, "us"))
     return rows
 
 
 @pytest.mark.parametrize("case", CASES)
 def bench_residual_step(benchmark, case):
     benchmark.extra_info["rows"] = [vars(row) for row in measure(0.5, (case,))]
-    calls, _ = contenders(*CASES[case])
-    benchmark(calls["vfengine"])
+    clip = make_clip(case)
+    z = clip.z.clone()
+    benchmark(residual_step, z, clip.r, clip.b, *clip.table, clip.quiet)
 
 
 if __name__ == "__main__":
-    main(measure, __doc__)
+    main(measure, __doc__, TARGETS)

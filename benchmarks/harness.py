@@ -32,6 +32,17 @@ class Row:
     unit: str
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a figure has to reach: at least `value`, or with at_most, no more than it."""
+
+    case: str
+    contender: str
+    metric: str
+    value: float
+    at_most: bool = False
+
+
 def machine() -> dict[str, object]:
     """What the figures were read on; load_average tells a quiet machine from a busy one."""
     facts = {
@@ -70,6 +81,17 @@ def interleave(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def warm_microseconds(call: Contender, calls: int = 100, rounds: int = 50) -> float:
+    """Median microseconds a call when nothing else runs in between, so that caches are warm."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times) * 1e6
+
+
 def compare(
     case: str,
     contenders: dict[str, Contender],
@@ -101,7 +123,12 @@ def compare(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line per case and contender, a column per metric."""
+    """A table per case: a line per contender, a column per metric."""
+    cases = dict.fromkeys(row.case for row in rows)
+    return "\n\n".join(_table([row for row in rows if row.case == case]) for case in cases)
+
+
+def _table(rows: Sequence[Row]) -> str:
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         cell = f"{row.value:,.2f} {row.unit}"
@@ -116,8 +143,26 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def main(measure: Callable[[], list[Row]], description: str | None) -> None:
-    """The script form of a bench file: print a table, and write --json FILE."""
+def verdicts(rows: Sequence[Row], targets: Sequence[Target]) -> str:
+    """A line per target: what was asked, what was measured, and how much is missing."""
+    figures = {(row.case, row.contender, row.metric): row for row in rows}
+    lines = []
+    for target in targets:
+        row = figures.get((target.case, target.contender, target.metric))
+        if row is None:
+            continue
+        ratio = target.value / row.value if target.at_most else row.value / target.value
+        asked = f"{'at most' if target.at_most else 'at least'} {target.value:,.2f} {row.unit}"
+        verdict = "reached" if ratio >= 1 else f"SHORT by {1 - ratio:.0%}"
+        what = f"{target.case}, {target.contender}: {target.metric}"
+        lines.append(f"{what} {row.value:,.2f} {row.unit}, {asked}: {verdict}")
+    return "\n".join(lines)
+
+
+def main(
+    measure: Callable[[], list[Row]], description: str | None, targets: Sequence[Target] = ()
+) -> None:
+    """The script form of a bench file: print a table and verdicts, and write --json FILE."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows there")
     arguments = parser.parse_args()
@@ -125,6 +170,7 @@ def main(measure: Callable[[], list[Row]], description: str | None) -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = measure()
     print(table(rows))
+    print(verdicts(rows, targets))
     if arguments.json:
         write_json(arguments.json, rows, facts)
 

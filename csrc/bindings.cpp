@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "common/isa.h"
 #include "decomposed_noise.h"
@@ -207,15 +208,16 @@ bool is_text(py::handle text, const char* value) {
   return PyUnicode_Check(text.ptr()) && PyUnicode_CompareWithASCIIString(text.ptr(), value) == 0;
 }
 
-// name_plain(backend, x, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale, draw, seeds,
-// offsets, threads): runs the CPU kernel and returns True, or does nothing and returns False.
+// name_plain(backend, x, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale, seeds,
+// sample_offset, frame_offset, threads): runs the CPU kernel and returns True, or does nothing and
+// returns False. seeds: (base, residual) or None.
 template <class Rule, class Cpu>
 void define_plain(py::module_& m, Cpu cpu) {
   m.def((std::string(Rule::kName) + "_plain").c_str(),
         [=](py::handle backend, py::handle x, py::handle g, py::handle r, py::handle r_uncond,
             py::handle xi, py::handle lam, py::handle coeffs, py::handle step, py::handle out,
-            float guidance_scale, bool draw, uint64_t base_seed, uint64_t residual_seed,
-            uint32_t first_sample, uint32_t first_frame, int64_t threads) {
+            float guidance_scale, py::handle seeds, uint32_t first_sample, uint32_t first_frame,
+            int64_t threads) {
           const char* environment = std::getenv("VFENGINE_KERNEL_BACKEND");
           const bool unset = !environment || !*environment;
           if (!is_text(backend, "cpu") && !(is_text(backend, "auto") && unset)) return false;
@@ -226,9 +228,11 @@ void define_plain(py::module_& m, Cpu cpu) {
             return false;
           }
           args.guidance_scale = guidance_scale;
-          args.draw = draw;
-          args.base_key = key_of(base_seed);
-          args.residual_key = key_of(residual_seed);
+          args.draw = !seeds.is_none();
+          const auto [base, residual] = args.draw ? seeds.cast<std::pair<uint64_t, uint64_t>>()
+                                                  : std::pair<uint64_t, uint64_t>{};
+          args.base_key = key_of(base);
+          args.residual_key = key_of(residual);
           args.first_sample = first_sample;
           args.first_frame = first_frame;
           const py::gil_scoped_release release;

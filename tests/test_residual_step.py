@@ -293,3 +293,18 @@ def test_rejects_backend_that_cannot_run(backend, monkeypatch):
     with pytest.raises(ValueError, match=f"VFENGINE_KERNEL_BACKEND={backend}"):
         residual_step(**case)
     residual_step(**case, backend="cpu")  # an explicit backend goes before the environment
+
+
+def test_compiles_into_a_graph_without_breaks():
+    case = make_case(noise="seed")
+    compiled = torch.compile(residual_step, fullgraph=True, backend="aot_eager")
+    out = torch.empty_like(case["u"])
+    expected = residual_step(**case, out=torch.empty_like(out))
+    assert torch.equal(compiled(**case, out=out), expected)
+
+
+def test_profilers_see_the_op():
+    case = make_case()
+    with torch.profiler.profile() as profile:
+        residual_step(**case)
+    assert "vfengine::residual_step_" in {event.key for event in profile.key_averages()}

@@ -21,6 +21,13 @@ from torch import Tensor
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # numbers of csrc/common/dtype.h
 
+# Names that `unobserved` would otherwise look up at every call.
+_is_compiling = torch.compiler.is_compiling
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+_get_tracing_state = torch._C._get_tracing_state
+_profiler = torch.autograd.profiler
+
 LIBRARY = torch.library.Library("vfengine", "FRAGMENT")
 
 
@@ -87,11 +94,11 @@ def unobserved(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
         and tensor.is_cpu
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
+        and not _is_compiling()
+        and _len_torch_dispatch_stack() == 0
+        and _peek_interpreter_stack() is None
+        and _get_tracing_state() is None
+        and not _profiler._is_profiler_enabled
     )
 
 

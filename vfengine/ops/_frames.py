@@ -2,8 +2,7 @@
 
     out_i = w.x x_i + w.base g + w.base_noise b + w.residual r_i + w.noise ξ_i
 
-x, r: [B, N, C, H, W], g: [B, C, H, W]; csrc/common/frames.h has the rest. A small clip's kernel
-takes about as long as a dozen lines of Python, hence few calls and no copies of arguments here.
+x, r: [B, N, C, H, W], g: [B, C, H, W]; csrc/common/frames.h has the rest.
 """
 
 import functools
@@ -56,10 +55,6 @@ class FramesOp:
         frame_offset: int = 0,
     ) -> None:
         """Check everything, then write the result into out."""
-        noise = (seeds is not None, *(seeds or _NO_SEEDS), sample_offset, frame_offset)
-        tensors = (x, g, r, r_uncond, xi, lam, coeffs, step, out)
-        if self._plain(backend, *tensors, guidance_scale, *noise, torch.get_num_threads()):
-            return
         self.check(x, g, lam, coeffs, step, out, r, r_uncond, xi)
         backend = choose_backend(self.name, backend, x.device)
         addresses = (
@@ -86,7 +81,10 @@ class FramesOp:
                 c * h * w,
                 coeffs.shape[0],
                 guidance_scale,
-                *noise,
+                seeds is not None,
+                *(seeds or _NO_SEEDS),
+                sample_offset,
+                frame_offset,
                 DTYPES[x.dtype],
                 *where,
             )
@@ -194,8 +192,12 @@ class FramesOp:
         return (rows, self.columns) if self.columns > 1 else (rows,)
 
     @functools.cached_property
-    def _plain(self) -> Callable[..., bool]:
-        """Checks and runs ordinary CPU tensors (csrc/bindings.cpp); says whether it did."""
+    def plain(self) -> Callable[..., bool]:
+        """The short way for ordinary CPU tensors (csrc/bindings.cpp); says whether it was taken.
+
+        Arguments: backend, x, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale, seeds,
+        sample_offset, frame_offset, number of threads.
+        """
         return getattr(native(), f"{self.name}_plain")
 
 

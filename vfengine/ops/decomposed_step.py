@@ -68,9 +68,10 @@ def decomposed_step(
             check_seed(base_seed, "base_seed")
             seeds = (base_seed, check_seed(residual_seed, "residual_seed"))
         check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
-    options = (r, r_uncond, None, guidance_scale, seeds, sample_offset, frame_offset)
-    if unobserved(z):
-        _STEP.run(z, b, lam, coeffs, step, out, backend, *options)
+    if unobserved(z) and _STEP.plain(
+        *(backend, z, b, r, r_uncond, None, lam, coeffs, step, out, guidance_scale),
+        *(seeds, sample_offset, frame_offset, torch.get_num_threads()),
+    ):
         return out
     rest = (b, r, lam, coeffs, step, r_uncond, guidance_scale)
     rest += (signed_seed(base_seed), signed_seed(residual_seed))

@@ -38,13 +38,16 @@ def remove_base(
     same bits, the CPU's on any number of threads. Errors as of `residual_step`.
     """
     out = z if out is None else out
-    arguments = (b, lam, noise_levels, step)
-    if unobserved(z):
-        _STEP.run(z, *arguments, out, backend)
-    elif out is z:
-        _OP_IN_PLACE(z, *arguments, backend)
+    if unobserved(z) and _STEP.plain(
+        *(backend, z, b, None, None, None, lam, noise_levels, step, out, 1.0),
+        *(None, 0, 0, torch.get_num_threads()),
+    ):
+        return out
+    rest = (b, lam, noise_levels, step, backend)
+    if out is z:
+        _OP_IN_PLACE(z, *rest)
     else:
-        _OP(z, *arguments, backend, out)
+        _OP(z, *rest, out)
     return out
 
 

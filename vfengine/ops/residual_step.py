@@ -73,9 +73,10 @@ def residual_step(
         if seed is not None:
             seeds = (0, check_seed(seed))
         check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
-    options = (r, r_uncond, xi, guidance_scale, seeds, sample_offset, frame_offset)
-    if unobserved(u):
-        _STEP.run(u, g, lam, coeffs, step, out, backend, *options)
+    if unobserved(u) and _STEP.plain(
+        *(backend, u, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale),
+        *(seeds, sample_offset, frame_offset, torch.get_num_threads()),
+    ):
         return out
     rest = (r, g, lam, coeffs, step, r_uncond, xi, guidance_scale, signed_seed(seed))
     rest += (sample_offset, frame_offset, backend)

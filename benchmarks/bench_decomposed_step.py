@@ -1,0 +1,63 @@
+"""decomposed_step: combination and update of the interleaved form in two reads and one write.
+
+Beside the same in eager and compiled PyTorch; with noise of both parts drawn in the kernel.
+"""
+
+import pytest
+import torch
+from clips import CASES, DEVICE, ROWS, Clip, check, make_clip
+from harness import Row, compare, main
+
+from vfengine.ops import decomposed_step, decomposed_step_reference
+
+
+def written(z, b, r, lam):
+    """ε̂ = √λ b̂ + √(1-λ) r̂, then c1 z + c2 ε̂, in the clip's dtype."""
+    c1, c2, _ = ROWS[0]
+    shared, own = (x.sqrt().view(-1, 1, 1, 1).to(z.dtype) for x in (lam, 1 - lam))
+    return c1 * z + c2 * (shared * b.unsqueeze(1) + own * r)
+
+
+def contenders(clip: Clip) -> dict:
+    """Calls that return what they wrote, checked."""
+    plain, drawn = clip.z.clone(), clip.z.clone()
+    compiled = torch.compile(written, fullgraph=True)
+    step, seeds = (clip.b, clip.r, *clip.table), {"base_seed": 1, "residual_seed": 2}
+    calls = {
+        "decomposed_step": lambda: decomposed_step(plain, *step, clip.quiet),
+        "drawn noise": lambda: decomposed_step(drawn, *step, clip.noisy, **seeds),
+        "eager": lambda: written(clip.z, clip.b, clip.r, clip.lam),
+        "compiled": lambda: compiled(clip.z, clip.b, clip.r, clip.lam),
+    }
+    if DEVICE == "cuda":
+        also = clip.z.clone()
+        calls["triton"] = lambda: decomposed_step(also, *step, clip.quiet, backend="triton")
+    arguments = (clip.z.float(), clip.b.float(), clip.r.float(), *clip.table)
+    exact = decomposed_step_reference(*arguments, clip.quiet)
+    for name, call in calls.items():
+        if name != "drawn noise":
+            check(name, call(), exact)
+    exact = decomposed_step_reference(*arguments, clip.noisy, **seeds)
+    check("drawn noise", calls["drawn noise"](), exact)
+    return calls
+
+
+def measure(seconds: float = 3.0, cases=tuple(CASES)) -> list[Row]:
+    rows = []
+    for case in cases:
+        clip = make_clip(case)
+        moved = (3 * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
+        calls = contenders(clip)
+        rows += compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
+    return rows
+
+
+@pytest.mark.parametrize("case", CASES)
+def bench_decomposed_step(benchmark, case):
+    benchmark.extra_info["rows"] = [vars(row) for row in measure(0.5, (case,))]
+    clip = make_clip(case)
+    benchmark(decomposed_step, clip.z.clone(), clip.b, clip.r, *clip.table, clip.quiet)
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
