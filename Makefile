@@ -1,4 +1,4 @@
-.PHONY: install test bench lint clean
+.PHONY: install test bench gpu-check lint clean
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -7,6 +7,10 @@ install:
 
 test:
 	pytest
+
+# On a machine with an NVIDIA GPU: writes gpu-report.json.
+gpu-check:
+	python benchmarks/gpu_check.py --json gpu-report.json
 
 bench:
 	pytest benchmarks/ --benchmark-only

@@ -1,4 +1,4 @@
-"""remove_base: one read and one write of the clip, beside the same in eager and compiled PyTorch."""
+"""remove_base: one read and one write of the clip, beside eager and compiled PyTorch."""
 
 import pytest
 import torch
