@@ -58,15 +58,16 @@ def kernel_tests() -> dict[str, object]:
 
 
 def benches() -> dict[str, object]:
-    rows, lines = [], []
+    """Every bench, each beside a device copy. Their results are checked; targets are only told."""
+    rows, told = [], []
     for name in BENCHES:
         module = importlib.import_module(name)
         measured = module.measure()
         rows += measured
-        lines.append(table(measured))
-        lines.append(verdicts(measured, getattr(module, "TARGETS", ())))
-    print("\n".join(lines))
-    return {"passed": True, "rows": [asdict(row) for row in rows]}
+        told += verdicts(measured, getattr(module, "TARGETS", ())).splitlines()
+        print(table(measured))
+    print("\n".join(told))
+    return {"passed": True, "rows": [asdict(row) for row in rows], "targets": told}
 
 
 class Loop:
@@ -127,10 +128,12 @@ def captured_loop(backend: str) -> dict[str, object]:
             loop.run(advance)
         torch.cuda.synchronize()
         times[name] = (time.perf_counter() - start) / 20 / STEPS * 1e6
+    # The stand-in's tanh is not the same function on a CPU: 50 steps of it differ a little.
+    difference = (captured.cpu() - expected).abs().max().item()
     return {
         "backend": backend,
-        "passed": torch.equal(plain, captured) and bool(captured.isfinite().all()),
-        "largest_difference_from_cpu": (captured.cpu() - expected).abs().max().item(),
+        "passed": torch.equal(plain, captured) and difference < 1e-3,
+        "largest_difference_from_cpu": difference,
         "microseconds_per_step": times,
     }
 

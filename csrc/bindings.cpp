@@ -1,6 +1,8 @@
 // The Python module vfengine_native: raw addresses, sizes and streams as integers.
 //
-// Nothing is checked here: vfengine/ops/<op>.py has done it. Every call releases the GIL.
+// The kernels themselves check nothing: vfengine/ops has done it, or the short way below. They run
+// without the GIL.
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -30,8 +32,7 @@ T* at(uintptr_t address) {
 
 vf::PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 
-// Positional and flat: a call with keywords, or an object in between, costs more than the kernel of
-// a small clip.
+// In the order that vfengine/ops/_frames.py gives them.
 vf::FrameArgs frame_args(uintptr_t x, uintptr_t g, uintptr_t r, uintptr_t r_uncond, uintptr_t xi,
                          uintptr_t lam, uintptr_t coeffs, uintptr_t step, uintptr_t out,
                          int64_t batch, int64_t frames, int64_t pixels, int64_t num_steps,
@@ -90,7 +91,7 @@ vf::NoiseArgs noise_args(uintptr_t out, uintptr_t lam, int64_t batch, int64_t fr
 struct Names {  // interned once; torch's objects are compared by identity
   py::object tensor, dtypes[3], float32, int32;
   py::str is_cpu{"is_cpu"}, dtype{"dtype"}, shape{"shape"}, is_contiguous{"is_contiguous"},
-      requires_grad{"requires_grad"}, data_ptr{"data_ptr"};
+      is_neg{"is_neg"}, requires_grad{"requires_grad"}, data_ptr{"data_ptr"};
 
   Names() {
     const py::module_ torch = py::module_::import("torch");
@@ -100,7 +101,8 @@ struct Names {  // interned once; torch's objects are compared by identity
     dtypes[0] = float32;
     dtypes[1] = torch.attr("float16");
     dtypes[2] = torch.attr("bfloat16");
-    for (py::str* name : {&is_cpu, &dtype, &shape, &is_contiguous, &requires_grad, &data_ptr}) {
+    for (py::str* name :
+         {&is_cpu, &dtype, &shape, &is_contiguous, &is_neg, &requires_grad, &data_ptr}) {
       PyObject* interned = name->release().ptr();
       PyUnicode_InternInPlace(&interned);
       *name = py::reinterpret_steal<py::str>(interned);
@@ -109,13 +111,13 @@ struct Names {  // interned once; torch's objects are compared by identity
 };
 
 const Names& names() {
-  static const Names* names = new Names;  // never destroyed: Python may be gone by then
-  return *names;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> names;
+  return names.call_once_and_store_result([] { return Names(); }).get_stored();
 }
 
 struct PlainTensor {
   uintptr_t address = 0;  // 0: absent
-  int64_t shape[5], ndim = 0, elements = 0;
+  int64_t shape[5] = {}, ndim = 0, elements = 0;
   py::object dtype;
 };
 
@@ -124,8 +126,8 @@ bool is_true(py::handle tensor, const py::str& attribute) {
          Py_True;
 }
 
-// Whether `tensor` is a torch.Tensor itself, on the CPU, contiguous, of one to five sizes, and not
-// one that autograd follows; `plain` is then what it is.
+// Whether `tensor` is a torch.Tensor itself, on the CPU, contiguous, of one to five sizes, what its
+// memory says, and not one that autograd follows; `plain` is then what it is.
 bool read(py::handle tensor, PlainTensor& plain) {
   const Names& n = names();
   if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != n.tensor.ptr()) return false;
@@ -134,7 +136,7 @@ bool read(py::handle tensor, PlainTensor& plain) {
     return py::reinterpret_steal<py::object>(
         PyObject_CallMethodObjArgs(tensor.ptr(), method.ptr(), nullptr));
   };
-  if (call(n.is_contiguous).ptr() != Py_True) return false;
+  if (call(n.is_contiguous).ptr() != Py_True || call(n.is_neg).ptr() != Py_False) return false;
   const auto shape =
       py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), n.shape.ptr()));
   if (!shape || !PyTuple_Check(shape.ptr())) return false;
@@ -152,8 +154,9 @@ bool read(py::handle tensor, PlainTensor& plain) {
   return plain.address != 0 && plain.elements > 0;
 }
 
-// What make() of the kernels takes, of tensors that fit rule `columns`; false where any does not.
-bool frames_fit(const py::handle tensors[9], int columns, vf::FrameArgs& args) {
+// The rule's tensors as a kernel takes them; false where any does not fit.
+template <class Rule>
+bool frames_fit(const py::handle tensors[9], vf::FrameArgs& args) {
   enum { kX, kG, kR, kUncond, kXi, kLam, kCoeffs, kStep, kOut };
   const Names& n = names();
   PlainTensor t[9];
@@ -164,7 +167,7 @@ bool frames_fit(const py::handle tensors[9], int columns, vf::FrameArgs& args) {
   if (in_place) t[kOut] = x;
   int dtype = 0;
   while (dtype < 3 && x.dtype.ptr() != n.dtypes[dtype].ptr()) ++dtype;
-  if (dtype == 3 || x.ndim != 5) return false;
+  if (dtype == 3 || x.ndim != 5 || Rule::kResidual != (t[kR].address != 0)) return false;
 
   const int64_t *s = x.shape, image[] = {s[0], s[2], s[3], s[4]};
   const auto is = [](const PlainTensor& t, const py::object& dtype, const int64_t* shape,
@@ -174,9 +177,10 @@ bool frames_fit(const py::handle tensors[9], int columns, vf::FrameArgs& args) {
   };
   for (int i : {kR, kUncond, kXi, kOut})
     if (t[i].address && !is(t[i], x.dtype, s, 5)) return false;
-  const int64_t one = 1, coeffs[] = {t[kCoeffs].shape[0], columns};
+  const int64_t one = 1, coeffs[] = {t[kCoeffs].shape[0], Rule::kColumns};
   if (!is(t[kG], x.dtype, image, 4) || !is(t[kLam], n.float32, s + 1, 1) ||
-      !is(t[kCoeffs], n.float32, coeffs, columns > 1 ? 2 : 1) || !is(t[kStep], n.int32, &one, 1))
+      !is(t[kCoeffs], n.float32, coeffs, Rule::kColumns > 1 ? 2 : 1) ||
+      !is(t[kStep], n.int32, &one, 1))
     return false;
 
   const uintptr_t start = t[kOut].address, size = dtype == 0 ? 4 : 2;
@@ -204,6 +208,16 @@ bool frames_fit(const py::handle tensors[9], int columns, vf::FrameArgs& args) {
   return true;
 }
 
+bool is_number(py::handle number) {
+  return PyFloat_Check(number.ptr()) || (PyLong_Check(number.ptr()) && !PyBool_Check(number.ptr()));
+}
+
+bool is_offset(py::handle number) {
+  if (!PyLong_Check(number.ptr()) || PyBool_Check(number.ptr())) return false;
+  const int64_t value = PyLong_AsLongLong(number.ptr());  // -1 where it does not fit
+  return value >= 0 && value < int64_t(1) << 31;
+}
+
 bool is_text(py::handle text, const char* value) {
   return PyUnicode_Check(text.ptr()) && PyUnicode_CompareWithASCIIString(text.ptr(), value) == 0;
 }
@@ -216,25 +230,27 @@ void define_plain(py::module_& m, Cpu cpu) {
   m.def((std::string(Rule::kName) + "_plain").c_str(),
         [=](py::handle backend, py::handle x, py::handle g, py::handle r, py::handle r_uncond,
             py::handle xi, py::handle lam, py::handle coeffs, py::handle step, py::handle out,
-            float guidance_scale, py::handle seeds, uint32_t first_sample, uint32_t first_frame,
-            int64_t threads) {
+            py::handle guidance_scale, py::handle seeds, py::handle sample_offset,
+            py::handle frame_offset, int64_t threads) {
           const char* environment = std::getenv("VFENGINE_KERNEL_BACKEND");
           const bool unset = !environment || !*environment;
           if (!is_text(backend, "cpu") && !(is_text(backend, "auto") && unset)) return false;
           const py::handle tensors[] = {x, g, r, r_uncond, xi, lam, coeffs, step, out};
+          const bool numbers =
+              is_number(guidance_scale) && is_offset(sample_offset) && is_offset(frame_offset);
           vf::FrameArgs args;
-          if (!frames_fit(tensors, Rule::kColumns, args)) {
+          if (!numbers || !frames_fit<Rule>(tensors, args)) {
             PyErr_Clear();
             return false;
           }
-          args.guidance_scale = guidance_scale;
+          args.guidance_scale = guidance_scale.cast<float>();
           args.draw = !seeds.is_none();
           const auto [base, residual] = args.draw ? seeds.cast<std::pair<uint64_t, uint64_t>>()
                                                   : std::pair<uint64_t, uint64_t>{};
           args.base_key = key_of(base);
           args.residual_key = key_of(residual);
-          args.first_sample = first_sample;
-          args.first_frame = first_frame;
+          args.first_sample = sample_offset.cast<uint32_t>();
+          args.first_frame = frame_offset.cast<uint32_t>();
           const py::gil_scoped_release release;
           cpu(args, threads);
           return true;

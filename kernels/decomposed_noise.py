@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .noise import BASE_STREAM, RESIDUAL_STREAM, draw, key_halves
+from .noise import BASE_STREAM, RESIDUAL_STREAM, check_pixels, draw, key_halves
 
 BLOCK = 1024
 MAX_RUN = 8
@@ -82,6 +82,7 @@ def launch_arguments(
     lam: combine both; None: base noise where `base`, else residual noise
     """
     batch, frames, pixels = out.shape
+    check_pixels(pixels)
     run = min(MAX_RUN, triton.next_power_of_2(frames))
     runs = triton.cdiv(frames, run)
     arguments = (out, out if lam is None else lam, frames, runs, step, sample_offset, frame_offset)

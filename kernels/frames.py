@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .noise import BASE_STREAM, RESIDUAL_STREAM, draw, key_halves
+from .noise import BASE_STREAM, RESIDUAL_STREAM, check_pixels, draw, key_halves
 
 BLOCK = 1024
 MAX_RUN = 8
@@ -98,6 +98,7 @@ def frames_kernel(
         n = first + k
         here = inside & (n < frames)
         lam = tl.load(lam_ptr + n, mask=n < frames, other=0.0)
+        lam = tl.where((lam >= 0.0) & (lam <= 1.0), lam, float("nan"))
         w_x, w_base, w_base_noise, w_residual, w_noise = WEIGHTS(c0, c1, sigma, lam)
         at = (clip * frames + n) * PIXELS + pixel
         x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
@@ -171,7 +172,7 @@ def launch_arguments(
     seeds: (base, residual) to draw ξ with, or None
     """
     batch, frames = x.shape[:2]
-    pixels = x.numel() // (batch * frames)
+    pixels = check_pixels(x.numel() // (batch * frames))
     run = min(MAX_RUN, triton.next_power_of_2(frames))
     runs = triton.cdiv(frames, run)
     r, r_uncond_or_x, xi_or_x = (x if t is None else t for t in (r, r_uncond, xi))

@@ -19,6 +19,13 @@ def key_halves(seed: int) -> tuple[int, int]:
     )
 
 
+def check_pixels(pixels: int) -> int:
+    """pixels; ValueError where an index within a frame does not fit the int32 of the kernels."""
+    if pixels > 2**31 - 2**16:
+        raise ValueError(f"backend='triton' takes frames of up to 2^31 - 2^16 elements: {pixels}")
+    return pixels
+
+
 @triton.jit
 def words(counter, frame, sample, stream_and_step, key_lo, key_hi):
     """The four words of counters [K]; frame, sample, stream_and_step and the key are scalars."""

@@ -7,9 +7,9 @@ from .frames import Rule
 
 
 @triton.jit
-def weights(level, zero, sigma, lam):
+def weights(level, _c1, _sigma, lam):
     # level NaN, where there is no such step, makes everything NaN.
-    return 1.0, -(tl.sqrt_rn(lam) * level), zero, zero, sigma
+    return 1.0, -(tl.sqrt_rn(lam) * level), 0.0, 0.0, 0.0
 
 
 RULE = Rule(weights, columns=1, residual=False)

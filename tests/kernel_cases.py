@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vfengine.native import vfengine_native
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = {
     "model": (2, 16, 3, 64, 64),
@@ -27,6 +29,7 @@ SMALL = {
     **{name: SHAPES[name] for name in ("odd", "tiny", "single_frame")},
     "two_blocks": (1, 3, 3, 19, 19),
 }
+LARGE = (2, 7, 3, 331, 277)  # beyond CPU caches in every dtype, and no part of it even
 RACE = {"whole_vectors": (1, 2, 1, 4, 4), "tail": (1, 2, 1, 3, 5)}  # few threads: each is slow
 SETS = {"all": {**SHAPES, **SMALL}, "small": SMALL, "race": RACE}
 OPS = ("residual_step", "decomposed_step", "remove_base", "decomposed_noise")
@@ -36,6 +39,18 @@ COEFFS = ((1.0, -0.5, 0.0), (1.02, -0.11, 0.0), (0.97, 0.3, 0.4))
 
 all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+gpu_backends = pytest.mark.parametrize(
+    "backend",
+    [
+        "triton",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not vfengine_native.cuda_built, reason="vfengine_native was built without nvcc"
+            ),
+        ),
+    ],
+)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 Place = Callable[[Tensor], Tensor]
@@ -70,9 +85,8 @@ def frames_case(shape, dtype, step, guided, device="cpu") -> dict[str, object]:
 
 
 def placed(case: dict, place: Place) -> dict:
-    """The case with its clips and images at another place in memory."""
-    move = ("u", "z", "r", "r_uncond", "xi", "g", "b", "out")
-    return {k: place(v) if k in move and v is not None else v for k, v in case.items()}
+    """The case with all its tensors at another place in memory."""
+    return {k: place(v) if isinstance(v, Tensor) else v for k, v in case.items()}
 
 
 def on_cpu(case: dict) -> dict:

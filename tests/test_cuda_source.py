@@ -4,6 +4,7 @@ What runs is `kernel_cases.run`: every op through its public function, against i
 for bit against the CPU kernels.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,23 @@ else:
 """
 
 
+# More clips than a grid has rows, so that blocks stride over the rest; and what the call of a CUDA
+# kernel runs of torch's ops besides: nothing that could wait, copy or allocate.
+MANY_CLIPS = """
+import torch
+from fake_cuda import ops_within
+from vfengine.ops import residual_step
+u, r = torch.randn(2, 70001, 1, 1, 1, 1)
+g = torch.randn(70001, 1, 1, 1)
+tables = torch.tensor([0.5]), torch.tensor([[0.9, 0.2, 0.1]]), torch.zeros(1, dtype=torch.int32)
+expected = residual_step(u, r, g, *tables, seed=3, out=torch.empty_like(u), backend="cpu")
+out = torch.empty_like(u)
+call = lambda: residual_step(u, r, g, *tables, seed=3, out=out, backend="cuda")
+assert ops_within(call) == ["vfengine.residual_step.default"], ops_within(call)
+assert torch.equal(out, expected)
+"""
+
+
 def run_kernels(variant: str, folder: Path, *options: str, seed: int | None = None) -> str:
     env = environment(variant, folder, seed)
     script = [str(TESTS / "kernel_cases.py"), "cuda", *options]
@@ -53,6 +71,14 @@ def plain(tmp_path_factory) -> Path:
 
 def test_kernels_on_all_shapes(plain):
     assert "decomposed_noise" in run_kernels("plain", plain)
+
+
+def test_more_clips_than_a_grid_has_rows(plain):
+    env = environment("plain", plain)
+    env["PYTHONPATH"] += os.pathsep + str(TESTS)
+    child = [sys.executable, "-c", MANY_CLIPS]
+    done = subprocess.run(child, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -10,6 +10,7 @@ from kernel_cases import (
     all_dtypes,
     all_shapes,
     as_it_is,
+    gpu_backends,
     misaligned,
     no_gpu,
 )
@@ -26,18 +27,18 @@ SEEDS = {  # the second is negative as int64
 }
 
 
-def make_case(shape, part, device="cpu"):
+def make_case(shape, part, device="cpu", place=as_it_is):
     """Shape of out and keyword arguments of a call."""
     lam = torch.rand(shape[1], generator=torch.Generator().manual_seed(0))
     options = {**SEEDS[part], **PLACE}
     if part == "combined":
-        options["lam"] = lam.to(device)
+        options["lam"] = place(lam.to(device))
     return (shape[:1] + shape[2:] if part == "base" else shape), options
 
 
 def assert_matches(shape, dtype, part, backend, device="cpu", place=as_it_is):
     """The reference's very bits, rounded once to dtype; int32: its words."""
-    shape, options = make_case(shape, part, device)
+    shape, options = make_case(shape, part, device, place)
     out = place(torch.zeros(shape, dtype=dtype, device=device))
     assert decomposed_noise(out, **options, backend=backend) is out
     on_cpu = {k: v.cpu() if torch.is_tensor(v) else v for k, v in options.items()}
@@ -69,7 +70,7 @@ def test_every_word_is_the_reference_s(shape, part):
 
 
 @no_gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@gpu_backends
 @pytest.mark.parametrize("place", [as_it_is, misaligned])
 def test_decomposed_noise_on_a_gpu(backend, place):
     run_cases(backend, SHAPES, "cuda", place)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import (
+    LARGE,
     SHAPES,
     all_dtypes,
     all_shapes,
@@ -11,6 +12,7 @@ from kernel_cases import (
     assert_same_bits,
     frames_case,
     frames_cases,
+    gpu_backends,
     in_double,
     misaligned,
     no_gpu,
@@ -48,8 +50,8 @@ def in_own_dtype(
     return c1 * z + c2 * eps + sigma * (shared * xi_b.unsqueeze(1) + own * xi)
 
 
-def assert_matches(case, backend):
-    out = torch.empty_like(case["z"])
+def assert_matches(case, backend, place=as_it_is):
+    out = place(torch.empty_like(case["z"]))
     assert decomposed_step(**case, out=out, backend=backend) is out
     exact = decomposed_step_reference(**in_double(case))
     assert_as_close_as_pytorch(out, exact, in_own_dtype(**case))
@@ -61,7 +63,7 @@ def run_cases(backend, shapes, device, place):
     count = 0
     for arguments in frames_cases(shapes):
         case = placed(make_case(*arguments, device), place)
-        out = assert_matches(case, backend)
+        out = assert_matches(case, backend, place)
         assert_same_bits(decomposed_step(**on_cpu(case), backend="cpu"), out.cpu(), arguments)
         case["z"] = place(case["z"].clone())
         decomposed_step(**case, backend=backend)
@@ -72,6 +74,9 @@ def run_cases(backend, shapes, device, place):
         assert decomposed_step(**case, backend=backend).isnan().all(), "sigma > 0 without noise"
         case = make_case(step=3, device=device)
         assert decomposed_step(**case, backend=backend).isnan().all(), "step outside coeffs"
+        case = make_case(device=device)
+        case["lam"][0] = -0.5
+        assert decomposed_step(**case, backend=backend)[:, 0].isnan().all(), "lam outside [0, 1]"
     return count
 
 
@@ -85,7 +90,7 @@ def test_decomposed_step_matches_reference(dtype, shape, guided, step, place):
 
 
 @no_gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@gpu_backends
 @pytest.mark.parametrize("place", [as_it_is, misaligned])
 def test_decomposed_step_on_a_gpu(backend, place):
     run_cases(backend, SHAPES, "cuda", place)
@@ -125,8 +130,9 @@ def test_drawn_noise_is_decomposed_noise():
 
 
 @all_dtypes
-def test_same_bits_on_any_threads_and_instruction_set(dtype):
-    case = make_case((2, 9, 3, 61, 67), dtype, guided=True)  # tiles and vectors are all ragged
+@pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
+def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
+    case = make_case(shape, dtype, guided=True)  # tiles and vectors are all ragged
     threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
     try:
         results = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import no_gpu
+from kernel_cases import gpu_backends, no_gpu
 
 from vfengine.ops import residual_step_reference
 
@@ -44,7 +44,7 @@ def test_loop_reads_its_step_from_the_counter(gpu_check):
 
 
 @no_gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@gpu_backends
 def test_captured_loop_on_a_gpu(gpu_check, backend):
     assert gpu_check.captured_loop(backend)["passed"]
 

@@ -17,7 +17,8 @@ from vfengine.native import vfengine_native
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100", "120")
-OPS = {"ResidualStep": 5, "DecomposedStep": 5, "RemoveBase": 2}  # clips and image that may be read
+# Clips and image that may be read; ξ of residual_step is not where it is drawn.
+OPS = {"ResidualStep": 5, "DecomposedStep": 4, "RemoveBase": 2}
 
 pytestmark = pytest.mark.skipif(
     not vfengine_native.cuda_built and os.environ.get("VFENGINE_CUDA") != "on",
@@ -93,8 +94,8 @@ def test_main_path_moves_16_bytes_an_instruction(kernels, op):
         if op not in arguments or "Lb1ELb" not in arguments:
             continue
         paths += 1
-        drawn = arguments.endswith("Lb1ELb1")
-        assert count(code, r"LDG\.E\.128") >= OPS[op] - drawn, name  # drawn noise is not read
+        without_xi = op == "ResidualStep" and arguments.endswith("Lb1ELb1")
+        assert count(code, r"LDG\.E\.128") >= OPS[op] - without_xi, name
         assert count(code, r"STG\.E\.128") >= 1, name
         assert count(code, r"STG") == count(code, r"STG\.E\.128"), name
         # step, its row and lam are all that is narrower, the last once an unrolled frame.
@@ -110,10 +111,14 @@ def test_noise_is_written_16_bytes_an_instruction(kernels):
 
 
 def test_no_multiplication_is_fused_with_an_addition(kernels):
-    """Fused, the bits would not be those of the CPU. Words take no square root: no FMA at all."""
+    """Fused, the bits would not be those of the CPU.
+
+    A square root brings FMAs of its own, and as many FMUL.FTZ: what is more would be ours.
+    """
     for name, (code, _) in kernels.items():
-        if template(name, "noise_kernel").startswith("j"):
-            assert count(code, r"FFMA") == 0, name
+        assert count(code, r"FFMA") == count(code, r"FMUL\.FTZ"), name
+        if "frames_kernel" in name:
+            assert count(code, r"FMUL$") > 0, name
 
 
 def test_build_refuses_local_memory(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import (
+    LARGE,
     SHAPES,
     all_dtypes,
     all_shapes,
@@ -11,6 +12,7 @@ from kernel_cases import (
     assert_same_bits,
     frames_case,
     frames_cases,
+    gpu_backends,
     in_double,
     misaligned,
     no_gpu,
@@ -43,8 +45,8 @@ def in_own_dtype(z, b, lam, noise_levels, step):
     return z - lam.sqrt().view(-1, 1, 1, 1).to(z.dtype) * level * b.unsqueeze(1)
 
 
-def assert_matches(case, backend):
-    out = torch.empty_like(case["z"])
+def assert_matches(case, backend, place=as_it_is):
+    out = place(torch.empty_like(case["z"]))
     assert remove_base(**case, out=out, backend=backend) is out
     exact = remove_base_reference(**in_double(case))
     assert_as_close_as_pytorch(out, exact, in_own_dtype(**case))
@@ -58,7 +60,7 @@ def run_cases(backend, shapes, device, place):
         if guided:
             continue
         case = placed(make_case(shape, dtype, step, device), place)
-        out = assert_matches(case, backend)
+        out = assert_matches(case, backend, place)
         assert_same_bits(remove_base(**on_cpu(case), backend="cpu"), out.cpu(), (shape, dtype))
         case["z"] = place(case["z"].clone())
         remove_base(**case, backend=backend)
@@ -67,6 +69,9 @@ def run_cases(backend, shapes, device, place):
     if backend != "cpu":
         case = make_case(step=3, device=device)
         assert remove_base(**case, backend=backend).isnan().all(), "step outside noise_levels"
+        case = make_case(device=device)
+        case["lam"][0] = 1.5
+        assert remove_base(**case, backend=backend)[:, 0].isnan().all(), "lam outside [0, 1]"
     return count
 
 
@@ -78,7 +83,7 @@ def test_remove_base_matches_reference(dtype, shape, place):
 
 
 @no_gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@gpu_backends
 @pytest.mark.parametrize("place", [as_it_is, misaligned])
 def test_remove_base_on_a_gpu(backend, place):
     run_cases(backend, SHAPES, "cuda", place)
@@ -95,8 +100,9 @@ def test_is_equation_3_of_decompose():
 
 
 @all_dtypes
-def test_same_bits_on_any_threads_and_instruction_set(dtype):
-    case = make_case((2, 9, 3, 61, 67), dtype)  # tiles and vectors are all ragged
+@pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
+def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
+    case = make_case(shape, dtype)  # tiles and vectors are all ragged
     threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
     try:
         results = []

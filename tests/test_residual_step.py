@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import (
+    LARGE,
     SHAPES,
     all_dtypes,
     all_shapes,
@@ -11,6 +12,7 @@ from kernel_cases import (
     assert_same_bits,
     frames_case,
     frames_cases,
+    gpu_backends,
     in_double,
     misaligned,
     no_gpu,
@@ -52,8 +54,8 @@ def in_own_dtype(
     return c1 * u + lam.sqrt().to(u.dtype) * g.unsqueeze(1) + own
 
 
-def assert_matches(case, backend):
-    out = torch.empty_like(case["u"])
+def assert_matches(case, backend, place=as_it_is):
+    out = place(torch.empty_like(case["u"]))
     assert residual_step(**case, out=out, backend=backend) is out
     exact = residual_step_reference(**in_double(case))
     assert_as_close_as_pytorch(out, exact, in_own_dtype(**case))
@@ -66,7 +68,7 @@ def run_cases(backend, shapes, device, place):
     for arguments in frames_cases(shapes):
         for noise in ("xi", "seed"):
             case = placed(make_case(*arguments, noise, device), place)
-            out = assert_matches(case, backend)
+            out = assert_matches(case, backend, place)
             assert_same_bits(residual_step(**on_cpu(case), backend="cpu"), out.cpu(), arguments)
             case["u"] = place(case["u"].clone())
             residual_step(**case, backend=backend)
@@ -85,6 +87,13 @@ def run_cases(backend, shapes, device, place):
 
 
 @all_dtypes
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("step", [1, STEP], ids=["sigma=0", "sigma>0"])
+def test_residual_step_matches_reference_beyond_the_caches(dtype, guided, step):
+    assert_matches(make_case(LARGE, dtype, step, guided), backend="cpu")
+
+
+@all_dtypes
 @all_shapes
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("step", [1, STEP], ids=["sigma=0", "sigma>0"])
@@ -96,7 +105,7 @@ def test_residual_step_matches_reference(dtype, shape, guided, step, noise, plac
 
 
 @no_gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@gpu_backends
 @pytest.mark.parametrize("place", [as_it_is, misaligned])
 def test_residual_step_on_a_gpu(backend, place):
     run_cases(backend, SHAPES, "cuda", place)
@@ -128,9 +137,10 @@ def test_seed_draws_xi():
 
 
 @all_dtypes
-def test_same_bits_on_any_threads_and_instruction_set(dtype):
+@pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
+def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
     # Tiles and vectors are all ragged.
-    case = make_case((2, 9, 3, 61, 67), dtype, guided=True, noise="seed")
+    case = make_case(shape, dtype, guided=True, noise="seed")
     threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
     try:
         results = []
@@ -233,6 +243,9 @@ def test_rejects_out_over_an_input(name):
     case = make_case()
     with pytest.raises(ValueError, match=f"out shares memory with {name}"):
         residual_step(**case, out=case[name])
+    for alias in (case["u"], case["u"].view(case["u"].shape)):
+        with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+            residual_step(**{**case, name: alias})
 
 
 def test_rejects_out_shifted_over_u():
@@ -308,3 +321,63 @@ def test_profilers_see_the_op():
     with torch.profiler.profile() as profile:
         residual_step(**case)
     assert "vfengine::residual_step_" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("name", ["u", "r", "g", "lam", "coeffs", "step"])
+@pytest.mark.parametrize("value", [None, 0, "u"])
+def test_rejects_what_is_no_tensor(name, value):
+    with pytest.raises(TypeError, match=f"residual_step: {name} must be a tensor, got"):
+        residual_step(**{**make_case(), name: value})
+    if value is None:  # a graph that calls the op by name is stopped as well
+        names = ("u", "r", "g", "lam", "coeffs", "step")
+        arguments = [{**make_case(), name: None}[n] for n in names]
+        with pytest.raises((TypeError, RuntimeError, NotImplementedError)):
+            torch.ops.vfengine.residual_step_(*arguments, None, None, 1.0, 0, 0, 0, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rejects_numbers_of_other_kinds(backend):
+    case = {**make_case(guided=True, noise="seed"), "backend": backend}
+    for value in ("2", None, True, torch.tensor(2.0)):
+        with pytest.raises(TypeError, match="residual_step: guidance_scale must be a number"):
+            residual_step(**{**case, "guidance_scale": value})
+    for name in ("sample_offset", "frame_offset"):
+        for value in (0.0, -1, 2**31, True, None):
+            with pytest.raises(ValueError, match=f"residual_step: {name} must be an int in"):
+                residual_step(**{**case, name: value})
+
+
+def test_takes_a_lazily_negated_tensor_for_what_it_means():
+    case = make_case(step=1)
+    expected = residual_step(**{**case, "r": -case["r"]}, out=torch.empty_like(case["u"]))
+    case["r"] = torch._neg_view(case["r"])
+    assert case["r"].is_neg()
+    assert torch.equal(residual_step(**case), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_autograd_sees_the_write(in_place, backend):
+    """As with torch's own ops: what a backward pass has saved may not be overwritten unnoticed."""
+    case = {**make_case(), "backend": backend}
+    written = case["u"] if in_place else torch.ones_like(case["u"])
+    weight = torch.ones_like(written, requires_grad=True)
+    loss = (weight * written).sum()
+    with torch.no_grad():
+        residual_step(**case, out=written)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_function_modes_see_the_op():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    case = make_case()
+    with Mode():
+        residual_step(**case)
+    assert "vfengine.residual_step_.default" in seen

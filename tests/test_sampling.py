@@ -382,6 +382,15 @@ def test_models_and_noise_are_left_alone():
     assert all(torch.equal(x, y) for x, y in zip(noise, copies, strict=True))
 
 
+@pytest.mark.parametrize("method", ["two_phase", "interleaved"])
+@pytest.mark.parametrize("give_back", [lambda z, t: z, lambda z, t: z.view(z.shape)])
+def test_models_may_give_their_input_back(give_back, method):
+    noise = noise_of((1, 3, 1, 4, 4), torch.float32)
+    clone = lambda z, t: z.clone()  # noqa: E731
+    expected = sample(clone, clone, *noise, method=method, **WALK)
+    assert torch.equal(sample(give_back, give_back, *noise, method=method, **WALK), expected)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver"])
 def test_models_may_write_every_estimate_to_the_same_memory(solver):
     """As a network replayed from a CUDA graph does."""

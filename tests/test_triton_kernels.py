@@ -1,5 +1,8 @@
 """The Triton kernels without a GPU: in the interpreter, and as compiled for one (triton_tools)."""
 
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases import DTYPES, all_dtypes
@@ -23,6 +26,26 @@ def test_kernels_in_the_interpreter_with_a_guard_page_behind_every_buffer():
     script = "import sys, kernel_cases; sys.argv = {argv}; kernel_cases.main()"
     argv = ["kernel_cases", "triton", "--shapes", "small", "--guarded"]
     assert "decomposed_noise" in interpret(script.format(argv=argv))
+
+
+def test_an_access_past_the_end_of_a_table_is_fatal(tmp_path):
+    """The mask that keeps lam within its N entries, taken out of a copy of the kernels."""
+    folder = Path(frames.__file__).parent
+    for source in folder.glob("*.py"):
+        text = source.read_text()
+        if source.name == "frames.py":
+            masked = "lam = tl.load(lam_ptr + n, mask=n < frames, other=0.0)"
+            assert text.count(masked) == 1
+            text = text.replace(masked, "lam = tl.load(lam_ptr + n)")
+        (tmp_path / source.name).write_text(text)
+    script = """
+import sys, vfengine.kernels
+vfengine.kernels.__path__ = [{folder!r}]
+import kernel_cases
+sys.argv = ["kernel_cases", "triton", "--shapes", "small", "--guarded"]
+kernel_cases.main()
+"""
+    interpret(script.format(folder=str(tmp_path)), returncode=-signal.SIGSEGV)
 
 
 def specialised(

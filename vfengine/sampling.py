@@ -54,7 +54,8 @@ def sample(
     """Sample clips from their initial noise; returns [B, N, C, H, W] in residual_noise's dtype.
 
     base_model:     (z_m [B, C, H, W], t int64 [B]) -> b̂, called once per step on base frames alone
-    residual_model: (z' [B, N, C, H, W], t int64 [B]) -> r̂
+    residual_model: (z' [B, N, C, H, W], t int64 [B]) -> r̂; z' is a buffer that the next step
+                    overwrites, a network that keeps it keeps a clone
     base_noise:     b [B, C, H, W], residual_noise: r [B, N, C, H, W]; fp32, fp16, bf16 or float64,
                     as of `decomposed_noise`
     lam:            λ, a number or [N]; the base frame's entry is 1 whatever is passed
@@ -201,6 +202,8 @@ def sample_residual(
     place = {"sample_offset": sample_offset, "frame_offset": frame_offset}
     for k, t in enumerate(_timesteps(table, u)):
         r_hat = estimate(k, _call("residual_model", residual_model, u, t).to(dtype))
+        if r_hat.untyped_storage().data_ptr() == u.untyped_storage().data_ptr():
+            r_hat = r_hat.clone()  # the network gave its input back, which is about to be written
         arguments = (u, r_hat.contiguous(), g[k], lam, coeffs, steps[k])
         _run(ops.residual_step, *arguments, seed=residual_seed, **place, out=u, backend=backend)
         u[:, m] = d[k + 1]  # λ_m = 1 makes it so up to rounding; written, it is so bit for bit

@@ -10,7 +10,7 @@
 // Everything is a template over L, the lanes: plain numbers on CUDA, vectors on the CPU. Only
 // operations that IEEE 754 rounds correctly are used (+, -, *, sqrt), in a fixed order and without
 // FMA, so every device and instruction set returns the same bits. vfengine/ops/decomposed_noise.py
-// has the same lines in PyTorch; kernels/common.py has them in Triton.
+// has the same lines in PyTorch; kernels/noise.py has them in Triton.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -78,7 +78,7 @@ static void step_row(const FrameRow<T>& row, int64_t count, const FrameWeights& 
   if constexpr (Rule::kResidual) last(r, row.r);
   if constexpr (kGuided) last(r_uncond, row.r_uncond);
   if constexpr (kNoise == Noise::given) last(xi, row.xi);
-  const float* drawn_xi = kNoise == Noise::drawn ? row.drawn_xi + whole : nullptr;
+  const float* drawn_xi = row.drawn_xi ? row.drawn_xi + whole : nullptr;
   const float* drawn_base = row.drawn_base ? row.drawn_base + whole : nullptr;
   const FrameRow<T> rest{x, r, r_uncond, xi, g, drawn_xi, drawn_base, out};
   step_pair<Rule, T, kGuided, kNoise>(rest, 0, w, guidance_scale);
@@ -109,8 +109,8 @@ static void step_tile(const FrameArgs& args, int64_t clip, int64_t first_frame, 
                           part(args.r_uncond),
                           part(args.xi),
                           static_cast<const T*>(args.g) + clip * args.pixels + first_pixel,
-                          xi,
-                          base_noise,
+                          kNoise == Noise::drawn ? xi : nullptr,
+                          kNoise == Noise::drawn && Rule::kBaseNoise ? base_noise : nullptr,
                           static_cast<T*>(args.out) + at};
     const FrameWeights w = Rule::weights(coeffs, args.lam[n]);
     const FrameWeights plain{plain_nan(w.x), plain_nan(w.base), plain_nan(w.base_noise),

@@ -25,6 +25,7 @@ template <class Rule, class T, bool kVector, bool kDraw>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw))
     frames_kernel(const FrameArgs args, int run) {
   constexpr int kSize = Group<T>::kSize;
+  constexpr bool kGiven = !kDraw && !Rule::kBaseNoise;  // xi may be there, as a tensor
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (i >= args.pixels) return;
   const int64_t count = args.pixels - i;
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
     for (int k = 0; k < Rule::kColumns; ++k)
       row[k] = args.coeffs[Rule::kColumns * int64_t(step) + k];
   const bool noisy = Rule::sigma(row) != 0.0f;
-  if (noisy && !kDraw && args.xi == nullptr) row[0] = nanf("");
+  if (noisy && !kDraw && (!kGiven || args.xi == nullptr)) row[0] = nanf("");
 
   const int64_t runs = (args.frames + run - 1) / run;
   for (int64_t tile = blockIdx.y; tile < args.batch * runs; tile += gridDim.y) {
@@ -55,13 +56,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
       const auto load = [&](const void* from) {
         return load_group<kVector>(static_cast<const T*>(from) + at, count);
       };
-      const FrameWeights w = Rule::weights(row, args.lam[n]);
+      const float lam = args.lam[n];
+      const FrameWeights w = Rule::weights(row, lam >= 0.0f && lam <= 1.0f ? lam : nanf(""));
       const Group<T> x = load(args.x);
       Group<T> r, r_uncond, xi, out;
       if constexpr (Rule::kResidual) {
         r = load(args.r);
         if (args.r_uncond) r_uncond = load(args.r_uncond);
-        if (!kDraw && noisy && args.xi) xi = load(args.xi);
+        if constexpr (kGiven)
+          if (noisy && args.xi) xi = load(args.xi);
       }
       if constexpr (kDraw)
         if (noisy)
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
             if constexpr (kDraw && Rule::kBaseNoise) sum += w.base_noise * base_noise[k];
             if constexpr (kDraw)
               sum += w.noise * drawn[k];
-            else if (args.xi)
+            else if (kGiven && args.xi)
               sum += w.noise * to_float(xi.at[k]);
           }
         }

@@ -89,7 +89,7 @@ inline FrameGrid frame_grid(int64_t batch, int64_t frames, int64_t pixels, int g
              "cudaDeviceGetAttribute");
   const int64_t per_block = int64_t(kThreads) * group;
   const int64_t blocks_x = (pixels + per_block - 1) / per_block;
-  // The longest run that still gives every processor four blocks.
+  // Halved until every processor has four blocks.
   int run = int(std::min<int64_t>(frames, kMaxRun));
   const auto runs = [&] { return batch * ((frames + run - 1) / run); };
   while (run > 1 && blocks_x * runs() < 4 * int64_t(processors)) run = (run + 1) / 2;

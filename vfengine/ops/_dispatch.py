@@ -5,7 +5,7 @@
 | "cpu"       | CPU      | vfengine_native |
 | "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/emulation |
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
-| "reference" | any      | nothing: the op's fp32 reference in PyTorch |
+| "reference" | both     | nothing: the op's fp32 reference in PyTorch |
 | "auto"      | CPU      | takes "cpu" |
 |             | CUDA     | takes "cuda" where it was built, else "triton" |
 """
@@ -23,6 +23,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # numbers of c
 
 # Names that `unobserved` would otherwise look up at every call.
 _is_compiling = torch.compiler.is_compiling
+_len_torch_function_stack = torch._C._len_torch_function_stack
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 _get_tracing_state = torch._C._get_tracing_state
@@ -48,7 +49,7 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
             return "cpu"
         if device.type == "cuda":
             return "cuda" if native().cuda_built else "triton"
-        raise ValueError(f"{op}: no kernel for {device.type}; backend='reference' runs there")
+        raise ValueError(f"{op}: expected CPU or CUDA tensors, got {device}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"{op}: {asked} takes CPU tensors, got {device}")
     if backend == "cuda":
@@ -95,11 +96,22 @@ def unobserved(tensor: Tensor) -> bool:
         type(tensor) is Tensor
         and tensor.is_cpu
         and not _is_compiling()
+        and _len_torch_function_stack() == 0
         and _len_torch_dispatch_stack() == 0
         and _peek_interpreter_stack() is None
         and _get_tracing_state() is None
         and not _profiler._is_profiler_enabled
     )
+
+
+def check_kinds(op: str, tensors: dict[str, Tensor], **numbers: float) -> None:
+    """Raise TypeError unless these are tensors, and these numbers."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{op}: {name} must be a number, got {type(number).__name__}")
 
 
 def check_no_grad(op: str, *tensors: Tensor | None) -> None:
@@ -117,8 +129,6 @@ def check_tensor(
     device: torch.device,
 ) -> None:
     """Raise unless `tensor` is contiguous and of this shape, dtype and device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype is not dtype:
         raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device:
@@ -129,12 +139,12 @@ def check_tensor(
         raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
 
 
-def check_overlap(op: str, out: Tensor, inputs: dict[str, Tensor | None], may_be: Tensor) -> None:
-    """Raise ValueError where out shares memory with an input, `may_be` as a whole excepted."""
+def check_overlap(op: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """Raise ValueError where out shares memory with an input."""
     start = out.data_ptr()
     end = start + out.nbytes
     for name, tensor in inputs.items():
-        if tensor is None or (tensor is may_be and tensor.data_ptr() == start):
+        if tensor is None:
             continue
         first = tensor.data_ptr()
         if first < end and start < first + tensor.nbytes:

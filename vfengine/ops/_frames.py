@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
     DTYPES,
+    check_kinds,
     check_no_grad,
     check_overlap,
     check_tensor,
@@ -29,13 +31,20 @@ class FramesOp:
     name:      of the op, of its kernels and of their files
     names:     of x, g and coeffs in its public function
     columns:   of coeffs
+    residual:  whether r is there
     reference: (x, g, lam, coeffs, step, **options) -> new tensor; options as of kernels/frames.py
     """
 
     def __init__(
-        self, name: str, names: tuple[str, str, str], columns: int, reference: Callable[..., Tensor]
+        self,
+        name: str,
+        names: tuple[str, str, str],
+        columns: int,
+        residual: bool,
+        reference: Callable[..., Tensor],
     ) -> None:
-        self.name, self.names, self.columns, self.reference = name, names, columns, reference
+        self.name, self.names, self.columns = name, names, columns
+        self.residual, self.reference = residual, reference
 
     def run(
         self,
@@ -56,6 +65,8 @@ class FramesOp:
     ) -> None:
         """Check everything, then write the result into out."""
         self.check(x, g, lam, coeffs, step, out, r, r_uncond, xi)
+        increment_version(out)  # as torch's own ops do, so that autograd sees the write
+        self._check_overlap(out, x, g, lam, coeffs, step, r, r_uncond, xi)
         backend = choose_backend(self.name, backend, x.device)
         addresses = (
             x.data_ptr(),
@@ -68,8 +79,6 @@ class FramesOp:
             step.data_ptr(),
             out.data_ptr(),
         )
-        inputs = (x, g, lam, coeffs, step, r, r_uncond, xi)
-        self._check_overlap(addresses, out, *inputs)
         if backend in ("cpu", "cuda"):
             kernel = getattr(native(), f"{self.name}_{backend}")
             where = cuda_place(x) if backend == "cuda" else (torch.get_num_threads(),)
@@ -119,45 +128,8 @@ class FramesOp:
         xi: Tensor | None = None,
     ) -> None:
         """Raise unless dtypes, shapes, strides and devices fit; looks at no memory."""
-        shape, dtype, device, on_cpu = x.shape, x.dtype, x.device, x.is_cpu
-        fits = dtype in DTYPES and len(shape) == 5 and 0 not in shape
-        if fits:
-            batch, frames, *image = shape
-            for tensor, expected in (
-                (x, shape),
-                (r, shape),
-                (g, (batch, *image)),
-                (r_uncond, shape),
-                (xi, shape),
-                (out, shape),
-            ):
-                if tensor is not None and not (
-                    tensor.dtype is dtype
-                    and tensor.shape == expected
-                    and (tensor.is_cpu if on_cpu else tensor.device == device)
-                    and tensor.is_contiguous()
-                ):
-                    fits = False
-            for tensor, kind, expected in (
-                (lam, torch.float32, (frames,)),
-                (coeffs, torch.float32, self._coeffs_shape(coeffs)),
-                (step, torch.int32, (1,)),
-            ):
-                if not (
-                    tensor.dtype is kind
-                    and tensor.shape == expected
-                    and (tensor.is_cpu if on_cpu else tensor.device == device)
-                    and tensor.is_contiguous()
-                ):
-                    fits = False
-        if not fits:
-            self._explain(x, g, lam, coeffs, step, out, r, r_uncond, xi)
-        if torch.is_grad_enabled():
-            check_no_grad(self.name, x, g, r, r_uncond, xi, out)
-
-    def _explain(self, x, g, lam, coeffs, step, out, r, r_uncond, xi) -> None:
-        """Raise for the first argument that does not fit."""
         op, (x_name, g_name, coeffs_name) = self.name, self.names
+        self.check_kinds(x, g, lam, coeffs, step, out, r)
         if x.dtype not in DTYPES:
             raise TypeError(f"{op}: {x_name} must be fp32, fp16 or bf16, got {x.dtype}")
         if x.ndim != 5 or x.numel() == 0:
@@ -174,18 +146,28 @@ class FramesOp:
         expected = self._coeffs_shape(coeffs)
         check_tensor(op, coeffs_name, coeffs, expected, torch.float32, x.device)
         check_tensor(op, "step", step, (1,), torch.int32, x.device)
+        check_no_grad(op, x, g, r, r_uncond, xi, lam, coeffs, out)
 
-    def _check_overlap(self, addresses, out, x, g, lam, coeffs, step, r, r_uncond, xi) -> None:
+    def check_kinds(self, x, g, lam, coeffs, step, out, r=None, **optional_or_numbers) -> None:
+        """Raise TypeError for what is no tensor, or no number; tensors that may be None by name."""
+        x_name, g_name, coeffs_name = self.names
+        tensors = {x_name: x, g_name: g, "lam": lam, coeffs_name: coeffs, "step": step, "out": out}
+        if self.residual:
+            tensors["r"] = r
+        numbers = dict(optional_or_numbers)
+        for name in ("r_uncond", "xi"):
+            if (tensor := numbers.pop(name, None)) is not None:
+                tensors[name] = tensor
+        check_kinds(self.name, tensors, **numbers)
+
+    def _check_overlap(self, out, x, g, lam, coeffs, step, r, r_uncond, xi) -> None:
         """Raise where out shares memory with an input, x as a whole excepted."""
-        start, nbytes = addresses[-1], out.nbytes
-        reach = max(nbytes, coeffs.nbytes, lam.nbytes, step.nbytes)  # no input is larger
-        first, end = start - reach, start + nbytes
-        in_place = addresses[0] == start
-        if not any(first < address < end for address in addresses[in_place:-1]):
-            return
-        inputs = dict(zip(self.names, (x, g, coeffs), strict=True))
-        inputs |= {"r": r, "r_uncond": r_uncond, "xi": xi, "lam": lam, "step": step}
-        check_overlap(self.name, out, inputs, may_be=x)
+        x_name, g_name, coeffs_name = self.names
+        inputs = {g_name: g, coeffs_name: coeffs, "lam": lam, "step": step}
+        inputs |= {"r": r, "r_uncond": r_uncond, "xi": xi}
+        if x.data_ptr() != out.data_ptr():
+            inputs[x_name] = x
+        check_overlap(self.name, out, inputs)
 
     def _coeffs_shape(self, coeffs: Tensor) -> tuple[int, ...]:
         rows = coeffs.shape[0] if coeffs.ndim else 0

@@ -28,9 +28,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
     DTYPES,
+    check_kinds,
     check_no_grad,
     check_overlap,
     check_tensor,
@@ -80,6 +82,7 @@ def decomposed_noise(
     stride, device, overlap, backend or number it cannot take, for tensors that autograd records,
     and for λ outside [0, 1] (on CUDA that cannot be seen without waiting: there it writes NaN).
     """
+    check_kinds(_NAME, {"out": out, **({} if lam is None else {"lam": lam})})
     for name, seed in (("base_seed", base_seed), ("residual_seed", residual_seed)):
         if seed is not None:
             check_seed(seed, name)
@@ -271,8 +274,9 @@ def _sqrt(x: Tensor) -> Tensor:
 def _run(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend):
     _check(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend)
     if lam is not None:
-        check_overlap(_NAME, out, {"lam": lam}, may_be=out)
+        check_overlap(_NAME, out, {"lam": lam})
     backend = choose_backend(_NAME, backend, out.device)
+    increment_version(out)  # as torch's own ops do, so that autograd sees the write
     place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
     seeds = unsigned_seed(base_seed), unsigned_seed(residual_seed)
     batch = out.shape[0]
@@ -313,7 +317,7 @@ def _check(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset
     if out.ndim != axes.count(",") + 1 or out.numel() == 0:
         raise ValueError(f"{_NAME}: out must be {axes} and not empty, got {list(out.shape)}")
     check_tensor(_NAME, "out", out, out.shape, out.dtype, out.device)
-    check_no_grad(_NAME, out)
+    check_no_grad(_NAME, out, lam)
     if (lam is not None) != (base_seed is not None and residual_seed is not None):
         raise ValueError(f"{_NAME}: expected lam where both seeds are given, and only there")
     if lam is not None:

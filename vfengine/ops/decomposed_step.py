@@ -7,6 +7,7 @@ Kernels: csrc/decomposed_step.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernel
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import register, unobserved
 from vfengine.ops._frames import FramesOp, guided, row_of, shares
@@ -60,19 +61,21 @@ def decomposed_step(
     same bits, the CPU's on any number of threads. Errors as of `residual_step`.
     """
     out = z if out is None else out
+    if (base_seed is None) != (residual_seed is None):
+        raise ValueError(f"{_NAME}: expected both base_seed and residual_seed, or none")
     seeds = None
-    if base_seed is not None or residual_seed is not None or sample_offset or frame_offset:
-        if (base_seed is None) != (residual_seed is None):
-            raise ValueError(f"{_NAME}: expected both base_seed and residual_seed, or none")
-        if base_seed is not None:
-            check_seed(base_seed, "base_seed")
-            seeds = (base_seed, check_seed(residual_seed, "residual_seed"))
-        check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
+    if base_seed is not None and residual_seed is not None:
+        check_seed(base_seed, "base_seed")
+        seeds = (base_seed, check_seed(residual_seed, "residual_seed"))
     if unobserved(z) and _STEP.plain(
         *(backend, z, b, r, r_uncond, None, lam, coeffs, step, out, guidance_scale),
         *(seeds, sample_offset, frame_offset, torch.get_num_threads()),
     ):
+        increment_version(out)  # as torch's own ops do, so that autograd sees the write
         return out
+    optional = {"r_uncond": r_uncond, "guidance_scale": guidance_scale}
+    _STEP.check_kinds(z, b, lam, coeffs, step, out, r, **optional)
+    check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
     rest = (b, r, lam, coeffs, step, r_uncond, guidance_scale)
     rest += (signed_seed(base_seed), signed_seed(residual_seed))
     rest += (sample_offset, frame_offset, backend)
@@ -142,7 +145,7 @@ def _check(z, b, r, lam, coeffs, step, r_uncond, *rest):
     _STEP.check(z, b, lam, coeffs, step, out, r, r_uncond)
 
 
-_STEP = FramesOp(_NAME, ("z", "b", "coeffs"), 3, _reference)
+_STEP = FramesOp(_NAME, ("z", "b", "coeffs"), 3, True, _reference)
 _ARGUMENTS = (
     "Tensor b, Tensor r, Tensor lam, Tensor coeffs, Tensor step, Tensor? r_uncond, "
     "float guidance_scale, int? base_seed, int? residual_seed, int sample_offset, "

@@ -7,6 +7,7 @@ Kernels: csrc/remove_base.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernels/fr
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import register, unobserved
 from vfengine.ops._frames import FramesOp, row_of, shares
@@ -42,7 +43,9 @@ def remove_base(
         *(backend, z, b, None, None, None, lam, noise_levels, step, out, 1.0),
         *(None, 0, 0, torch.get_num_threads()),
     ):
+        increment_version(out)  # as torch's own ops do, so that autograd sees the write
         return out
+    _STEP.check_kinds(z, b, lam, noise_levels, step, out)
     rest = (b, lam, noise_levels, step, backend)
     if out is z:
         _OP_IN_PLACE(z, *rest)
@@ -76,7 +79,7 @@ def _check(z, b, lam, noise_levels, step, backend, out=None):
     _STEP.check(z, b, lam, noise_levels, step, z if out is None else out)
 
 
-_STEP = FramesOp(_NAME, ("z", "b", "noise_levels"), 1, _reference)
+_STEP = FramesOp(_NAME, ("z", "b", "noise_levels"), 1, False, _reference)
 _ARGUMENTS = "Tensor b, Tensor lam, Tensor noise_levels, Tensor step, str backend"
 _OP = register(f"{_NAME}(Tensor z, {_ARGUMENTS}, Tensor(a!) out) -> ()", _run, _check)
 _OP_IN_PLACE = register(f"{_NAME}_(Tensor(a!) z, {_ARGUMENTS}) -> ()", _run, _check)

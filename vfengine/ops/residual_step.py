@@ -7,6 +7,7 @@ Kernels: csrc/residual_step.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernels/
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import register, unobserved
 from vfengine.ops._frames import FramesOp, guided, row_of, shares
@@ -66,18 +67,18 @@ def residual_step(
     cannot be seen without waiting for the device: there such a step writes NaN.
     """
     out = u if out is None else out
-    seeds = None
-    if seed is not None or sample_offset or frame_offset:
-        if xi is not None:
-            raise ValueError(f"{_NAME}: expected a seed and its offsets, or xi; got both")
-        if seed is not None:
-            seeds = (0, check_seed(seed))
-        check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
+    if xi is not None and (seed is not None or sample_offset or frame_offset):
+        raise ValueError(f"{_NAME}: expected a seed and its offsets, or xi; got both")
+    seeds = None if seed is None else (0, check_seed(seed))
     if unobserved(u) and _STEP.plain(
         *(backend, u, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale),
         *(seeds, sample_offset, frame_offset, torch.get_num_threads()),
     ):
+        increment_version(out)  # as torch's own ops do, so that autograd sees the write
         return out
+    optional = {"r_uncond": r_uncond, "xi": xi, "guidance_scale": guidance_scale}
+    _STEP.check_kinds(u, g, lam, coeffs, step, out, r, **optional)
+    check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
     rest = (r, g, lam, coeffs, step, r_uncond, xi, guidance_scale, signed_seed(seed))
     rest += (sample_offset, frame_offset, backend)
     if out is u:
@@ -143,7 +144,7 @@ def _check(u, r, g, lam, coeffs, step, r_uncond, xi, *rest):
     _STEP.check(u, g, lam, coeffs, step, out, r, r_uncond, xi)
 
 
-_STEP = FramesOp(_NAME, ("u", "g", "coeffs"), 3, _reference)
+_STEP = FramesOp(_NAME, ("u", "g", "coeffs"), 3, True, _reference)
 _ARGUMENTS = (
     "Tensor r, Tensor g, Tensor lam, Tensor coeffs, Tensor step, Tensor? r_uncond, Tensor? xi, "
     "float guidance_scale, int? seed, int sample_offset, int frame_offset, str backend"
