@@ -39,6 +39,7 @@ def contenders(shape, dtype) -> dict:
     return calls
 
 
+@torch.inference_mode()  # as samplers call it
 def measure(seconds: float = 2.0, cases=tuple(CASES)) -> list[Row]:
     rows = []
     for case in cases:

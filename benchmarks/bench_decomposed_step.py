@@ -42,6 +42,7 @@ def contenders(clip: Clip) -> dict:
     return calls
 
 
+@torch.inference_mode()  # as samplers call it
 def measure(seconds: float = 3.0, cases=tuple(CASES)) -> list[Row]:
     rows = []
     for case in cases:

@@ -88,6 +88,7 @@ def verify(clip: Clip, calls: dict) -> None:
         check(name, calls[name](), written)
 
 
+@torch.inference_mode()  # as samplers call it
 def measure(seconds: float = 4.0, cases=tuple(CASES)) -> list[Row]:
     rows = []
     for case in cases:

@@ -89,7 +89,7 @@ vf::NoiseArgs noise_args(uintptr_t out, uintptr_t lam, int64_t batch, int64_t fr
 // what Python would accept; where they do not, Python looks again and finds the words.
 
 struct Names {  // interned once; torch's objects are compared by identity
-  py::object tensor, dtypes[3], float32, int32;
+  py::object tensor, dtypes[3], float32, int32, is_grad_enabled;
   py::str is_cpu{"is_cpu"}, dtype{"dtype"}, shape{"shape"}, is_contiguous{"is_contiguous"},
       is_neg{"is_neg"}, requires_grad{"requires_grad"}, data_ptr{"data_ptr"};
 
@@ -98,6 +98,7 @@ struct Names {  // interned once; torch's objects are compared by identity
     tensor = torch.attr("Tensor");
     float32 = torch.attr("float32");
     int32 = torch.attr("int32");
+    is_grad_enabled = torch.attr("is_grad_enabled");
     dtypes[0] = float32;
     dtypes[1] = torch.attr("float16");
     dtypes[2] = torch.attr("bfloat16");
@@ -128,10 +129,11 @@ bool is_true(py::handle tensor, const py::str& attribute) {
 
 // Whether `tensor` is a torch.Tensor itself, on the CPU, contiguous, of one to five sizes, what its
 // memory says, and not one that autograd follows; `plain` is then what it is.
-bool read(py::handle tensor, PlainTensor& plain) {
+bool read(py::handle tensor, bool grad_enabled, PlainTensor& plain) {
   const Names& n = names();
   if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != n.tensor.ptr()) return false;
-  if (!is_true(tensor, n.is_cpu) || is_true(tensor, n.requires_grad)) return false;
+  if (!is_true(tensor, n.is_cpu)) return false;
+  if (grad_enabled && is_true(tensor, n.requires_grad)) return false;
   const auto call = [&](const py::str& method) {
     return py::reinterpret_steal<py::object>(
         PyObject_CallMethodObjArgs(tensor.ptr(), method.ptr(), nullptr));
@@ -154,15 +156,17 @@ bool read(py::handle tensor, PlainTensor& plain) {
   return plain.address != 0 && plain.elements > 0;
 }
 
+bool is_grad_enabled() { return names().is_grad_enabled().ptr() == Py_True; }
+
 // The rule's tensors as a kernel takes them; false where any does not fit.
 template <class Rule>
 bool frames_fit(const py::handle tensors[9], vf::FrameArgs& args) {
   enum { kX, kG, kR, kUncond, kXi, kLam, kCoeffs, kStep, kOut };
   const Names& n = names();
   PlainTensor t[9];
-  const bool in_place = tensors[kOut].is(tensors[kX]);
+  const bool in_place = tensors[kOut].is(tensors[kX]), grad_enabled = is_grad_enabled();
   for (int i = 0; i < (in_place ? kOut : kOut + 1); ++i)
-    if (!tensors[i].is_none() && !read(tensors[i], t[i])) return false;
+    if (!tensors[i].is_none() && !read(tensors[i], grad_enabled, t[i])) return false;
   const PlainTensor& x = t[kX];
   if (in_place) t[kOut] = x;
   int dtype = 0;
