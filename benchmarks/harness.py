@@ -129,13 +129,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines: dict[tuple[str, str], dict[str, str]] = {}
+    lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        cell = f"{row.value:,.2f} {row.unit}"
-        lines.setdefault((row.case, row.contender), {})[row.metric] = cell
+        lines.setdefault(row.contender, {})[row.metric] = f"{row.value:,.2f} {row.unit}"
     metrics = list(dict.fromkeys(row.metric for row in rows))
-    body = [["case", "contender", *metrics]]
-    body += [[*key, *(cells.get(metric, "") for metric in metrics)] for key, cells in lines.items()]
+    body = [[rows[0].case, *metrics]]
+    body += [
+        [name, *(cells.get(metric, "") for metric in metrics)] for name, cells in lines.items()
+    ]
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
