@@ -7,9 +7,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
+#include <numeric>
 #include <string>
 #include <utility>
 
+#include "common/dlpack_exchange.h"
 #include "common/isa.h"
 #include "decomposed_noise.h"
 #include "decomposed_step.h"
@@ -85,129 +88,126 @@ vf::NoiseArgs noise_args(uintptr_t out, uintptr_t lam, int64_t batch, int64_t fr
 // ---- the short way -----------------------------------------------------------------------------
 //
 // vfengine/ops/_frames.py checks arguments in Python, which takes longer than the kernel of a small
-// clip. The same checks here, of plain CPU tensors alone, take a third. They only ever say yes to
-// what Python would accept; where they do not, Python looks again and finds the words.
+// clip. The same checks here, of plain CPU tensors alone, take a tenth. They only ever say yes to
+// what Python would accept; where they do not, Python looks again and finds the words. Where torch
+// is too old to say what a tensor is (common/dlpack_exchange.h), they always say no.
 
-struct Names {  // interned once; torch's objects are compared by identity
-  py::object tensor, dtypes[3], float32, int32, is_grad_enabled;
-  py::str is_cpu{"is_cpu"}, dtype{"dtype"}, shape{"shape"}, is_contiguous{"is_contiguous"},
-      is_neg{"is_neg"}, requires_grad{"requires_grad"}, data_ptr{"data_ptr"};
+struct Torch {
+  py::object tensor, is_grad_enabled;
+  py::str is_neg, requires_grad;
+  int (*tensor_from_object)(void* object, vf::dlpack::Tensor* out) = nullptr;
 
-  Names() {
+  Torch() {
     const py::module_ torch = py::module_::import("torch");
     tensor = torch.attr("Tensor");
-    float32 = torch.attr("float32");
-    int32 = torch.attr("int32");
     is_grad_enabled = torch.attr("is_grad_enabled");
-    dtypes[0] = float32;
-    dtypes[1] = torch.attr("float16");
-    dtypes[2] = torch.attr("bfloat16");
-    for (py::str* name :
-         {&is_cpu, &dtype, &shape, &is_contiguous, &is_neg, &requires_grad, &data_ptr}) {
-      PyObject* interned = name->release().ptr();
-      PyUnicode_InternInPlace(&interned);
-      *name = py::reinterpret_steal<py::str>(interned);
-    }
+    is_neg = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("is_neg"));
+    requires_grad = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("requires_grad"));
+    const py::object capsule = py::getattr(tensor, vf::dlpack::kAttribute, py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), vf::dlpack::kCapsule)) return;
+    const auto* api = static_cast<const vf::dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), vf::dlpack::kCapsule));
+    if (api->major == vf::dlpack::kMajorVersion) tensor_from_object = api->tensor_from_object;
   }
 };
 
-const Names& names() {
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> names;
-  return names.call_once_and_store_result([] { return Names(); }).get_stored();
+const Torch& torch() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;
+  return torch.call_once_and_store_result([] { return Torch(); }).get_stored();
 }
 
-struct PlainTensor {
-  uintptr_t address = 0;  // 0: absent
-  int64_t shape[5] = {}, ndim = 0, elements = 0;
-  py::object dtype;
-};
-
-bool is_true(py::handle tensor, const py::str& attribute) {
-  return py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), attribute.ptr())).ptr() ==
-         Py_True;
-}
-
-// Whether `tensor` is a torch.Tensor itself, on the CPU, contiguous, of one to five sizes, what its
-// memory says, and not one that autograd follows; `plain` is then what it is.
-bool read(py::handle tensor, bool grad_enabled, PlainTensor& plain) {
-  const Names& n = names();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != n.tensor.ptr()) return false;
-  if (!is_true(tensor, n.is_cpu)) return false;
-  if (grad_enabled && is_true(tensor, n.requires_grad)) return false;
-  const auto call = [&](const py::str& method) {
-    return py::reinterpret_steal<py::object>(
-        PyObject_CallMethodObjArgs(tensor.ptr(), method.ptr(), nullptr));
+// Whether `object` is a torch.Tensor itself, on the CPU, contiguous, not empty, what its memory
+// says, and not one that autograd follows; `tensor` is then what it is.
+bool read(py::handle object, bool grad_enabled, vf::dlpack::Tensor& tensor) {
+  const Torch& t = torch();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != t.tensor.ptr()) return false;
+  const auto is_false = [](PyObject* answer) {
+    const bool no = answer == Py_False;
+    Py_XDECREF(answer);
+    return no;
   };
-  if (call(n.is_contiguous).ptr() != Py_True || call(n.is_neg).ptr() != Py_False) return false;
-  const auto shape =
-      py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), n.shape.ptr()));
-  if (!shape || !PyTuple_Check(shape.ptr())) return false;
-  plain.ndim = PyTuple_GET_SIZE(shape.ptr());
-  if (plain.ndim < 1 || plain.ndim > 5) return false;
-  plain.elements = 1;
-  for (int64_t i = 0; i < plain.ndim; ++i) {
-    plain.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-    plain.elements *= plain.shape[i];
+  if (grad_enabled && !is_false(PyObject_GetAttr(object.ptr(), t.requires_grad.ptr())))
+    return false;
+  if (!is_false(PyObject_CallMethodNoArgs(object.ptr(), t.is_neg.ptr()))) return false;
+  if (t.tensor_from_object(object.ptr(), &tensor) != 0) return false;
+  if (tensor.device_type != vf::dlpack::kCpu) return false;
+  int64_t elements = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != elements) return false;
+    elements *= tensor.shape[i];
   }
-  plain.dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), n.dtype.ptr()));
-  const py::object address = call(n.data_ptr);
-  if (!address || !plain.dtype) return false;
-  plain.address = PyLong_AsUnsignedLongLong(address.ptr());
-  return plain.address != 0 && plain.elements > 0;
+  return elements > 0;
 }
 
-bool is_grad_enabled() { return names().is_grad_enabled().ptr() == Py_True; }
+uintptr_t address(const vf::dlpack::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+}
+
+int64_t elements(const vf::dlpack::Tensor& tensor) {
+  return std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1},
+                         std::multiplies<int64_t>());
+}
 
 // The rule's tensors as a kernel takes them; false where any does not fit.
 template <class Rule>
-bool frames_fit(const py::handle tensors[9], vf::FrameArgs& args) {
+bool frames_fit(const py::handle objects[9], vf::FrameArgs& args) {
+  using vf::dlpack::DataType;
   enum { kX, kG, kR, kUncond, kXi, kLam, kCoeffs, kStep, kOut };
-  const Names& n = names();
-  PlainTensor t[9];
-  const bool in_place = tensors[kOut].is(tensors[kX]), grad_enabled = is_grad_enabled();
-  for (int i = 0; i < (in_place ? kOut : kOut + 1); ++i)
-    if (!tensors[i].is_none() && !read(tensors[i], grad_enabled, t[i])) return false;
-  const PlainTensor& x = t[kX];
-  if (in_place) t[kOut] = x;
-  int dtype = 0;
-  while (dtype < 3 && x.dtype.ptr() != n.dtypes[dtype].ptr()) ++dtype;
-  if (dtype == 3 || x.ndim != 5 || Rule::kResidual != (t[kR].address != 0)) return false;
+  constexpr DataType kDTypes[] = {// in the order of vf::DType
+                                  {vf::dlpack::kFloat, 32, 1},
+                                  {vf::dlpack::kFloat, 16, 1},
+                                  {vf::dlpack::kBfloat, 16, 1}};
+  constexpr DataType kInt32{vf::dlpack::kInt, 32, 1};
+  if (torch().tensor_from_object == nullptr) return false;
 
+  const bool grad_enabled = torch().is_grad_enabled().ptr() == Py_True;
+  vf::dlpack::Tensor t[9];
+  bool there[9];
+  for (int i = 0; i < 9; ++i) {
+    there[i] = !objects[i].is_none();
+    if (there[i] && !read(objects[i], grad_enabled, t[i])) return false;
+  }
+  for (int i : {kX, kG, kLam, kCoeffs, kStep, kOut})
+    if (!there[i]) return false;
+  if (there[kR] != Rule::kResidual) return false;
+
+  const vf::dlpack::Tensor& x = t[kX];
+  int dtype = 0;
+  while (dtype < 3 && !(x.dtype == kDTypes[dtype])) ++dtype;
+  if (dtype == 3 || x.ndim != 5) return false;
   const int64_t *s = x.shape, image[] = {s[0], s[2], s[3], s[4]};
-  const auto is = [](const PlainTensor& t, const py::object& dtype, const int64_t* shape,
-                     int64_t ndim) {
-    return t.dtype.ptr() == dtype.ptr() && t.ndim == ndim &&
-           std::equal(shape, shape + ndim, t.shape);
+  const int64_t one = 1, row[] = {t[kCoeffs].ndim ? t[kCoeffs].shape[0] : 0, Rule::kColumns};
+  const auto is = [&](int i, DataType kind, const int64_t* shape, int ndim) {
+    return !there[i] ||
+           (t[i].dtype == kind && t[i].ndim == ndim && std::equal(shape, shape + ndim, t[i].shape));
   };
   for (int i : {kR, kUncond, kXi, kOut})
-    if (t[i].address && !is(t[i], x.dtype, s, 5)) return false;
-  const int64_t one = 1, coeffs[] = {t[kCoeffs].shape[0], Rule::kColumns};
-  if (!is(t[kG], x.dtype, image, 4) || !is(t[kLam], n.float32, s + 1, 1) ||
-      !is(t[kCoeffs], n.float32, coeffs, Rule::kColumns > 1 ? 2 : 1) ||
-      !is(t[kStep], n.int32, &one, 1))
+    if (!is(i, x.dtype, s, 5)) return false;
+  if (!is(kG, x.dtype, image, 4) || !is(kLam, kDTypes[0], s + 1, 1) ||
+      !is(kCoeffs, kDTypes[0], row, Rule::kColumns > 1 ? 2 : 1) || !is(kStep, kInt32, &one, 1))
     return false;
 
-  const uintptr_t start = t[kOut].address, size = dtype == 0 ? 4 : 2;
-  const uintptr_t end = start + x.elements * size;
+  const uintptr_t start = address(t[kOut]), end = start + elements(x) * (x.dtype.bits / 8);
   for (int i = 0; i < kOut; ++i) {
-    const uintptr_t first = t[i].address, bytes = t[i].elements * (i < kLam ? size : 4);
-    if (!first || (i == kX && first == start)) continue;
-    if (first < end && start < first + bytes) return false;
+    if (!there[i] || (i == kX && address(x) == start)) continue;
+    const uintptr_t first = address(t[i]);
+    if (first < end && start < first + elements(t[i]) * (t[i].dtype.bits / 8)) return false;
   }
 
-  args.x = at<const void>(x.address);
-  args.g = at<const void>(t[kG].address);
-  args.r = at<const void>(t[kR].address);
-  args.r_uncond = at<const void>(t[kUncond].address);
-  args.xi = at<const void>(t[kXi].address);
-  args.lam = at<const float>(t[kLam].address);
-  args.coeffs = at<const float>(t[kCoeffs].address);
-  args.step = at<const int32_t>(t[kStep].address);
+  const auto pointer = [&](int i) { return there[i] ? at<const void>(address(t[i])) : nullptr; };
+  args.x = pointer(kX);
+  args.g = pointer(kG);
+  args.r = pointer(kR);
+  args.r_uncond = pointer(kUncond);
+  args.xi = pointer(kXi);
+  args.lam = at<const float>(address(t[kLam]));
+  args.coeffs = at<const float>(address(t[kCoeffs]));
+  args.step = at<const int32_t>(address(t[kStep]));
   args.out = at<void>(start);
   args.batch = s[0];
   args.frames = s[1];
   args.pixels = s[2] * s[3] * s[4];
-  args.num_steps = t[kCoeffs].shape[0];
+  args.num_steps = row[0];
   args.dtype = static_cast<vf::DType>(dtype);
   return true;
 }
