@@ -25,6 +25,7 @@ constexpr int kLanes = 4;
 typedef float F32 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t U16 __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kLanes)));
 
 template <class V>
@@ -64,19 +65,31 @@ static inline Pair load_pair(const BFloat16* p) {
   return {reinterpret_cast<F32>(words << 16), reinterpret_cast<F32>(words & 0xffff0000u)};
 }
 
-// The upper 16 bits of the result are x rounded to nearest even. A NaN of x must have nothing in
-// its lower half, or the carry could make it a number: so have those that come from bf16 operands,
-// and those of `plain_nan`.
-static inline U32 round_to_bf16(F32 x) {
-  const U32 bits = reinterpret_cast<U32>(x);
-  return bits + (0x7fffu + (bits >> 16 & 1u));
+// (a + b + 1) / 2 of unsigned 16-bit words, without overflow.
+static inline U16 average(U16 a, U16 b) {
+#if defined(__AVX512BW__)
+  return (U16)_mm512_avg_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U16)_mm256_avg_epu16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (U16)_mm_avg_epu16((__m128i)a, (__m128i)b);
+#else
+  return (a | b) - ((a ^ b) >> 1);
+#endif
 }
 
 // x, or the NaN that arithmetic makes where x is another.
 static inline float plain_nan(float x) { return x == x ? x : bits_to_float(0x7fc00000u); }
 
+// Rounds to nearest even, all words at once: upper + 1 where lower + 0x7fff + (upper odd) carries.
+// A NaN must have nothing in its lower half, or the carry could make it a number: so have those
+// that come from bf16 operands, and those of `plain_nan`.
 static inline void store_pair(BFloat16* p, const Pair& x) {
-  store(p, (round_to_bf16(x.at[0]) >> 16) | (round_to_bf16(x.at[1]) & 0xffff0000u));
+  const U32 even = reinterpret_cast<U32>(x.at[0]), odd = reinterpret_cast<U32>(x.at[1]);
+  const U16 upper = reinterpret_cast<U16>(even >> 16 | (odd & 0xffff0000u));
+  const U16 lower = reinterpret_cast<U16>((even & 0xffffu) | odd << 16);
+  const U16 carry = average(lower, (upper & uint16_t(1)) | uint16_t(0x7ffe)) >> 15;
+  store(p, upper + carry);
 }
 
 // fp16: the first half, the second half.

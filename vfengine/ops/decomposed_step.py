@@ -68,9 +68,9 @@ def decomposed_step(
         check_seed(base_seed, "base_seed")
         seeds = (base_seed, check_seed(residual_seed, "residual_seed"))
     if unobserved(z) and _STEP.plain(
-        *(backend, z, b, r, r_uncond, None, lam, coeffs, step, out, guidance_scale),
-        *(seeds, sample_offset, frame_offset, torch.get_num_threads()),
-    ):
+        backend, z, b, r, r_uncond, None, lam, coeffs, step, out,
+        guidance_scale, seeds, sample_offset, frame_offset, torch.get_num_threads(),
+    ):  # fmt: skip
         increment_version(out)  # as torch's own ops do, so that autograd sees the write
         return out
     optional = {"r_uncond": r_uncond, "guidance_scale": guidance_scale}

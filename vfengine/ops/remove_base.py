@@ -40,9 +40,9 @@ def remove_base(
     """
     out = z if out is None else out
     if unobserved(z) and _STEP.plain(
-        *(backend, z, b, None, None, None, lam, noise_levels, step, out, 1.0),
-        *(None, 0, 0, torch.get_num_threads()),
-    ):
+        backend, z, b, None, None, None, lam, noise_levels, step, out,
+        1.0, None, 0, 0, torch.get_num_threads(),
+    ):  # fmt: skip
         increment_version(out)  # as torch's own ops do, so that autograd sees the write
         return out
     _STEP.check_kinds(z, b, lam, noise_levels, step, out)

@@ -71,9 +71,9 @@ def residual_step(
         raise ValueError(f"{_NAME}: expected a seed and its offsets, or xi; got both")
     seeds = None if seed is None else (0, check_seed(seed))
     if unobserved(u) and _STEP.plain(
-        *(backend, u, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale),
-        *(seeds, sample_offset, frame_offset, torch.get_num_threads()),
-    ):
+        backend, u, g, r, r_uncond, xi, lam, coeffs, step, out,
+        guidance_scale, seeds, sample_offset, frame_offset, torch.get_num_threads(),
+    ):  # fmt: skip
         increment_version(out)  # as torch's own ops do, so that autograd sees the write
         return out
     optional = {"r_uncond": r_uncond, "xi": xi, "guidance_scale": guidance_scale}
