@@ -81,7 +81,7 @@ def interleave(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def warm_microseconds(call: Contender, calls: int = 100, rounds: int = 50) -> float:
+def warm_microseconds(call: Contender, calls: int = 100, rounds: int = 200) -> float:
     """Median microseconds a call when nothing else runs in between, so that caches are warm."""
     times = []
     for _ in range(rounds):
