@@ -117,6 +117,22 @@ def assert_same_bits(a: Tensor, b: Tensor, what: object = "") -> None:
     assert torch.equal(a.nan_to_num(), b.nan_to_num()), what
 
 
+def on_every_isa_and_thread_count(call: Callable[[], Tensor]) -> list[Tensor]:
+    """call() on each instruction set of this machine, on 1, 2 and 3 threads."""
+    threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
+    results = []
+    try:
+        for name in vfengine_native.cpu_isas:
+            vfengine_native.set_cpu_isa(name)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+        vfengine_native.set_cpu_isa(isa)
+    return results
+
+
 def frames_cases(shapes: dict) -> Iterator[tuple]:
     """(shape, dtype, step, guided) of every combination."""
     return product(shapes.values(), DTYPES.values(), (1, 2), (False, True))

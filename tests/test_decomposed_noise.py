@@ -13,9 +13,9 @@ from kernel_cases import (
     gpu_backends,
     misaligned,
     no_gpu,
+    on_every_isa_and_thread_count,
 )
 
-from vfengine.native import vfengine_native
 from vfengine.ops import decomposed_noise, decomposed_noise_reference
 from vfengine.ops.decomposed_noise import _cos_and_sin, _radius
 
@@ -78,16 +78,9 @@ def test_decomposed_noise_on_a_gpu(backend, place):
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.int32])
 def test_same_bits_on_any_threads_and_instruction_set(dtype):
-    threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
-    try:
-        for name in vfengine_native.cpu_isas:
-            vfengine_native.set_cpu_isa(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                assert_matches((2, 9, 3, 61, 67), dtype, "residual", "cpu")
-    finally:
-        torch.set_num_threads(threads)
-        vfengine_native.set_cpu_isa(isa)
+    on_every_isa_and_thread_count(
+        lambda: assert_matches((2, 9, 3, 61, 67), dtype, "residual", "cpu")
+    )
 
 
 def test_radius_is_within_one_unit_of_every_exact_one():

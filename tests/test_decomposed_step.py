@@ -17,11 +17,11 @@ from kernel_cases import (
     misaligned,
     no_gpu,
     on_cpu,
+    on_every_isa_and_thread_count,
     placed,
 )
 
 from vfengine.decompose import combine, decomposed_noise
-from vfengine.native import vfengine_native
 from vfengine.ops import decomposed_step, decomposed_step_reference
 
 STEP = 2  # the row of COEFFS with sigma > 0; row 1 has sigma = 0
@@ -133,17 +133,8 @@ def test_drawn_noise_is_decomposed_noise():
 @pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
 def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
     case = make_case(shape, dtype, guided=True)  # tiles and vectors are all ragged
-    threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
-    try:
-        results = []
-        for name in vfengine_native.cpu_isas:
-            vfengine_native.set_cpu_isa(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(decomposed_step(**case, out=torch.empty_like(case["z"])))
-    finally:
-        torch.set_num_threads(threads)
-        vfengine_native.set_cpu_isa(isa)
+    out = torch.empty_like(case["z"])
+    results = on_every_isa_and_thread_count(lambda: decomposed_step(**case, out=out).clone())
     for result in results[1:]:
         assert torch.equal(result, results[0])
 

@@ -17,11 +17,11 @@ from kernel_cases import (
     misaligned,
     no_gpu,
     on_cpu,
+    on_every_isa_and_thread_count,
     placed,
 )
 
 from vfengine import decompose
-from vfengine.native import vfengine_native
 from vfengine.ops import remove_base, remove_base_reference
 from vfengine.schedule import NoiseSchedule
 
@@ -103,17 +103,8 @@ def test_is_equation_3_of_decompose():
 @pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
 def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
     case = make_case(shape, dtype)  # tiles and vectors are all ragged
-    threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
-    try:
-        results = []
-        for name in vfengine_native.cpu_isas:
-            vfengine_native.set_cpu_isa(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(remove_base(**case, out=torch.empty_like(case["z"])))
-    finally:
-        torch.set_num_threads(threads)
-        vfengine_native.set_cpu_isa(isa)
+    out = torch.empty_like(case["z"])
+    results = on_every_isa_and_thread_count(lambda: remove_base(**case, out=out).clone())
     for result in results[1:]:
         assert torch.equal(result, results[0])
 

@@ -17,6 +17,7 @@ from kernel_cases import (
     misaligned,
     no_gpu,
     on_cpu,
+    on_every_isa_and_thread_count,
     placed,
 )
 
@@ -141,17 +142,8 @@ def test_seed_draws_xi():
 def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
     # Tiles and vectors are all ragged.
     case = make_case(shape, dtype, guided=True, noise="seed")
-    threads, isa = torch.get_num_threads(), vfengine_native.cpu_isa()
-    try:
-        results = []
-        for name in vfengine_native.cpu_isas:
-            vfengine_native.set_cpu_isa(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(residual_step(**case, out=torch.empty_like(case["u"])))
-    finally:
-        torch.set_num_threads(threads)
-        vfengine_native.set_cpu_isa(isa)
+    out = torch.empty_like(case["u"])
+    results = on_every_isa_and_thread_count(lambda: residual_step(**case, out=out).clone())
     for result in results[1:]:
         assert torch.equal(result, results[0])
 

@@ -1,8 +1,8 @@
 // The part of DLPack's C exchange interface (dmlc/dlpack 1.3) that says what a Python tensor is.
 //
-// torch has it from 2.10 on: a capsule on the type, __dlpack_c_exchange_api__, holds a function
-// that fills in a DLTensor in a few nanoseconds, without allocating and without handing anything
-// over. The layouts are DLPack's and fixed by its major version.
+// Recent releases of torch have it (2.13 does): a capsule on the type, __dlpack_c_exchange_api__,
+// holds a function that fills in a DLTensor in a few nanoseconds, without allocating and without
+// handing anything over. The layouts are DLPack's and fixed by its major version.
 #pragma once
 #include <cstdint>
 

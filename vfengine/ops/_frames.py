@@ -129,7 +129,8 @@ class FramesOp:
     ) -> None:
         """Raise unless dtypes, shapes, strides and devices fit; looks at no memory."""
         op, (x_name, g_name, coeffs_name) = self.name, self.names
-        self.check_kinds(x, g, lam, coeffs, step, out, r)
+        if any(t is None for t in (x, g, lam, coeffs, step, out)) or (self.residual and r is None):
+            self.check_kinds(x, g, lam, coeffs, step, out, r)  # an op lets None through
         if x.dtype not in DTYPES:
             raise TypeError(f"{op}: {x_name} must be fp32, fp16 or bf16, got {x.dtype}")
         if x.ndim != 5 or x.numel() == 0:
