@@ -27,6 +27,7 @@ def contenders(shape, dtype) -> dict:
         "residual noise": lambda: decomposed_noise(out, residual_seed=1),
         "combined z_T": lambda: decomposed_noise(zt, 0, 1, lam),
         "torch.randn": lambda: torch.randn(shape, dtype=dtype, device=DEVICE, out=random),
+        "copy": lambda: random.copy_(zt),  # what writing alone takes, and a read
     }
     if DEVICE == "cuda":
         also = torch.empty_like(out)
