@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attend
+
 
 def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
     """positions [...] -> [..., dim] fp32: cos, then sin, at dim / 2 frequencies, 1 to 1/10000."""
@@ -131,22 +133,6 @@ class RelativePositionBias(nn.Module):
     def forward(self, num_frames: int, device: torch.device) -> Tensor:
         """[heads, N, N], added to the attention logits."""
         return self.relative_attention_bias(self.buckets(num_frames, device)).permute(2, 0, 1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v for q [..., H, L, D], k, v [..., H, M, D], bias [H, L, M].
-
-    Frames and coarse pictures are short sequences in large batches: there two batched products take
-    a fraction of the time of torch's fused CPU kernel.
-    """
-    if k.shape[-2] > 64:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)
-        )
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias
-    return logits.float().softmax(-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
