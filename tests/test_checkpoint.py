@@ -156,6 +156,31 @@ def test_save_refuses_to_replace_what_is_no_checkpoint(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_default_checkpoint_is_written_as_it_was_read():
+    """Entries that came later are left out where they say nothing: older code reads such files."""
+    text = (checkpoint.DEFAULT / "config.json").read_text(encoding="utf-8")
+    assert CheckpointConfig.from_json(text).to_json() + "\n" == text
+
+
+@pytest.mark.parametrize(
+    ("base_path", "clean_share", "animates"),
+    [
+        ("stepwise", None, False),  # older files do not record the share
+        ("clean", None, True),
+        ("stepwise", 0.0, False),
+        ("stepwise", 0.85, True),
+        ("clean", 1, True),
+    ],
+)
+def test_pictures_are_animated_after_training_with_exact_base_noise(
+    base_path, clean_share, animates
+):
+    config = tiny_config(base_path=base_path, clean_share=clean_share)
+    assert config.animates_pictures is animates
+    assert CheckpointConfig.from_json(config.to_json()) == config
+    assert ("clean_share" in json.loads(config.to_json())) == (clean_share is not None)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -239,6 +264,10 @@ def test_foreign_config_is_refused(folder, text, reason):
         ({"residual": None}, "of another version"),
         ({"base": {"head_dim": 7}}, "multiple of"),
         ({"schedule": {"name": "sudden"}}, "name must be one of"),
+        ({"clean_share": 1.5}, "clean_share is out of range"),
+        ({"clean_share": True}, "clean_share must be a number"),
+        ({"base_path": "clean", "clean_share": 0}, "needs a clean_share above 0"),
+        ({"video": None, "video_std": 0.5}, "unknown entries: video, video_std"),
     ],
 )
 def test_config_of_another_version_is_refused(folder, changes, reason):

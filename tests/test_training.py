@@ -14,7 +14,7 @@ from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from vfengine import train
+from vfengine import objectives, train
 from vfengine.checkpoint import load_base, read_config
 from vfengine.pipeline import VideoFusionPipeline
 from vfengine.training import Trainer, TrainingOptions
@@ -59,8 +59,8 @@ def test_loss_falls_when_overfitting_one_clip():
     options = {"steps": 50, "batch_size": 4, "extra_images": 4, "learning_rate": 5e-3}
     trainer = new_trainer(clips=(clip, np.zeros(1, np.int64)), **options)
     reports = [trainer.step() for _ in range(50)]
-    for name in ("base_loss", "residual_loss"):
-        losses = [getattr(report, name) for report in reports]
+    for name in ("base", "residual"):
+        losses = [report.losses[name] for report in reports]
         assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:10]), name
 
 
@@ -108,29 +108,28 @@ def test_optimizer_takes_the_learning_rate_of_its_step():
 
 def test_losses_are_reported_by_fifths_of_the_schedule():
     trainer = new_trainer(batch_size=1, extra_images=0)
-    t, base, base_t, residual = trainer.losses(0)
+    losses = trainer.losses(0)
     report = trainer.step()
-    fifth = int(t) // 200
-    assert int(base_t) == int(t)
-    for name, loss in (("base", base), ("residual", residual)):
-        assert getattr(report, f"{name}_loss") == float(loss.detach())
-        by_t = getattr(report, f"{name}_by_t")
-        assert by_t[fifth] == float(loss.detach())
+    assert list(losses) == ["base", "residual"]
+    assert int(losses["base"][1]) == int(losses["residual"][1])
+    for name, (loss, t) in losses.items():
+        fifth, by_t = int(t) // 200, report.by_t[name]
+        assert report.losses[name] == by_t[fifth] == float(loss.detach())
         assert [i for i in range(5) if not np.isnan(by_t[i])] == [fifth]
 
 
 def test_extra_images_are_for_the_base_network_alone():
     trainer = new_trainer(batch_size=2, extra_images=3)
-    t, base, base_t, residual = trainer.losses(0)
-    assert len(t) == len(residual) == 2
-    assert len(base_t) == len(base) == 5
+    counts = {"base": 5, "residual": 2}
+    for name, (loss, t) in trainer.losses(0).items():
+        assert len(loss) == len(t) == counts[name]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_class_dropout_gives_the_null_class(share):
     trainer = new_trainer(batch_size=4, class_dropout=share)
     seen = []
-    for network in (trainer.base, trainer.residual):
+    for network in trainer.networks.values():
         network.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True
         )
@@ -140,57 +139,62 @@ def test_class_dropout_gives_the_null_class(share):
         assert ((labels == trainer.config.null_class) == bool(share)).all()
 
 
-def losses_with_residual_input(trainer: Trainer):
+def losses_with_residual_input(trainer: Trainer, monkeypatch):
     """Clips x, jitter, t, z' as the residual network sees it, and the residual loss, of step 0."""
     seen = {}
-    clips, jitter = trainer._clips, trainer._jitter
 
-    def record(name, function):
+    def record(owner, name):
+        function = getattr(owner, name)
+
         def recorded(*args, **kwargs):
             result = function(*args, **kwargs)
-            seen.setdefault(name, result)
+            seen.setdefault(name, result)  # of the first call
             return result
 
-        return recorded
+        monkeypatch.setattr(owner, name, recorded)
 
-    trainer._clips, trainer._jitter = record("clips", clips), record("jitter", jitter)
-    trainer.residual.register_forward_pre_hook(lambda _, args: seen.update(z=args[0], t=args[1]))
-    loss = trainer.losses(0)[3]
-    return seen["clips"][0], seen["jitter"], seen["t"], seen["z"], loss
+    record(objectives.Draw, "clips")
+    record(trainer.objective, "_jitter")
+    residual = trainer.networks["residual"]
+    residual.register_forward_pre_hook(lambda _, args: seen.update(z=args[0], t=args[1]))
+    loss, _ = trainer.losses(0)["residual"]
+    return seen["clips"][0], seen["_jitter"], seen["t"], seen["z"], loss
 
 
 @pytest.mark.parametrize("base_jitter", [0.0, 0.1])
-def test_exact_clips_show_the_jittered_base_frame(base_jitter):
+def test_exact_clips_show_the_jittered_base_frame(base_jitter, monkeypatch):
     trainer = new_trainer(batch_size=4, clean_share=1.0, base_jitter=base_jitter)
-    x, jitter, t, z, loss = losses_with_residual_input(trainer)
-    signal = trainer.schedule.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    x, jitter, t, z, loss = losses_with_residual_input(trainer, monkeypatch)
+    signal = trainer.objective.schedule.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(z[:, 2].double(), signal * (x[:, 2] + jitter), rtol=1e-5, atol=1e-5)
     std = jitter.flatten(1).std(1)
     assert bool((std <= 1.1 * base_jitter).all())
     assert bool((std > 0).all()) == (base_jitter > 0)
     loss.mean().backward()
-    assert all(parameter.grad is None for parameter in trainer.base.parameters())
-    assert any(parameter.grad.any() for parameter in trainer.residual.parameters())
+    assert all(parameter.grad is None for parameter in trainer.networks["base"].parameters())
+    assert any(parameter.grad.any() for parameter in trainer.networks["residual"].parameters())
 
 
-def test_other_clips_show_the_estimate_of_the_base_network():
+def test_other_clips_show_the_estimate_of_the_base_network(monkeypatch):
     trainer = new_trainer(batch_size=4, clean_share=0.0, base_jitter=0.1)
     estimates = []
-    trainer.base.register_forward_hook(lambda _, args, out: estimates.append((args[0], out)))
-    _, jitter, t, z, loss = losses_with_residual_input(trainer)
+    trainer.networks["base"].register_forward_hook(
+        lambda _, args, out: estimates.append((args[0], out))
+    )
+    _, jitter, t, z, loss = losses_with_residual_input(trainer, monkeypatch)
     noisy, b_hat = estimates[0]
     assert not jitter.any()
-    noise = (1 - trainer.schedule.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    noise = (1 - trainer.objective.schedule.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(
         z[:, 2].double(), noisy - noise * b_hat.detach(), rtol=1e-5, atol=1e-5
     )
     loss.mean().backward()  # sg[b̂]
-    assert all(parameter.grad is None for parameter in trainer.base.parameters())
+    assert all(parameter.grad is None for parameter in trainer.networks["base"].parameters())
 
 
-def test_clean_share_is_the_share_of_exact_clips():
+def test_clean_share_is_the_share_of_exact_clips(monkeypatch):
     trainer = new_trainer(batch_size=64, extra_images=0, clean_share=0.75)
-    _, jitter, _, _, _ = losses_with_residual_input(trainer)
+    _, jitter, _, _, _ = losses_with_residual_input(trainer, monkeypatch)
     exact = jitter.flatten(1).any(1).float().mean()
     assert 0.6 < float(exact) < 0.9
 
@@ -212,6 +216,13 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, precision, stop):
     for _ in range(2):
         assert repr(resumed.step()) == repr(whole.step())
     assert_equal_states(state_of(resumed, tmp_path / "a"), state_of(whole, tmp_path / "b"))
+
+
+def test_states_name_their_model_as_ever():
+    """Without what configurations have gained since: an unfinished training still goes on."""
+    trainer = new_trainer(clean_share=0.5)
+    assert trainer.config.clean_share == 0.5
+    assert trainer._identity() == "60ba0559c4e575b9"
 
 
 def test_state_of_another_model_is_refused(tmp_path):
@@ -271,8 +282,15 @@ def test_export_writes_the_averaged_weights(tmp_path):
     trainer.step()
     config = trainer.export(tmp_path / "model")
     exported = load_base(tmp_path / "model", config).unet.state_dict()
-    for key, value in trainer.averaged_base.unet.state_dict().items():
+    for key, value in trainer.averaged["base"].unet.state_dict().items():
         assert torch.equal(exported[key], value.half().float()), key
+
+
+def test_export_records_the_clean_share(tmp_path):
+    for share in (0.0, 0.75):
+        config = new_trainer(clean_share=share).export(tmp_path / "model")
+        assert config == read_config(tmp_path / "model")
+        assert (config.clean_share, config.animates_pictures) == (share, share > 0)
 
 
 def test_warm_start_takes_the_weights_that_fit(tmp_path):
@@ -291,8 +309,8 @@ def test_warm_start_takes_the_weights_that_fit(tmp_path):
     assert fresh and all(name.startswith("residual.") for name in fresh)
     assert not any("conv_in" in name for name in fresh)
     assert torch.equal(
-        other.residual.unet.conv_in.weight,
-        source.averaged_residual.unet.conv_in.weight.half().float(),
+        other.networks["residual"].unet.conv_in.weight,
+        source.averaged["residual"].unet.conv_in.weight.half().float(),
     )
 
 
@@ -475,6 +493,8 @@ def test_resume_goes_on_for_more_steps(videos, trained, tmp_path):
         (["--output", "new", "--sample-every", "-1"], "--sample-every"),
         (["--output", "new", "--num-frames", "0"], "--num-frames must be at least 1"),
         (["--output", "new", "--size", "18"], "--size must be a multiple of 4"),
+        (["--output", "new", "--base-path", "clean", "--clean-share", "0"], "clean_share above 0"),
+        (["--output", "new", "--objective", "gan"], "--objective"),
         (["--output", "new", "--lam", "1"], "--lam must be at least 0 and below 1"),
         (["--output", "new", "--fps", "0"], "--fps must be positive"),
         (["--output", "new", "--base-channels", "16"], "one per level"),

@@ -1,4 +1,8 @@
-"""python -m vfengine.train: train a decomposed model on rendered mocap or on a folder of videos."""
+"""python -m vfengine.train: train a decomposed model on rendered mocap or on a folder of videos.
+
+With --objective vdm it trains VDM* instead: plain video diffusion, one network that denoises all
+frames, which is what decomposed models are compared with.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,21 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+# the training options that decomposed models alone have; those of a VDM* are zero
+_DECOMPOSED_OPTIONS = ("extra_images", "clean_share", "base_jitter")
+_DECOMPOSED_ONLY = "; not with --objective vdm"
+
+
 def _parser() -> argparse.ArgumentParser:
     from .training import TrainingOptions
 
     parser = _Parser("python -m vfengine.train", description=__doc__.split(": ", 1)[1])
+    parser.add_argument(
+        "--objective",
+        choices=("decomposed", "vdm"),
+        default="decomposed",
+        help="a decomposed model (default), or VDM*, plain video diffusion on the base UNet",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for checkpoint, state, log and samples"
     )
@@ -51,19 +66,33 @@ def _parser() -> argparse.ArgumentParser:
         "--fps", type=float, default=10.0, help="at which generated clips are to be played"
     )
     parser.add_argument(
-        "--lam", type=float, default=0.5, help="share of the noise that the frames have in common"
+        "--lam",
+        type=float,
+        help=f"share of the noise that the frames have in common, default 0.5{_DECOMPOSED_ONLY}",
     )
-    parser.add_argument("--base-channels", type=_ints, default=(80, 160, 272), help="per level")
-    parser.add_argument("--residual-channels", type=_ints, default=(64, 96, 112), help="per level")
+    parser.add_argument(
+        "--base-channels",
+        type=_ints,
+        default=(80, 160, 272),
+        help="per level, of the base network or of VDM*",
+    )
+    parser.add_argument(
+        "--residual-channels", type=_ints, help=f"per level, default 64,96,112{_DECOMPOSED_ONLY}"
+    )
     parser.add_argument("--layers-per-block", type=_ints, default=(0, 1, 1), help="per level")
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument(
-        "--base-path", choices=("stepwise", "clean"), default="clean", help="default when sampling"
+        "--base-path",
+        choices=("stepwise", "clean"),
+        help="default when sampling: clean, or stepwise with --clean-share 0" + _DECOMPOSED_ONLY,
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
     parser.add_argument(
-        "--init-from", type=Path, metavar="DIR", help="a checkpoint whose weights to start from"
+        "--init-from",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint whose weights to start from; VDM* may start from a base network",
     )
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     parser.add_argument(
@@ -73,13 +102,34 @@ def _parser() -> argparse.ArgumentParser:
     defaults = TrainingOptions()
     for option in fields(TrainingOptions):
         value = getattr(defaults, option.name)
-        kind = {"type": type(value)}
+        kind = {"type": type(value), "default": value}
         if option.name == "precision":
-            value, kind = "auto", {"choices": ("auto", "bf16", "fp32")}
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}", default=value, help=f"default {value}", **kind
-        )
+            value = "auto"
+            kind = {"choices": ("auto", "bf16", "fp32"), "default": value}
+        text = f"default {value}"
+        if option.name in _DECOMPOSED_OPTIONS:  # filled in by _settle
+            kind["default"], text = None, text + _DECOMPOSED_ONLY
+        parser.add_argument(f"--{option.name.replace('_', '-')}", help=text, **kind)
     return parser
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Fill in the flags that decomposed models alone have; ValueError where a VDM* is given one."""
+    from .training import TrainingOptions
+
+    vdm = arguments.objective == "vdm"
+    defaults = {"lam": 0.5, "residual_channels": (64, 96, 112), "base_path": None}
+    defaults |= {name: getattr(TrainingOptions, name) for name in _DECOMPOSED_OPTIONS}
+    for name, default in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif vdm:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --objective vdm")
+    if vdm:
+        for name in defaults:
+            setattr(arguments, name, 0 if name in _DECOMPOSED_OPTIONS else None)
+    elif arguments.base_path is None:
+        arguments.base_path = "clean" if arguments.clean_share > 0 else "stepwise"
 
 
 def _ints(text: str) -> tuple[int, ...]:
@@ -101,6 +151,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if arguments.resume and not state_file.exists():
         raise FileNotFoundError(f"nothing to resume: there is no {state_file}")
+    _settle(arguments)
     usable_device(arguments.device)
     values = {f.name: getattr(arguments, f.name) for f in fields(TrainingOptions)}
     options = TrainingOptions(**{**values, "precision": _precision(arguments)})
@@ -114,11 +165,12 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"not in {arguments.init_from}: {', '.join(fresh) or 'nothing'}", file=sys.stderr)
     output.mkdir(parents=True, exist_ok=True)
     sizes = [
-        sum(p.numel() for p in net.parameters()) / 1e6 for net in (trainer.base, trainer.residual)
+        f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
+        for name, net in trainer.networks.items()
     ]
     print(
-        f"{len(clips)} clips of {len(names)} classes; base {sizes[0]:.2f} M and residual "
-        f"{sizes[1]:.2f} M parameters; {options.precision} on {arguments.device}",
+        f"{len(clips)} clips of {len(names)} classes; {' and '.join(sizes)} parameters; "
+        f"{options.precision} on {arguments.device}",
         file=sys.stderr,
     )
     record = {
@@ -139,7 +191,8 @@ def _train(arguments: argparse.Namespace) -> int:
                 line = _summary(step, reports, options.batch_size, time.perf_counter() - since)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                progress.set_postfix({k: line[k] for k in ("base", "residual", "clips_per_second")})
+                shown = (*trainer.networks, "clips_per_second")
+                progress.set_postfix({key: line[key] for key in shown})
                 reports, since = [], time.perf_counter()
             if step % arguments.save_every == 0 or step == options.steps:
                 trainer.save(state_file)
@@ -165,9 +218,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--sample-every must not be negative, got {arguments.sample_every}")
     if not 0 < arguments.fps < float("inf"):
         raise ValueError(f"--fps must be positive, got {arguments.fps}")
-    if not 0 <= arguments.lam < 1:  # at 1 no frame has noise of its own to estimate
-        raise ValueError(f"--lam must be at least 0 and below 1, got {arguments.lam}")
-    multiple = _config(arguments, ("any",)).base.size_multiple
+    lam = arguments.lam
+    if lam is not None and not 0 <= lam < 1:  # at 1 no frame has noise of its own to estimate
+        raise ValueError(f"--lam must be at least 0 and below 1, got {lam}")
+    config = _config(arguments, ("any",))
+    multiple = getattr(config, config.networks[0]).size_multiple
     if arguments.size % multiple:
         raise ValueError(f"--size must be a multiple of {multiple}, got {arguments.size}")
 
@@ -227,7 +282,7 @@ def _data(arguments: argparse.Namespace):
 def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     """The model: attention at the coarsest level, temporal convolutions one above it."""
     from .checkpoint import CheckpointConfig
-    from .models import UNetConfig
+    from .models import UNetConfig, vdm_config
     from .schedule import NoiseSchedule
 
     levels = len(arguments.layers_per_block)
@@ -244,6 +299,17 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
         num_classes=len(labels),
         feed_forward_mult=0,
     )
+    clips = {
+        "num_frames": arguments.num_frames,
+        "height": arguments.size,
+        "width": arguments.size,
+        "channels": 3,
+        "labels": tuple(labels),
+        "fps": arguments.fps,
+        "schedule": NoiseSchedule.linear().to_dict(),
+    }
+    if arguments.objective == "vdm":
+        return CheckpointConfig(**clips, video=vdm_config(base))
     residual = replace(
         base,
         in_channels=6,
@@ -254,17 +320,12 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
         frame_embedding=True,
     )
     return CheckpointConfig(
-        num_frames=arguments.num_frames,
-        height=arguments.size,
-        width=arguments.size,
-        channels=3,
+        **clips,
         lam=arguments.lam,
-        labels=tuple(labels),
-        fps=arguments.fps,
-        schedule=NoiseSchedule.linear().to_dict(),
         base=base,
         residual=residual,
         base_path=arguments.base_path,
+        clean_share=arguments.clean_share,
     )
 
 
@@ -274,18 +335,17 @@ def _summary(step: int, reports: list, batch_size: int, seconds: float) -> dict:
 
     import numpy as np
 
+    names = reports[0].losses
     by_t = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a fifth without a sample is null
-        for name in ("base", "residual"):
-            means = np.nanmean([getattr(r, f"{name}_by_t") for r in reports], axis=0)
+        for name in names:
+            means = np.nanmean([r.by_t[name] for r in reports], axis=0)
             by_t[name] = [None if np.isnan(v) else round(float(v), 4) for v in means]
     return {
         "step": step,
-        "base": round(float(np.mean([r.base_loss for r in reports])), 4),
-        "residual": round(float(np.mean([r.residual_loss for r in reports])), 4),
-        "base_by_t": by_t["base"],
-        "residual_by_t": by_t["residual"],
+        **{name: round(float(np.mean([r.losses[name] for r in reports])), 4) for name in names},
+        **{f"{name}_by_t": means for name, means in by_t.items()},
         "clips_per_second": round(len(reports) * batch_size / seconds, 2),
     }
 
@@ -294,27 +354,14 @@ def _sample_sheet(trainer, file: Path) -> None:
     """Eight classes, one clip a row, from the averaged weights in 25 steps."""
     import torch
 
-    from .decompose import decomposed_noise
-    from .sampling import sample
     from .video_io import sheet, write_video
 
     config = trainer.config
     labels = torch.arange(min(8, len(config.labels)), device=trainer.device)
-    shape = (len(labels), config.num_frames, config.channels, config.height, config.width)
-    noise = decomposed_noise(shape, base_seed=0, residual_seed=1, device=trainer.device)
     with torch.autocast(
         trainer.device.type, torch.bfloat16, enabled=trainer.options.precision == "bf16"
     ):
-        video = sample(
-            lambda z, t: trainer.averaged_base(z, t, class_labels=labels),
-            lambda z, t: trainer.averaged_residual(z, t, class_labels=labels),
-            noise.base,
-            noise.residual,
-            schedule=trainer.schedule,
-            num_inference_steps=25,
-            lam=config.lam,
-            base_path=config.base_path,
-        )
+        video = trainer.objective.sample(trainer.averaged, labels, steps=25)
     pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(2, -1).cpu().numpy()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_video(file, sheet(pixels, columns=config.num_frames)[None])

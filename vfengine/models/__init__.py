@@ -1,6 +1,13 @@
 """One UNet family for the base generator, the residual generator and plain video diffusion."""
 
-from .generators import BaseGenerator, ResidualGenerator
-from .unet import UNet, UNetConfig
+from .generators import BaseGenerator, ResidualGenerator, VideoGenerator
+from .unet import UNet, UNetConfig, vdm_config
 
-__all__ = ["BaseGenerator", "ResidualGenerator", "UNet", "UNetConfig"]
+__all__ = [
+    "BaseGenerator",
+    "ResidualGenerator",
+    "UNet",
+    "UNetConfig",
+    "VideoGenerator",
+    "vdm_config",
+]

@@ -1,4 +1,4 @@
-"""The generators of a decomposed model: a UNet that predicts clean pictures, behind ε estimates.
+"""Generators, decomposed (base, residual) or plain: UNets that predict clean pictures, behind ε.
 
 Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels. A
 wrapper scales what goes in to unit variance and turns what comes out into ε.
@@ -13,7 +13,7 @@ from .unet import UNet
 
 
 class _Generator(nn.Module):
-    """What both have: the UNet, every timestep's ᾱ, the standard deviation of what is predicted."""
+    """What all have: the UNet, every timestep's ᾱ, the standard deviation of what is predicted."""
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float):
         super().__init__()
@@ -32,34 +32,55 @@ class _Generator(nn.Module):
         return self.alphas_cumprod[t].float().view(-1, *[1] * (dims - 1))
 
 
-class BaseGenerator(_Generator):
-    """z_φ: the noise estimate of base frames (VideoFusion, eq. 6: an image diffusion model).
+class _BlendGenerator(_Generator):
+    """An ε estimate from a clean picture blended, pixel by pixel, from two.
 
-    The clean picture is blended, pixel by pixel, from the noisy one, shrunk as far as its noise
-    demands, and one that the UNet paints: what little noise leaves visible need not be repainted.
-    The UNet's outputs are the paint and the weight (as a logit): C inputs, C + 1 outputs.
+    One is the noisy picture, shrunk as far as its noise demands; the other the UNet paints: what
+    little noise leaves visible need not be repainted. The UNet's outputs are the paint and the
+    weight (as a logit): C inputs, C + 1 outputs.
     """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float = 0.5):
-        _check_channels("BaseGenerator", unet, inputs=1, weights=1)
+        _check_channels(type(self).__name__, unet, inputs=1, weights=1)
         super().__init__(unet, schedule, data_std)
 
     def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """Clean estimate x̂_m of noisy base frames z [B, C, H, W]."""
+        """Clean estimate x̂ of noisy pictures z [..., C, H, W]."""
         a = self._alphas_cumprod(t, z.dim())
         total = a * self.data_std**2 + (1 - a)  # the variance of z
         out = self.unet(z * total.rsqrt(), t, **conditions)
-        paint, logit = out.to(z.dtype).split([z.shape[1], 1], dim=1)
+        paint, logit = out.to(z.dtype).split([z.shape[-3], 1], dim=-3)
         shrunk = z * (a.sqrt() * self.data_std**2 / total)  # E[x | z] of a Gaussian x
         return torch.lerp(paint, shrunk, logit.sigmoid())
 
     def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """b̂ = (z - √ᾱ x̂) / √(1-ᾱ).
+        """ε̂ = (z - √ᾱ x̂) / √(1-ᾱ).
 
-        z [B, C, H, W], t int64 [B]; class_labels, context: see UNet
+        z [B, C, H, W] of images, [B, N, C, H, W] of clips, t int64 [B]; class_labels, context: see
+        UNet
         """
         a = self._alphas_cumprod(t, z.dim())
         return (z - a.sqrt() * self.denoise(z, t, **conditions)) / (1 - a).sqrt()
+
+
+class BaseGenerator(_BlendGenerator):
+    """z_φ: the noise estimate b̂ of base frames z_m [B, C, H, W] (VideoFusion, eq. 6).
+
+    An image diffusion model.
+    """
+
+
+class VideoGenerator(_BlendGenerator):
+    """The noise estimate of whole clips z [B, N, C, H, W] by one video UNet: VDM* (`vdm_config`).
+
+    The plain video diffusion that the paper compares with. While its temporal layers are at zero
+    it is the BaseGenerator of the same weights, frame by frame.
+    """
+
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float = 0.5):
+        super().__init__(unet, schedule, data_std)
+        if not unet.config.is_video:
+            raise ValueError("VideoGenerator: needs a video UNet, got one of images")
 
 
 class ResidualGenerator(_Generator):
@@ -71,7 +92,8 @@ class ResidualGenerator(_Generator):
     through the noise; and one that the UNet paints, for what can not. The UNet's outputs are the
     paint and the three weights (as logits), so it has 2 C inputs and C + 3 outputs.
 
-    lam is the λ of training; a call may name another, as a number or [N], as the sampler does.
+    lam is the λ of training; a call may name another, as a number or [N], as the sampler does. In a
+    captured step [N] must be on the device.
     """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, lam: float, data_std: float = 0.35):
@@ -99,7 +121,7 @@ class ResidualGenerator(_Generator):
         Where λ = 1 a frame has no noise of its own, and r̂ no meaning; a floor keeps it finite.
         """
         a = self._alphas_cumprod(t, z.dim())
-        weights = frame_weights(self.lam if lam is None else lam, z.shape[1], device=z.device)
+        weights = _weights(self.lam if lam is None else lam, z.shape[1], z.device)
         own = (1 - weights).clamp(min=1e-4).view(-1, 1, 1, 1)
         return own * (1 - a) / a
 
@@ -118,6 +140,18 @@ class ResidualGenerator(_Generator):
         change = seen * shrunk + painted * (paint - base)
         others = torch.arange(z.shape[1], device=z.device) != m
         return base, difference, change * others.view(-1, 1, 1, 1)
+
+
+def _weights(lam: Lam, num_frames: int, device: torch.device) -> Tensor:
+    """`frame_weights` for every step: of a number or a tensor on the device, with no host copy."""
+    if isinstance(lam, Tensor) and lam.device == device and lam.shape == (num_frames,):
+        weights = lam.to(torch.float32, copy=True)
+    elif isinstance(lam, (int, float)) and 0 <= lam <= 1:
+        weights = torch.full((num_frames,), lam, dtype=torch.float32, device=device)
+    else:
+        return frame_weights(lam, num_frames, device=device)
+    weights[num_frames // 2].fill_(1.0)
+    return weights
 
 
 def _check_channels(name: str, unet: UNet, inputs: int, weights: int) -> None:

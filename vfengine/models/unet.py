@@ -7,7 +7,7 @@ transformer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class UNetConfig:
                       context
     position_buckets  of the relative position bias of temporal attention; 0: none
     feed_forward_mult, scale_shift, head_dim, norm_groups    see `layers`
+    temporal_feed_forward    whether temporal transformers have the feed-forward layer too
     """
 
     in_channels: int = 3
@@ -77,6 +78,8 @@ class UNetConfig:
     norm_groups: int = 8
     feed_forward_mult: int = 2
     scale_shift: bool = True
+    # Not in the repr, by which states of a training name their model: older ones stay good.
+    temporal_feed_forward: bool = field(default=True, repr=False)
 
     def __post_init__(self):
         for name, lowest in _COUNTS.items():
@@ -86,7 +89,7 @@ class UNetConfig:
                 raise ValueError(
                     f"UNetConfig: {name} must be an int from {lowest} to {_LARGEST}, got {value!r}"
                 )
-        for name in ("frame_embedding", "scale_shift"):
+        for name in ("frame_embedding", "scale_shift", "temporal_feed_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"UNetConfig: {name} must be true or false")
         if self.position_buckets and self.position_buckets < 4:
@@ -127,6 +130,30 @@ class UNetConfig:
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
+def vdm_config(base: UNetConfig, channels: Sequence[int] | None = None) -> UNetConfig:
+    """VDM*: an image UNet made a plain video model (Ho et al. 2022, arXiv 2204.03458).
+
+    After every spatial attention comes a temporal one with a relative position bias, and nothing
+    else: the image UNet's weights are a part of its weights, and a temporal layer starts at zero.
+
+    channels: per level, in place of the base's
+
+    Raises ValueError for a base that is a video UNet already, or that has no spatial attention.
+    """
+    if base.is_video or not any(base.spatial_attention):
+        raise ValueError(
+            "vdm_config: needs an image UNet with spatial attention, got "
+            + ("a video UNet" if base.is_video else "one without")
+        )
+    return replace(
+        base,
+        block_out_channels=base.block_out_channels if channels is None else channels,
+        temporal_attention=base.spatial_attention,
+        temporal_feed_forward=False,
+        position_buckets=max(base.position_buckets, UNetConfig.position_buckets),
+    )
+
+
 class Stage(nn.Module):
     """A residual block, then the temporal convolution, spatial and temporal transformer it has."""
 
@@ -143,7 +170,8 @@ class Stage(nn.Module):
         if attention and config.spatial_attention[level]:
             self.spatial = Transformer(channels, "space", config)
         if attention and config.temporal_attention[level]:
-            self.temporal = Transformer(channels, "time", config)
+            mult = config.feed_forward_mult if config.temporal_feed_forward else 0
+            self.temporal = Transformer(channels, "time", replace(config, feed_forward_mult=mult))
 
     def forward(
         self, x: Tensor, embedding: Tensor, num_frames: int, context: Tensor | None
