@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
+    FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,10 +38,10 @@ _INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 class Report:
     """What `audit` saw; `clean` says whether a CUDA graph could replay the step."""
 
-    ops: tuple[list[str], list[str]]  # of the first and of the second call
+    ops: list[list[str]]  # of every call
     problems: list[str]
     moved: list[str]  # buffers that do not lie where they lay before the first call
-    allocated: list[str]  # ops of the second call that made memory: harmless in a graph
+    allocated: list[str]  # ops of the last call that made memory: harmless in a graph
 
     @property
     def clean(self) -> bool:
@@ -90,25 +91,67 @@ def install(build_dir: Path) -> Callable[[], None]:
     return functions.fake_cuda_remove
 
 
-def audit(step: Callable[[], object], buffers: Mapping[str, object]) -> Report:
-    """Run step() twice on fake CUDA tensors and report what a CUDA graph could not replay.
+def audit(
+    step: Callable[[], object], buffers: Mapping[str, object], calls: int = 2
+) -> Report:
+    """Run step() again and again on fake CUDA tensors: report what a CUDA graph could not replay.
 
     buffers: the mapping through which step reaches the tensors that live across calls, such as a
              dict or vars(object); it is read before and after, its other values are passed over.
              The tensors are fake, made with device="cuda" under one FakeTensorMode.
+    calls:   at least 2; every call is held against the first
     """
     before = {name: t for name, t in buffers.items() if isinstance(t, Tensor)}
     modes = {t.fake_mode if isinstance(t, FakeTensor) else None for t in before.values()}
     if len(modes) != 1 or None in modes:
         raise ValueError("audit: expected buffers to be fake tensors of one FakeTensorMode")
     (fake_mode,) = modes
-    first, second = Audit(), Audit()
-    for run in (first, second):
+    runs = [Audit() for _ in range(calls)]
+    for run in runs:
         with suppress(*_NEEDS_VALUES), fake_mode, run:
             step()
-    problems = first.problems + second.problems + _differences(first, second)
+    problems = [problem for run in runs for problem in run.problems]
+    for run in runs[1:]:
+        problems += _differences(runs[0], run)
     moved = [name for name, t in before.items() if not _same_memory(t, buffers.get(name))]
-    return Report((first.ops, second.ops), list(dict.fromkeys(problems)), moved, second.allocated)
+    return Report(
+        [run.ops for run in runs], list(dict.fromkeys(problems)), moved, runs[-1].allocated
+    )
+
+
+def to_fake_cuda(thing: object, fake_mode: FakeTensorMode, memo: dict | None = None):
+    """A module or loop made on the CPU, its tensors replaced by fake CUDA ones of the same strides.
+
+    A loop's own helper objects are followed; memo keeps shared tensors shared. `.to` cannot do it.
+    """
+    memo = {} if memo is None else memo
+
+    def fake(t: Tensor) -> Tensor:
+        if id(t) not in memo:
+            with fake_mode:
+                twin = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+            memo[id(t)] = (t, twin)  # t stays alive, so that its id stays its own
+        return memo[id(t)][1]
+
+    if isinstance(thing, nn.Module):
+        for part in thing.modules():
+            for name, t in part._parameters.items():
+                if t is not None:
+                    part._parameters[name] = nn.Parameter(fake(t), requires_grad=False)
+            for name, t in part._buffers.items():
+                if t is not None:
+                    part._buffers[name] = fake(t)
+        return thing
+    for name, value in vars(thing).items():
+        if isinstance(value, Tensor):
+            setattr(thing, name, fake(value))
+        elif isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
+            setattr(thing, name, tuple(fake(v) for v in value))
+        elif isinstance(value, torch.device):
+            setattr(thing, name, torch.device("cuda", 0))
+        elif type(value).__name__ == "_Mixing":
+            to_fake_cuda(value, fake_mode, memo)
+    return thing
 
 
 def ops_within(call: Callable[[], object]) -> list[str]:
@@ -159,13 +202,13 @@ def _problems(op, args, kwargs) -> list[str]:
     return found
 
 
-def _differences(first: Audit, second: Audit) -> list[str]:
-    """What the second call does otherwise, where a graph would repeat the first."""
-    if first.ops != second.ops:
-        return ["the second call runs other ops than the first"]
-    pairs = zip(first.ops, first.constants, second.constants, strict=True)
+def _differences(first: Audit, later: Audit) -> list[str]:
+    """What a later call does otherwise, where a graph would repeat the first."""
+    if first.ops != later.ops:
+        return ["a later call runs other ops than the first"]
+    pairs = zip(first.ops, first.constants, later.constants, strict=True)
     return [
-        f"{op}: a graph would keep [{', '.join(was)}], the second call has [{', '.join(now)}]"
+        f"{op}: a graph would keep [{', '.join(was)}], a later call has [{', '.join(now)}]"
         for op, was, now in pairs
         if was != now
     ]

@@ -4,16 +4,55 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vfengine.schedule import SPACINGS, NoiseSchedule
-from vfengine.solvers import SOLVERS, solver_table
+from vfengine.solvers import NUM_HISTORY, SOLVERS, SolverTable, corrector_weights, solver_table
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
+MULTISTEP = ("dpmsolver", "dpmsolver++", "unipc")
+BETAS = {"linear": (1e-4, 2e-2), "scaled_linear": (8.5e-4, 1.2e-2)}
+STEPS = (1, 2, 3, 4, 10, 20)
 
 
-def eps_model(z: torch.Tensor, t: int) -> torch.Tensor:
-    return 0.8 * torch.tanh(z) + 0.1 * math.sin(t / 100)
+def model_of(schedule: NoiseSchedule):
+    """A smooth ε(z, t) whose clean sample, √ᾱ z - √(1-ᾱ) sin(2z + t)/2, stays bounded."""
+    alphas = schedule.alphas_cumprod.tolist()
+
+    def eps_model(z: torch.Tensor, t: int) -> torch.Tensor:
+        noise, signal = math.sqrt(1 - alphas[t]), math.sqrt(alphas[t])
+        return noise * z + 0.5 * signal * torch.sin(2 * z + t / 100)
+
+    return eps_model
+
+
+def walk(table: SolverTable, model, z: torch.Tensor) -> list[torch.Tensor]:
+    """z after every step of a deterministic table."""
+    history, states = [torch.zeros_like(z)] * table.num_history, []
+    for k, t in enumerate(table.timesteps.tolist()):
+        known = [model(z, t), *history]
+        mixed, *history = [
+            sum(weight * x for weight, x in zip(row, known, strict=True))
+            for row in table.mixing[k].tolist()
+        ]
+        c1, c2, _ = table.coeffs[k].tolist()
+        z = c1 * z + c2 * mixed
+        states.append(z)
+    return states
+
+
+def walk_of_diffusers(scheduler, model, z: torch.Tensor) -> list[torch.Tensor]:
+    states = []
+    for t in scheduler.timesteps.tolist():
+        z = scheduler.step(model(z, t), t, z).prev_sample
+        states.append(z)
+    return states
+
+
+def noise(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(4, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -53,53 +92,132 @@ def test_tables_are_finite_and_complete(solver, steps):
     assert len(table) == steps
     assert table.timesteps.dtype == torch.int64
     assert table.coeffs.shape == (steps, 3)
-    assert table.coeffs.dtype == table.extrapolation.dtype == torch.float64
-    assert bool(table.coeffs.isfinite().all()) and bool(table.extrapolation.isfinite().all())
+    assert table.num_history == NUM_HISTORY[solver]
+    assert table.mixing.shape == (steps, 1 + table.num_history, 1 + table.num_history)
+    assert table.coeffs.dtype == table.mixing.dtype == torch.float64
+    assert bool(table.coeffs.isfinite().all()) and bool(table.mixing.isfinite().all())
     assert table.alphas_cumprod[-1] == 1
     assert table.stochastic == (solver == "ddpm" and steps > 1)
 
 
-def test_ddim_walks_as_diffusers_does():
+def test_one_step_solvers_keep_no_history():
+    for solver in ("ddim", "ddpm"):
+        assert torch.equal(solver_table(solver, SCHEDULE, 20).mixing, torch.ones(20, 1, 1).double())
+
+
+@pytest.mark.parametrize("schedule", BETAS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_ddim_walks_as_diffusers_does(steps, schedule):
+    ours = getattr(NoiseSchedule, schedule)(1000, *BETAS[schedule])
     scheduler = DDIMScheduler(1000, clip_sample=False)
-    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
-    scheduler.set_timesteps(20)
-    table = solver_table("ddim", SCHEDULE, 20)
-    torch.manual_seed(0)
-    z = peer = torch.randn(64, dtype=torch.float64)
-    for k, t in enumerate(scheduler.timesteps.tolist()):
-        peer = scheduler.step(eps_model(peer, t), t, peer).prev_sample
-        z = table.coeffs[k, 0] * z + table.coeffs[k, 1] * eps_model(z, t)
-    torch.testing.assert_close(z, peer, rtol=1e-6, atol=1e-6)  # its ᾱ of "1" is an fp32 one
+    scheduler.alphas_cumprod = ours.alphas_cumprod
+    scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    table = solver_table("ddim", ours, steps)
+    assert scheduler.timesteps.tolist() == table.timesteps.tolist()
+    model = model_of(ours)
+    expected = walk_of_diffusers(scheduler, model, noise())
+    torch.testing.assert_close(walk(table, model, noise()), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_dpmsolver_walks_as_diffusers_does():
-    """All steps but the last, which diffusers' ε form does not take to ᾱ = 1."""
-    scheduler = DPMSolverMultistepScheduler(
+@pytest.mark.parametrize("schedule", BETAS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_multistep_solvers_walk_as_diffusers_do(solver, steps, schedule):
+    """On diffusers' trailing steps; its leading and linspace ones are those of steps + 1.
+
+    Its ε form of DPM-Solver does not go to ᾱ = 1: there the last step is left out.
+    """
+    kind, options = {
+        "dpmsolver": (
+            DPMSolverMultistepScheduler,
+            {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        ),
+        "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+        "unipc": (UniPCMultistepScheduler, {}),
+    }[solver]
+    start, end = BETAS[schedule]
+    scheduler = kind(
         1000,
-        beta_start=1e-4,
-        beta_end=2e-2,
-        algorithm_type="dpmsolver",
-        solver_order=2,
+        beta_start=start,
+        beta_end=end,
+        beta_schedule=schedule,
         timestep_spacing="trailing",
-        final_sigmas_type="sigma_min",
+        **options,
     )
-    scheduler.set_timesteps(20)
-    table = solver_table("dpmsolver", SCHEDULE, 20, spacing="trailing")
+    scheduler.set_timesteps(steps)
+    ours = getattr(NoiseSchedule, schedule)(1000, start, end)
+    table = solver_table(solver, ours, steps, spacing="trailing")
     assert scheduler.timesteps.tolist() == table.timesteps.tolist()
-    torch.manual_seed(0)
-    z = peer = torch.randn(64, dtype=torch.float64)
-    previous = None
-    for k, t in enumerate(table.timesteps[:-1].tolist()):
-        peer = scheduler.step(eps_model(peer, t), t, peer).prev_sample
-        eps = eps_model(z, t)
-        mixed = eps if k == 0 else eps + table.extrapolation[k] * (eps - previous)
-        z, previous = table.coeffs[k, 0] * z + table.coeffs[k, 1] * mixed, eps
-        torch.testing.assert_close(z, peer, rtol=2e-4, atol=2e-4)  # its sigmas are fp32
-    assert table.extrapolation[0] == table.extrapolation[-1] == 0
+    n = steps - 1 if solver == "dpmsolver" else steps + 1
+    sigmas = ((1 - table.alphas_cumprod) / table.alphas_cumprod).sqrt()
+    torch.testing.assert_close(scheduler.sigmas.double()[:n], sigmas[:n], rtol=1e-3, atol=0)
+    scheduler.sigmas = torch.cat([sigmas[:n], scheduler.sigmas[n:]])  # its own are fp32
+
+    model = model_of(ours)
+    expected = walk_of_diffusers(scheduler, model, noise())[:n]
+    tolerance = 1e-11 if solver == "unipc" else 1e-5  # DPMSolverMultistepScheduler steps in fp32
+    found = walk(table, model, noise())[:n]
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    if steps > 1:  # one step is DDIM's, and carries the rounding of z to x over √(1/ᾱ) = 157
+        fp32 = walk(table, model, noise().float())[:n]
+        torch.testing.assert_close([z.double() for z in fp32], found, rtol=0, atol=1e-5)
 
 
-def test_dpmsolver_is_of_second_order_and_ddim_of_first():
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_short_multistep_walks_are_ddim(solver, spacing):
+    """First and last step are of first order, and so two steps are, and one is."""
+    model = model_of(SCHEDULE)
+    for steps in (1, 2):
+        found, expected = (
+            walk(solver_table(name, SCHEDULE, steps, spacing=spacing), model, noise())
+            for name in (solver, "ddim")
+        )
+        torch.testing.assert_close(found[-1], expected[-1], rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(
+    logits=st.lists(st.floats(-12, 12), min_size=1, max_size=40, unique=True),
+    solver=st.sampled_from(SOLVERS),
+    spacing=st.sampled_from(SPACINGS),
+    data=st.data(),
+)
+def test_any_schedule_takes_clean_samples_and_constant_noise_along(logits, solver, spacing, data):
+    """√ᾱ_t x goes to √ᾱ_p x where ε = 0, and √(1-ᾱ_t) ε to √(1-ᾱ_p) ε where ε is constant."""
+    alphas = torch.sigmoid(torch.tensor(sorted(logits, reverse=True), dtype=torch.float64))
+    if not bool((alphas[1:] < alphas[:-1]).all()):
+        return
+    steps = data.draw(st.integers(1, len(alphas)))
+    table = solver_table(solver, NoiseSchedule(alphas), steps, spacing=spacing)
+    c1, c2, sigma = table.coeffs.unbind(1)
+    before, after = table.alphas_cumprod[:-1], table.alphas_cumprod[1:]
+    torch.testing.assert_close(c1, (after / before).sqrt())
+    left = c1 * (1 - before).sqrt() + c2
+    torch.testing.assert_close(left**2 + sigma**2, 1 - after, rtol=1e-7, atol=1e-11)
+
+    assert bool(table.mixing.isfinite().all())
+    assert bool((table.mixing[0, :, 1:] == 0).all())  # no step looks before the first one
+    sums, size = table.mixing.sum(2), table.mixing.abs().sum(2)
+    assert bool(((sums - 1).abs() <= 1e-12 * size).all())
+
+
+@given(h=st.lists(st.floats(1e-6, 20), min_size=2, max_size=20), power=st.integers(0, 2))
+def test_corrector_integrates_parabolas(h, power):
+    """∫ h e^{hτ} τ^n dτ / (e^h - 1) over 0 … 1 is Σ a_i τ_i^n at τ = 1, 0, -h_prev/h, n <= 2."""
+    h = torch.tensor([*h, math.inf], dtype=torch.float64)
+    a0, a1, a2 = (a[1:-1] for a in corrector_weights(h))
+    r, h = h[:-2] / h[1:-1], h[1:-1]
+    tau = (torch.arange(5_000, dtype=torch.float64) + 0.5) / 5_000
+    weight = (h[:, None] * (tau - 1)).exp()
+    expected = (weight * tau**power).sum(1) / weight.sum(1)
+    nodes = a0 + a1 * 0**power + a2 * (-r) ** power
+    torch.testing.assert_close(nodes, expected, rtol=0, atol=1e-6)
+
+
+def test_solvers_are_of_their_order():
     """On x ~ N(0, s²), ε = z √(1-ᾱ)/(ᾱ s² + 1-ᾱ) is exact and z scales with its own spread.
 
     The last step goes to infinite log-SNR in one stride, so the error is read before it.
@@ -109,30 +227,32 @@ def test_dpmsolver_is_of_second_order_and_ddim_of_first():
 
     def error(solver: str, steps: int) -> float:
         table = solver_table(solver, NoiseSchedule(alphas), steps, spacing="linspace")
-        a = table.alphas_cumprod.tolist()
-        z, previous = math.sqrt(a[0] * spread**2 + 1 - a[0]), 0.0
-        for k in range(steps - 1):
-            eps = z * math.sqrt(1 - a[k]) / (a[k] * spread**2 + 1 - a[k])
-            c1, c2, _ = table.coeffs[k].tolist()
-            mixed = eps + table.extrapolation[k].item() * (eps - previous)
-            z, previous = c1 * z + c2 * mixed, eps
-        return abs(z - math.sqrt(a[-2] * spread**2 + 1 - a[-2]))
+        variance = (alphas * spread**2 + 1 - alphas).tolist()
+        levels = (1 - alphas).sqrt().tolist()
+        first, last = table.timesteps[[0, -1]].tolist()
+        z = torch.tensor(math.sqrt(variance[first]), dtype=torch.float64)
+        z = walk(table, lambda z, t: z * levels[t] / variance[t], z)[-2].item()
+        return abs(z - math.sqrt(variance[last]))
 
-    order = {s: math.log2(error(s, 28) / error(s, 55)) for s in ("ddim", "dpmsolver")}
+    order = {s: math.log2(error(s, 28) / error(s, 55)) for s in SOLVERS if s != "ddpm"}
     assert order["ddim"] == pytest.approx(1, abs=0.2)
     assert order["dpmsolver"] == pytest.approx(2, abs=0.4)
+    assert order["dpmsolver++"] == pytest.approx(2, abs=0.4)
+    assert order["unipc"] == pytest.approx(3, abs=0.4)  # the corrector adds one
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("euler", 10), "ddim.*ddpm.*dpmsolver"),
+        (("euler", 10), "ddim.*ddpm.*dpmsolver.*unipc"),
         (("ddim", 0), "num_inference_steps"),
         (("ddim", 10, 1.5), "eta"),
         (("ddim", 10, float("nan")), "eta"),
         (("ddim", 10, "0"), "eta"),
         (("ddpm", 10, 0.5), "ddpm"),
-        (("dpmsolver", 10, 0.5), "deterministic"),
+        (("dpmsolver", 10, 0.5), "dpmsolver is deterministic"),
+        (("dpmsolver++", 10, 1.0), r"dpmsolver\+\+ is deterministic"),
+        (("unipc", 10, 0.1), "unipc is deterministic"),
         (("ddim", 10, 0.0, "even"), "spacing"),
     ],
 )

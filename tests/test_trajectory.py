@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from vfengine.decompose import base_noise, residual_noise
 from vfengine.sampling import sample_base, sample_residual
 from vfengine.schedule import NoiseSchedule
+from vfengine.solvers import SOLVERS, solver_table
 from vfengine.trajectory import BaseTrajectory
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
@@ -70,7 +71,7 @@ def test_clean_starts_from_the_finished_frame():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmsolver"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_file_round_trips_bit_for_bit(tmp_path, solver, dtype):
     path = walked(dtype, solver=solver)
     path.save(tmp_path / "x.safetensors")
@@ -78,7 +79,7 @@ def test_file_round_trips_bit_for_bit(tmp_path, solver, dtype):
     assert os.listdir(tmp_path) == ["x.safetensors"]
     assert again.states.dtype == dtype
     assert torch.equal(again.states, path.states)
-    for name in ("timesteps", "alphas_cumprod", "coeffs", "extrapolation"):
+    for name in ("timesteps", "alphas_cumprod", "coeffs", "mixing"):
         assert torch.equal(getattr(again.table, name), getattr(path.table, name))
     assert (again.table.solver, again.table.eta) == (path.table.solver, path.table.eta)
     assert (again.schedule_id, again.base_path) == (path.schedule_id, path.base_path)
@@ -107,20 +108,20 @@ def test_truncated_file_is_refused_in_one_line(tmp_path, keep):
     assert str(file) in str(refused.value)
 
 
-def foreign(path: Path, change) -> None:
+def foreign(path: Path, change=lambda tensors, header: None, solver="ddim") -> None:
     """A well-formed safetensors file that is a trajectory but for `change`."""
-    trajectory = walked()
+    trajectory = walked(solver=solver)
     table = trajectory.table
     tensors = {
         "states": trajectory.states,
         "timesteps": table.timesteps,
         "alphas_cumprod": table.alphas_cumprod,
         "coeffs": table.coeffs,
-        "extrapolation": table.extrapolation,
+        "mixing": table.mixing,
     }
     header = {
-        "format": "vfengine.base_trajectory.1",
-        "solver": "ddim",
+        "format": "vfengine.base_trajectory.2",
+        "solver": solver,
         "eta": "0.0",
         "schedule_id": trajectory.schedule_id,
         "base_path": "stepwise",
@@ -130,9 +131,39 @@ def foreign(path: Path, change) -> None:
     save_file(tensors, path, header)
 
 
-def test_file_by_hand_is_read(tmp_path):
-    foreign(tmp_path / "x", lambda tensors, header: None)
-    assert torch.equal(BaseTrajectory.load(tmp_path / "x").states, walked().states)
+def format_1(w: torch.Tensor | None):
+    """A change to the older format, which kept w of ε̃ = ε + w (ε - ε_prev) instead of mixing."""
+
+    def change(tensors, header):
+        del tensors["mixing"]
+        header["format"] = "vfengine.base_trajectory.1"
+        if w is not None:
+            tensors["extrapolation"] = w
+
+    return change
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_file_by_hand_is_read(tmp_path, solver):
+    foreign(tmp_path / "x", solver=solver)
+    assert torch.equal(BaseTrajectory.load(tmp_path / "x").states, walked(solver=solver).states)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmsolver"])
+def test_file_of_format_1_is_read(tmp_path, solver):
+    table = solver_table(solver, SCHEDULE, 6)
+    w = torch.zeros(6, dtype=torch.float64)
+    if solver == "dpmsolver":
+        ell = torch.logit(table.alphas_cumprod) / 2
+        w[1:-1] = (ell[2:-1] - ell[1:-2]) / (2 * (ell[1:-2] - ell[:-3]))
+    foreign(tmp_path / "x", format_1(w), solver)
+    again = BaseTrajectory.load(tmp_path / "x", schedule=SCHEDULE)
+    torch.testing.assert_close(again.table.mixing, table.mixing, rtol=0, atol=1e-14)
+    assert again.table.num_history == (solver == "dpmsolver")
+    assert torch.equal(again.states, walked(solver=solver).states)
+    assert torch.equal(again.table.coeffs, table.coeffs)
+    again.save(tmp_path / "y")
+    assert torch.equal(BaseTrajectory.load(tmp_path / "y").table.mixing, again.table.mixing)
 
 
 @pytest.mark.parametrize(
@@ -140,16 +171,30 @@ def test_file_by_hand_is_read(tmp_path):
     [
         lambda tensors, header: header.clear(),
         lambda tensors, header: header.update(format="pt"),
+        lambda tensors, header: header.update(format="vfengine.base_trajectory.1"),
+        lambda tensors, header: header.update(format="vfengine.base_trajectory.3"),
         lambda tensors, header: header.update(solver="euler"),
+        lambda tensors, header: header.update(solver="unipc"),
         lambda tensors, header: header.update(eta="much"),
         lambda tensors, header: header.update(base_path="smooth"),
         lambda tensors, header: header.update(metadata="[]"),
         lambda tensors, header: header.update(metadata="{"),
         lambda tensors, header: tensors.pop("states"),
+        lambda tensors, header: tensors.pop("mixing"),
         lambda tensors, header: tensors.update(states=torch.zeros(6, 1, 1, 2, 2)),
         lambda tensors, header: tensors.update(states=torch.zeros(7, 1, 1, 2, 2).half()),
         lambda tensors, header: tensors.update(coeffs=torch.zeros(6, 2).double()),
         lambda tensors, header: tensors.update(timesteps=torch.zeros(6)),
+        lambda tensors, header: tensors.update(mixing=torch.ones(6, 1, 1)),
+        lambda tensors, header: tensors.update(mixing=torch.ones(5, 1, 1).double()),
+        lambda tensors, header: tensors.update(mixing=torch.ones(6, 2, 2).double()),
+        lambda tensors, header: tensors.update(mixing=torch.ones(6).double()),
+        lambda tensors, header: tensors.update(mixing=torch.ones(()).double()),
+        format_1(None),
+        format_1(torch.zeros(6)),
+        format_1(torch.zeros(5).double()),
+        format_1(torch.zeros(6, 1).double()),
+        format_1(torch.ones(6).double()),  # no ddim does this
     ],
 )
 def test_foreign_file_is_refused_in_one_line(tmp_path, change):
@@ -157,6 +202,13 @@ def test_foreign_file_is_refused_in_one_line(tmp_path, change):
     with pytest.raises(ValueError, match="not a base trajectory") as refused:
         BaseTrajectory.load(tmp_path / "x.safetensors")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
+def test_newer_solver_in_format_1_is_refused(tmp_path, solver):
+    foreign(tmp_path / "x", format_1(torch.zeros(6).double()), solver)
+    with pytest.raises(ValueError, match="not a base trajectory"):
+        BaseTrajectory.load(tmp_path / "x")
 
 
 def test_missing_file_is_named(tmp_path):

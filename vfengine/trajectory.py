@@ -22,10 +22,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .schedule import NoiseSchedule
-from .solvers import SOLVERS, SolverTable, solver_table
+from .solvers import (
+    NUM_HISTORY,
+    SOLVERS,
+    SolverTable,
+    extrapolation_mixing,
+    no_mixing,
+    solver_table,
+)
 
 BASE_PATHS = ("stepwise", "clean")
-_FORMAT = "vfengine.base_trajectory.1"
+_FORMAT = "vfengine.base_trajectory.2"
+_FORMAT_1 = "vfengine.base_trajectory.1"  # before solvers with more history than ε_prev
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +140,7 @@ class BaseTrajectory:
             "timesteps": self.table.timesteps,
             "alphas_cumprod": self.table.alphas_cumprod,
             "coeffs": self.table.coeffs,
-            "extrapolation": self.table.extrapolation,
+            "mixing": self.table.mixing,
         }
         header = {
             "format": _FORMAT,
@@ -158,7 +166,7 @@ class BaseTrajectory:
         schedule: NoiseSchedule | None = None,
         device: torch.device | str = "cpu",
     ) -> BaseTrajectory:
-        """Read what `save` wrote.
+        """Read what `save` wrote, now or in format 1.
 
         schedule: refuse a path of any other schedule
 
@@ -191,16 +199,19 @@ def _clean_states(x: Tensor, table: SolverTable) -> Tensor:
 
 def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> BaseTrajectory:
     """Header and tensors back to a path; KeyError, TypeError or ValueError for anything amiss."""
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"format {header.get('format')!r}, expected {_FORMAT!r}")
+    if header.get("format") not in (_FORMAT, _FORMAT_1):
+        raise ValueError(f"format {header.get('format')!r}, expected {_FORMAT!r} or {_FORMAT_1!r}")
     if header["solver"] not in SOLVERS:
         raise ValueError(f"solver {header['solver']!r} is not one of {SOLVERS}")
-    steps = tensors["timesteps"].numel()
+    tensors = dict(tensors)
+    if header["format"] == _FORMAT_1:
+        tensors["mixing"] = _mixing_of_format_1(header["solver"], tensors["extrapolation"])
+    steps, width = tensors["timesteps"].numel(), 1 + NUM_HISTORY[header["solver"]]
     expected = {
         "timesteps": ((steps,), torch.int64),
         "alphas_cumprod": ((steps + 1,), torch.float64),
         "coeffs": ((steps, 3), torch.float64),
-        "extrapolation": ((steps,), torch.float64),
+        "mixing": ((steps, width, width), torch.float64),
     }
     for name, (shape, dtype) in expected.items():
         found = tensors[name]
@@ -221,3 +232,14 @@ def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Base
         base_path=header["base_path"],
         metadata=metadata,
     )
+
+
+def _mixing_of_format_1(solver: str, w: Tensor) -> Tensor:
+    """What w [S] of ε̃ = ε + w (ε - ε_prev) is as mixing; ValueError where it cannot be."""
+    if w.ndim != 1 or w.dtype != torch.float64:
+        raise ValueError(f"extrapolation is {w.dtype} {list(w.shape)}")
+    if solver == "dpmsolver":
+        return extrapolation_mixing(w)
+    if solver not in ("ddim", "ddpm") or bool(w.any()):
+        raise ValueError(f"{solver} does not extrapolate in format 1")
+    return no_mixing(len(w))

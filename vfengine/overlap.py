@@ -1,0 +1,99 @@
+"""Both phases at once: the base loop runs ahead, the residual loop follows a step behind.
+
+The base loop never waits for the residual loop, and hands over one small image d a step. Nothing
+else is shared, so the results are those of one phase after the other, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .capture import Step
+from .loops import BaseLoop, Callback, ResidualLoop
+
+Wait = Callable[[int], None]
+
+
+def run_overlapped(
+    base: BaseLoop,
+    residual: ResidualLoop,
+    base_noise: Tensor,
+    residual_noise: Tensor,
+    capture: bool = False,
+    callback: Callback | None = None,
+) -> None:
+    """Start and run both loops; the result is in residual.u, the path in residual.states.
+
+    residual.states is base.states itself, or a copy on another device that is filled on the way.
+    callback is called from the caller's thread, for both phases. What a network raises is raised.
+    """
+    base_step, residual_step = base.stepper(capture), residual.stepper(capture)
+    count = len(base)
+    base.start(base_noise)
+    ahead = _on_stream if base.device.type == "cuda" else _in_thread
+    with ahead(base_step, count, base.device, residual.device) as wait:
+
+        def receive(row: int) -> None:
+            """Row d of the path; behind the last step's lies the finished frame."""
+            if row < count:
+                wait(row)
+                if callback is not None:
+                    callback(base.phase, row + 1, count)
+            if residual.states is not base.states:
+                residual.states[row].copy_(base.states[row])
+
+        receive(0)
+        residual.start(residual_noise)
+        for k in range(count):
+            receive(k + 1)
+            residual_step()
+            if callback is not None:
+                callback(residual.phase, k + 1, count)
+
+
+@contextmanager
+def _in_thread(
+    step: Step, count: int, device: torch.device, target: torch.device
+) -> Iterator[Wait]:
+    """`count` steps in a thread of their own, on as many CPU threads as the caller uses."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            step()
+
+    pool = ThreadPoolExecutor(1, "base", torch.set_num_threads, (torch.get_num_threads(),))
+    try:
+        futures = [pool.submit(run) for _ in range(count)]
+        yield lambda k: futures[k].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _on_stream(
+    step: Step, count: int, device: torch.device, target: torch.device
+) -> Iterator[Wait]:
+    """`count` steps on a stream of their own, each launched when target is about to wait for it."""
+    here, ahead = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    ahead.wait_stream(here)
+    events: list[torch.cuda.Event] = []
+
+    def wait(k: int) -> None:
+        while len(events) <= k:
+            with torch.cuda.stream(ahead):
+                step()
+                events.append(ahead.record_event())
+        if target.type == "cuda":
+            torch.cuda.current_stream(target).wait_event(events[k])
+        else:
+            events[k].synchronize()
+
+    try:
+        yield wait
+    finally:
+        here.wait_stream(ahead)

@@ -1,0 +1,118 @@
+"""Clips longer than a network was trained on: overlapping windows around one shared base frame.
+
+The network is called on W frames at a time, each time with the clip's base frame in the middle,
+where it was trained to find it; its estimates are blended, weighted by a triangle over the window.
+The frame whose place the base frame takes gets its estimate from the neighbouring windows. The
+solver's step runs on the whole clip, so windows meet at every step and not only in the end. Memory
+for the network stays that of one window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decompose import Lam, Model, base_index
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where the windows of a clip begin, and what each of their frames weighs.
+
+    starts:  first frame of each window
+    weights: fp32 [number of windows, W]; every frame's weights sum to 1
+    """
+
+    num_frames: int
+    window: int
+    starts: tuple[int, ...]
+    weights: Tensor
+
+
+def largest_stride(window: int) -> int:
+    """From window to window: so far that every window's middle frame lies in another window too."""
+    return (window - 1) // 2
+
+
+def plan_windows(num_frames: int, window: int, overlap: int | None = None) -> Windows:
+    """Windows of `window` frames, of which two neighbours share `overlap`, over num_frames frames.
+
+    overlap: None is the least possible, window - (window - 1) // 2; the last window ends with the
+             clip and may overlap more
+
+    Raises ValueError for a window under 3 frames, and for an overlap that leaves the middle frame
+    of a window to that window alone.
+    """
+    for name, value in (("window", window), ("window_overlap", overlap)):
+        if value is not None and type(value) is not int:
+            raise ValueError(f"{name} must be an int, got {value!r}")
+    if window < 3:
+        raise ValueError(f"window must be at least 3 frames, got {window}")
+    least = window - largest_stride(window)
+    overlap = least if overlap is None else overlap
+    if not least <= overlap < window:
+        raise ValueError(
+            f"window_overlap of a window of {window} frames must be from {least} to {window - 1}, "
+            f"got {overlap}"
+        )
+    if num_frames <= window:
+        return Windows(num_frames, num_frames, (0,), torch.ones(1, num_frames))
+    last, stride = num_frames - window, window - overlap
+    starts = (*range(0, last, stride), last)
+    frames = torch.arange(window)
+    triangle = torch.minimum(frames + 1, window - frames).float()
+    triangle[base_index(window)] = 0.0
+    total = torch.zeros(num_frames)
+    for start in starts:
+        total[start : start + window] += triangle
+    weights = torch.stack([triangle / total[start : start + window] for start in starts])
+    return Windows(num_frames, window, starts, weights)
+
+
+def windowed(
+    model: Model,
+    num_frames: int,
+    window: int | None,
+    overlap: int | None = None,
+    *,
+    lam: Lam = 0.5,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """The residual network, called window by window: (z' [B, N, C, H, W], t) -> r̂.
+
+    window: W; None is an error where an overlap is given. A clip of at most W frames is one window,
+            so the model itself
+    lam:    λ of the clip, which must be one number: a window has no frames of its own λ
+    device: of the clips
+
+    Raises ValueError as `plan_windows`.
+    """
+    if window is None:
+        raise ValueError("window_overlap was given without a window")
+    plan = plan_windows(num_frames, window, overlap)
+    if len(plan.starts) == 1:
+        return model
+    if torch.as_tensor(lam).numel() != 1:
+        raise ValueError("windows need one lam for all frames, got one for each")
+    return _Windowed(model, plan, device)
+
+
+class _Windowed:
+    """What `windowed` returns; all it needs is on the device before the first call."""
+
+    def __init__(self, model: Model, plan: Windows, device: torch.device | str) -> None:
+        self.model, self.plan = model, plan
+        self.weights = plan.weights.view(*plan.weights.shape, 1, 1, 1).to(device)
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        window, starts = self.plan.window, self.plan.starts
+        m, middle = base_index(z.shape[1]), base_index(window)
+        blended = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
+        part = torch.empty_like(z[:, :window])
+        for start, weights in zip(starts, self.weights.unbind(), strict=True):
+            part.copy_(z[:, start : start + window])
+            part[:, middle].copy_(z[:, m])  # the base path's state, the same in all windows
+            blended[:, start : start + window] += weights * self.model(part, t)
+        return blended.to(z.dtype)
