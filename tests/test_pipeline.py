@@ -9,7 +9,7 @@ from conftest import TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
-from vfengine import pipeline
+from vfengine import engine
 from vfengine.checkpoint import load_base, load_residual, read_config
 from vfengine.pipeline import VideoFusionPipeline, to_uint8
 
@@ -182,8 +182,8 @@ def test_guidance_of_one_asks_for_one_estimate(pipe, monkeypatch):
 
         return loader
 
-    monkeypatch.setattr(pipeline, "load_base", counting(load_base))
-    monkeypatch.setattr(pipeline, "load_residual", counting(load_residual))
+    monkeypatch.setattr(engine, "load_base", counting(load_base))
+    monkeypatch.setattr(engine, "load_residual", counting(load_residual))
     frames_of(pipe, guidance_scale=1.0)
     assert sizes == [1] * 2 * STEPS
     frames_of(pipe, None, guidance_scale=5.0)
@@ -192,19 +192,36 @@ def test_guidance_of_one_asks_for_one_estimate(pipe, monkeypatch):
     assert sizes == [1] * 4 * STEPS + [2] * 2 * STEPS
 
 
-def test_base_network_is_freed_and_read_again(tiny_checkpoint, pipe):
-    lean = VideoFusionPipeline.from_pretrained(tiny_checkpoint, keep_base=False)
+def in_memory(pipe):
+    return set(pipe._engine.networks)
+
+
+@pytest.mark.parametrize(
+    ("label", "offload", "freed"),
+    [
+        ("walk", None, True),
+        (None, None, True),
+        (["walk"], None, True),
+        (["walk", "jump"], None, False),
+        ("walk", False, False),
+        (["walk", "jump"], True, True),
+    ],
+)
+def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offload, freed):
+    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
     during = []
 
     def look(phase, done, total):
-        during.append((phase, done, "base" in lean._networks, "residual" in lean._networks))
+        during.append((phase, done, frozenset(in_memory(pipe))))
 
-    assert np.array_equal(frames_of(lean, callback=look), frames_of(pipe))
+    clip = frames_of(pipe, label, callback=look, offload_base=offload)
+    after = {"residual"} if freed else {"base", "residual"}
     assert during == [
-        *(("base", k, True, False) for k in range(STEPS + 1)),
-        *(("residual", k, False, True) for k in range(STEPS + 1)),
+        *(("base", k, {"base"}) for k in range(STEPS + 1)),
+        *(("residual", k, after) for k in range(STEPS + 1)),
     ]
-    assert np.array_equal(frames_of(lean), frames_of(pipe))
+    assert np.array_equal(frames_of(pipe, label, offload_base=offload), clip)  # it is read again
+    assert ("base" in pipe._engine.loops) is not freed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -237,7 +254,7 @@ def test_bad_arguments(pipe):
     ):
         with pytest.raises(error, match=message):
             frames_of(pipe, **settings)
-    assert pipe._networks == {}  # nothing was even read
+    assert in_memory(pipe) == set()  # nothing was even read
 
 
 def test_bad_checkpoints_and_devices(tiny_checkpoint, tmp_path):

@@ -2,8 +2,8 @@
 
 Two phases (vfengine/sampling.py): the base generator walks the base frame's path, at the cost of
 one image; then the residual generator makes all frames along that path. Each network's weights are
-read when its phase first needs them, and with keep_base=False the base network leaves memory
-between the phases, so that the peak is the larger of the two and not their sum.
+read when its phase first needs them, and the base network leaves memory between the phases, so
+that the peak is the larger of the two and not their sum.
 
 States are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
 seeds and on k alone (vfengine/noise.py), never on the batch it is made in.
@@ -12,9 +12,7 @@ seeds and on k alone (vfengine/noise.py), never on the batch it is made in.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoint import DEFAULT, CheckpointConfig, load_base, load_residual, read_config
-from .decompose import Model, base_noise, frame_weights, residual_noise
+from .base_cache import cached_path
+from .checkpoint import DEFAULT, CheckpointConfig, read_config
+from .decompose import Lam, base_noise, frame_weights, residual_noise
+from .engine import Engine, usable_device
+from .loops import Callback
 from .noise import check_seed
-from .sampling import Lam, sample_base, sample_residual
-from .solvers import solver_table
+from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
+from .solvers import SolverTable, solver_table
 from .trajectory import BASE_PATHS, BaseTrajectory
+from .windows import plan_windows
 
-OUTPUT_TYPES = ("np", "pt", "pil")
+__all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GUIDANCE_SCALE = 100.0
-
-Callback = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +45,22 @@ class VideoFusionOutput:
 
     frames:     "np": float32 [B, N, H, W, C] in 0..1; "pt": float32 tensor [B, N, C, H, W] in 0..1
                 on the pipeline's device; "pil": B clips, each a list of N PIL images
-    trajectory: the base path, to save and to use again
-    timings:    seconds, {"load", "base", "residual"}: reading weights, and the two phases
+    trajectory: the base path, to save and to use again; None for a plain video model
+    timings:    seconds, {"load", "base", "residual"}: reading weights, and the two phases; phases
+                that overlap count as "residual", and so do all steps of a plain video model
     """
 
     frames: np.ndarray | Tensor | list[list[Image.Image]]
-    trajectory: BaseTrajectory
+    trajectory: BaseTrajectory | None
     timings: dict[str, float]
 
 
 class VideoFusionPipeline:
-    """A decomposed video diffusion model, ready to sample; made by `from_pretrained`."""
+    """A decomposed video diffusion model, ready to sample; made by `from_pretrained`.
+
+    A VDM*, the plain video model that decomposed ones are compared with, is sampled by the same
+    call, without what only a base path allows.
+    """
 
     def __init__(
         self,
@@ -63,15 +68,14 @@ class VideoFusionPipeline:
         folder: Path,
         device: torch.device,
         dtype: torch.dtype,
-        keep_base: bool,
+        capture: bool,
     ) -> None:
         self.config = config
         self.schedule = config.noise_schedule()
         self.folder = folder
         self.device = device
         self.dtype = dtype
-        self.keep_base = keep_base
-        self._networks: dict[str, nn.Module] = {}
+        self._engine = Engine(config, folder, device, dtype, capture)
 
     @classmethod
     def from_pretrained(
@@ -80,13 +84,14 @@ class VideoFusionPipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        keep_base: bool = True,
+        capture: bool = True,
     ) -> VideoFusionPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
-        device:    "cpu", "cuda" or "cuda:<index>"
-        dtype:     of weights and activations: float32, bfloat16 or float16
-        keep_base: False drops the base network after each base phase (it is read again if needed)
+        device:  "cpu", "cuda" or "cuda:<index>"
+        dtype:   of weights and activations: float32, bfloat16 or float16
+        capture: on CUDA, replay each phase's step from a graph, which is used again by calls of the
+                 same shape and weights; has no meaning on a CPU
 
         Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, and
         for a device or dtype that cannot be used. The weights are read by the first call.
@@ -94,7 +99,7 @@ class VideoFusionPipeline:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         folder = DEFAULT if path is None else Path(path)
-        return cls(read_config(folder), folder, usable_device(device), dtype, keep_base)
+        return cls(read_config(folder), folder, usable_device(device), dtype, capture)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -113,10 +118,17 @@ class VideoFusionPipeline:
         base_path: str | None = None,
         output_type: str = "np",
         num_videos: int = 1,
+        num_residuals: int = 1,
         solver: str = "ddim",
         eta: float = 0.0,
         lam: Lam | None = None,
         trajectory: BaseTrajectory | None = None,
+        image: Image.Image | None = None,
+        base_cache: str | Path | None = None,
+        window: int | None = None,
+        window_overlap: int | None = None,
+        overlap_phases: bool = False,
+        offload_base: bool | None = None,
         sample_offset: int = 0,
         callback: Callback | None = None,
     ) -> VideoFusionOutput:
@@ -128,54 +140,104 @@ class VideoFusionPipeline:
         base_seed, residual_seed: what the base frames and the frames' own noise are drawn from
         base_path:      "stepwise" (the paper) or "clean" (the base frame is finished, then
                         animated); None is the one that the checkpoint names as the better
+        num_residuals:  K motions of one base path, B = K; of one label and one video
         solver, eta:    see `solvers.solver_table`
         lam:            λ, a number or [N]; None is the λ of training
         trajectory:     a base path to use instead of walking one, of 1 or of B clips; see
                         `check_trajectory`
+        image:          a picture to animate, cropped and resized to the model's size; it becomes
+                        the base frame. For models whose `config.animates_pictures` says so
+        base_cache:     a folder where base paths are looked up, and kept (vfengine/base_cache.py)
+        window, window_overlap: frames that the residual network sees at a time, and how many of
+                        them two neighbouring windows share (vfengine/windows.py). None: windows of
+                        the trained length where num_frames is larger; window=0: none
+        overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
+        offload_base:   let the base network's weights go before the residual phase, and read them
+                        again when next needed; None does so when one label is asked for
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
-                        phase is "base", then "residual"
+                        phase is "base", then "residual"; "video" for a plain video model
 
-        Raises ValueError for an unknown label and for anything out of range, TypeError for a seed
-        that is no int, and for the checkpoint's files what `from_pretrained` raises.
+        Raises ValueError for an unknown label and for anything out of range or of no use together,
+        TypeError for a seed that is no int, for the checkpoint's files what `from_pretrained`
+        raises, and RuntimeError for a step that cannot be captured.
         """
         config = self.config
         num_frames = config.num_frames if num_frames is None else num_frames
-        lam = config.lam if lam is None else lam
-        base_path = _checked_choice("base_path", base_path, (None, *BASE_PATHS))
+        _checked_choice("base_path", base_path, (None, *BASE_PATHS))
         _checked_choice("output_type", output_type, OUTPUT_TYPES)
         _check_count("num_frames", num_frames)
-        frame_weights(lam, num_frames)
+        _check_count("num_residuals", num_residuals)
         check_seed(residual_seed, "residual_seed")
         classes = self._classes(label, num_videos, guidance_scale)
         walk = {"num_inference_steps": num_inference_steps, "solver": solver, "eta": eta}
+        if config.objective == "vdm":
+            self._refuse(
+                base_path=base_path, trajectory=trajectory, image=image, base_cache=base_cache,
+                window=window, window_overlap=window_overlap, lam=lam, offload_base=offload_base,
+                overlap_phases=overlap_phases or None,
+                num_residuals=None if num_residuals == 1 else num_residuals,
+            )  # fmt: skip
+            table = solver_table(schedule=self.schedule, **walk)
+            noise = self._residual_noise(len(classes), num_frames, residual_seed, sample_offset)
+            video = self._engine.video(
+                noise, classes, guidance_scale, table, callback,
+                seed=residual_seed, sample_offset=sample_offset,
+            )  # fmt: skip
+            timings = self._engine.take_timings()
+            return VideoFusionOutput(to_frames(video, output_type), None, timings)
+        lam = config.lam if lam is None else lam
+        frame_weights(lam, num_frames)
+        windows = self._windows(num_frames, window, window_overlap)
+        if num_residuals > 1 and len(classes) > 1:
+            raise ValueError(
+                f"num_residuals={num_residuals} is of one base path, {len(classes)} are asked for"
+            )
+        if image is not None:
+            if trajectory is not None or base_path == "stepwise":
+                other = "a trajectory" if trajectory is not None else "base_path='stepwise'"
+                raise ValueError(f"an image has a base path of its own: {other} cannot go with it")
+            trajectory = self.image_path(image, **walk)
         if trajectory is not None:
             self.check_trajectory(trajectory, len(classes), base_path=base_path, **walk)
-        self._check_complete("residual")
+        clean = (base_path or config.base_path) == "clean"
+        if overlap_phases:
+            _check_overlap(clean, trajectory, base_cache, offload_base)
+        self._engine.check_complete("residual")
 
-        timings = {"load": 0.0, "base": 0.0, "residual": 0.0}
-        if trajectory is None:
-            trajectory = self.walk_base(
-                label, num_videos=num_videos, guidance_scale=guidance_scale, base_seed=base_seed,
-                sample_offset=sample_offset, callback=callback, timings=timings, **walk,
+        batch = max(len(classes), num_residuals)
+        noise = self._residual_noise(batch, num_frames, residual_seed, sample_offset)
+        motion = {
+            "lam": lam, "windows": windows, "seed": residual_seed, "sample_offset": sample_offset
+        }  # fmt: skip
+        look = {
+            "num_videos": num_videos, "guidance_scale": guidance_scale, "base_seed": base_seed,
+            "sample_offset": sample_offset,
+        }  # fmt: skip
+        if overlap_phases:
+            check_seed(base_seed, "base_seed")
+            table = solver_table(schedule=self.schedule, **walk)
+            drawn = self._base_noise(len(classes), base_seed, sample_offset)
+            video, states = self._engine.overlapped(
+                drawn, noise, (classes, classes.expand(batch)), guidance_scale, table, callback,
+                base_seed=base_seed, **motion,
             )  # fmt: skip
-        path = trajectory
-        if (base_path or config.base_path) == "clean" and trajectory.base_path == "stepwise":
-            path = trajectory.clean()
-
-        model = self._guided("residual", classes, guidance_scale, timings, lam=lam)
-        shape = (len(classes), num_frames, config.channels, config.height, config.width)
-        noise = residual_noise(
-            shape, residual_seed, sample_offset=sample_offset, device=self.device
-        )
-        with self._timed("residual", timings):
-            if callback is not None:
-                callback("residual", 0, num_inference_steps)
-            video = sample_residual(
-                model, path, noise, lam=lam, residual_seed=residual_seed,
-                sample_offset=sample_offset, callback=callback,
-            )  # fmt: skip
-        return VideoFusionOutput(_frames(video, output_type), trajectory, timings)
+            trajectory = self._trajectory(states, table, label, guidance_scale, base_seed)
+        else:
+            if trajectory is None:
+                trajectory = self.walk_base(
+                    label, base_cache=base_cache, callback=callback, **look, **walk
+                )
+            if offload_base or (offload_base is None and _is_one(label)):
+                self._engine.release("base")
+            path = trajectory
+            if clean and trajectory.base_path == "stepwise":
+                path = trajectory.clean()
+            video = self._engine.residual(
+                noise, classes.expand(batch), guidance_scale, path, callback, **motion
+            )
+        timings = self._engine.take_timings()
+        return VideoFusionOutput(to_frames(video, output_type), trajectory, timings)
 
     def walk_base(
         self,
@@ -188,36 +250,76 @@ class VideoFusionPipeline:
         solver: str = "ddim",
         eta: float = 0.0,
         sample_offset: int = 0,
+        base_cache: str | Path | None = None,
         callback: Callback | None = None,
-        timings: dict[str, float] | None = None,
     ) -> BaseTrajectory:
         """The base phase alone: a stepwise path; its `final` [B, C, H, W] previews the base frames.
 
-        timings: a dict to add the seconds to ("load", "base"); the rest as in `__call__`.
+        Everything as in `__call__`. The seconds count in the next call's timings.
         """
-        config, timings = self.config, {} if timings is None else timings
+        if self.config.objective == "vdm":
+            raise ValueError(f"{self.folder}: a plain video model has no base path")
         classes = self._classes(label, num_videos, guidance_scale)
-        solver_table(solver, self.schedule, num_inference_steps, eta)
-        shape = (len(classes), config.channels, config.height, config.width)
-        noise = base_noise(shape, base_seed, sample_offset=sample_offset, device=self.device)
-        notes = {
-            "model": config.fingerprint(),
-            "labels": json.dumps([label] if label is None or isinstance(label, str) else [*label]),
-            "base_seed": str(base_seed),
-            "guidance_scale": repr(float(guidance_scale)),
-        }
-        model = self._guided("base", classes, guidance_scale, timings)
-        with self._timed("base", timings):
-            if callback is not None:
-                callback("base", 0, num_inference_steps)
-            trajectory = sample_base(
-                model, noise, schedule=self.schedule, num_inference_steps=num_inference_steps,
-                solver=solver, eta=eta, base_seed=base_seed, sample_offset=sample_offset,
-                metadata=notes, callback=callback,
+        check_seed(base_seed, "base_seed")
+        table = solver_table(solver, self.schedule, num_inference_steps, eta)
+
+        def walk() -> BaseTrajectory:
+            noise = self._base_noise(len(classes), base_seed, sample_offset)
+            states = self._engine.base(
+                noise, classes, guidance_scale, table, callback,
+                seed=base_seed, sample_offset=sample_offset,
             )  # fmt: skip
-        if not self.keep_base:
-            self._networks.pop("base")
-        return trajectory
+            return self._trajectory(states, table, label, guidance_scale, base_seed)
+
+        if base_cache is None:
+            return walk()
+        key = {
+            **self._notes(label, guidance_scale, base_seed), "num_videos": num_videos,
+            "sample_offset": sample_offset, "schedule": self.schedule.fingerprint(),
+            "timesteps": table.timesteps.tolist(), "solver": solver, "eta": table.eta,
+            "dtype": str(self.dtype),
+        }  # fmt: skip
+        return cached_path(base_cache, key, walk).to(self.device)
+
+    def preview(
+        self,
+        label: str | Sequence[str] | None = None,
+        *,
+        output_type: str = "np",
+        **settings: Any,
+    ) -> VideoFusionOutput:
+        """The base frames alone, as clips of one frame: bit for bit those that the clips will have.
+
+        settings: of `walk_base`. At the cost of one image; its trajectory goes on to the clips.
+        """
+        _checked_choice("output_type", output_type, OUTPUT_TYPES)
+        trajectory = self.walk_base(label, **settings)
+        frames = to_frames(trajectory.final[:, None], output_type)
+        return VideoFusionOutput(frames, trajectory, self._engine.take_timings())
+
+    def image_path(
+        self,
+        image: Image.Image,
+        *,
+        num_inference_steps: int = 50,
+        solver: str = "ddim",
+        eta: float = 0.0,
+    ) -> BaseTrajectory:
+        """The base path of a picture, cropped in the middle and resized to the model's size.
+
+        Raises ValueError for a model whose residual network was not trained for it.
+        """
+        config = self.config
+        if not config.animates_pictures:
+            raise ValueError(
+                f"{self.folder}: this model cannot animate a picture: its residual network was not "
+                "trained for base_path='clean'"
+            )
+        return BaseTrajectory.from_image(
+            to_network(image, config.channels, config.height, config.width).to(self.device),
+            schedule=self.schedule, num_inference_steps=num_inference_steps, solver=solver,
+            eta=eta, metadata={"model": config.fingerprint()},
+        )  # fmt: skip
 
     def check_trajectory(
         self,
@@ -289,94 +391,66 @@ class VideoFusionPipeline:
         indices = [null if name is None else self.labels.index(name) for name in names]
         return torch.tensor(indices, device=self.device).repeat_interleave(num_videos)
 
-    def _guided(
-        self, name: str, classes: Tensor, scale: float, timings: dict[str, float], **conditions: Any
-    ) -> Model:
-        """The named network as (z, t) -> ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
+    def _base_noise(self, batch: int, seed: int, sample_offset: int) -> Tensor:
+        config = self.config
+        shape = (batch, config.channels, config.height, config.width)
+        return base_noise(shape, seed, sample_offset=sample_offset, device=self.device)
 
-        Both estimates come from one call on a doubled batch; where they are the same, or s = 1, the
-        second is left out.
-        """
-        if name not in self._networks:
-            load = {"base": load_base, "residual": load_residual}[name]
-            with self._timed("load", timings):
-                self._networks[name] = load(self.folder, self.config, self.device, self.dtype)
-        network = self._networks[name]
-        null = torch.full_like(classes, self.config.null_class)
-        if self.config.labels == ():
-            return lambda z, t: network(z, t, **conditions)
-        if scale == 1.0 or torch.equal(classes, null):
-            return lambda z, t: network(z, t, class_labels=classes, **conditions)
-        both = torch.cat([classes, null])
+    def _residual_noise(self, batch: int, frames: int, seed: int, sample_offset: int) -> Tensor:
+        config = self.config
+        shape = (batch, frames, config.channels, config.height, config.width)
+        return residual_noise(shape, seed, sample_offset=sample_offset, device=self.device)
 
-        def guided(z: Tensor, t: Tensor) -> Tensor:
-            conditional, unconditional = network(
-                torch.cat([z, z]), torch.cat([t, t]), class_labels=both, **conditions
-            ).chunk(2)
-            return torch.lerp(unconditional, conditional, scale)
+    def _trajectory(
+        self, states: Tensor, table: SolverTable, label, guidance_scale: float, base_seed: int
+    ) -> BaseTrajectory:
+        notes = self._notes(label, guidance_scale, base_seed)
+        return BaseTrajectory(states, table, self.schedule.fingerprint(), metadata=notes)
 
-        return guided
+    def _notes(self, label, guidance_scale: float, base_seed: int) -> dict[str, str]:
+        """What is kept in a base path's metadata."""
+        return {
+            "model": self.config.fingerprint(),
+            "labels": json.dumps([label] if label is None or isinstance(label, str) else [*label]),
+            "base_seed": str(base_seed),
+            "guidance_scale": repr(float(guidance_scale)),
+        }
 
-    def _check_complete(self, name: str) -> None:
-        """Finds a missing or cut-off weight file before the other network works for nothing."""
-        if name in self._networks:
-            return
-        file = self.folder / f"{name}.safetensors"
-        if not file.is_file():
-            raise FileNotFoundError(f"checkpoint {self.folder} has no {file.name}")
-        try:
-            with safe_open(str(file), framework="pt"):  # compares the header with the file's length
-                return
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    def _windows(
+        self, num_frames: int, window: int | None, overlap: int | None
+    ) -> tuple[int, int | None] | None:
+        """Windows as asked for, or of the trained length where the clip is longer."""
+        trained = self.config.num_frames
+        if type(window) is int and window == 0:
+            if overlap is not None:
+                raise ValueError("window_overlap was given, but window=0 asks for none")
+            return None
+        if window is None and overlap is None and not num_frames > trained >= 3:
+            return None
+        window = trained if window is None else window
+        plan_windows(num_frames, window, overlap)
+        return window, overlap
 
-    @contextmanager
-    def _timed(self, name: str, timings: dict[str, float]) -> Iterator[None]:
-        """Adds the seconds of the `with` block to timings[name], the device's work included."""
-        started = self._now()
-        yield
-        timings[name] = timings.get(name, 0.0) + self._now() - started
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _refuse(self, **settings: Any) -> None:
+        """ValueError for settings that a plain video model has no use for; None is not given."""
+        given = [name for name, value in settings.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{self.folder}: a plain video model has no base path, so it takes no "
+                f"{', '.join(given)}"
+            )
 
 
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, once it is known to be there; ValueError when it is not."""
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"unknown device {device!r}, expected cpu, cuda or cuda:<index>"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} is not supported, expected cpu or cuda")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            found = f"{count} CUDA devices" if count else "no CUDA device"
-            raise ValueError(f"device {str(device)!r} asked for, but torch finds {found} here")
-    return device
-
-
-def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Frames in 0..1, any shape, rounded to uint8 0..255."""
-    return (frames * 255.0).round().astype(np.uint8)
-
-
-def _frames(video: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Image.Image]]:
-    """[B, N, C, H, W] in -1..1 to the asked form, in 0..1."""
-    video = (video * 0.5 + 0.5).clamp(0.0, 1.0)
-    if output_type == "pt":
-        return video
-    frames = video.permute(0, 1, 3, 4, 2).cpu().numpy()  # [B, N, H, W, C]
-    if output_type == "np":
-        return np.ascontiguousarray(frames)
-    pictures = to_uint8(frames)
-    pictures = pictures[..., 0] if pictures.shape[-1] == 1 else pictures
-    return [[Image.fromarray(picture) for picture in clip] for clip in pictures]
+def _check_overlap(clean: bool, trajectory, base_cache, offload_base) -> None:
+    """ValueError for what two phases at once cannot go with."""
+    for asked, problem in (
+        (trajectory is not None, "a given base path is there already"),
+        (clean, "base_path='clean' finishes the base frame first"),
+        (base_cache is not None, "a base cache keeps finished paths"),
+        (bool(offload_base), "offload_base frees the base network between them"),
+    ):
+        if asked:
+            raise ValueError(f"overlap_phases runs both phases at once, but {problem}")
 
 
 def _check_count(name: str, value: int) -> None:
@@ -388,3 +462,7 @@ def _checked_choice(name: str, value: str | None, choices: Sequence[str | None])
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
+
+
+def _is_one(label: str | Sequence[str] | None) -> bool:
+    return label is None or isinstance(label, str) or len(label) == 1
