@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from vfengine.decompose import base_noise, decomposed_noise, frame_weights, residual_noise
-from vfengine.sampling import sample, sample_base, sample_residual
+from vfengine.sampling import sample, sample_base, sample_residual, sample_video
 from vfengine.schedule import NoiseSchedule
+from vfengine.solvers import SOLVERS
 from vfengine.trajectory import BaseTrajectory
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
@@ -115,7 +116,7 @@ def test_fp32_equals_algorithm_2_to_1e_5(eta, method):
     assert (video - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmsolver"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [1, 2, 13])
 def test_forms_are_equal_for_every_solver(solver, spacing, steps):
@@ -379,6 +380,8 @@ def test_models_and_noise_are_left_alone():
     copies = [x.clone() for x in noise]
     for method in ("two_phase", "interleaved"):
         sample(lambda z, t: z, lambda z, t: z.clone(), *noise, method=method, **WALK)
+    sample(lambda z, t: z, lambda z, t: z, *noise, overlap_phases=True, **WALK)
+    sample_video(lambda z, t: z, noise.residual, **WALK)
     assert all(torch.equal(x, y) for x, y in zip(noise, copies, strict=True))
 
 
@@ -435,6 +438,7 @@ def test_callback_reports_every_step():
         ({"method": "parallel"}, ValueError, "method must be one of"),
         ({"base_path": "smooth"}, ValueError, "base_path must be one of"),
         ({"method": "interleaved", "base_path": "clean"}, ValueError, "two_phase"),
+        ({"overlap_phases": True, "base_path": "clean"}, ValueError, "finishes the base frame"),
         ({"solver": "euler"}, ValueError, "solver must be one of"),
         ({"eta": -1.0}, ValueError, "eta"),
         ({"spacing": "even"}, ValueError, "spacing"),

@@ -6,8 +6,9 @@ else is shared, so the results are those of one phase after the other, bit for b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -62,16 +63,28 @@ def _in_thread(
 ) -> Iterator[Wait]:
     """`count` steps in a thread of their own, on as many CPU threads as the caller uses."""
 
-    def run() -> None:
-        with torch.inference_mode():
-            step()
+    done, stopped = [Future() for _ in range(count)], threading.Event()
 
-    pool = ThreadPoolExecutor(1, "base", torch.set_num_threads, (torch.get_num_threads(),))
-    try:
-        futures = [pool.submit(run) for _ in range(count)]
-        yield lambda k: futures[k].result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def run() -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            for future in done:
+                if stopped.is_set():
+                    return
+                try:
+                    step()
+                except BaseException as error:
+                    future.set_exception(error)
+                    return
+                future.set_result(None)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, "base") as pool:
+        pool.submit(run)
+        try:
+            yield lambda k: done[k].result()
+        finally:
+            stopped.set()
 
 
 @contextmanager
