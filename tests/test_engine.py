@@ -1,0 +1,373 @@
+"""What the pipeline's engine adds: motions of one look, previews, pictures, caches, used loops."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_LABELS, save_tiny, tiny_config
+from PIL import Image
+
+import vfengine as vf
+from vfengine.checkpoint import build_video, save_checkpoint
+from vfengine.models import vdm_config
+from vfengine.pictures import read_picture, to_network, to_uint8
+from vfengine.pipeline import VideoFusionPipeline
+from vfengine.sampling import sample_video
+
+STEPS = 4
+
+
+@pytest.fixture
+def pipe(tiny_checkpoint):
+    return VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def clean_checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("models") / "clean", base_path="clean")
+
+
+@pytest.fixture(scope="module")
+def video_checkpoint(tmp_path_factory):
+    """A VDM*, its zero-initialised layers filled at random."""
+    config = tiny_config(
+        base=None, residual=None, lam=None, base_path="stepwise",
+        video=vdm_config(tiny_config().base),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    state = build_video(config).unet.state_dict()
+    for weight in state.values():
+        if weight.ndim > 1:
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
+    folder = tmp_path_factory.mktemp("models") / "vdm"
+    save_checkpoint(folder, config, state, dtype=torch.float32)
+    return folder
+
+
+def call(pipe, label="walk", **settings):
+    return pipe(label, **{"num_inference_steps": STEPS, **settings})
+
+
+# -- motions of one look ---------------------------------------------------------------------------
+
+
+def test_residuals_are_motions_of_one_base_path(pipe):
+    phases = []
+    out = call(pipe, num_residuals=3, callback=lambda *step: phases.append(step[0]))
+    assert out.frames.shape == (3, 4, 16, 16, 3)
+    assert out.trajectory.final.shape[0] == 1
+    assert phases == ["base"] * (STEPS + 1) + ["residual"] * (STEPS + 1)
+    for k in range(3):
+        assert np.array_equal(out.frames[k, 2], out.frames[0, 2])
+        alone = call(pipe, trajectory=out.trajectory, sample_offset=k)
+        np.testing.assert_allclose(alone.frames[0], out.frames[k], atol=2e-4)
+    np.testing.assert_allclose(call(pipe).frames[0], out.frames[0], atol=2e-4)
+    assert not np.array_equal(out.frames[0, 1], out.frames[1, 1])
+
+
+def test_preview_is_the_base_frame_bit_for_bit(pipe):
+    for settings in ({}, {"base_path": "clean"}, {"num_residuals": 2}, {"overlap_phases": True}):
+        base_path = settings.get("base_path")
+        preview = pipe.preview("walk", num_inference_steps=STEPS)
+        assert preview.frames.shape == (1, 1, 16, 16, 3)
+        clip = call(pipe, **settings)
+        assert np.array_equal(clip.frames[0, 2], preview.frames[0, 0]), base_path
+    both = pipe.preview(["walk", "jump"], num_inference_steps=STEPS, num_videos=2)
+    clips = call(pipe, ["walk", "jump"], num_videos=2)
+    assert np.array_equal(both.frames[:, 0], clips.frames[:, 2])
+    again = call(pipe, ["walk", "jump"], num_videos=2, trajectory=both.trajectory)
+    assert np.array_equal(again.frames, clips.frames)
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
+    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    out = call(pipe, image=Image.fromarray(pixels))
+    assert np.array_equal(to_uint8(out.frames)[0, 2], pixels)
+    assert not np.array_equal(out.frames[0, 1], out.frames[0, 2])
+    assert out.trajectory.base_path == "clean"
+    assert set(pipe._engine.networks) == {"residual"}  # no base generator
+    several = call(pipe, image=Image.fromarray(pixels), num_videos=2)
+    assert np.array_equal(several.frames[0, 2], several.frames[1, 2])
+    again = call(pipe, trajectory=out.trajectory)
+    assert np.array_equal(again.frames, out.frames)
+
+
+@pytest.mark.parametrize(("clean_share", "animates"), [(0.5, True), (0.0, False)])
+def test_the_checkpoint_says_whether_it_animates_pictures(tmp_path, clean_share, animates):
+    folder = save_tiny(tmp_path / "m", clean_share=clean_share)
+    pipe = VideoFusionPipeline.from_pretrained(folder)
+    image = Image.new("RGB", (16, 16))
+    if animates:
+        assert call(pipe, image=image).frames.shape == (1, 4, 16, 16, 3)
+    else:
+        with pytest.raises(ValueError, match="cannot animate a picture"):
+            call(pipe, image=image)
+        assert pipe._engine.networks == {}
+
+
+def test_pictures_are_cropped_and_resized(tmp_path):
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (10, 0, 30, 20))  # the square in the middle
+    x = to_network(wide, 3, 16, 16)
+    assert x.shape == (1, 3, 16, 16)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x[0, :, 8, 8], torch.tensor([-1.0, -1.0, 1.0]))
+    assert (x[0, 2] > 0.5).all()  # what was red is cropped away
+    assert to_network(wide, 1, 8, 4).shape == (1, 1, 8, 4)
+    glass = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    assert (to_network(glass, 3, 16, 16) == -1).all()  # on black
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        to_network(wide, 4, 16, 16)
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    wide.save(turned, exif=exif)
+    assert read_picture(turned).size == (20, 40)
+
+
+def test_broken_pictures_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such image"):
+        read_picture(tmp_path / "none.png")
+    whole, cut, text = (tmp_path / name for name in ("whole.png", "cut.png", "text.png"))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    cut.write_bytes(whole.read_bytes()[:2000])
+    text.write_text("no image")
+    for file in (cut, text):
+        with pytest.raises(ValueError, match="not an image that can be read"):
+            read_picture(file)
+
+
+# -- the cache of base paths -----------------------------------------------------------------------
+
+
+def test_cached_base_paths_give_the_same_clip_without_the_base_network(tiny_checkpoint, tmp_path):
+    first = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    cache = tmp_path / "a" / "cache"
+    settings = {"base_cache": cache, "base_seed": 3, "num_videos": 2}
+    clip = call(first, **settings).frames
+    assert np.array_equal(clip, call(first, base_seed=3, num_videos=2).frames)
+    assert len(list(cache.iterdir())) == 1
+
+    second = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    assert np.array_equal(call(second, **settings).frames, clip)
+    assert set(second._engine.networks) == {"residual"}
+    call(second, **{**settings, "residual_seed": 9, "num_frames": 7, "lam": 0.2})
+    assert len(list(cache.iterdir())) == 1
+    preview = second.preview("walk", num_inference_steps=STEPS, **settings)
+    assert np.array_equal(preview.frames[:, 0], clip[:, 2])
+    assert set(second._engine.networks) == {"residual"}
+
+
+def test_cache_tells_apart_whatever_a_path_depends_on(tiny_checkpoint, tmp_path):
+    cache = tmp_path / "cache"
+    base = {"num_inference_steps": STEPS, "base_cache": cache}
+    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1))
+    changes = [
+        {}, {"base_seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 5},
+        {"solver": "dpmsolver++"}, {"eta": 0.5}, {"num_videos": 2}, {"sample_offset": 1},
+    ]  # fmt: skip
+    for change in changes:
+        pipe.walk_base("walk", **{**base, **change})
+    pipe.walk_base("jump", **base)
+    pipe.walk_base(None, **base)
+    half.walk_base("walk", **base)
+    other.walk_base("walk", **base)
+    assert len(list(cache.iterdir())) == len(changes) + 4
+
+
+def test_cache_refuses_what_is_not_its_own(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is not a folder"):
+        call(pipe, base_cache=tmp_path / "file")
+    cache = tmp_path / "cache"
+    pipe.walk_base("walk", num_inference_steps=STEPS, base_cache=cache)
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        call(pipe, base_cache=cache)
+    pipe.walk_base("jump", num_inference_steps=STEPS).save(file)
+    with pytest.raises(ValueError, match="under another's name"):
+        call(pipe, base_cache=cache)
+
+
+# -- loops, kept and used again --------------------------------------------------------------------
+
+
+def loops_of(pipe):
+    return {phase: loop for phase, (_, loop) in pipe._engine.loops.items()}
+
+
+def test_loops_and_their_buffers_are_used_again(pipe):
+    keep = {"offload_base": False}
+    clip = call(pipe, **keep).frames
+    first = loops_of(pipe)
+    assert set(first) == {"base", "residual"}
+    other = call(pipe, base_seed=8, residual_seed=9, **keep).frames
+    assert loops_of(pipe) == first
+    assert not np.array_equal(clip, other)
+    assert np.array_equal(call(pipe, **keep).frames, clip)
+    trajectory = call(pipe, **keep).trajectory
+    states = trajectory.states.clone()
+    call(pipe, base_seed=8, **keep)
+    assert torch.equal(trajectory.states, states)  # what was given away is not written again
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_inference_steps": 5},
+        {"guidance_scale": 3.0},
+        {"label": "jump"},
+        {"num_videos": 2},
+        {"solver": "unipc"},
+        {"num_frames": 3},
+        {"lam": 0.3},
+        {"base_path": "clean"},
+        {"window": 3},
+        {"eta": 0.5},
+    ],
+)
+def test_another_call_gets_another_loop(pipe, tiny_checkpoint, change):
+    keep = {"offload_base": False}
+    call(pipe, **keep)
+    first = loops_of(pipe)["residual"]
+    clip = call(pipe, **{**keep, **change}).frames
+    assert loops_of(pipe)["residual"] is not first
+    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    assert np.array_equal(call(fresh, **change).frames, clip)
+
+
+def test_noise_on_the_way_is_of_the_seeds_asked_for(pipe):
+    """Seeds are constants of a captured step, so they make another loop where there is noise."""
+    settings = {"eta": 1.0, "offload_base": False}
+    seeds = ((1, 0), (2, 0), (2, 5), (1, 0))
+    clips = [call(pipe, residual_seed=r, base_seed=b, **settings).frames for r, b in seeds]
+    assert np.array_equal(clips[0], clips[3])
+    assert not np.array_equal(clips[0][:, 0], clips[1][:, 0])
+    assert not np.array_equal(clips[1][:, 2], clips[2][:, 2])
+
+
+def test_new_weights_are_never_sampled_with_an_old_loop(pipe):
+    keep = {"offload_base": False}
+    clip, first = call(pipe, **keep).frames, loops_of(pipe)
+    network = pipe._engine.networks["residual"]
+    with torch.no_grad():
+        network.unet.conv_out.bias.add_(0.5)
+    changed = call(pipe, **keep).frames
+    assert loops_of(pipe)["residual"] is not first["residual"]
+    assert loops_of(pipe)["base"] is first["base"]
+    assert not np.array_equal(changed, clip)
+
+
+# -- both phases at once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_residuals": 3}, {"eta": 0.7}, {"num_videos": 2}])
+def test_overlapped_phases_give_the_same_clip(pipe, settings):
+    expected = call(pipe, **settings)
+    for _ in range(2):  # the second time with the loops of the first
+        out = call(pipe, overlap_phases=True, **settings)
+        assert np.array_equal(out.frames, expected.frames)
+        assert torch.equal(out.trajectory.states, expected.trajectory.states)
+        assert out.trajectory.metadata == expected.trajectory.metadata
+    assert np.array_equal(call(pipe, **settings).frames, expected.frames)
+    assert call(pipe, overlap_phases=True, base_seed=4, **settings).frames.shape[0] >= 1
+    again = call(pipe, overlap_phases=True, **settings)
+    assert np.array_equal(again.frames, expected.frames)
+
+
+# -- plain video models ----------------------------------------------------------------------------
+
+
+def test_a_plain_video_model_is_sampled_by_the_same_call(video_checkpoint):
+    pipe = VideoFusionPipeline.from_pretrained(video_checkpoint)
+    steps = []
+    out = call(pipe, guidance_scale=1.0, callback=lambda *step: steps.append(step))
+    assert out.trajectory is None
+    assert steps == [("video", k, STEPS) for k in range(STEPS + 1)]
+    labels = torch.tensor([TINY_LABELS.index("walk")])
+    network = pipe._engine.networks["video"]
+    noise = vf.decomposed_noise((1, 4, 3, 16, 16), 0, 1).residual
+    video = sample_video(
+        lambda z, t: network(z, t, class_labels=labels), noise, schedule=pipe.schedule,
+        num_inference_steps=STEPS,
+    )  # fmt: skip
+    expected = (video / 2 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
+    np.testing.assert_allclose(out.frames, expected, atol=1e-6)
+    part = call(pipe, sample_offset=1).frames
+    np.testing.assert_allclose(call(pipe, num_videos=2).frames[1], part[0], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"base_path": "clean"},
+        {"image": Image.new("RGB", (16, 16))},
+        {"base_cache": "cache"},
+        {"window": 3},
+        {"window_overlap": 2},
+        {"lam": 0.5},
+        {"offload_base": False},
+        {"overlap_phases": True},
+        {"num_residuals": 2},
+    ],
+)
+def test_a_plain_video_model_refuses_what_needs_a_base_path(video_checkpoint, setting):
+    pipe = VideoFusionPipeline.from_pretrained(video_checkpoint)
+    with pytest.raises(ValueError, match=f"has no base path, so it takes no {next(iter(setting))}"):
+        call(pipe, **setting)
+    with pytest.raises(ValueError, match="has no base path"):
+        pipe.preview("walk")
+    assert pipe._engine.networks == {}
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_settings_that_do_not_go_together(clean_checkpoint, tmp_path):
+    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint)
+    path = pipe.walk_base("walk", num_inference_steps=STEPS)
+    image = Image.new("RGB", (16, 16))
+    pipe._engine.release("base")
+    for settings, message in (
+        ({"num_residuals": 0}, "num_residuals must be an int of at least 1"),
+        ({"num_residuals": 2, "num_videos": 2}, "num_residuals=2 is of one base path, 2 are"),
+        ({"num_residuals": 2, "label": ["walk", "jump"]}, "num_residuals=2 is of one base path"),
+        ({"image": image, "trajectory": path}, "a trajectory cannot go with it"),
+        ({"image": image, "base_path": "stepwise"}, "base_path='stepwise' cannot go with it"),
+        ({"overlap_phases": True}, "finishes the base frame first"),
+        ({"overlap_phases": True, "image": image}, "a given base path is there already"),
+        ({"overlap_phases": True, "trajectory": path}, "a given base path is there already"),
+        (
+            {"overlap_phases": True, "base_path": "stepwise", "base_cache": tmp_path / "c"},
+            "a base cache keeps finished paths",
+        ),
+        (
+            {"overlap_phases": True, "base_path": "stepwise", "offload_base": True},
+            "offload_base frees the base network",
+        ),
+        ({"window": 0, "window_overlap": 2}, "window=0 asks for none"),
+        ({"window": 2}, "window must be at least 3"),
+        ({"window": 4, "window_overlap": 1}, "window_overlap of a window of 4 frames must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(pipe, **settings)
+    assert pipe._engine.networks == {}
+    assert not (tmp_path / "c").exists()
+
+
+def test_base_paths_say_what_they_are_of(pipe, tmp_path):
+    out = call(pipe, base_cache=tmp_path / "cache", guidance_scale=3.0)
+    assert out.trajectory.metadata["guidance_scale"] == "3.0"
+    key = json.loads(out.trajectory.metadata["cache_key"])
+    assert key["labels"] == '["walk"]'
+    assert key["timesteps"] == pipe.schedule.timesteps(STEPS).tolist()
