@@ -49,6 +49,17 @@ def test_captured_loop_on_a_gpu(gpu_check, backend):
     assert gpu_check.captured_loop(backend)["passed"]
 
 
+def test_whole_clips_are_the_same_in_all_forms(gpu_check):
+    report = gpu_check.whole_clips("cpu", num_inference_steps=2)
+    assert report["passed"], report
+    assert len(report["seconds"]) == 6
+
+
+@no_gpu
+def test_whole_clips_on_a_gpu(gpu_check):
+    assert gpu_check.whole_clips("cuda")["passed"]
+
+
 def test_benches_are_all_there(gpu_check):
     for name in gpu_check.BENCHES:
         assert callable(importlib.import_module(name).measure)
