@@ -38,7 +38,9 @@ def replayable(step: Step, device: torch.device, before: Step) -> Step:
         before()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # On the stream that warmed up: libraries keep a workspace per stream, and two graphs
+            # that are replayed at once must not share one.
+            with torch.cuda.graph(graph, stream=stream):
                 step()
         except RuntimeError as error:
             raise RuntimeError(
