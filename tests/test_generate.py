@@ -78,7 +78,8 @@ def test_defaults_are_the_pipelines(tiny_checkpoint):
     said = vf.VideoFusionPipeline.__call__.__kwdefaults__
     for name in (
         *("num_frames", "num_inference_steps", "guidance_scale", "base_seed", "residual_seed"),
-        *("base_path", "num_videos", "solver", "eta"),
+        *("base_path", "num_videos", "solver", "eta", "num_residuals", "image", "base_cache"),
+        *("window", "window_overlap", "overlap_phases", "offload_base"),
     ):
         assert DEFAULTS[name] == said[name], name
     assert getattr(torch, DEFAULTS["dtype"]) == pipe.dtype
@@ -216,7 +217,7 @@ def test_seed_flags():
         ("labels: walk", ["unknown entry 'labels'", "guidance_scale", "num_videos"]),
         ("list_labels: true", ["unknown entry 'list_labels'"]),
         ("config: other.yaml", ["unknown entry 'config'"]),
-        ("num_frames: many", ["--num-frames", "expected a whole number from 1 to 1024", "'many'"]),
+        ("num_frames: many", ["--num-frames", "expected a whole number from 1 to 4096", "'many'"]),
         ("num_frames: [4]", ["num_frames must be one value"]),
         ("label: yes", ["label must be one value, got True"]),
         ("quiet: 1", ["quiet must be true or false, got 1"]),
@@ -322,8 +323,8 @@ def test_trajectory_paths_are_checked(cli):
     [
         (["--label", "fly"], ["unknown label 'fly', expected one of: cartwheel, jump, walk"]),
         ([], ["no --label, expected one of: cartwheel, jump, walk"]),
-        (["--label", "walk", "--num-frames", "0"], ["--num-frames", "from 1 to 1024, got '0'"]),
-        (["--label", "walk", "--num-frames", "1025"], ["--num-frames", "got '1025'"]),
+        (["--label", "walk", "--num-frames", "0"], ["--num-frames", "from 1 to 4096, got '0'"]),
+        (["--label", "walk", "--num-frames", "4097"], ["--num-frames", "got '4097'"]),
         (["--label", "walk", "--num-frames", "4.5"], ["--num-frames", "got '4.5'"]),
         (["--label", "walk", "--num-inference-steps", "0"], ["--num-inference-steps", "from 1"]),
         (["--label", "walk", "--num-inference-steps", "1001"], ["num_inference_steps", "1000"]),

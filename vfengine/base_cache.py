@@ -26,7 +26,7 @@ def cached_path(
     key: all that the path depends on, as JSON values; kept in the file's metadata under "cache_key"
 
     Raises ValueError, before anything is walked, for a folder that cannot be one or a file in it
-    that is no whole base path of this key; OSError where it cannot be written.
+    that is no whole base path of this key; OSError, after the walk, where it cannot be written.
     """
     folder, text = Path(folder), json.dumps(key, sort_keys=True)
     if folder.exists() and not folder.is_dir():
@@ -37,8 +37,8 @@ def cached_path(
         if path.metadata.get("cache_key") != text:
             raise ValueError(f"{file}: a base trajectory under another's name; remove it")
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     path = walk()
+    folder.mkdir(parents=True, exist_ok=True)
     path = replace(path, metadata={**path.metadata, "cache_key": text})
     path.save(file)
     return path

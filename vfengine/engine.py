@@ -79,7 +79,7 @@ class Engine:
         callback: Callback | None,
         *,
         lam: Lam,
-        windows: tuple[int, int | None] | None,
+        windows: tuple[int, int] | None,
         **place: int,
     ) -> Tensor:
         """The residual phase on r [B, N, C, H, W] along a path: the clips, in the loop's memory.
@@ -107,7 +107,7 @@ class Engine:
         callback: Callback | None,
         *,
         lam: Lam,
-        windows: tuple[int, int | None] | None,
+        windows: tuple[int, int] | None,
         base_seed: int,
         seed: int,
         sample_offset: int,

@@ -14,78 +14,61 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .generate_settings import DEFAULTS, UsageError, one_line, read_settings
+from .generate_output import (
+    Failure,
+    Progress,
+    Run,
+    check_base_files,
+    record,
+    summary,
+    targets,
+    write_clip,
+    write_trajectory,
+)
+from .generate_settings import BASE_FLAGS, UsageError, asked_for, one_line, read_settings
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from .pipeline import VideoFusionPipeline
+    from .pipeline import VideoFusionOutput, VideoFusionPipeline
     from .trajectory import BaseTrajectory
 
 PROGRAM = "vfengine.generate"
 
 
-class Failure(RuntimeError):
-    """Something that went wrong after all input had been accepted, in one line."""
-
-
-@dataclass
-class Run:
-    """What has happened so far: written so that an error or an interrupt can name it."""
-
-    started: float
-    files: list[Path] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-
-    def add(self, timings: Mapping[str, float]) -> None:
-        for name, seconds in timings.items():
-            self.timings[name] = self.timings.get(name, 0.0) + seconds
-
-
 def generate(settings: argparse.Namespace, run: Run) -> None:
     """Does what the settings ask for; ValueError or OSError for bad input, Failure for the rest."""
+    count = max(settings.num_videos, settings.num_residuals)
     if settings.output is not None:
-        _targets(Path(settings.output), settings.num_videos)  # before torch is imported
-    _check_trajectory_file(settings)
+        targets(Path(settings.output), count)  # before torch is imported
+    check_base_files(settings)
 
     pipe = _open_pipeline(settings)
     if settings.list_labels:
         print(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
         return
-    if settings.label not in pipe.labels:
-        problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
-        raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
-    if pipe.config.channels != 3:
-        raise UsageError(f"{pipe.folder}: clips of {pipe.config.channels} channels are not RGB")
+    _check_model(settings, pipe)
     if settings.output is None:
-        settings.output = f"{settings.label}.mp4"
-    targets = _targets(Path(settings.output), settings.num_videos)
+        settings.output = settings.label + (".png" if settings.preview else ".mp4")
+    files = targets(Path(settings.output), count)
     given = _read_trajectory(settings, pipe)
+    _settle(settings, pipe, given)
 
-    walked = _sample_and_write(settings, pipe, given, targets, run)
+    walked = _sample_and_write(settings, pipe, given, files, run)
     if walked:
-        _write_trajectory(Path(settings.base_trajectory), walked)
+        write_trajectory(Path(settings.base_trajectory), walked)
     run.timings["total"] = time.perf_counter() - run.started
     if settings.json:
-        print(json.dumps(_record(settings, pipe, given, run)))
+        print(json.dumps(record(settings, pipe, given is not None, run)))
     elif not settings.quiet:
-        print(_summary(settings, run))
+        print(summary(settings, pipe, run))
 
 
-def _targets(output: Path, count: int) -> list[Path]:
-    """The files to be written, name-000.mp4 … when there are several, each found possible."""
-    from .video_io import check_target
-
-    if count == 1:
-        return [check_target(output)]
-    digits = max(3, len(str(count - 1)))
-    names = [f"{output.stem}-{k:0{digits}d}{output.suffix}" for k in range(count)]
-    return [check_target(output.with_name(name)) for name in names]
+# -- before sampling -------------------------------------------------------------------------------
 
 
 def _open_pipeline(settings: argparse.Namespace) -> VideoFusionPipeline:
@@ -97,20 +80,24 @@ def _open_pipeline(settings: argparse.Namespace) -> VideoFusionPipeline:
         settings.model,
         device=settings.device,
         dtype=getattr(torch, settings.dtype),
-        keep_base=settings.num_videos > settings.batch_size,
+        capture=not settings.no_capture,
     )
 
 
-def _check_trajectory_file(settings: argparse.Namespace) -> None:
-    from .video_io import check_writable
-
-    if settings.base_trajectory is None:
-        return
-    file = Path(settings.base_trajectory)
-    if file.suffix != ".safetensors":
-        raise UsageError(f"--base-trajectory {file}: expected a .safetensors file")
-    if not file.exists():
-        check_writable(file)
+def _check_model(settings: argparse.Namespace, pipe: VideoFusionPipeline) -> None:
+    """UsageError for what this model cannot do; what the pipeline refuses is not repeated here."""
+    if settings.label not in pipe.labels:
+        problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
+        raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
+    if pipe.config.channels != 3:
+        raise UsageError(f"{pipe.folder}: clips of {pipe.config.channels} channels are not RGB")
+    if pipe.config.objective == "vdm":
+        unfit = [flag for flag in asked_for(settings) if flag in BASE_FLAGS]
+        if unfit:
+            raise UsageError(
+                f"{pipe.folder}: a plain video model has no base path, so it takes no "
+                f"{', '.join(unfit)}"
+            )
 
 
 def _walk(settings: argparse.Namespace) -> dict[str, Any]:
@@ -118,7 +105,6 @@ def _walk(settings: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": settings.num_inference_steps,
         "solver": settings.solver,
         "eta": settings.eta,
-        "base_path": settings.base_path,
     }
 
 
@@ -133,11 +119,13 @@ def _read_trajectory(
     file = Path(settings.base_trajectory)
     trajectory = BaseTrajectory.load(file, device=pipe.device)
     try:
-        pipe.check_trajectory(trajectory, settings.num_videos, **_walk(settings))
+        pipe.check_trajectory(
+            trajectory, settings.num_videos, base_path=settings.base_path, **_walk(settings)
+        )
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from error
     seed = trajectory.metadata.get("base_seed")
-    if settings.base_seed_is_asked and seed not in (None, str(settings.base_seed)):
+    if "base_seed" in settings.given and seed not in (None, str(settings.base_seed)):
         raise UsageError(
             f"{file}: the base trajectory was made with base seed {seed}, but "
             f"{settings.base_seed} is asked for"
@@ -146,58 +134,134 @@ def _read_trajectory(
     return trajectory
 
 
+def _settle(
+    settings: argparse.Namespace, pipe: VideoFusionPipeline, given: BaseTrajectory | None
+) -> None:
+    """Fills in what was left open, so that the settings say what is done; None has no part in it.
+
+    A base network that a later batch needs is kept, and otherwise let go.
+    """
+    from .windows import choose_windows
+
+    config = pipe.config
+    if settings.fps is None:
+        settings.fps = config.fps
+    if settings.preview:
+        settings.num_frames, settings.residual_seed = 1, None
+        return
+    if settings.num_frames is None:
+        settings.num_frames = config.num_frames
+    if config.objective == "vdm":
+        settings.base_seed = None
+        return
+    if settings.image is not None:
+        settings.base_seed = None
+    if settings.base_path is None:
+        picture = settings.image is not None or (given is not None and given.base_path == "clean")
+        settings.base_path = "clean" if picture else config.base_path
+    sizes = (settings.num_frames, config.num_frames, settings.window, settings.window_overlap)
+    settings.window, settings.window_overlap = choose_windows(*sizes) or (0, None)
+    if settings.offload_base is None:
+        one_batch = settings.num_videos <= settings.batch_size
+        settings.offload_base = one_batch and not settings.overlap_phases
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
 def _sample_and_write(
     settings: argparse.Namespace,
     pipe: VideoFusionPipeline,
     given: BaseTrajectory | None,
-    targets: Sequence[Path],
+    files: Sequence[Path],
     run: Run,
 ) -> list[BaseTrajectory]:
     """Batch after batch; returns the base paths walked, where they are to be kept."""
-    from .pipeline import to_uint8
+    from .pictures import read_picture, to_uint8
 
-    if settings.fps is None:
-        settings.fps = pipe.config.fps
-    if settings.num_frames is None:
-        settings.num_frames = pipe.config.num_frames
+    source = {"trajectory": given}
+    if settings.image is not None:
+        source["image"] = read_picture(settings.image)
+    if settings.base_cache is not None:
+        source["base_cache"] = settings.base_cache
+    if settings.overlap_phases:
+        source["overlap_phases"] = True
+    keep = settings.base_trajectory is not None and given is None
     walked = []
-    with _progress(settings, phases=1 if given else 2) as bar:
-
-        def on_step(phase: str, done: int, total: int) -> None:
-            run.timings.setdefault("startup", time.perf_counter() - run.started)
-            bar.set_description(phase, refresh=False)
-            bar.update(1 if done else 0)
-
-        for first in range(0, len(targets), settings.batch_size):
-            batch = targets[first : first + settings.batch_size]
-            try:
-                out = pipe(
-                    settings.label,
-                    num_videos=len(batch),
-                    num_frames=settings.num_frames,
-                    guidance_scale=settings.guidance_scale,
-                    base_seed=settings.base_seed or 0,
-                    residual_seed=settings.residual_seed,
-                    trajectory=_part(given, first, len(batch)),
-                    sample_offset=first,
-                    callback=on_step,
-                    **_walk(settings),
-                )
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise Failure(
-                    "not enough memory: try fewer frames, a smaller --batch-size or --dtype bf16"
-                ) from error
+    batches = range(0, len(files), settings.batch_size)
+    with Progress(settings, _phases(settings, pipe, source, len(batches)), run) as progress:
+        for first in batches:
+            batch = files[first : first + settings.batch_size]
+            with _explained(settings, run):
+                out = _sample(settings, pipe, source, first, len(batch), progress)
+            run.sampling()
             run.add(out.timings)
-            if settings.base_trajectory is not None and given is None:
+            progress.end_batch()
+            if keep:
                 walked.append(out.trajectory)
+            if settings.num_residuals > 1:  # the other motions follow the first ones' path
+                source, keep = {"trajectory": out.trajectory}, False
             started = time.perf_counter()
             for target, frames in zip(batch, to_uint8(out.frames), strict=True):
-                _write(target, frames, settings)
+                write_clip(target, frames, settings)
                 run.files.append(target)
             run.add({"write": time.perf_counter() - started})
     return walked
+
+
+def _phases(
+    settings: argparse.Namespace,
+    pipe: VideoFusionPipeline,
+    source: dict[str, Any],
+    batches: int,
+) -> list[int]:
+    """How many phases each batch has."""
+    if pipe.config.objective == "vdm":
+        return [1] * batches
+    base = 0 if source["trajectory"] is not None or "image" in source else 1
+    if settings.preview:
+        return [base] * batches
+    if settings.num_residuals > 1:
+        return [base + 1] + [1] * (batches - 1)
+    return [base + 1] * batches
+
+
+def _sample(
+    settings: argparse.Namespace,
+    pipe: VideoFusionPipeline,
+    source: dict[str, Any],
+    first: int,
+    count: int,
+    progress: Progress,
+) -> VideoFusionOutput:
+    """Clips first … first + count - 1, or their base frames; source: where the base path is from"""
+    source = {**source, "trajectory": _part(source["trajectory"], first, count)}
+    base = {
+        "guidance_scale": settings.guidance_scale,
+        "base_seed": settings.base_seed or 0,
+        "sample_offset": first,
+        "callback": progress,
+        **_walk(settings),
+    }
+    if settings.preview:
+        path = source.pop("trajectory")
+        if path is not None:
+            return _look(path, count)
+        return pipe.preview(settings.label, num_videos=count, **source, **base)
+    motions = settings.num_residuals > 1
+    return pipe(
+        settings.label,
+        num_videos=1 if motions else count,
+        num_residuals=count if motions else 1,
+        num_frames=settings.num_frames,
+        residual_seed=settings.residual_seed,
+        base_path=settings.base_path,
+        window=settings.window,
+        window_overlap=settings.window_overlap,
+        offload_base=settings.offload_base,
+        **source,
+        **base,
+    )
 
 
 def _part(trajectory: BaseTrajectory | None, first: int, count: int) -> BaseTrajectory | None:
@@ -207,107 +271,34 @@ def _part(trajectory: BaseTrajectory | None, first: int, count: int) -> BaseTraj
     return replace(trajectory, states=trajectory.states[:, first : first + count])
 
 
-def _write(target: Path, frames: np.ndarray, settings: argparse.Namespace) -> None:
-    import av
+def _look(path: BaseTrajectory, count: int) -> VideoFusionOutput:
+    """The preview of a base path that is there already."""
+    from .pictures import to_frames
+    from .pipeline import VideoFusionOutput
 
-    from .video_io import enlarge, write_video
+    frames = to_frames(path.final[:, None].expand(count, -1, -1, -1, -1), "np")
+    return VideoFusionOutput(frames, path, {"load": 0.0, "base": 0.0, "residual": 0.0})
 
+
+@contextmanager
+def _explained(settings: argparse.Namespace, run: Run) -> Iterator[None]:
+    """Failure for what may go wrong in sampling; an error before its first step is the input's."""
     try:
-        write_video(target, enlarge(frames, settings.scale, settings.scale_filter), settings.fps)
-    except (OSError, av.FFmpegError) as error:
-        raise Failure(f"{target}: cannot be written ({one_line(error)})") from error
-
-
-def _write_trajectory(file: Path, walked: Sequence[BaseTrajectory]) -> None:
-    import torch
-
-    states = torch.cat([part.states for part in walked], dim=1)
-    try:
-        replace(walked[0], states=states).save(file)
-    except OSError as error:
-        raise Failure(f"{file}: cannot be written ({one_line(error)})") from error
-
-
-def _progress(settings: argparse.Namespace, phases: int) -> Any:
-    """One bar over all batches and phases; on a terminal only."""
-    from tqdm import tqdm
-
-    batches = -(-settings.num_videos // settings.batch_size)
-    return tqdm(
-        total=batches * phases * settings.num_inference_steps,
-        disable=True if settings.quiet else None,  # None: shown if stderr is a terminal
-        ncols=_terminal_columns(),
-        nrows=20,  # as with columns, a terminal that states 0 would show nothing
-        leave=False,
-        unit="step",
-    )
-
-
-def _terminal_columns() -> int:
-    """Of the terminal at stderr; 80 when it does not say."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):  # no terminal, or no file behind stderr
-        return 80
-
-
-# -- what is said about it -------------------------------------------------------------------------
-
-
-def _summary(settings: argparse.Namespace, run: Run) -> str:
-    files = [str(file) for file in run.files]
-    names = files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}: {len(files)} clips"
-    seconds = {name: f"{value:.1f} s" for name, value in run.timings.items()}
-    return (
-        f"{names}: {settings.num_frames} frames, {settings.num_inference_steps} steps, "
-        f"{seconds['total']} (start {seconds['startup']}, base {seconds['base']}, "
-        f"residual {seconds['residual']})"
-    )
-
-
-def _record(
-    settings: argparse.Namespace,
-    pipe: VideoFusionPipeline,
-    given: BaseTrajectory | None,
-    run: Run,
-) -> dict[str, Any]:
-    """The line of --json; times in seconds, memory in bytes."""
-    import torch
-
-    from . import __version__
-
-    said_elsewhere = ("list_labels", "json", "quiet", "base_seed", "residual_seed")
-    asked = {name: getattr(settings, name) for name in DEFAULTS if name not in said_elsewhere}
-    asked["base_path"] = settings.base_path or (
-        "clean" if given is not None and given.base_path == "clean" else pipe.config.base_path
-    )
-    asked["model"] = str(pipe.folder)
-    cuda = pipe.device.type == "cuda"
-    return {
-        "files": [str(file) for file in run.files],
-        "base_seed": settings.base_seed,
-        "residual_seed": settings.residual_seed,
-        "timings": {name: round(seconds, 4) for name, seconds in run.timings.items()},
-        "peak_memory": {
-            "process": _peak_process_memory(),
-            "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
-        },
-        "base_trajectory_read": given is not None,
-        "model_fingerprint": pipe.config.fingerprint(),
-        "threads": torch.get_num_threads(),
-        "version": __version__,
-        "settings": asked,
-    }
-
-
-def _peak_process_memory() -> int | None:
-    """Largest resident size of this process in bytes; None where the system does not say."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise Failure(
+                "not enough memory: try fewer frames, a smaller --batch-size or --dtype bf16"
+            ) from error
+        if "cannot be captured" in str(error):
+            raise Failure(f"{one_line(error)}: try --no-capture") from error
+        raise
+    except (ValueError, OSError) as error:
+        if "startup" not in run.timings:
+            raise
+        cache = isinstance(error, OSError) and settings.base_cache is not None
+        where = f"--base-cache {settings.base_cache}: " if cache else ""
+        raise Failure(where + one_line(error)) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -31,7 +31,7 @@ from .noise import check_seed
 from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
 from .solvers import SolverTable, solver_table
 from .trajectory import BASE_PATHS, BaseTrajectory
-from .windows import plan_windows
+from .windows import choose_windows
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
@@ -188,7 +188,7 @@ class VideoFusionPipeline:
             return VideoFusionOutput(to_frames(video, output_type), None, timings)
         lam = config.lam if lam is None else lam
         frame_weights(lam, num_frames)
-        windows = self._windows(num_frames, window, window_overlap)
+        windows = choose_windows(num_frames, config.num_frames, window, window_overlap)
         if num_residuals > 1 and len(classes) > 1:
             raise ValueError(
                 f"num_residuals={num_residuals} is of one base path, {len(classes)} are asked for"
@@ -366,9 +366,8 @@ class VideoFusionPipeline:
                 f"the base trajectory's frames are [C, H, W] = {theirs}, this model's are {picture}"
             )
         if clips not in (1, num_clips):
-            raise ValueError(
-                f"the base trajectory holds {clips} clips, neither 1 nor the {num_clips} asked for"
-            )
+            wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
+            raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -416,21 +415,6 @@ class VideoFusionPipeline:
             "guidance_scale": repr(float(guidance_scale)),
         }
 
-    def _windows(
-        self, num_frames: int, window: int | None, overlap: int | None
-    ) -> tuple[int, int | None] | None:
-        """Windows as asked for, or of the trained length where the clip is longer."""
-        trained = self.config.num_frames
-        if type(window) is int and window == 0:
-            if overlap is not None:
-                raise ValueError("window_overlap was given, but window=0 asks for none")
-            return None
-        if window is None and overlap is None and not num_frames > trained >= 3:
-            return None
-        window = trained if window is None else window
-        plan_windows(num_frames, window, overlap)
-        return window, overlap
-
     def _refuse(self, **settings: Any) -> None:
         """ValueError for settings that a plain video model has no use for; None is not given."""
         given = [name for name, value in settings.items() if value is not None]
@@ -445,7 +429,7 @@ def _check_overlap(clean: bool, trajectory, base_cache, offload_base) -> None:
     """ValueError for what two phases at once cannot go with."""
     for asked, problem in (
         (trajectory is not None, "a given base path is there already"),
-        (clean, "base_path='clean' finishes the base frame first"),
+        (clean, "base_path='clean' finishes the base frame first; take 'stepwise'"),
         (base_cache is not None, "a base cache keeps finished paths"),
         (bool(offload_base), "offload_base frees the base network between them"),
     ):

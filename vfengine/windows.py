@@ -71,6 +71,26 @@ def plan_windows(num_frames: int, window: int, overlap: int | None = None) -> Wi
     return Windows(num_frames, window, starts, weights)
 
 
+def choose_windows(
+    num_frames: int, trained: int, window: int | None = None, overlap: int | None = None
+) -> tuple[int, int] | None:
+    """(window, overlap) as asked for; of the trained length where the clip is longer; or None.
+
+    window: 0 asks for none, None for what suits the clip; overlap: None is the least possible
+
+    Raises ValueError as `plan_windows`, and for an overlap without windows.
+    """
+    if type(window) is int and window == 0:
+        if overlap is not None:
+            raise ValueError("window_overlap was given, but window=0 asks for none")
+        return None
+    if window is None and overlap is None and not num_frames > trained >= 3:
+        return None
+    window = trained if window is None else window
+    plan_windows(num_frames, window, overlap)
+    return window, window - largest_stride(window) if overlap is None else overlap
+
+
 def windowed(
     model: Model,
     num_frames: int,
