@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vfengine import models, ops
     from vfengine.decompose import decomposed_noise
     from vfengine.pipeline import VideoFusionPipeline
-    from vfengine.sampling import sample, sample_base, sample_residual
+    from vfengine.sampling import sample, sample_base, sample_residual, sample_video
     from vfengine.schedule import NoiseSchedule
     from vfengine.trajectory import BaseTrajectory
 
@@ -25,6 +25,7 @@ _HOME = {
     "sample": "vfengine.sampling",
     "sample_base": "vfengine.sampling",
     "sample_residual": "vfengine.sampling",
+    "sample_video": "vfengine.sampling",
 }
 _SUBPACKAGES = ("models", "ops")
 
@@ -39,6 +40,7 @@ __all__ = [
     "sample",
     "sample_base",
     "sample_residual",
+    "sample_video",
 ]
 
 
