@@ -569,3 +569,21 @@ def test_refused_before_sampling(cli, clean_checkpoint, monkeypatch, flags, word
     many = [] if "--preview" in flags or "--num-residuals" in flags else ["--num-residuals", 2]
     assert refused(cli(*WALK, *many, *flags, model=clean_checkpoint), *words)
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--label", "jump"], 'made with labels ["walk"], but ["jump"] is asked for'),
+        ([*WALK, "--guidance-scale", "7"], "made with guidance scale 2.0, but 7.0 is asked for"),
+        ([*WALK, "--base-seed", "4"], "made with base seed 0, but 4 is asked for"),
+    ],
+)
+def test_a_path_of_another_look_is_refused(cli, flags, message):
+    done(cli(*WALK, "--preview", "--base-trajectory", "path.safetensors", "--json"))
+    path = ["--base-trajectory", "path.safetensors", "--output", "other.png"]
+    status, out, err = cli(*flags, "--preview", *path)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert not Path("other.png").exists()
+    assert done(cli(*WALK, *path, "--json"))["base_trajectory_read"]

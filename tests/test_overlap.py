@@ -27,6 +27,21 @@ def test_overlapped_phases_give_the_same_bits(steps, solver, eta, dtype):
     assert torch.equal(video, expected)
 
 
+def test_overlapped_phases_share_autocast():
+    """Which is a thread's own; the base network must run in it as its caller does."""
+    layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def base(z, t):
+        return layer(z)
+
+    noise = noise_of((1, 3, 1, 8, 8), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sample(base, residual_model, *noise, **WALK)
+        video = sample(base, residual_model, *noise, overlap_phases=True, **WALK)
+    assert torch.equal(video, expected)
+    assert not torch.equal(sample(base, residual_model, *noise, **WALK), expected)
+
+
 def test_overlapped_base_phase_runs_ahead_in_a_thread_of_its_own():
     """The base network's last call comes before the residual network's first: it never waits."""
     done, threads = threading.Event(), set()

@@ -1,8 +1,8 @@
 """The engine of a pipeline: networks in memory, guidance, and the loops that are used again.
 
 Networks are read when first asked for and can be let go. A loop, with its buffers and on CUDA its
-graph, is kept until a call needs another: other shapes, conditions, solver or weights. One loop a
-phase, so memory does not grow from call to call.
+graph, is kept until a call needs another: for other shapes, scales, solvers or weights, not for
+other noise or labels. One loop a phase, so memory does not grow from call to call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .capture import weights_key
+from .capture import surroundings_key, weights_key
 from .checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from .decompose import Lam, Model, frame_weights
 from .loops import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
@@ -29,11 +30,29 @@ from .trajectory import BaseTrajectory
 from .windows import windowed
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the networks are conditioned on: classes int64 [B] on the device, guidance scale."""
+
+    classes: Tensor
+    guidance_scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A loop between runs: what it was made for, and where its network reads the labels."""
+
+    key: object
+    loop: Loop
+    labels: Tensor
+
+
 class Engine:
     """Runs the phases of one checkpoint on one device.
 
-    timings: seconds so far, {"load", "base", "residual"}; `take_timings` starts anew
     capture: on CUDA, replay steps from graphs
+
+    Methods take `timings`, {"load", "base", "residual"}, and add their seconds.
     """
 
     def __init__(
@@ -47,107 +66,107 @@ class Engine:
         self.config, self.folder, self.device = config, folder, device
         self.dtype, self.capture = dtype, capture
         self.networks: dict[str, nn.Module] = {}
-        self.loops: dict[str, tuple[object, Loop]] = {}  # by phase: what it was made for, and it
-        self.timings = _no_time()
+        self.loops: dict[str, _Held] = {}
 
     # -- phases --------------------------------------------------------------------------------
 
     def base(
         self,
         noise: Tensor,
-        classes: Tensor,
-        guidance_scale: float,
+        asked: Asked,
         table: SolverTable,
         callback: Callback | None,
+        timings: dict[str, float],
         **place: int,
     ) -> Tensor:
         """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W].
 
-        classes: int64 [B], on the device; place: seed and sample_offset of the noise on the way
+        place: seed and sample_offset of the noise on the way
         """
-        model = self._guided("base", classes, guidance_scale)
-        loop = self._base_loop(model, noise, classes, guidance_scale, table, place)
-        self._run(loop, noise, callback)
-        return loop.states.clone()
+        with self._base_loop(noise, asked, table, place, timings) as loop:
+            self._run(loop, noise, callback, timings)
+            return loop.states.clone()
 
     def residual(
         self,
         noise: Tensor,
-        classes: Tensor,
-        guidance_scale: float,
+        asked: Asked,
         path: BaseTrajectory,
         callback: Callback | None,
+        timings: dict[str, float],
         *,
         lam: Lam,
         windows: tuple[int, int] | None,
         **place: int,
     ) -> Tensor:
-        """The residual phase on r [B, N, C, H, W] along a path: the clips, in the loop's memory.
+        """The residual phase on r [B, N, C, H, W] along a path: the clips.
 
         windows: (window, overlap) of vfengine/windows.py, or None
         """
         states = path.states.to(self.device)
-        model = self._motion(noise, classes, guidance_scale, lam, windows)
-        loop = self._residual_loop(
-            model, noise, classes, guidance_scale, path.table, lam, windows, place,
-            clean=path.base_path == "clean", states=states, follow=False,
-        )  # fmt: skip
-        with torch.inference_mode():
-            loop.states.copy_(states)
-        self._run(loop, noise, callback)
-        return loop.u
+        motion = {"lam": lam, "windows": windows, "clean": path.base_path == "clean"}
+        with self._residual_loop(
+            noise, asked, path.table, place, timings, states=states, follow=False, **motion
+        ) as loop:
+            with torch.inference_mode():
+                loop.states.copy_(states)
+            self._run(loop, noise, callback, timings)
+            return loop.u.clone()
 
     def overlapped(
         self,
         base_noise: Tensor,
         residual_noise: Tensor,
-        classes: tuple[Tensor, Tensor],
-        guidance_scale: float,
+        asked: tuple[Asked, Asked],
         table: SolverTable,
         callback: Callback | None,
+        timings: dict[str, float],
         *,
         lam: Lam,
         windows: tuple[int, int] | None,
-        base_seed: int,
-        seed: int,
-        sample_offset: int,
+        places: tuple[dict[str, int], dict[str, int]],
     ) -> tuple[Tensor, Tensor]:
-        """Both phases at once: the clips, and the base path's states; classes: of either phase."""
-        models = (
-            self._guided("base", classes[0], guidance_scale),
-            self._motion(residual_noise, classes[1], guidance_scale, lam, windows),
-        )
-        place = {"seed": base_seed, "sample_offset": sample_offset}
-        base = self._base_loop(models[0], base_noise, classes[0], guidance_scale, table, place)
-        place["seed"] = seed
-        residual = self._residual_loop(
-            models[1], residual_noise, classes[1], guidance_scale, table, lam, windows, place,
-            clean=False, states=base.states, follow=True,
-        )  # fmt: skip
-        with self._timed("residual"), torch.inference_mode():
-            if callback is not None:
-                callback("base", 0, len(table))
-            run_overlapped(base, residual, base_noise, residual_noise, self.capture, callback)
-        return residual.u, base.states.clone()
+        """Both phases at once: the clips, and the base path's states.
+
+        asked, places: of the base and of the residual phase
+        """
+        with (
+            self._base_loop(base_noise, asked[0], table, places[0], timings) as base,
+            self._residual_loop(
+                residual_noise, asked[1], table, places[1], timings,
+                lam=lam, windows=windows, clean=False, states=base.states, follow=True,
+            ) as residual,
+        ):  # fmt: skip
+            with self._timed("residual", timings), torch.inference_mode():
+                if callback is not None:
+                    callback("base", 0, len(table))
+                run_overlapped(base, residual, base_noise, residual_noise, self.capture, callback)
+            return residual.u.clone(), base.states.clone()
 
     def video(
         self,
         noise: Tensor,
-        classes: Tensor,
-        guidance_scale: float,
+        asked: Asked,
         table: SolverTable,
         callback: Callback | None,
+        timings: dict[str, float],
         **place: int,
     ) -> Tensor:
         """All frames of [B, N, C, H, W] by the one network of a plain video model."""
-        model = self._guided("video", classes, guidance_scale)
-        key = (noise.shape, self._key("video", classes, guidance_scale, table, place))
-        loop = self._loop("video", key, lambda: VideoLoop(model, noise, table, **place))
-        self._run(loop, noise, callback)
-        return loop.u
 
-    def _run(self, loop: Loop, noise: Tensor, callback: Callback | None) -> None:
-        with self._timed("base" if loop.phase == "base" else "residual"), torch.inference_mode():
+        def build(model: Model) -> Loop:
+            return VideoLoop(model, noise, table, **place)
+
+        how = (noise.shape, self._key(table, place))
+        with self._loop("video", asked, how, build, timings) as loop:
+            self._run(loop, noise, callback, timings)
+            return loop.u.clone()
+
+    def _run(
+        self, loop: Loop, noise: Tensor, callback: Callback | None, timings: dict[str, float]
+    ) -> None:
+        phase = "base" if loop.phase == "base" else "residual"
+        with self._timed(phase, timings), torch.inference_mode():
             step = loop.stepper(self.capture)
             loop.start(noise)
             if callback is not None:
@@ -156,84 +175,100 @@ class Engine:
 
     # -- loops ---------------------------------------------------------------------------------
 
-    def _base_loop(self, model, noise, classes, guidance_scale, table, place) -> BaseLoop:
-        key = (noise.shape, self._key("base", classes, guidance_scale, table, place))
-        return self._loop("base", key, lambda: BaseLoop(model, noise, table, **place))
+    def _base_loop(self, noise, asked, table, place, timings) -> AbstractContextManager[BaseLoop]:
+        def build(model: Model) -> Loop:
+            return BaseLoop(model, noise, table, **place)
+
+        how = (noise.shape, self._key(table, place))
+        return self._loop("base", asked, how, build, timings)
 
     def _residual_loop(
-        self, model, noise, classes, guidance_scale, table, lam, windows, place, *,
-        clean: bool, states: Tensor, follow: bool,
-    ) -> ResidualLoop:  # fmt: skip
+        self, noise, asked, table, place, timings, *, lam: Lam,
+        windows: tuple[int, int] | None, clean: bool, states: Tensor, follow: bool,
+    ) -> AbstractContextManager[ResidualLoop]:  # fmt: skip
         """follow: read the states where they lie, as they come; otherwise in memory of its own."""
-        key = (
-            noise.shape, states.shape, states.data_ptr() if follow else None, clean, windows,
-            tuple(frame_weights(lam, noise.shape[1]).tolist()),
-            self._key("residual", classes, guidance_scale, table, place),
-        )  # fmt: skip
+        frames = noise.shape[1]
+        whole = windows is None or frames <= windows[0]
+        seen = frames if whole else windows[0]
+        weights = frame_weights(lam if whole else float(torch.as_tensor(lam)), seen)
 
-        def build() -> ResidualLoop:
+        def build(model: Model) -> Loop:
+            if not whole:
+                model = windowed(model, frames, *windows, lam=lam, device=self.device)
             own = states if follow else torch.empty_like(states)
             return ResidualLoop(model, noise, own, table, clean=clean, lam=lam, **place)
 
-        return self._loop("residual", key, build)
+        how = (
+            noise.shape, states.shape, states.dtype, states.data_ptr() if follow else None, clean,
+            windows, tuple(frame_weights(lam, frames).tolist()), self._key(table, place),
+        )  # fmt: skip
+        weights = weights.to(self.device)
+        return self._loop("residual", asked, how, build, timings, lam=weights)
 
-    def _key(self, name: str, classes: Tensor, scale: float, table: SolverTable, place: dict):
-        """What a loop of this network was made for, where shapes do not say it."""
+    def _key(self, table: SolverTable, place: dict[str, int]) -> tuple:
+        """What a loop was made for, where shapes do not say it; seeds only if noise is added."""
         rows = (table.timesteps, table.alphas_cumprod, table.coeffs, table.mixing)
         return (
-            tuple(classes.tolist()), scale, tuple(r.numpy().tobytes() for r in rows),
+            tuple(row.numpy().tobytes() for row in rows),
             tuple(place.values()) if table.stochastic else None,
-            weights_key(self.networks[name]),
-        )  # fmt: skip
+            surroundings_key(self.device),
+        )
 
-    def _loop(self, phase: str, key: object, build: Callable[[], Loop]) -> Any:
-        """The loop of the last call if it was made for the same, a new one otherwise."""
-        held, loop = self.loops.pop(phase, (None, None))
-        if held != key:
-            loop = None  # its buffers go before the new ones come
+    @contextmanager
+    def _loop(
+        self, name: str, asked: Asked, how: tuple, build: Callable[[Model], Loop],
+        timings: dict[str, float], **conditions: Any,
+    ) -> Iterator[Any]:  # fmt: skip
+        """The phase's loop for one run: the last one if it was made for the same, or a new one.
+
+        Meanwhile it is out of reach, so that a call inside a callback or in another thread makes
+        its own; after an error it is not used again.
+        """
+        network = self._network(name, timings)
+        null = torch.full_like(asked.classes, self.config.null_class)
+        guided = asked.guidance_scale != 1.0 and not torch.equal(asked.classes, null)
+        guided = guided and self.config.labels != ()
+        scale = asked.guidance_scale if guided else 1.0
+        labels = torch.cat([asked.classes, null]) if guided else asked.classes
+        key = (how, scale, labels.shape, weights_key(network))
+        held = self.loops.pop(name, None)
+        if held is None or held.key != key:
+            held = None  # its buffers go before the new ones come
+            own = labels.clone()
             with torch.inference_mode():
-                loop = build()
-        self.loops[phase] = (key, loop)
-        return loop
+                held = _Held(key, build(self._guided(network, own, scale, **conditions)), own)
+        held.labels.copy_(labels)
+        yield held.loop
+        self.loops[name] = held
 
     # -- networks ------------------------------------------------------------------------------
 
-    def _guided(self, name: str, classes: Tensor, scale: float, **conditions: Any) -> Model:
-        """The named network as (z, t) -> ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
-
-        Both estimates come from one call on a doubled batch; where they are the same, or s = 1, the
-        second is left out.
-        """
-        if name not in self.networks:
+    def _network(self, name: str, timings: dict[str, float]) -> nn.Module:
+        if (network := self.networks.get(name)) is None:
             load = {"base": load_base, "residual": load_residual, "video": load_video}[name]
-            with self._timed("load"):
-                self.networks[name] = load(self.folder, self.config, self.device, self.dtype)
-        network = self.networks[name]
-        null = torch.full_like(classes, self.config.null_class)
+            with self._timed("load", timings):
+                network = load(self.folder, self.config, self.device, self.dtype)
+            self.networks[name] = network
+        return network
+
+    def _guided(self, network: nn.Module, labels: Tensor, scale: float, **conditions: Any) -> Model:
+        """The network as (z, t) -> ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
+
+        labels: a buffer, read at every call: [B], or [2 B], with and without condition, where both
+                estimates come from one call on a doubled batch (scale is not 1)
+        """
         if self.config.labels == ():
             return lambda z, t: network(z, t, **conditions)
-        if scale == 1.0 or torch.equal(classes, null):
-            return lambda z, t: network(z, t, class_labels=classes, **conditions)
-        both = torch.cat([classes, null])
+        if scale == 1.0:
+            return lambda z, t: network(z, t, class_labels=labels, **conditions)
 
         def guided(z: Tensor, t: Tensor) -> Tensor:
             conditional, unconditional = network(
-                torch.cat([z, z]), torch.cat([t, t]), class_labels=both, **conditions
+                torch.cat([z, z]), torch.cat([t, t]), class_labels=labels, **conditions
             ).chunk(2)
             return torch.lerp(unconditional, conditional, scale)
 
         return guided
-
-    def _motion(self, noise, classes, guidance_scale, lam, windows) -> Model:
-        """The residual network, guided, for clips like noise, whole or window by window."""
-        frames = noise.shape[1]
-        seen = frames if windows is None else min(frames, windows[0])
-        weights = lam if windows is None or seen == frames else float(torch.as_tensor(lam))
-        weights = frame_weights(weights, seen, device=self.device)
-        model = self._guided("residual", classes, guidance_scale, lam=weights)
-        if windows is None:
-            return model
-        return windowed(model, frames, *windows, lam=lam, device=self.device)
 
     def release(self, name: str) -> None:
         """Lets a network go, with the loop that holds it, and gives its memory back."""
@@ -262,17 +297,12 @@ class Engine:
 
     # -- time ----------------------------------------------------------------------------------
 
-    def take_timings(self) -> dict[str, float]:
-        """The seconds since this was last called."""
-        timings, self.timings = self.timings, _no_time()
-        return timings
-
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, timings: dict[str, float]) -> Iterator[None]:
         """Adds the seconds of the `with` block to timings[name], the device's work included."""
         started = self._now()
         yield
-        self.timings[name] += self._now() - started
+        timings[name] = timings.get(name, 0.0) + self._now() - started
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -280,7 +310,8 @@ class Engine:
         return time.perf_counter()
 
 
-def _no_time() -> dict[str, float]:
+def no_time() -> dict[str, float]:
+    """Timings of a call that has not begun."""
     return {"load": 0.0, "base": 0.0, "residual": 0.0}
 
 

@@ -124,13 +124,20 @@ def _read_trajectory(
         )
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from error
-    seed = trajectory.metadata.get("base_seed")
-    if "base_seed" in settings.given and seed not in (None, str(settings.base_seed)):
-        raise UsageError(
-            f"{file}: the base trajectory was made with base seed {seed}, but "
-            f"{settings.base_seed} is asked for"
-        )
-    settings.base_seed = None if seed is None else int(seed)
+    notes = trajectory.metadata
+    asked = {"labels": json.dumps([settings.label])}
+    if "base_seed" in settings.given:
+        asked["base_seed"] = str(settings.base_seed)
+    if "guidance_scale" in settings.given:
+        asked["guidance_scale"] = repr(float(settings.guidance_scale))
+    for name, wanted in asked.items():
+        if notes.get(name, wanted) != wanted:
+            raise UsageError(
+                f"{file}: the base trajectory was made with {name.replace('_', ' ')} "
+                f"{one_line(notes[name])}, but {wanted} is asked for"
+            )
+    seed = notes.get("base_seed")
+    settings.base_seed = int(seed) if str(seed).isdecimal() else None
     return trajectory
 
 

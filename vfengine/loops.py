@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .capture import Step, replayable
+from .capture import Step, captured
 from .decompose import Lam, Model, base_index, combine, frame_weights
 from .solvers import SolverTable
 
@@ -50,11 +50,17 @@ class Loop:
         raise NotImplementedError
 
     def stepper(self, capture: bool) -> Step:
-        """`step`, on CUDA captured in a graph if asked; to be called before `start`."""
-        if not capture:
+        """`step`, on CUDA captured in a graph if asked; to be called before `start`.
+
+        Raises RuntimeError for a step that cannot be captured, as one of float64, whose references
+        wait for the device.
+        """
+        if not capture or self.device.type != "cuda":
             return self.step
+        if self.dtype == torch.float64:
+            raise RuntimeError("steps of float64 clips cannot be captured in a CUDA graph")
         if self._replay is None:
-            self._replay = replayable(self.step, self.device, self._rewind)
+            self._replay = captured(self.step, self.device, self._rewind, self.phase)
         return self._replay
 
     def run(self, step: Step, callback: Callback | None = None) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .capture import Step
+from .capture import Step, side_stream
 from .loops import BaseLoop, Callback, ResidualLoop
 
 Wait = Callable[[int], None]
@@ -64,10 +64,16 @@ def _in_thread(
     """`count` steps in a thread of their own, on as many CPU threads as the caller uses."""
 
     done, stopped = [Future() for _ in range(count)], threading.Event()
+    threads = torch.get_num_threads()
+    autocast = torch.autocast(
+        device.type,
+        torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+    )
 
-    def run() -> None:
+    def run() -> None:  # what a thread does not inherit, it is given
         torch.set_num_threads(threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             for future in done:
                 if stopped.is_set():
                     return
@@ -78,7 +84,6 @@ def _in_thread(
                     return
                 future.set_result(None)
 
-    threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, "base") as pool:
         pool.submit(run)
         try:
@@ -92,7 +97,7 @@ def _on_stream(
     step: Step, count: int, device: torch.device, target: torch.device
 ) -> Iterator[Wait]:
     """`count` steps on a stream of their own, each launched when target is about to wait for it."""
-    here, ahead = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    here, ahead = torch.cuda.current_stream(device), side_stream(device, "ahead")
     ahead.wait_stream(here)
     events: list[torch.cuda.Event] = []
 

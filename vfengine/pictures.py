@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 OUTPUT_TYPES = ("np", "pt", "pil")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
 def read_picture(file: str | Path) -> Image.Image:
@@ -30,9 +31,14 @@ def read_picture(file: str | Path) -> Image.Image:
 def to_network(image: Image.Image, channels: int, height: int, width: int) -> Tensor:
     """The picture, cropped in the middle and resized: fp32 [1, C, H, W] in -1..1.
 
-    channels: 3 for RGB (transparent parts on black), 1 for grey; ValueError for any other
+    channels: 3 for RGB (transparent parts on black), 1 for grey; ValueError for any other, and for
+              a picture that has not 8 bits a channel, or colours that are not of a screen
     """
     modes = {1: "L", 3: "RGB"}
+    if image.mode not in _MODES:
+        raise ValueError(
+            f"expected a picture of 8 bits a channel in grey or colour, its mode is {image.mode}"
+        )
     if channels not in modes:
         raise ValueError(f"a picture has 1 or 3 channels, the model's clips have {channels}")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

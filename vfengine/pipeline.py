@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from .base_cache import cached_path
 from .checkpoint import DEFAULT, CheckpointConfig, read_config
 from .decompose import Lam, base_noise, frame_weights, residual_noise
-from .engine import Engine, usable_device
+from .engine import Asked, Engine, no_time, usable_device
 from .loops import Callback
 from .noise import check_seed
 from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
@@ -90,8 +90,9 @@ class VideoFusionPipeline:
 
         device:  "cpu", "cuda" or "cuda:<index>"
         dtype:   of weights and activations: float32, bfloat16 or float16
-        capture: on CUDA, replay each phase's step from a graph, which is used again by calls of the
-                 same shape and weights; has no meaning on a CPU
+        capture: on CUDA, replay each phase's step from a graph, which later calls use again if only
+                 noise, seeds (where η = 0) and labels differ; it goes with its network
+                 (offload_base). Has no meaning on a CPU
 
         Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, and
         for a device or dtype that cannot be used. The weights are read by the first call.
@@ -140,7 +141,8 @@ class VideoFusionPipeline:
         base_seed, residual_seed: what the base frames and the frames' own noise are drawn from
         base_path:      "stepwise" (the paper) or "clean" (the base frame is finished, then
                         animated); None is the one that the checkpoint names as the better
-        num_residuals:  K motions of one base path, B = K; of one label and one video
+        num_residuals:  K motions of one base path, B = K; of one label and one video. Their base
+                        frame is that of sample 0, whatever the sample_offset of the motions
         solver, eta:    see `solvers.solver_table`
         lam:            λ, a number or [N]; None is the λ of training
         trajectory:     a base path to use instead of walking one, of 1 or of B clips; see
@@ -178,26 +180,18 @@ class VideoFusionPipeline:
                 overlap_phases=overlap_phases or None,
                 num_residuals=None if num_residuals == 1 else num_residuals,
             )  # fmt: skip
-            table = solver_table(schedule=self.schedule, **walk)
-            noise = self._residual_noise(len(classes), num_frames, residual_seed, sample_offset)
-            video = self._engine.video(
-                noise, classes, guidance_scale, table, callback,
-                seed=residual_seed, sample_offset=sample_offset,
-            )  # fmt: skip
-            timings = self._engine.take_timings()
-            return VideoFusionOutput(to_frames(video, output_type), None, timings)
+            place = {"seed": residual_seed, "sample_offset": sample_offset}
+            return self._video(
+                Asked(classes, guidance_scale), num_frames, output_type, callback, place, **walk
+            )
         lam = config.lam if lam is None else lam
         frame_weights(lam, num_frames)
-        windows = choose_windows(num_frames, config.num_frames, window, window_overlap)
+        windows = choose_windows(num_frames, config.num_frames, window, window_overlap, lam=lam)
         if num_residuals > 1 and len(classes) > 1:
             raise ValueError(
                 f"num_residuals={num_residuals} is of one base path, {len(classes)} are asked for"
             )
-        if image is not None:
-            if trajectory is not None or base_path == "stepwise":
-                other = "a trajectory" if trajectory is not None else "base_path='stepwise'"
-                raise ValueError(f"an image has a base path of its own: {other} cannot go with it")
-            trajectory = self.image_path(image, **walk)
+        trajectory = self._given(trajectory, image, base_path, base_cache, walk)
         if trajectory is not None:
             self.check_trajectory(trajectory, len(classes), base_path=base_path, **walk)
         clean = (base_path or config.base_path) == "clean"
@@ -205,38 +199,34 @@ class VideoFusionPipeline:
             _check_overlap(clean, trajectory, base_cache, offload_base)
         self._engine.check_complete("residual")
 
+        timings = no_time()
         batch = max(len(classes), num_residuals)
         noise = self._residual_noise(batch, num_frames, residual_seed, sample_offset)
-        motion = {
-            "lam": lam, "windows": windows, "seed": residual_seed, "sample_offset": sample_offset
-        }  # fmt: skip
-        look = {
-            "num_videos": num_videos, "guidance_scale": guidance_scale, "base_seed": base_seed,
-            "sample_offset": sample_offset,
-        }  # fmt: skip
+        place = {"seed": residual_seed, "sample_offset": sample_offset}
+        motion = {"lam": lam, "windows": windows}
+        asked = Asked(classes.expand(batch), guidance_scale)
+        base_offset = sample_offset if num_residuals == 1 else 0
         if overlap_phases:
             check_seed(base_seed, "base_seed")
             table = solver_table(schedule=self.schedule, **walk)
-            drawn = self._base_noise(len(classes), base_seed, sample_offset)
+            drawn = self._base_noise(len(classes), base_seed, base_offset)
             video, states = self._engine.overlapped(
-                drawn, noise, (classes, classes.expand(batch)), guidance_scale, table, callback,
-                base_seed=base_seed, **motion,
+                drawn, noise, (Asked(classes, guidance_scale), asked), table, callback, timings,
+                places=({"seed": base_seed, "sample_offset": base_offset}, place), **motion,
             )  # fmt: skip
             trajectory = self._trajectory(states, table, label, guidance_scale, base_seed)
-        else:
-            if trajectory is None:
-                trajectory = self.walk_base(
-                    label, base_cache=base_cache, callback=callback, **look, **walk
-                )
-            if offload_base or (offload_base is None and _is_one(label)):
-                self._engine.release("base")
-            path = trajectory
-            if clean and trajectory.base_path == "stepwise":
-                path = trajectory.clean()
-            video = self._engine.residual(
-                noise, classes.expand(batch), guidance_scale, path, callback, **motion
-            )
-        timings = self._engine.take_timings()
+            return VideoFusionOutput(to_frames(video, output_type), trajectory, timings)
+        if trajectory is None:
+            trajectory = self.walk_base(
+                label, num_videos=num_videos, guidance_scale=guidance_scale, base_seed=base_seed,
+                sample_offset=base_offset, base_cache=base_cache, callback=callback,
+                timings=timings, **walk,
+            )  # fmt: skip
+        if offload_base or (offload_base is None and _is_one(label)):
+            self._engine.release("base")
+        stepwise = trajectory.base_path == "stepwise"
+        path = trajectory.clean() if clean and stepwise else trajectory
+        video = self._engine.residual(noise, asked, path, callback, timings, **motion, **place)
         return VideoFusionOutput(to_frames(video, output_type), trajectory, timings)
 
     def walk_base(
@@ -252,10 +242,11 @@ class VideoFusionPipeline:
         sample_offset: int = 0,
         base_cache: str | Path | None = None,
         callback: Callback | None = None,
+        timings: dict[str, float] | None = None,
     ) -> BaseTrajectory:
         """The base phase alone: a stepwise path; its `final` [B, C, H, W] previews the base frames.
 
-        Everything as in `__call__`. The seconds count in the next call's timings.
+        timings: a dict to add the seconds to ("load", "base"); the rest as in `__call__`.
         """
         if self.config.objective == "vdm":
             raise ValueError(f"{self.folder}: a plain video model has no base path")
@@ -266,18 +257,24 @@ class VideoFusionPipeline:
         def walk() -> BaseTrajectory:
             noise = self._base_noise(len(classes), base_seed, sample_offset)
             states = self._engine.base(
-                noise, classes, guidance_scale, table, callback,
+                noise, Asked(classes, guidance_scale), table, callback,
+                no_time() if timings is None else timings,
                 seed=base_seed, sample_offset=sample_offset,
             )  # fmt: skip
             return self._trajectory(states, table, label, guidance_scale, base_seed)
 
         if base_cache is None:
             return walk()
+        config = self.config
+        if not config.fingerprint():
+            raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
         key = {
-            **self._notes(label, guidance_scale, base_seed), "num_videos": num_videos,
-            "sample_offset": sample_offset, "schedule": self.schedule.fingerprint(),
-            "timesteps": table.timesteps.tolist(), "solver": solver, "eta": table.eta,
-            "dtype": str(self.dtype),
+            **self._notes(label, guidance_scale, base_seed),
+            "network": asdict(config.base), "base_std": config.base_std,
+            "shape": [len(classes), config.channels, config.height, config.width],
+            "classes": classes.tolist(), "sample_offset": sample_offset,
+            "schedule": self.schedule.fingerprint(), "timesteps": table.timesteps.tolist(),
+            "solver": solver, "eta": table.eta, "dtype": str(self.dtype),
         }  # fmt: skip
         return cached_path(base_cache, key, walk).to(self.device)
 
@@ -293,9 +290,10 @@ class VideoFusionPipeline:
         settings: of `walk_base`. At the cost of one image; its trajectory goes on to the clips.
         """
         _checked_choice("output_type", output_type, OUTPUT_TYPES)
-        trajectory = self.walk_base(label, **settings)
+        timings = no_time()
+        trajectory = self.walk_base(label, timings=timings, **settings)
         frames = to_frames(trajectory.final[:, None], output_type)
-        return VideoFusionOutput(frames, trajectory, self._engine.take_timings())
+        return VideoFusionOutput(frames, trajectory, timings)
 
     def image_path(
         self,
@@ -389,6 +387,36 @@ class VideoFusionPipeline:
         null = self.config.null_class
         indices = [null if name is None else self.labels.index(name) for name in names]
         return torch.tensor(indices, device=self.device).repeat_interleave(num_videos)
+
+    def _given(
+        self,
+        trajectory: BaseTrajectory | None,
+        image: Image.Image | None,
+        base_path: str | None,
+        base_cache: str | Path | None,
+        walk: dict[str, Any],
+    ) -> BaseTrajectory | None:
+        """The base path that the call brings along, its own or a picture's; None: it is walked."""
+        if image is not None:
+            if trajectory is not None or base_path == "stepwise":
+                other = "a trajectory" if trajectory is not None else "base_path='stepwise'"
+                raise ValueError(f"an image has a base path of its own: {other} cannot go with it")
+            trajectory = self.image_path(image, **walk)
+        if trajectory is not None and base_cache is not None:
+            raise ValueError("base_cache keeps paths that are walked, but one is given")
+        return trajectory
+
+    def _video(
+        self, asked: Asked, num_frames: int, output_type: str, callback: Callback | None,
+        place: dict[str, int], **walk: Any,
+    ) -> VideoFusionOutput:  # fmt: skip
+        """A call of a plain video model."""
+        timings, table = no_time(), solver_table(schedule=self.schedule, **walk)
+        noise = self._residual_noise(
+            len(asked.classes), num_frames, place["seed"], place["sample_offset"]
+        )
+        video = self._engine.video(noise, asked, table, callback, timings, **place)
+        return VideoFusionOutput(to_frames(video, output_type), None, timings)
 
     def _base_noise(self, batch: int, seed: int, sample_offset: int) -> Tensor:
         config = self.config

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +152,7 @@ class BaseTrajectory:
             "metadata": json.dumps(dict(self.metadata)),
         }
         data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             partial.write_bytes(data)
             os.replace(partial, path)
@@ -174,6 +175,8 @@ class BaseTrajectory:
         trajectory, or was made with another schedule.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path}: a folder, not a base trajectory")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such base trajectory")
         try:
@@ -217,6 +220,8 @@ def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Base
         found = tensors[name]
         if found.shape != shape or found.dtype != dtype:
             raise ValueError(f"{name} is {found.dtype} {list(found.shape)}")
+    if not bool(tensors["states"].isfinite().all()):
+        raise ValueError("states are not finite")
     metadata = json.loads(header["metadata"])
     if not isinstance(metadata, dict):
         raise ValueError("metadata is not a mapping")

@@ -36,14 +36,17 @@ def largest_stride(window: int) -> int:
     return (window - 1) // 2
 
 
-def plan_windows(num_frames: int, window: int, overlap: int | None = None) -> Windows:
+def plan_windows(
+    num_frames: int, window: int, overlap: int | None = None, *, lam: Lam = 0.5
+) -> Windows:
     """Windows of `window` frames, of which two neighbours share `overlap`, over num_frames frames.
 
     overlap: None is the least possible, window - (window - 1) // 2; the last window ends with the
              clip and may overlap more
+    lam:     λ of the clip, which must be one number: a window has no frames of its own λ
 
-    Raises ValueError for a window under 3 frames, and for an overlap that leaves the middle frame
-    of a window to that window alone.
+    Raises ValueError for a window under 3 frames, for an overlap that leaves the middle frame of a
+    window to that window alone, and for more than one window of a clip with a λ for each frame.
     """
     for name, value in (("window", window), ("window_overlap", overlap)):
         if value is not None and type(value) is not int:
@@ -59,6 +62,8 @@ def plan_windows(num_frames: int, window: int, overlap: int | None = None) -> Wi
         )
     if num_frames <= window:
         return Windows(num_frames, num_frames, (0,), torch.ones(1, num_frames))
+    if torch.as_tensor(lam).numel() != 1:
+        raise ValueError("windows need one lam for all frames, got one for each")
     last, stride = num_frames - window, window - overlap
     starts = (*range(0, last, stride), last)
     frames = torch.arange(window)
@@ -72,7 +77,12 @@ def plan_windows(num_frames: int, window: int, overlap: int | None = None) -> Wi
 
 
 def choose_windows(
-    num_frames: int, trained: int, window: int | None = None, overlap: int | None = None
+    num_frames: int,
+    trained: int,
+    window: int | None = None,
+    overlap: int | None = None,
+    *,
+    lam: Lam = 0.5,
 ) -> tuple[int, int] | None:
     """(window, overlap) as asked for; of the trained length where the clip is longer; or None.
 
@@ -87,7 +97,7 @@ def choose_windows(
     if window is None and overlap is None and not num_frames > trained >= 3:
         return None
     window = trained if window is None else window
-    plan_windows(num_frames, window, overlap)
+    plan_windows(num_frames, window, overlap, lam=lam)
     return window, window - largest_stride(window) if overlap is None else overlap
 
 
@@ -104,18 +114,16 @@ def windowed(
 
     window: W; None is an error where an overlap is given. A clip of at most W frames is one window,
             so the model itself
-    lam:    λ of the clip, which must be one number: a window has no frames of its own λ
+    lam:    as of `plan_windows`
     device: of the clips
 
     Raises ValueError as `plan_windows`.
     """
     if window is None:
         raise ValueError("window_overlap was given without a window")
-    plan = plan_windows(num_frames, window, overlap)
+    plan = plan_windows(num_frames, window, overlap, lam=lam)
     if len(plan.starts) == 1:
         return model
-    if torch.as_tensor(lam).numel() != 1:
-        raise ValueError("windows need one lam for all frames, got one for each")
     return _Windowed(model, plan, device)
 
 
