@@ -91,9 +91,7 @@ def install(build_dir: Path) -> Callable[[], None]:
     return functions.fake_cuda_remove
 
 
-def audit(
-    step: Callable[[], object], buffers: Mapping[str, object], calls: int = 2
-) -> Report:
+def audit(step: Callable[[], object], buffers: Mapping[str, object], calls: int = 2) -> Report:
     """Run step() again and again on fake CUDA tensors: report what a CUDA graph could not replay.
 
     buffers: the mapping through which step reaches the tensors that live across calls, such as a
