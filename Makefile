@@ -1,4 +1,4 @@
-.PHONY: install test bench gpu-check lint clean
+.PHONY: install test bench report gpu-check lint clean
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -14,6 +14,10 @@ gpu-check:
 
 bench:
 	pytest benchmarks/ --benchmark-only
+
+# Draws docs/table4.png and docs/growth.png from docs/table4.json; measures first if that is missing.
+report:
+	python benchmarks/report.py
 
 lint:
 	ruff check .

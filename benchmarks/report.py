@@ -1,0 +1,175 @@
+"""Draws what bench_table4.py measured: docs/table4.png and docs/growth.png, from docs/table4.json.
+
+`make report` measures first where that file is not there, and with --measure in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws without a display
+
+import matplotlib.pyplot as plt
+from bench_table4 import LATENCY, MEMORY, TARGETS, measure
+from harness import Row, machine, table, verdicts, write_json
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAPER = {LATENCY: 0.425, MEMORY: 0.781}  # VideoFusion over VDM* (arXiv 2303.08320, Table 4)
+TITLES = {LATENCY: "latency per step", MEMORY: "peak memory of sampling"}
+WIDTH = 10  # inches, of 100 pixels
+LIMIT = 1.3  # of the bars' axis: longer ones are cut, their numbers say so
+COLOURS = {"bar": "#4477aa", "reference": "#888888", "paper": "#cc3311"}
+LINES = ("#666666", "#4477aa")
+
+Figures = dict[str, dict[str, dict[str, tuple[float, str]]]]  # case, contender, metric
+
+
+def read(file: Path) -> tuple[dict, Figures]:
+    """The machine, and value and unit of every figure."""
+    report = json.loads(file.read_text())
+    figures: Figures = {}
+    for row in (Row(**values) for values in report["rows"]):
+        case = figures.setdefault(row.case, {}).setdefault(row.contender, {})
+        case[row.metric] = row.value, row.unit
+    return report["machine"], figures
+
+
+def draw_table4(facts: dict, figures: Figures) -> Figure:
+    """Bars relative to VDM*, a row of panels per case that has both time and memory."""
+    cases = {
+        case: contenders
+        for case, contenders in figures.items()
+        if any(LATENCY in m and MEMORY in m for m in contenders.values())
+    }
+    bars = [len(contenders) for contenders in cases.values()]
+    figure, axes = plt.subplots(
+        len(cases),
+        2,
+        figsize=(WIDTH, 0.36 * sum(bars) + 1.1 * len(cases) + 0.4),
+        sharey="row",
+        squeeze=False,
+        height_ratios=bars,
+        layout="constrained",
+    )
+    for (case, contenders), panels in zip(cases.items(), axes, strict=True):
+        for axis, metric in zip(panels, PAPER, strict=True):
+            _bars(axis, contenders, metric)
+            axis.set_title(f"{TITLES[metric]}, relative to VDM*", fontsize=10)
+        panels[0].annotate(
+            case, (0.01, 1), (0, 20), ("figure fraction", "axes fraction"), "offset points",
+            fontsize=11, weight="bold", va="bottom",
+        )  # fmt: skip
+    _footer(figure, facts)
+    return figure
+
+
+def _bars(axis: Axes, contenders: dict, metric: str) -> None:
+    names = list(contenders)
+    for place, name in enumerate(names):
+        if metric not in contenders[name]:
+            axis.text(0.02, place, "not read", va="center", fontsize=9, color="#666666")
+            continue
+        value = contenders[name][metric][0]
+        reference = name.startswith(("VDM*", "diffusers"))
+        axis.barh(place, min(value, LIMIT), color=COLOURS["reference" if reference else "bar"])
+        cut = value > LIMIT - 0.2
+        axis.text(
+            min(value, LIMIT) + (-0.02 if cut else 0.02),
+            place,
+            f"{value:.2f}" + (" (bar cut)" if value > LIMIT else ""),
+            ha="right" if cut else "left",
+            va="center",
+            fontsize=9,
+            color="white" if cut else "black",
+        )
+    axis.axvline(PAPER[metric], color=COLOURS["paper"], linewidth=1.2, linestyle="--")
+    axis.text(
+        PAPER[metric] + 0.02, -0.62, f"paper: {PAPER[metric]:.3f}", color=COLOURS["paper"],
+        fontsize=9, va="bottom",
+    )  # fmt: skip
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_ylim(len(names) - 0.4, -1.1)
+    axis.set_xlim(0, LIMIT)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_growth(facts: dict, figures: Figures) -> Figure:
+    """Time and memory over the number of frames, both axes logarithmic, with their exponents."""
+    cases = {case: lines for case, lines in figures.items() if ", growth: " in case}
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(WIDTH, 4), squeeze=False, layout="constrained"
+    )
+    for axis, (case, lines) in zip(axes[0], cases.items(), strict=True):
+        for colour, (name, metrics) in zip(LINES, lines.items(), strict=True):
+            points = {k.removeprefix("N = "): v for k, v in metrics.items() if "=" in k}
+            frames = [int(count) for count in points]
+            values = [value for value, _ in points.values()]
+            unit = next(unit for _, unit in points.values())
+            axis.plot(frames, values, "o-", color=colour, linewidth=2, markersize=5)
+            power = f"~ N$^{{{metrics['exponent'][0]:.2f}}}$"
+            axis.annotate(
+                f"{name}\n{values[-1]:,.0f} {unit}, {power}", (frames[-1], values[-1]), (8, 0),
+                textcoords="offset points", va="center", fontsize=9, color=colour, weight="bold",
+            )  # fmt: skip
+        size, what = case.split(", growth: ")
+        axis.set_title(f"{what}, {size} size", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(frames, [str(count) for count in frames])
+        axis.set_xlim(frames[0] / 1.2, frames[-1] * 5)
+        axis.set_xlabel("frames N", fontsize=9)
+        axis.set_ylabel(f"{what}, {unit}", fontsize=9)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    _footer(figure, facts)
+    return figure
+
+
+def _footer(figure: Figure, facts: dict) -> None:
+    """The machine, under the panels."""
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    text = f"{where}, torch {facts['torch']}, load average {facts['load_average']} before the run"
+    figure.supxlabel(text, fontsize=9, color="#444444", x=0.99, ha="right")
+
+
+def draw(file: Path, folder: Path) -> list[Path]:
+    """Writes both pictures into the folder; growth is left out where it was not measured."""
+    facts, figures = read(file)
+    drawings = {"table4.png": draw_table4}
+    if any(", growth: " in case for case in figures):
+        drawings["growth.png"] = draw_growth
+    for name, drawing in drawings.items():
+        figure = drawing(facts, figures)
+        figure.savefig(folder / name, dpi=100, facecolor="white")
+        plt.close(figure)
+    return [folder / name for name in drawings]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", action="store_true", help="measure even if FILE is there")
+    parser.add_argument("--json", type=Path, default=DOCS / "table4.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=DOCS, metavar="DIR", help="of the pictures")
+    arguments = parser.parse_args()
+    if arguments.measure or not arguments.json.exists():
+        facts = machine()
+        rows = measure()
+        print(f"{table(rows)}\n{verdicts(rows, TARGETS)}")
+        write_json(arguments.json, rows, facts)
+    for picture in draw(arguments.json, arguments.output):
+        print(picture)
+
+
+if __name__ == "__main__":
+    main()

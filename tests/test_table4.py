@@ -1,0 +1,166 @@
+"""benchmarks/bench_table4.py at a tiny size: what its contenders compute, and how it measures."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def module(name: str):
+    """A file of benchmarks/, which is a folder of scripts and no package."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+models, bench, peak_memory = map(module, ("table4_models", "bench_table4", "peak_memory"))
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return models.Networks(models.size("tiny"), "cpu", torch.float32, keep=True)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return models.make_noise(models.size("tiny"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def clips(networks, noise):
+    """What every contender makes of the same noise."""
+    contenders = models.CONTENDERS.items()
+    return {name: contender(networks, noise, STEPS) for name, contender in contenders}
+
+
+def test_contenders_make_clips(clips, noise):
+    for name, clip in clips.items():
+        expected = noise.clips if name == models.SHARED else noise.clip
+        assert clip.shape == expected.shape and clip.dtype == expected.dtype
+        assert bool(clip.isfinite().all()), name
+
+
+def test_plain_vdm_is_sample_video_to_rounding(clips):
+    torch.testing.assert_close(clips[models.PLAIN], clips[models.VDM], rtol=1e-3, atol=1e-3)
+
+
+def test_two_phases_are_the_interleaved_form_to_rounding(clips):
+    two, one = clips[models.TWO_PHASE], clips[models.INTERLEAVED]
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [models.OVERLAPPED, models.BASE_KEPT])
+def test_ways_to_run_two_phases_are_equal_bit_for_bit(clips, name):
+    assert torch.equal(clips[models.TWO_PHASE], clips[name])
+
+
+def test_first_of_the_clips_on_one_base_is_the_single_clip(clips):
+    shared = clips[models.SHARED]
+    assert torch.equal(clips[models.TWO_PHASE], shared[:1])
+    m = shared.shape[1] // 2
+    assert torch.equal(shared[:, m], shared[:1, m].expand_as(shared[:, m]))
+    assert not torch.equal(shared[:1], shared[1:2])
+
+
+def test_no_weight_is_left_at_zero(networks):
+    for name in ("base", "residual", "video", "peer"):
+        assert all(bool((p != 0).any()) for p in networks(name).parameters()), name
+    assert networks("base").unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_two_phases_drop_the_base_network_unless_told_to_keep_it(noise):
+    networks = models.Networks(models.size("tiny"), "cpu", torch.float32, keep=False)
+    models.CONTENDERS[models.TWO_PHASE](networks, noise, 1)
+    assert list(networks._built) == ["residual"]
+
+
+def test_large_is_a_base_of_twice_the_width():
+    large = models.size("large")
+    wide, narrow = large.base.block_out_channels, large.residual.block_out_channels
+    assert wide == tuple(2 * width for width in narrow) == large.peer[0]
+    assert large.residual.temporal_attention == large.base.spatial_attention
+
+
+@pytest.mark.parametrize("decomposed", [True, False])
+def test_training_step_moves_every_weight(noise, decomposed):
+    tiny = models.size("tiny")
+    networks = models.Networks(tiny, "cpu", torch.float32, keep=True, trained=True)
+    step = models.training_step(networks, noise, decomposed)
+    parameters = [p for network in networks._built.values() for p in network.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    step()
+    moved = [bool((p != old).any()) for p, old in zip(parameters, before, strict=True)]
+    assert sum(moved) / len(moved) > 0.95  # attention's last bias may cancel
+    assert sorted(networks._built) == (["base", "residual"] if decomposed else ["video"])
+
+
+# -- how it measures -------------------------------------------------------------------------------
+
+
+def test_probe_sees_a_known_allocation():
+    peak = peak_memory.measure("peak_memory:touch", {"mebibytes": 64})
+    assert abs(peak.main - 64) < 4
+    assert peak.allocated is None and peak.idle > 4
+
+
+def test_probe_says_what_went_wrong():
+    with pytest.raises(RuntimeError, match=r"peak_memory:touch .*failed(.|\n)*TypeError"):
+        peak_memory.measure("peak_memory:touch", {"mebibytes": "many"})
+
+
+def test_probe_fits_the_contenders():
+    run = models.sampling_probe(models.TWO_PHASE, "tiny", "bfloat16", "cpu", 2, frames=5)
+    assert run().shape == (1, 5, 3, 16, 16)
+
+
+def test_exponent_of_exact_powers():
+    frames = (8, 16, 32)
+    assert bench.exponent(frames, [3 * n**1.5 for n in frames]) == pytest.approx(1.5)
+    assert bench.exponent(frames, [7.0] * 3) == pytest.approx(0)
+
+
+def rows():
+    """The tables of a plan, from made-up figures."""
+    plan = bench.Plan("tiny", STEPS, 1)
+    times = {name: [9.0, 1.0 / (k + 1), 0.0001] for k, name in enumerate(bench.OURS)}
+    peaks = {name: 100.0 - k for k, name in enumerate(bench.OURS)}
+    return [*bench.comparison(plan, times, peaks), *bench.ablation(plan, times, peaks)]
+
+
+def test_tables_give_ratios_to_vdm_and_to_the_line_before():
+    figures = {(row.case, row.contender, row.metric): row.value for row in rows()}
+    case = bench.Plan("tiny", STEPS, 1).case
+    assert figures[case, models.VDM, bench.LATENCY] == 1
+    assert figures[case, models.TWO_PHASE, bench.LATENCY] == pytest.approx(2 / 5)
+    assert figures[case, models.TWO_PHASE, bench.MEMORY] == pytest.approx(96 / 99)
+    parts = f"{case}: what each part adds"
+    released, kept = models.TWO_PHASE, models.BASE_KEPT
+    labels = {name: label for label, name in bench.ABLATION.items()}
+    assert figures[parts, labels[released], "memory / line before"] == pytest.approx(96 / 97)
+    assert figures[parts, labels[kept], "time / line before"] == pytest.approx(3 / 4)
+    interleaved = figures[case, models.INTERLEAVED, bench.ARITHMETIC]
+    assert 0 < figures[case, models.SHARED, bench.ARITHMETIC] < interleaved < 1
+
+
+def test_report_draws_both_pictures(tmp_path):
+    report, row = module("report"), module("harness").Row
+    growth = [
+        row(f"tiny, growth: {what}", name, metric, value, unit)
+        for what, unit in (("per step", "ms"), ("peak memory", "MiB"))
+        for name in (models.VDM, models.TWO_PHASE)
+        for metric, value in (("N = 8", 1.0), ("N = 16", 2.0), ("exponent", 1.0))
+    ]
+    file = tmp_path / "table4.json"
+    module("harness").write_json(file, [*rows(), *growth])
+    pictures = report.draw(file, tmp_path)
+    assert [picture.name for picture in pictures] == ["table4.png", "growth.png"]
+    for picture in pictures:
+        data = picture.read_bytes()
+        assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20], "big") == 1000
