@@ -530,6 +530,7 @@ def test_a_terminal_shows_progress_and_signals_leave_nothing(
         [*COMMAND, "--model", tiny_checkpoint, "--label=walk", "--num-inference-steps=1000",
          "--num-videos=100", "--base-trajectory=t.safetensors"],
         cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
     )  # fmt: skip
     os.close(stderr)
     try:
