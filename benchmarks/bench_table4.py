@@ -94,7 +94,8 @@ class Plan:
         """The size, its clip, dtype and steps: the name of a table."""
         shape = size(self.size)
         clip = f"{shape.frames}x3x{shape.pixels}x{shape.pixels}"
-        return f"{self.size}, {clip}, {self.dtype}, {self.steps} steps"
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
+        return f"{self.size}, {clip}, {self.dtype}, {steps}"
 
 
 FULL = (
@@ -237,15 +238,15 @@ def training(plan: Plan) -> list[Row]:
         networks = Networks(size(plan.size), DEVICE, torch.float32, keep=True, trained=True)
         steps[name] = training_step(networks, noise, decomposed)
         steps[name]()
-    seconds = medians(take_turns(steps, plan.training))
+    times = take_turns(steps, plan.training)
     steps.clear()
-    rows = []
-    peaks = {}
+    rows, peaks, seconds = [], {}, medians(times)
     for name, decomposed in ways.items():
         arguments = {"decomposed": decomposed, "size_name": plan.size, "device": DEVICE}
         peaks[name] = peak_memory.measure("table4_models:training_probe", arguments, DEVICE).main
         rows += [
             Row(case, name, "time", seconds[name], "s"),
+            Row(case, name, "slowest / fastest", max(times[name]) / min(times[name]), ""),
             Row(case, name, "time / VDM*", seconds[name] / seconds["VDM*"], ""),
             Row(case, name, "peak memory", peaks[name], "MiB"),
             Row(case, name, MEMORY, peaks[name] / peaks["VDM*"], ""),
