@@ -21,10 +21,10 @@
 
 namespace py = pybind11;
 
-VF_CPU_DECLARE(residual_step_cpu, const vf::FrameArgs& args, int64_t threads)
-VF_CPU_DECLARE(decomposed_step_cpu, const vf::FrameArgs& args, int64_t threads)
-VF_CPU_DECLARE(remove_base_cpu, const vf::FrameArgs& args, int64_t threads)
-VF_CPU_DECLARE(decomposed_noise_cpu, const vf::NoiseArgs& args, int64_t threads)
+VF_CPU_DECLARE(void residual_step_cpu(const vf::FrameArgs& args, int64_t threads))
+VF_CPU_DECLARE(void decomposed_step_cpu(const vf::FrameArgs& args, int64_t threads))
+VF_CPU_DECLARE(void remove_base_cpu(const vf::FrameArgs& args, int64_t threads))
+VF_CPU_DECLARE(void decomposed_noise_cpu(const vf::NoiseArgs& args, int64_t threads))
 
 namespace {
 
@@ -291,6 +291,8 @@ void define(py::module_& m, const std::string& name, Args (*make)(Arguments...),
       [](const auto& args, int64_t threads) { VF_CPU_CALL(name##_cpu, args, threads); }, \
       VF_CUDA_OP(name))
 
+void define_network(pybind11::module_& m);  // network_bindings.cpp
+
 PYBIND11_MODULE(vfengine_native, m) {
   m.doc() = "Compiled kernels of vfengine; call them through vfengine.ops";
   m.attr("__version__") = VF_VERSION;
@@ -300,7 +302,7 @@ PYBIND11_MODULE(vfengine_native, m) {
   m.def("cpu_isa", [] { return vf::isa_name(vf::cpu_isa()); }, "Instruction set in use");
   m.def("set_cpu_isa", &vf::set_cpu_isa, py::arg("name"), "Use another one (tests, benchmarks)");
   py::list isas;
-  for (vf::Isa isa : {vf::Isa::baseline, vf::Isa::avx2, vf::Isa::avx512})
+  for (vf::Isa isa : {vf::Isa::baseline, vf::Isa::avx2, vf::Isa::avx512, vf::Isa::avx512_bf16})
     if (vf::isa_supported(isa)) isas.append(vf::isa_name(isa));
   m.attr("cpu_isas") = py::tuple(isas);
 #if defined(_OPENMP)
@@ -333,4 +335,5 @@ PYBIND11_MODULE(vfengine_native, m) {
   VF_OP(decomposed_step, &frame_args);
   VF_OP(remove_base, &frame_args);
   VF_OP(decomposed_noise, &noise_args);
+  define_network(m);
 }

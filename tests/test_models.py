@@ -160,6 +160,54 @@ def test_config_rejects_uneven_levels_and_heads():
         replace(IMAGE, head_dim=12)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"head_dims": (8,)}, "head_dims needs 2 entries"),
+        ({"head_dims": (8, 12)}, "head_dim=12"),
+        ({"transformer_depths": (1, 0)}, "transformer_depths cannot hold 0"),
+        ({"transformer_in_heads": 0}, "transformer_in_heads must be an int"),
+        ({"mid_blocks": -1}, "mid_blocks must be an int"),
+        ({"mid_spatial_attention": "yes"}, "mid_spatial_attention must be true, false or null"),
+        ({"temporal_self_attentions": 3}, "temporal_self_attentions must be 1 or 2"),
+        ({"norm_eps": "small"}, "norm_eps must be a number"),
+        ({"frequency_shift": 2}, "frequency_shift must be a number"),
+        ({"any_size": 1}, "any_size must be true or false"),
+        ({"class_embedding": "identity"}, "class_embedding must be one of"),
+        ({"class_embedding": "table", "num_classes": None}, "needs num_classes"),
+        ({"class_features": 4}, "class_features go with"),
+    ],
+)
+def test_config_rejects_unknown_variants(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(IMAGE, **changes)
+
+
+def test_later_entries_are_written_only_where_they_say_something():
+    assert "norm_eps" not in IMAGE.to_dict()
+    assert "norm_eps" not in repr(IMAGE)
+    other = replace(IMAGE, norm_eps=1e-6, head_dims=(8, 16))
+    assert set(other.to_dict()) - set(IMAGE.to_dict()) == {"norm_eps", "head_dims"}
+    assert type(IMAGE)(**other.to_dict()) == other
+    assert set(IMAGE.identity()) - set(IMAGE.to_dict()) == {"temporal_feed_forward"}
+
+
+def test_blocks_of_a_deep_transformer_start_as_the_identity_and_all_matter():
+    config = replace(IMAGE, context_dim=24, transformer_depths=(1, 3), norm_over_frames=True)
+    spatial = Transformer(16, "space", config, 8, depth=3)
+    x, context = normal(2, 16, 4, 4), normal(2, 5, 24)
+    x = x.to(memory_format=torch.channels_last)
+    assert torch.equal(spatial(x, 1, context), x)
+    randomise(spatial)
+    out = spatial(x, 1, context)
+    assert not spatial.norm_over_frames  # a temporal transformer's
+    for block in spatial.rest:
+        block.attn2.to_out.weight.data.mul_(2)
+        changed = spatial(x, 1, context)
+        assert not torch.equal(changed, out)
+        out = changed
+
+
 @pytest.mark.parametrize("length", [1, 16, 64, 65])
 @pytest.mark.parametrize("biased", [True, False])
 def test_attend_matches_fused_attention(length, biased):

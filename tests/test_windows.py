@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vfengine import VideoFusionPipeline
 from vfengine.checkpoint import load_residual, read_config
 from vfengine.decompose import decomposed_noise, frame_weights
+from vfengine.models import for_inference
 from vfengine.sampling import sample_base, sample_residual
 from vfengine.schedule import NoiseSchedule
 from vfengine.windows import choose_windows, largest_stride, plan_windows, windowed
@@ -357,6 +358,7 @@ def frames_of(pipe, **settings):
 def test_pipeline_is_sample_residual_by_hand(pipe, tiny_checkpoint, asked, window):
     config = read_config(tiny_checkpoint)
     network = load_residual(tiny_checkpoint, config)
+    network.unet = for_inference(network.unet, torch.float32, "cpu")
     walk = torch.tensor([TINY_LABELS.index("walk")])
     shares = frame_weights(config.lam, window or LONG)
     seen = set()

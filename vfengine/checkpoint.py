@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .models import BaseGenerator, ResidualGenerator, UNet, UNetConfig, VideoGenerator
+from .models.unet import empty_unet
 from .schedule import NoiseSchedule
 from .trajectory import BASE_PATHS
 
@@ -168,8 +168,7 @@ class CheckpointConfig:
         if values.get("clean_share", 0) is None:
             del values["clean_share"]
         for name in self.networks:
-            if values[name]["temporal_feed_forward"]:
-                del values[name]["temporal_feed_forward"]
+            values[name] = getattr(self, name).to_dict()
         return json.dumps({"format": FORMATS[self.objective], **values}, indent=2)
 
     @classmethod
@@ -356,18 +355,6 @@ def read_weights(
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
-class _WithoutInitialisation(TorchFunctionMode):
-    """Leave new weights as they are: they are about to be replaced.
-
-    Initialising on the meta device would also import torch._dynamo, a second of a cold start.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def _load(folder, config: CheckpointConfig, name: str, device, dtype):
     """The generator of this name, in eval mode on `device`, with exactly its file's weights."""
     folder = _folder(folder)
@@ -376,8 +363,7 @@ def _load(folder, config: CheckpointConfig, name: str, device, dtype):
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     state = read_weights(folder, name, config)
-    with torch.device("meta"), _WithoutInitialisation():
-        unet = UNet(unet_config)
+    unet = empty_unet(unet_config)
     expected = {k: v.shape for k, v in unet.state_dict().items()}
     found = {k: v.shape for k, v in state.items()}
     if found != expected:

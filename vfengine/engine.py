@@ -24,7 +24,9 @@ from .capture import surroundings_key, weights_key
 from .checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from .decompose import Lam, Model, frame_weights
 from .loops import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
+from .models import UNet, for_inference
 from .overlap import run_overlapped
+from .pretrained import PretrainedBase
 from .solvers import SolverTable
 from .trajectory import BaseTrajectory
 from .windows import windowed
@@ -51,6 +53,7 @@ class Engine:
     """Runs the phases of one checkpoint on one device.
 
     capture: on CUDA, replay steps from graphs
+    base:    in place of the checkpoint's own base network
 
     Methods take `timings`, {"load", "base", "residual"}, and add their seconds.
     """
@@ -62,9 +65,10 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         capture: bool,
+        base: PretrainedBase | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
-        self.dtype, self.capture = dtype, capture
+        self.dtype, self.capture, self.pretrained = dtype, capture, base
         self.networks: dict[str, nn.Module] = {}
         self.loops: dict[str, _Held] = {}
 
@@ -227,7 +231,7 @@ class Engine:
         network = self._network(name, timings)
         null = torch.full_like(asked.classes, self.config.null_class)
         guided = asked.guidance_scale != 1.0 and not torch.equal(asked.classes, null)
-        guided = guided and self.config.labels != ()
+        guided = guided and self.config.labels != () and network.takes_labels
         scale = asked.guidance_scale if guided else 1.0
         labels = torch.cat([asked.classes, null]) if guided else asked.classes
         key = (how, scale, labels.shape, weights_key(network))
@@ -247,7 +251,13 @@ class Engine:
         if (network := self.networks.get(name)) is None:
             load = {"base": load_base, "residual": load_residual, "video": load_video}[name]
             with self._timed("load", timings):
-                network = load(self.folder, self.config, self.device, self.dtype)
+                if name == "base" and self.pretrained is not None:
+                    schedule = self.config.noise_schedule()
+                    network = self.pretrained.load(schedule, self.device, self.dtype)
+                else:
+                    network = load(self.folder, self.config, self.device, self.dtype)
+                if isinstance(network.unet, UNet):
+                    network.unet = for_inference(network.unet, self.dtype, self.device)
             self.networks[name] = network
         return network
 

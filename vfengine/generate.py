@@ -81,6 +81,7 @@ def _open_pipeline(settings: argparse.Namespace) -> VideoFusionPipeline:
         device=settings.device,
         dtype=getattr(torch, settings.dtype),
         capture=not settings.no_capture,
+        base_unet=settings.base_unet,
     )
 
 

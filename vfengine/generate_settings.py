@@ -40,6 +40,7 @@ DEFAULTS = {
     "scale": 1,
     "scale_filter": "nearest",
     "model": None,
+    "base_unet": None,
     "base_trajectory": None,
     "base_cache": None,
     "base_path": None,
@@ -63,7 +64,7 @@ APART = (
     (
         "--image", "the picture is the base frame",
         ["--base-trajectory", "--base-seed", "--base-path stepwise", "--preview",
-         "--overlap-phases"],
+         "--overlap-phases", "--base-unet"],
     ),
     (
         "--preview", "the base frame is all that is made",
@@ -197,6 +198,10 @@ def _parser() -> _Parser:
         "--base-path", choices=BASE_PATHS,
         help="follow the base network step by step, or finish the base frame and animate it; "
         "default: what the checkpoint names",
+    )  # fmt: skip
+    path.add_argument(
+        "--base-unet", metavar="DIR",
+        help="a published image UNet, in diffusers' format, in place of the base network",
     )  # fmt: skip
     path.add_argument(
         "--base-trajectory", metavar="FILE",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from .checkpoint import DEFAULT, CheckpointConfig, read_config
 from .decompose import Lam, base_noise, frame_weights, residual_noise
 from .engine import Asked, Engine, no_time, usable_device
 from .loops import Callback
+from .models import UNet
 from .noise import check_seed
 from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
+from .pretrained import PretrainedBase, pretrained_base
 from .solvers import SolverTable, solver_table
 from .trajectory import BASE_PATHS, BaseTrajectory
 from .windows import choose_windows
@@ -69,13 +71,16 @@ class VideoFusionPipeline:
         device: torch.device,
         dtype: torch.dtype,
         capture: bool,
+        base: PretrainedBase | None = None,
     ) -> None:
+        if base is not None:  # paths and caches name the network that walks
+            config = replace(config, sha256={**config.sha256, "base": base.fingerprint})
         self.config = config
         self.schedule = config.noise_schedule()
         self.folder = folder
         self.device = device
         self.dtype = dtype
-        self._engine = Engine(config, folder, device, dtype, capture)
+        self._engine = Engine(config, folder, device, dtype, capture, base)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +90,8 @@ class VideoFusionPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         capture: bool = True,
+        base_unet: str | Path | UNet | None = None,
+        base_prediction_type: str | None = None,
     ) -> VideoFusionPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
@@ -93,14 +100,27 @@ class VideoFusionPipeline:
         capture: on CUDA, replay each phase's step from a graph, which later calls use again if only
                  noise, seeds (where η = 0) and labels differ; it goes with its network
                  (offload_base). Has no meaning on a CPU
+        base_unet: an image UNet that walks the base path in place of the checkpoint's own network:
+                 a source of `models.load_unet`, or a UNet of this device and dtype. It must fit the
+                 clips' channels and the noise schedule; one that needs a context (a prompt) is
+                 refused, and one without classes leaves labels to the residual network
+        base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
+                 scheduler of its pipeline says, or "epsilon"
 
         Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, and
-        for a device or dtype that cannot be used. The weights are read by the first call.
+        for a device, dtype or base_unet that cannot be used. The weights are read by the first
+        call, but those of a base_unet at once, for their SHA-256.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         folder = DEFAULT if path is None else Path(path)
-        return cls(read_config(folder), folder, usable_device(device), dtype, capture)
+        config, device = read_config(folder), usable_device(device)
+        if base_unet is None:
+            if base_prediction_type is not None:
+                raise ValueError("base_prediction_type is that of a base_unet, and none is given")
+            return cls(config, folder, device, dtype, capture)
+        base = pretrained_base(base_unet, config, device, dtype, base_prediction_type)
+        return cls(config, folder, device, dtype, capture, base)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -270,7 +290,7 @@ class VideoFusionPipeline:
             raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
         key = {
             **self._notes(label, guidance_scale, base_seed),
-            "network": asdict(config.base), "base_std": config.base_std,
+            "network": config.base.identity(), "base_std": config.base_std,
             "shape": [len(classes), config.channels, config.height, config.width],
             "classes": classes.tolist(), "sample_offset": sample_offset,
             "schedule": self.schedule.fingerprint(), "timesteps": table.timesteps.tolist(),

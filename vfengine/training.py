@@ -275,6 +275,6 @@ class Trainer:
             if f.name not in left_out
         }
         if self.config.video is not None:
-            values["video"] = asdict(self.config.video)
+            values["video"] = self.config.video.identity()
         text = repr((sorted(values.items()), self.clips.shape, self.options.seed))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ namespace vf {
 
 namespace {
 
-constexpr Isa kIsas[] = {Isa::avx512, Isa::avx2, Isa::baseline};
+constexpr Isa kIsas[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
 
 Isa best() {
   for (Isa isa : kIsas)
@@ -24,7 +24,16 @@ std::atomic<Isa>& chosen() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
 }
 
 bool isa_supported(Isa isa) {
@@ -33,8 +42,11 @@ bool isa_supported(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -50,7 +62,8 @@ void set_cpu_isa(const char* name) {
     chosen().store(isa, std::memory_order_relaxed);
     return;
   }
-  throw std::invalid_argument(std::string("expected avx512, avx2 or baseline, got ") + name);
+  throw std::invalid_argument(std::string("expected avx512_bf16, avx512, avx2 or baseline, got ") +
+                              name);
 }
 
 }  // namespace vf

@@ -1,7 +1,8 @@
 """Generators, decomposed (base, residual) or plain: UNets that predict clean pictures, behind ε.
 
 Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels. A
-wrapper scales what goes in to unit variance and turns what comes out into ε.
+wrapper scales what goes in to unit variance and turns what comes out into ε. Networks that others
+have trained predict ε or v (PretrainedGenerator).
 """
 
 import torch
@@ -11,9 +12,13 @@ from ..decompose import Lam, frame_weights
 from ..schedule import NoiseSchedule
 from .unet import UNet
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
 
 class _Generator(nn.Module):
     """What all have: the UNet, every timestep's ᾱ, the standard deviation of what is predicted."""
+
+    takes_labels = True  # whether labels, and so their guidance, make a difference
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float):
         super().__init__()
@@ -68,6 +73,33 @@ class BaseGenerator(_BlendGenerator):
 
     An image diffusion model.
     """
+
+
+class PretrainedGenerator(_Generator):
+    """z_φ by an image UNet that others have trained: one that predicts ε, or v.
+
+    v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, arXiv 2202.00512). Labels go to a UNet that has
+    classes, and nowhere in one that has none.
+    """
+
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, prediction_type: str = "epsilon"):
+        super().__init__(unet, schedule, data_std=1.0)
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"PretrainedGenerator: prediction_type must be one of {PREDICTION_TYPES}, "
+                f"got {prediction_type!r}"
+            )
+        self.prediction_type = prediction_type
+        self.takes_labels = unet.class_embedding is not None
+
+    def forward(self, z: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """ε̂ of z [B, C, H, W], in its dtype; t int64 [B], class_labels int64 [B]."""
+        labels = {"class_labels": class_labels} if self.takes_labels else {}
+        out = self.unet(z, t, **labels).to(z.dtype)
+        if self.prediction_type == "epsilon":
+            return out
+        a = self._alphas_cumprod(t, z.dim())
+        return a.sqrt() * out + (1 - a).sqrt() * z
 
 
 class VideoGenerator(_BlendGenerator):

@@ -14,15 +14,24 @@ from torch import Tensor, nn
 from .attention import attend
 
 
-def sinusoidal_embedding(positions: Tensor, dim: int) -> Tensor:
-    """positions [...] -> [..., dim] fp32: cos, then sin, at dim / 2 frequencies, 1 to 1/10000."""
+def sinusoidal_embedding(
+    positions: Tensor, dim: int, *, sin_first: bool = False, shift: float | None = None
+) -> Tensor:
+    """positions [...] -> [..., dim] fp32: cos, then sin, at dim / 2 frequencies, 1 to 1/10000.
+
+    sin_first: sin, then cos
+    shift:     frequency k is 10000^(-k / (dim / 2 - shift)), rounded as diffusers does: at t = 1000
+               the last bit of a frequency shows. None: no shift, and this family's own rounding
+    """
     half = dim // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=positions.device)
-        * (-math.log(10000.0) / half)
-    )
-    angles = positions[..., None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    k = torch.arange(half, dtype=torch.float32, device=positions.device)
+    if shift is None:
+        exponents = k * (-math.log(10000.0) / half)
+    else:
+        exponents = k * -math.log(10000.0) / (half - shift)
+    angles = positions[..., None].float() * exponents.exp()
+    parts = (angles.sin(), angles.cos()) if sin_first else (angles.cos(), angles.sin())
+    return torch.cat(parts, dim=-1)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -59,14 +68,20 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, embed_dim: int, groups: int, scale_shift: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        embed_dim: int,
+        groups: int,
+        scale_shift: bool,
+        eps: float = 1e-5,
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(groups, in_channels)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
-        self.norm2 = GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1)
@@ -171,44 +186,89 @@ class FeedForward(nn.Module):
         return self.out(value * F.gelu(gate))
 
 
-class Transformer(nn.Module):
-    """GroupNorm, self-attention, cross-attention (where there is a context), feed-forward layer.
+class TransformerBlock(nn.Module):
+    """Self-attention, a second attention and a feed-forward layer, each behind a LayerNorm.
 
-    axis "space": each frame's H*W pixels attend to each other, and to the context.
-    axis "time": each pixel's N frames attend to each other, with a relative position bias.
+    axis "space": each frame's H*W pixels attend to each other, then to the context (where the
+                  configuration has one).
+    axis "time":  each pixel's N frames attend to each other, with a relative position bias (where
+                  it has one), then once more (where it says so), without.
     """
 
-    def __init__(self, channels: int, axis: str, config):
+    def __init__(self, channels: int, axis: str, config, head_dim: int, **ends: nn.Module):
+        """ends: layers around the block, which come before its own in the order of weights"""
         super().__init__()
+        for name, layer in ends.items():
+            self.add_module(name, layer)
         self.axis = axis
-        self.norm = GroupNorm(config.norm_groups, channels)
-        self.proj_in = nn.Linear(channels, channels)
-        self.proj_out = zero_(nn.Linear(channels, channels))
-        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, config.head_dim)
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, head_dim)
         self.norm2 = self.attn2 = self.norm3 = self.ff = self.bias = None
         if axis == "space" and config.context_dim:
             self.norm2 = nn.LayerNorm(channels)
-            self.attn2 = Attention(channels, config.head_dim, config.context_dim)
+            self.attn2 = Attention(channels, head_dim, config.context_dim)
+        if axis == "time" and config.temporal_self_attentions == 2:
+            self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, head_dim)
         if axis == "time" and config.position_buckets:
             self.bias = RelativePositionBias(self.attn1.heads, config.position_buckets)
         if config.feed_forward_mult:
             self.norm3 = nn.LayerNorm(channels)
             self.ff = FeedForward(channels, config.feed_forward_mult)
 
-    def forward(self, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
-        """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
-        height, width = x.shape[-2:]
-        h = rows(self.norm(x).to(x.dtype))  # [B*N, H*W, C]
-        bias = None
-        if self.axis == "time":
-            h = h.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, H*W, N, C], the memory stays
-            bias = self.bias(num_frames, x.device) if self.bias is not None else None
-        h = self.proj_in(h)
+    def forward(self, h: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
+        """h [B*N, H*W, C], or [B, H*W, N, C] over time; context [B*N, M, C'] or None -> as h."""
+        bias = self.bias(num_frames, h.device) if self.bias is not None else None
         h = h + self.attn1(self.norm1(h), bias=bias)
-        if self.attn2 is not None and context is not None:
+        if self.attn2 is not None and (self.axis == "time" or context is not None):
             h = h + self.attn2(self.norm2(h), context)
         if self.ff is not None:
             h = h + self.ff(self.norm3(h))
+        return h
+
+
+class Transformer(TransformerBlock):
+    """GroupNorm and a projection, transformer blocks, a projection back; added to the input.
+
+    It is the first of its blocks itself, and holds the others in `rest`.
+
+    heads:  as many as fit into the channels, unless given; heads * head_dim is the blocks' width
+    depth:  how many blocks
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        axis: str,
+        config,
+        head_dim: int | None = None,
+        heads: int | None = None,
+        depth: int = 1,
+    ):
+        head_dim = head_dim or config.head_dim
+        width = (heads or channels // head_dim) * head_dim
+        super().__init__(
+            width, axis, config, head_dim,
+            norm=GroupNorm(config.norm_groups, channels, config.transformer_norm_eps),
+            proj_in=nn.Linear(channels, width),
+            proj_out=zero_(nn.Linear(width, channels)),
+        )  # fmt: skip
+        self.norm_over_frames = axis == "time" and config.norm_over_frames
+        self.rest = nn.ModuleList(
+            TransformerBlock(width, axis, config, head_dim) for _ in range(depth - 1)
+        )
+
+    def forward(self, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
+        """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
+        height, width = x.shape[-2:]
+        if self.norm_over_frames:
+            clip = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)  # [B, C, N, H*W]
+            h = self.norm(clip).to(x.dtype).permute(0, 3, 2, 1)  # [B, H*W, N, C]
+        else:
+            h = rows(self.norm(x).to(x.dtype))  # [B*N, H*W, C]
+            if self.axis == "time":  # [B, H*W, N, C], the memory stays
+                h = h.unflatten(0, (-1, num_frames)).transpose(1, 2)
+        h = super().forward(self.proj_in(h), num_frames, context)
+        for block in self.rest:
+            h = block(h, num_frames, context)
         h = self.proj_out(h)
         if self.axis == "time":
             h = h.transpose(1, 2).flatten(0, 1)

@@ -6,172 +6,52 @@ of two; after each residual block an optional temporal convolution, spatial tran
 transformer.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from .config import UNetConfig
 from .layers import GroupNorm, ResBlock, TemporalConv, Transformer, sinusoidal_embedding
-
-# what UNetConfig accepts: the least of its counts, and of its sequences' entries (None: booleans)
-_LARGEST = 2**16
-_COUNTS = {
-    "in_channels": 1,
-    "out_channels": 1,
-    "patch_size": 1,
-    "temporal_conv_depth": 1,
-    "num_classes": 1,
-    "context_dim": 1,
-    "position_buckets": 0,
-    "head_dim": 1,
-    "norm_groups": 1,
-    "feed_forward_mult": 0,
-}
-_PER_LEVEL = {
-    "block_out_channels": 2,
-    "layers_per_block": 0,
-    "spatial_attention": None,
-    "temporal_attention": None,
-    "temporal_conv": None,
-}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Shape of a UNet. A level is one resolution; sequences hold one entry per level, finest first.
-
-    patch_size        p folds p x p pixels into channels before the first convolution, and back
-                      after the last
-    spatial_attention, temporal_attention, temporal_conv    which levels have them (the middle: as
-                      the last level)
-    temporal_conv_depth    convolutions per temporal convolution block
-    frame_embedding   adds an embedding of the frame's distance to the base frame N // 2
-    num_classes       class labels 0 .. num_classes - 1, and the null class num_classes; None: no
-                      classes
-    context_dim       width of the context sequence that spatial transformers attend to; None: no
-                      context
-    position_buckets  of the relative position bias of temporal attention; 0: none
-    feed_forward_mult, scale_shift, head_dim, norm_groups    see `layers`
-    temporal_feed_forward    whether temporal transformers have the feed-forward layer too
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: Sequence[int] = (64, 128, 256)
-    layers_per_block: Sequence[int] = (1, 1, 1)
-    patch_size: int = 1
-    spatial_attention: Sequence[bool] = (False, False, True)
-    temporal_attention: Sequence[bool] = (False, False, False)
-    temporal_conv: Sequence[bool] = (False, False, False)
-    temporal_conv_depth: int = 1
-    frame_embedding: bool = False
-    num_classes: int | None = None
-    context_dim: int | None = None
-    position_buckets: int = 32
-    head_dim: int = 32
-    norm_groups: int = 8
-    feed_forward_mult: int = 2
-    scale_shift: bool = True
-    # Not in the repr, by which states of a training name their model: older ones stay good.
-    temporal_feed_forward: bool = field(default=True, repr=False)
-
-    def __post_init__(self):
-        for name, lowest in _COUNTS.items():
-            value = getattr(self, name)
-            optional = value is None and name in ("num_classes", "context_dim")
-            if not optional and not (_is_int(value) and lowest <= value <= _LARGEST):
-                raise ValueError(
-                    f"UNetConfig: {name} must be an int from {lowest} to {_LARGEST}, got {value!r}"
-                )
-        for name in ("frame_embedding", "scale_shift", "temporal_feed_forward"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"UNetConfig: {name} must be true or false")
-        if self.position_buckets and self.position_buckets < 4:
-            raise ValueError("UNetConfig: position_buckets must be 0, or 4 and more")
-        levels = None
-        for name, lowest in _PER_LEVEL.items():
-            value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 16:
-                raise ValueError(f"UNetConfig: {name} must be a sequence, got {value!r}")
-            levels = levels or len(value)
-            if len(value) != levels:
-                raise ValueError(
-                    f"UNetConfig: {name} needs {levels} entries, one per level, got {value}"
-                )
-            for entry in value:
-                if lowest is None:
-                    fits = isinstance(entry, bool)
-                else:
-                    fits = _is_int(entry) and lowest <= entry <= _LARGEST
-                if not fits:
-                    raise ValueError(f"UNetConfig: {name} cannot hold {entry!r}")
-            object.__setattr__(self, name, tuple(value))
-        for channels in self.block_out_channels:
-            if channels % self.norm_groups or channels % self.head_dim:
-                raise ValueError(
-                    f"UNetConfig: {channels} channels are no multiple of "
-                    f"norm_groups={self.norm_groups} and head_dim={self.head_dim}"
-                )
-
-    @property
-    def is_video(self) -> bool:
-        """Whether the UNet takes clips [B, N, C, H, W]; otherwise images [B, C, H, W]."""
-        return self.frame_embedding or any(self.temporal_attention) or any(self.temporal_conv)
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
-
-
-def vdm_config(base: UNetConfig, channels: Sequence[int] | None = None) -> UNetConfig:
-    """VDM*: an image UNet made a plain video model (Ho et al. 2022, arXiv 2204.03458).
-
-    After every spatial attention comes a temporal one with a relative position bias, and nothing
-    else: the image UNet's weights are a part of its weights, and a temporal layer starts at zero.
-
-    channels: per level, in place of the base's
-
-    Raises ValueError for a base that is a video UNet already, or that has no spatial attention.
-    """
-    if base.is_video or not any(base.spatial_attention):
-        raise ValueError(
-            "vdm_config: needs an image UNet with spatial attention, got "
-            + ("a video UNet" if base.is_video else "one without")
-        )
-    return replace(
-        base,
-        block_out_channels=base.block_out_channels if channels is None else channels,
-        temporal_attention=base.spatial_attention,
-        temporal_feed_forward=False,
-        position_buckets=max(base.position_buckets, UNetConfig.position_buckets),
-    )
 
 
 class Stage(nn.Module):
-    """A residual block, then the temporal convolution, spatial and temporal transformer it has."""
+    """A residual block, then the temporal convolution, spatial and temporal transformer it has.
 
-    def __init__(self, in_channels: int, level: int, config: UNetConfig, attention: bool = True):
+    attention: whether it has a spatial and a temporal transformer; None: what the level has
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        level: int,
+        config: UNetConfig,
+        attention: tuple[bool, bool] | None = None,
+    ):
         super().__init__()
         channels = config.block_out_channels[level]
         embed_dim = 4 * config.block_out_channels[0]
         self.resnet = ResBlock(
-            in_channels, channels, embed_dim, config.norm_groups, config.scale_shift
-        )
+            in_channels, channels, embed_dim, config.norm_groups, config.scale_shift,
+            config.norm_eps,
+        )  # fmt: skip
         self.temp_conv = self.spatial = self.temporal = None
         if config.temporal_conv[level]:
             self.temp_conv = TemporalConv(channels, config.norm_groups, config.temporal_conv_depth)
-        if attention and config.spatial_attention[level]:
-            self.spatial = Transformer(channels, "space", config)
-        if attention and config.temporal_attention[level]:
+        spatial, temporal = attention or (
+            config.spatial_attention[level],
+            config.temporal_attention[level],
+        )
+        head_dim = config.level_head_dims[level]
+        if spatial:
+            depth = config.transformer_depths[level] if config.transformer_depths else 1
+            self.spatial = Transformer(channels, "space", config, head_dim, depth=depth)
+        if temporal:
             mult = config.feed_forward_mult if config.temporal_feed_forward else 0
-            self.temporal = Transformer(channels, "time", replace(config, feed_forward_mult=mult))
+            temporal_config = replace(config, feed_forward_mult=mult)
+            self.temporal = Transformer(channels, "time", temporal_config, head_dim)
 
     def forward(
         self, x: Tensor, embedding: Tensor, num_frames: int, context: Tensor | None
@@ -196,17 +76,18 @@ class UNet(nn.Module):
         levels, folded = len(widths), config.patch_size**2
         self.time_dim, embed_dim = widths[0], 4 * widths[0]
         self.time_embedding = _mlp(self.time_dim, embed_dim)
-        self.class_embedding = (
-            nn.Embedding(config.num_classes + 1, embed_dim)
-            if config.num_classes is not None
-            else None
-        )
+        self.class_embedding = _class_embedding(config, self.time_dim, embed_dim)
         self.frame_embedding = _mlp(self.time_dim, embed_dim) if config.frame_embedding else None
         # a sum lets class and frame act only side by side; this lets "frame 3 of a cartwheel" mean
         # something
         self.embedding_mixer = _mlp(embed_dim, embed_dim) if config.frame_embedding else None
 
         self.conv_in = nn.Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
+        self.transformer_in = None
+        if config.transformer_in_heads is not None:
+            self.transformer_in = Transformer(
+                widths[0], "time", config, heads=config.transformer_in_heads
+            )
         skips, channels = [widths[0]], widths[0]
         self.down, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
@@ -220,8 +101,14 @@ class UNet(nn.Module):
                 self.downsamplers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
                 skips.append(channels)
         last = levels - 1
+        middle = (config.mid_spatial_attention, config.mid_temporal_attention)
+        sides = (config.spatial_attention[last], config.temporal_attention[last])
+        attention = tuple(
+            side if own is None else own for own, side in zip(middle, sides, strict=True)
+        )
         self.mid = nn.ModuleList(
-            [Stage(channels, last, config), Stage(channels, last, config, attention=False)]
+            Stage(channels, last, config, (False, False) if block else attention)
+            for block in range(config.mid_blocks)
         )
         self.up, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(levels)):
@@ -232,7 +119,7 @@ class UNet(nn.Module):
             self.up.append(stages)
             if level:
                 self.upsamplers.append(nn.Conv2d(channels, channels, 3, padding=1))
-        self.conv_norm_out = GroupNorm(config.norm_groups, channels)
+        self.conv_norm_out = GroupNorm(config.norm_groups, channels, config.norm_eps)
         self.conv_out = nn.Conv2d(channels, config.out_channels * folded, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
@@ -251,22 +138,27 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels.
 
-        x [B, C, H, W] or [B, N, C, H, W], t int64 [B], context [B, M, C'], class_labels int64 [B]
+        x [B, C, H, W] or [B, N, C, H, W], t int64 [B]
+        context [B, M, C'], the same for all frames
+        class_labels int64 [B], or [B, F] numbers where class_embedding is "projection"
 
-        Without class_labels a class-conditional UNet takes the null class. Raises ValueError for a
-        shape that does not fit the configuration, or for labels or a context that the network has
-        no place for.
+        Without class_labels a UNet that has a null class takes it, and without a context one that
+        does not need it leaves it out. Raises ValueError for a shape that does not fit the
+        configuration, and for labels or a context that the network has no place for or cannot do
+        without.
         """
         config = self.config
         self._check(x, t, context, class_labels)
         num_frames = x.shape[1] if config.is_video else 1
         frames = x.flatten(0, 1) if config.is_video else x  # [B*N, C, H, W], a view
-        embedding = F.silu(self._embedding(t, class_labels, num_frames, x.device))
+        embedding = F.silu(self.embed(t, class_labels, num_frames))
         if context is not None:
             context = context.to(self.dtype).repeat_interleave(num_frames, dim=0)
 
         h = F.pixel_unshuffle(frames.to(self.dtype), config.patch_size)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
+        if self.transformer_in is not None:
+            h = self.transformer_in(h, num_frames)
         skips = [h]
         for level, stages in enumerate(self.down):
             for stage in stages:
@@ -281,22 +173,34 @@ class UNet(nn.Module):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), embedding, num_frames, context)
             if level < len(self.upsamplers):
-                h = self.upsamplers[level](F.interpolate(h, scale_factor=2, mode="nearest"))
+                # an odd size was rounded up on the way down
+                size = {"size": skips[-1].shape[-2:]} if config.any_size else {"scale_factor": 2}
+                h = self.upsamplers[level](F.interpolate(h, **size, mode="nearest"))
         h = self.conv_out(F.silu(self.conv_norm_out(h)).to(h.dtype))
         h = F.pixel_shuffle(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
 
-    def _embedding(self, t: Tensor, class_labels: Tensor | None, num_frames: int, device) -> Tensor:
-        """[B*N, E]: of the timestep, the class and the frame."""
-        timestep = sinusoidal_embedding(t, self.time_dim).to(self.dtype)
-        embedding = self.time_embedding(timestep)  # [B, E]
+    def embed(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:
+        """[B*N, E]: of the timestep, the class and the frame; the network puts it through SiLU.
+
+        Raises ValueError for missing labels where there is no null class.
+        """
+        config = self.config
+        embedding = self.time_embedding(self._sinusoids(t))  # [B, E]
         if self.class_embedding is not None:
+            kind = config.class_embedding
             if class_labels is None:
-                class_labels = torch.full_like(t, self.config.num_classes)
+                if kind != "null":
+                    raise ValueError("UNet: class_labels are needed, this UNet has no null class")
+                class_labels = torch.full_like(t, config.num_classes)
+            if kind == "timestep":
+                class_labels = self._sinusoids(class_labels)
+            elif kind == "projection":
+                class_labels = class_labels.to(self.dtype)
             embedding = embedding + self.class_embedding(class_labels)
         if self.frame_embedding is not None:
             # 60 a frame: 16 frames span about the 1000 timesteps whose frequencies these are
-            offsets = (torch.arange(num_frames, device=device) - num_frames // 2) * 60.0
+            offsets = (torch.arange(num_frames, device=t.device) - num_frames // 2) * 60.0
             frame = self.frame_embedding(
                 sinusoidal_embedding(offsets, self.time_dim).to(self.dtype)
             )
@@ -304,6 +208,13 @@ class UNet(nn.Module):
             embedding = embedding + self.embedding_mixer(F.silu(embedding))
             return embedding.flatten(0, 1)
         return embedding.repeat_interleave(num_frames, dim=0)
+
+    def _sinusoids(self, t: Tensor) -> Tensor:
+        """t [B] -> [B, C], as the first layer of an embedding takes it."""
+        sin_first, shift = self.config.sin_first, self.config.frequency_shift
+        return sinusoidal_embedding(t, self.time_dim, sin_first=sin_first, shift=shift).to(
+            self.dtype
+        )
 
     def _check(
         self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None
@@ -320,8 +231,9 @@ class UNet(nn.Module):
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"UNet: t must have shape [{x.shape[0]}], got {tuple(t.shape)}")
+        features = () if config.class_features is None else (config.class_features,)
         if class_labels is not None and (
-            self.class_embedding is None or class_labels.shape != x.shape[:1]
+            self.class_embedding is None or class_labels.shape != (x.shape[0], *features)
         ):
             raise ValueError(
                 f"UNet: class_labels {tuple(class_labels.shape)} given to a UNet "
@@ -334,9 +246,43 @@ class UNet(nn.Module):
                 f"UNet: context {tuple(context.shape)} given to a UNet "
                 f"with context_dim={config.context_dim}"
             )
+        if context is None and config.needs_context:
+            raise ValueError(
+                f"UNet: needs a context [{x.shape[0]}, M, {config.context_dim}], got none"
+            )
+
+
+def _class_embedding(config: UNetConfig, time_dim: int, embed_dim: int) -> nn.Module | None:
+    """Of class labels; None: the network takes none."""
+    if config.class_embedding == "timestep":
+        return _mlp(time_dim, embed_dim)
+    if config.class_embedding == "projection":
+        return _mlp(config.class_features, embed_dim)
+    if config.num_classes is None:
+        return None
+    null = config.class_embedding == "null"
+    return nn.Embedding(config.num_classes + null, embed_dim)
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features)
     )
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leave new weights as they are: they are about to be replaced.
+
+    Initialising on the meta device would also import torch._dynamo, a second of a cold start.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_unet(config: UNetConfig) -> UNet:
+    """On the meta device, for weights that are read: `load_state_dict(…, assign=True)`."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return UNet(config)

@@ -1,0 +1,261 @@
+// Products of rows with packed weights: a tile of a few rows by a panel of a few vectors of
+// columns.
+//
+// Weights are packed per panel: [panel][word of the depth][columns of the panel], so that a product
+// reads them in order. A vector of columns is multiplied with a broadcast word of a row; with
+// avx512, 6 rows by 4 vectors keep all multipliers busy from L1 and L2.
+#pragma once
+#include "cpu/rows.h"
+#include "network.h"
+
+namespace vf::VF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kPanel = 4;  // vectors of columns
+#else
+constexpr int kPanel = 2;
+#endif
+constexpr int kTileRows = 6;
+
+// How columns are dealt to panels: as evenly as vectors allow. With geglu a panel holds as many
+// vectors of values as of the gates that belong to them, and `width` counts the values.
+struct Panels {
+  int64_t units, count;  // a unit: a vector, or one of values and one of gates
+  int unit;
+  Panels(int64_t width, bool geglu) {
+    unit = geglu ? 2 : 1;
+    units = (width + kLanes - 1) / kLanes;
+    const int most = kPanel / unit;
+    count = (units + most - 1) / most;
+  }
+  int64_t first(int64_t panel) const {  // unit
+    return panel * (units / count) + std::min(panel, units % count);
+  }
+  int vectors(int64_t panel) const { return int(first(panel + 1) - first(panel)) * unit; }
+  int64_t words(int64_t depth_words) const { return units * unit * kLanes * depth_words; }
+};
+
+template <class T>
+static void pack(const PackArgs& a) {
+  const int64_t depth = a.depth / kPerWord<T>;
+  const Panels panels(a.columns, a.geglu);
+  const auto* words = static_cast<const uint32_t*>(a.weights);  // [columns, depth]
+  auto* out = static_cast<uint32_t*>(a.out);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int vectors = panels.vectors(p), values = vectors / panels.unit;
+    for (int v = 0; v < vectors; ++v)
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t column = (panels.first(p) + v % values) * kLanes + i;
+        const uint32_t* from = words + (column + (v >= values ? a.columns : 0)) * depth;
+        uint32_t* to = out + v * kLanes + i;
+        for (int64_t k = 0; k < depth; ++k)
+          to[k * vectors * kLanes] = column < a.columns ? from[k] : 0;
+      }
+    out += vectors * kLanes * depth;
+  }
+}
+
+// One tile: rows [row, row + MR) of a panel, for the taps [first, last) of all sources.
+template <class T>
+struct Tile {
+  const RowMatmulArgs* a;
+  const uint32_t* weights;  // of the panel, at the first tap
+  int first, last;          // taps, counted through all sources
+  bool opens, closes;       // whether sums start here, and end here
+  float* sums;              // [MR, vectors * kLanes], between parts of the depth
+  int64_t row, column;      // of out
+  const T* zeros;
+};
+
+template <class T, int MR, int NV>
+VF_INLINE void finish(const Tile<T>& t, F32 (&acc)[MR][NV]) {
+  const RowMatmulArgs& a = *t.a;
+  const bool geglu = a.epilogue == Epilogue::geglu;
+  constexpr int kHalf = NV / 2;
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; ++r) {
+    const int64_t row = t.row + r;
+    const int stored = geglu ? kHalf : NV;
+    if (a.epilogue == Epilogue::silu)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = silu<T>(acc[r][v]);
+    if (geglu)
+#pragma GCC unroll 2
+      for (int v = 0; v < kHalf; ++v) acc[r][v] *= gelu<T>(acc[r][kHalf + v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      if (v >= stored) break;
+      const int64_t c = t.column + v * kLanes;
+      const int n = int(std::min<int64_t>(kLanes, a.columns - c));
+      if (a.residual)
+        acc[r][v] +=
+            load_columns(static_cast<const T*>(a.residual) + row * a.residual_stride + c, n);
+      if (a.out_f32)
+        store_columns(static_cast<float*>(a.out) + row * a.out_stride + c, acc[r][v], n);
+      else
+        store_columns(static_cast<T*>(a.out) + row * a.out_stride + c, acc[r][v], n);
+    }
+  }
+}
+
+template <class T, int MR, int NV>
+static __attribute__((noinline)) void tile(const Tile<T>& t) {
+  const RowMatmulArgs& a = *t.a;
+  F32 acc[MR][NV];
+  if (t.opens) {
+    const bool geglu = a.epilogue == Epilogue::geglu;
+    const int values = geglu ? NV / 2 : NV;
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r) {
+      const float* bias = a.bias;
+      if (bias && a.bias_rows) bias += (t.row + r) / a.bias_rows * a.bias_stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const int64_t c = t.column + v % values * kLanes;
+        const int64_t n = std::min<int64_t>(kLanes, a.columns - c);
+        acc[r][v] = bias ? load_columns(bias + c + (v >= values ? a.columns : 0), int(n)) : F32{};
+      }
+    }
+  } else {
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = load<F32>(t.sums + (r * NV + v) * kLanes);
+  }
+
+  int64_t item[MR], at[MR];
+  item[0] = t.row / a.item_rows, at[0] = t.row - item[0] * a.item_rows;
+  for (int r = 1; r < MR; ++r) {
+    const bool next = at[r - 1] + 1 == a.item_rows;
+    item[r] = item[r - 1] + next, at[r] = next ? 0 : at[r - 1] + 1;
+  }
+  const uint32_t* w = t.weights;
+  int tap = 0;
+  for (int i = 0; i < a.num_sources; ++i) {
+    const RowSource& s = a.sources[i];
+    const int64_t words = s.width / kPerWord<T>;
+    for (int64_t j = 0; j < s.taps; ++j, ++tap) {
+      if (tap < t.first || tap >= t.last) continue;
+      const T *x = static_cast<const T*>(s.x), *rows[MR];
+      if (s.table) {
+        int32_t any = -1;
+        const int32_t* table = s.table + j * a.item_rows;
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r) {
+          const int32_t from = table[at[r]];
+          rows[r] = from < 0 ? t.zeros : x + (item[r] * s.item_rows_in + from) * s.stride;
+          any = std::max(any, from);
+        }
+        if (any < 0) {  // padding alone
+          w += words * NV * kLanes;
+          continue;
+        }
+      } else {
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r) rows[r] = x + (t.row + r) * s.stride;
+      }
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < words; ++k) {
+        U32 y[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) y[v] = load<U32>(w + v * kLanes);
+        w += NV * kLanes;
+#pragma GCC unroll 6
+        for (int r = 0; r < MR; ++r) {
+          const U32 b = broadcast(rows[r] + k * kPerWord<T>);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[r][v] = dot<T>(acc[r][v], y[v], b);
+        }
+      }
+    }
+  }
+
+  if (t.closes) {
+    finish<T, MR, NV>(t, acc);
+  } else {
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(t.sums + (r * NV + v) * kLanes, acc[r][v]);
+  }
+}
+
+// All rows [row, last) of a panel: tiles of 6, and of 4, 2 and 1 at the end.
+template <class T, int NV>
+static void tiles(Tile<T>& t, int64_t last) {
+  const int64_t start = t.row;
+  float* const sums = t.sums;
+  while (t.row < last) {
+    const int64_t left = last - t.row;
+    t.sums = sums + (t.row - start) * NV * kLanes;
+    if (left >= 6 && left != 8) {
+      tile<T, 6, NV>(t), t.row += 6;
+    } else if (left >= 4) {
+      tile<T, 4, NV>(t), t.row += 4;
+    } else if (left >= 2) {
+      tile<T, 2, NV>(t), t.row += 2;
+    } else {
+      tile<T, 1, NV>(t), t.row += 1;
+    }
+  }
+  t.row = start;
+  t.sums = sums;
+}
+
+// Parts of the depth whose weights stay in L2 while all rows of a block pass.
+constexpr int64_t kPartBytes = 384 * 1024;
+
+// Rows [row, last) by panels [panel, last_panel) of a product.
+// sums: room for (last - row) * kPanel * kLanes numbers; zeros: a row of the widest source.
+template <class T>
+static void block(const RowMatmulArgs& a, int64_t row, int64_t last, int64_t panel,
+                  int64_t last_panel, float* sums, const T* zeros) {
+  const Panels panels(a.columns, a.epilogue == Epilogue::geglu);
+  int64_t depth = 0, width[kMaxTaps];  // in words, of all taps and of each
+  int taps = 0;
+  for (int i = 0; i < a.num_sources; ++i)
+    for (int64_t j = 0; j < a.sources[i].taps; ++j)
+      depth += width[taps++] = a.sources[i].width / kPerWord<T>;
+  const auto* weights = static_cast<const uint32_t*>(a.weights);
+  for (; panel < last_panel; ++panel) {
+    const int vectors = panels.vectors(panel);
+    const int64_t lanes = vectors * kLanes;
+    Tile<T> t{&a,
+              weights + panels.first(panel) * panels.unit * kLanes * depth,
+              0,
+              0,
+              true,
+              false,
+              sums,
+              row,
+              panels.first(panel) * kLanes,
+              zeros};
+    while (t.first < taps) {
+      int64_t words = 0;
+      do words += width[t.last++];
+      while (t.last < taps && (words + width[t.last]) * lanes * 4 <= kPartBytes);
+      t.closes = t.last == taps;
+      switch (vectors) {
+        case 1:
+          tiles<T, 1>(t, last);
+          break;
+        case 2:
+          tiles<T, 2>(t, last);
+          break;
+#if defined(__AVX512F__)
+        case 3:
+          tiles<T, 3>(t, last);
+          break;
+        case 4:
+          tiles<T, 4>(t, last);
+          break;
+#endif
+      }
+      t.weights += words * lanes;
+      t.first = t.last;
+      t.opens = false;
+    }
+  }
+}
+
+}  // namespace vf::VF_ISA

@@ -1,0 +1,112 @@
+// group_norm_silu, layer_norm and geglu of rows (network.h).
+//
+// GroupNorm reads its rows twice, once for the statistics: an item that fits a core's cache is
+// treated whole by one thread, so that the second time comes from there.
+#include "cpu/norm.h"
+#include "cpu/parallel.h"
+
+namespace vf::VF_ISA {
+
+template <class T>
+static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
+  const GroupNormShape s(a);
+  const T *x = static_cast<const T*>(a.x), *x2 = static_cast<const T*>(a.x2);
+  const T* residual = static_cast<const T*>(a.residual);
+  T* out = static_cast<T*>(a.out);
+  std::vector<float> sums(s.items * s.chunks * 2 * s.channels), groups(s.items * a.groups * 2);
+  const auto first = [&](int64_t item) { return x + item * s.item_rows * a.channels; };
+  const auto first2 = [&](int64_t item) { return x2 + item * s.item_rows * a.channels2; };
+
+  const auto sum = [&](int64_t item, int64_t chunk) {
+    const int64_t row = chunk * s.chunk_rows, rows = std::min(s.chunk_rows, s.item_rows - row);
+    float* to = sums.data() + (item * s.chunks + chunk) * 2 * s.channels;
+    chunk_sums(first(item) + row * a.channels, first(item), rows, a.channels, s.channels, to);
+    if (x2)
+      chunk_sums(first2(item) + row * a.channels2, first2(item), rows, a.channels2, s.channels,
+                 to + a.channels);
+  };
+  const auto finish = [&](int64_t item) {
+    float* to = groups.data() + item * a.groups * 2;
+    group_statistics(a, s, sums.data() + item * s.chunks * 2 * s.channels, first(item),
+                     x2 ? first2(item) : nullptr, to, to + a.groups);
+  };
+  const auto apply = [&](int64_t item, int64_t chunk) {
+    std::vector<float> scale(2 * s.channels);
+    float* shift = scale.data() + s.channels;
+    const float* group = groups.data() + item * a.groups * 2;
+    const int64_t last = std::min((chunk + 1) * s.chunk_rows, s.item_rows);
+    for (int64_t row = chunk * s.chunk_rows; row < last;) {
+      const int64_t image = row / a.rows, rows = std::min(last, (image + 1) * a.rows) - row;
+      group_coefficients(a, s, item * a.num_frames + image, group, group + a.groups, scale.data(),
+                         shift);
+      const int64_t at = item * s.item_rows + row;
+      const auto part = [&](const T* from, int64_t channels, int64_t c) {
+        const T* plus = residual ? residual + at * s.channels + c : nullptr;
+        const auto scaled = a.silu ? scale_rows<T, true> : scale_rows<T, false>;
+        scaled(from + at * channels, scale.data() + c, shift + c, plus, out + at * s.channels + c,
+               rows, channels, s.channels);
+      };
+      part(x, a.channels, 0);
+      if (x2) part(x2, a.channels2, a.channels);
+      row += rows;
+    }
+  };
+
+  if (s.item_rows * s.channels * sizeof(T) <= 512 * 1024 && s.items >= 2 * threads) {
+    parallel_for(s.items, threads, [&](int64_t item) {
+      for (int64_t chunk = 0; chunk < s.chunks; ++chunk) sum(item, chunk);
+      finish(item);
+      for (int64_t chunk = 0; chunk < s.chunks; ++chunk) apply(item, chunk);
+    });
+    return;
+  }
+  const int64_t tasks = s.items * s.chunks;
+  parallel_for(tasks, threads, [&](int64_t task) { sum(task / s.chunks, task % s.chunks); });
+  parallel_for(s.items, threads, finish);
+  parallel_for(tasks, threads, [&](int64_t task) { apply(task / s.chunks, task % s.chunks); });
+}
+
+template <class T>
+static void layer_norm(const LayerNormArgs& a, int64_t threads) {
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  const int64_t block = std::max<int64_t>(1, 16384 / a.channels);
+  parallel_for((a.rows + block - 1) / block, threads, [&](int64_t task) {
+    const int64_t last = std::min(a.rows, (task + 1) * block);
+    for (int64_t r = task * block; r < last; ++r)
+      layer_norm_row(x + r * a.channels, a.weight, a.bias, out + r * a.channels, a.channels, a.eps);
+  });
+}
+
+template <class T>
+static void geglu(const GegluArgs& a, int64_t threads) {
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  const int64_t block = std::max<int64_t>(1, 16384 / a.width);
+  parallel_for((a.rows + block - 1) / block, threads, [&](int64_t task) {
+    const int64_t last = std::min(a.rows, (task + 1) * block);
+    for (int64_t r = task * block; r < last; ++r) {
+      const T* row = x + r * 2 * a.width;
+      for_columns(a.width, [&](int64_t c, int n) {
+        const F32 gate = gelu<T>(load_columns(row + a.width + c, n));
+        store_columns(out + r * a.width + c, load_columns(row + c, n) * gate, n);
+      });
+    }
+  });
+}
+
+void group_norm_silu_cpu(const GroupNormArgs& args, int64_t threads) {
+  args.dtype == DType::bf16 ? group_norm_silu<BFloat16>(args, threads)
+                            : group_norm_silu<float>(args, threads);
+}
+
+void layer_norm_cpu(const LayerNormArgs& args, int64_t threads) {
+  args.dtype == DType::bf16 ? layer_norm<BFloat16>(args, threads)
+                            : layer_norm<float>(args, threads);
+}
+
+void geglu_cpu(const GegluArgs& args, int64_t threads) {
+  args.dtype == DType::bf16 ? geglu<BFloat16>(args, threads) : geglu<float>(args, threads);
+}
+
+}  // namespace vf::VF_ISA

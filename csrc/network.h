@@ -1,0 +1,107 @@
+// What the kernels of networks take (csrc/cpu, vfengine/ops, vfengine/models/plan.py): rows of one
+// dtype, fp32 or bf16, statistics and parameters of norms in fp32. A null pointer is an absent one.
+#pragma once
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace vf {
+
+// y = silu(norm(x) w + b), with scale and shift norm(x) w (1 + scale) + b (1 + scale) + shift; then
+// + residual. x: [images, rows, channels], of two halves side by side where x2 is given; statistics
+// per group of channels over the rows of num_frames neighbouring images.
+struct GroupNormArgs {
+  const void *x, *x2, *residual;
+  const float *weight, *bias;
+  const float *scale, *shift;  // [images, channels], rows of modulation_stride
+  void* out;
+  int64_t images, rows, channels, channels2, groups, num_frames, modulation_stride;
+  float eps;
+  bool silu;
+  DType dtype;
+};
+
+// y = norm(x) w + b of each row [channels].
+struct LayerNormArgs {
+  const void* x;
+  const float *weight, *bias;
+  void* out;
+  int64_t rows, channels;
+  float eps;
+  DType dtype;
+};
+
+// y = x[:, :width] gelu(x[:, width:]).
+struct GegluArgs {
+  const void* x;
+  void* out;
+  int64_t rows, width;
+  DType dtype;
+};
+
+// softmax(q k^T / sqrt(head_dim) + bias) v per frame and head. q: [frames, q_len, heads, head_dim],
+// k, v: [kv_frames, k_len, heads, head_dim], kv_frames dividing frames; strides are those of rows,
+// in numbers.
+struct SpatialAttentionArgs {
+  const void *q, *k, *v;
+  void* out;
+  int64_t frames, q_len, k_len, heads, head_dim, q_stride, kv_stride, out_stride, kv_frames;
+  float scale;
+  DType dtype;
+};
+
+// The same among the frames of each pixel. qkv: [batch, frames, pixels, 3, heads, head_dim],
+// bias: [heads, frames, frames].
+struct TemporalAttentionArgs {
+  const void* qkv;
+  const float* bias;
+  void* out;
+  int64_t batch, frames, pixels, heads, head_dim;
+  float scale;
+  DType dtype;
+};
+
+// out = epilogue(sum over the sources' taps of rows x weights + bias) + residual.
+//
+// Row m = (item, j) of the output reads, for tap t of a source, its row (item, table[t, j]), or
+// zeros where the table says -1; without a table there is one tap, and its row is m. So one product
+// is a linear layer, a convolution of any kind, one over nearest-upsampled rows, or several at
+// once.
+struct RowSource {
+  const void* x;
+  int64_t stride, width;       // of a row, in numbers; width a multiple of what a word holds
+  const int32_t* table;        // [taps, item_rows]
+  int64_t taps, item_rows_in;  // rows of an item here
+};
+
+enum class Epilogue : int { none = 0, silu = 1, geglu = 2 };
+
+constexpr int kMaxSources = 3;
+constexpr int kMaxTaps = 64;  // of all sources
+
+struct RowMatmulArgs {
+  RowSource sources[kMaxSources];
+  int num_sources;
+  const void* weights;  // of pack_weights
+  const float* bias;  // [items of bias_rows rows, bias_stride], or one for all where bias_rows = 0
+  int64_t bias_rows, bias_stride;
+  const void* residual;
+  void* out;
+  int64_t rows, item_rows, columns;  // columns of out
+  int64_t residual_stride, out_stride;
+  Epilogue epilogue;
+  DType dtype;
+  bool out_f32;
+};
+
+// weights [columns, depth] row-major (with geglu twice the columns: values, then gates) into the
+// order that the products of this instruction set read. Words of out: packed_words(...).
+struct PackArgs {
+  const void* weights;
+  void* out;
+  int64_t columns, depth;
+  bool geglu;
+  DType dtype;
+};
+
+}  // namespace vf

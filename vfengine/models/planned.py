@@ -1,0 +1,502 @@
+"""Inference of the UNet family on a CPU: weights packed once, a static program per shape.
+
+A `PlannedUNet` takes a UNet's place. Its weights lie in the order in which this machine's kernels
+read them; activations are rows of one dtype from the first convolution to the last, with no copy
+for a layout, a concatenation, an upsampling or a padding: all those are tables of rows that a
+product reads (csrc/network.h). Statistics, sums and softmax are in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vfengine.native import vfengine_native
+
+from .layers import Attention, ResBlock, TemporalConv, Transformer
+from .program import Builder, Program, Rows, Source, Weights, pack
+from .unet import Stage, UNet
+
+_PROGRAMS = 4  # shapes whose programs are kept
+
+
+def inference_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a network asked for in `dtype` is computed in: fp32 without bf16 instructions.
+
+    A UserWarning says so then. Raises ValueError for a dtype that is neither float32 nor bfloat16.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"networks on a CPU run in float32 or bfloat16, got {dtype}")
+    if dtype is torch.bfloat16 and vfengine_native.cpu_isa() != "avx512_bf16":
+        warnings.warn(
+            "this CPU has no bf16 instructions (AVX512_BF16): the network runs in float32, which "
+            "is faster here than bfloat16",
+            stacklevel=2,
+        )
+        return torch.float32
+    return dtype
+
+
+def for_inference(unet: UNet, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The UNet as it is fastest: on a CPU a PlannedUNet, which uses it up; else itself.
+
+    float16 on a CPU is left to PyTorch.
+    """
+    if torch.device(device).type != "cpu" or dtype is torch.float16:
+        return unet.eval().requires_grad_(False)
+    return PlannedUNet(unet, dtype)
+
+
+class PlannedUNet(nn.Module):
+    """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on a CPU.
+
+    unet:  is used up: its weights move into the plan, so that they are held once
+    dtype: of weights and activations, float32 or bfloat16; see `inference_dtype`
+
+    Results depend on neither batch size nor number of threads. Raises ValueError where UNet does,
+    RuntimeError where the instruction set was changed since the weights were packed.
+    """
+
+    def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = unet.config
+        self.dtype = inference_dtype(dtype)
+        self._isa = vfengine_native.cpu_isa()
+        self._lock = threading.Lock()
+        self._programs: OrderedDict[tuple, _Forward] = OrderedDict()
+        with torch.no_grad():
+            self._layers = _Layers(unet, self.dtype)
+        for index, weights in enumerate((*self._layers.weights.values(), self._layers.embedding)):
+            self.register_buffer(f"packed_{index}", weights.packed)
+            self.register_buffer(f"bias_{index}", weights.bias)
+        self.unet = unet.requires_grad_(False).eval()  # what is left: the embeddings
+        self.eval()
+
+    @property
+    def class_embedding(self) -> nn.Module | None:
+        return self.unet.class_embedding
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
+        if vfengine_native.cpu_isa() != self._isa:
+            raise RuntimeError(
+                f"PlannedUNet: weights are packed for {self._isa}, not {vfengine_native.cpu_isa()}"
+            )
+        self.unet._check(x, t, context, class_labels)
+        clips = x if self.config.is_video else x[:, None]
+        context_shape = None if context is None else tuple(context.shape)
+        with self._lock, torch.no_grad():
+            forward = self._forward(tuple(clips.shape), context_shape)
+            out = forward(clips, t, context, class_labels)
+        return out if self.config.is_video else out[:, 0]
+
+    def _forward(self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None) -> _Forward:
+        key = (shape, context_shape)
+        if key not in self._programs:
+            while len(self._programs) >= _PROGRAMS:
+                self._programs.popitem(last=False)
+            self._programs[key] = _Forward(self.unet, self._layers, self.dtype, *key)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _apply(self, fn, recurse=True):
+        """Stays as it is where nothing changes; weights that are packed cannot be moved or cast."""
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.device.type != "cpu" or probe.dtype != self.dtype:
+            raise RuntimeError(
+                f"PlannedUNet: packed for {self.dtype} on the CPU; load the network anew for "
+                f"{probe.dtype} on {probe.device}"
+            )
+        return self
+
+
+class _Layers:
+    """The packed weights of a UNet's layers, by layer; takes them from the UNet as it goes."""
+
+    def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.weights: dict[object, Weights] = {}  # a layer's, or an (attention, part)'s
+        self.modulation: dict[nn.Module, int] = {}  # first column of a residual block's embedding
+        projections, biases = [], []
+        self.stages(unet, projections, biases)
+        self.embedding = pack(torch.cat(projections), torch.cat(biases), dtype)
+        self.down, self.mid, self.up = unet.down, unet.mid, unet.up
+        self.downsamplers, self.upsamplers = unet.downsamplers, unet.upsamplers
+        self.conv_in, self.conv_out = unet.conv_in, unet.conv_out
+        self.norm_out, self.transformer_in = unet.conv_norm_out, unet.transformer_in
+        _as_fp32(self.norm_out)
+        for conv in (unet.conv_in, *unet.downsamplers, *unet.upsamplers, unet.conv_out):
+            self.weights[conv] = pack(_conv_weight(conv, dtype), conv.bias, dtype)
+            _let_go(conv)
+        del unet.down, unet.mid, unet.up, unet.downsamplers, unet.upsamplers, unet.conv_out
+        del unet.conv_norm_out, unet.transformer_in
+        unet.float()
+
+    def stages(self, unet: UNet, projections: list[Tensor], biases: list[Tensor]) -> None:
+        if unet.transformer_in is not None:
+            self.transformer(unet.transformer_in)
+        columns = 0
+        for stage in (
+            *(stage for stages in unet.down for stage in stages),
+            *unet.mid,
+            *(stage for stages in unet.up for stage in stages),
+        ):
+            block = stage.resnet
+            self.modulation[block] = columns
+            projection = block.time_emb_proj
+            columns += projection.out_features
+            bias = projection.bias.detach().float()
+            if not block.scale_shift:  # the convolution's bias is in the embedding's place
+                bias = bias + block.conv1.bias.detach().float()
+            projections.append(projection.weight.detach().to(self.dtype))
+            biases.append(bias)
+            _let_go(projection)
+            self.res_block(block)
+            if stage.temp_conv is not None:
+                self.temporal_conv(stage.temp_conv)
+            for transformer in (stage.spatial, stage.temporal):
+                if transformer is not None:
+                    self.transformer(transformer)
+
+    def res_block(self, block: ResBlock) -> None:
+        _as_fp32(block.norm1, block.norm2)
+        conv1, conv2, shortcut = block.conv1, block.conv2, block.conv_shortcut
+        self.weights[conv1] = pack(_conv_weight(conv1, self.dtype), conv1.bias, self.dtype)
+        weight, bias = _conv_weight(conv2, self.dtype), conv2.bias.float()
+        if isinstance(shortcut, nn.Conv2d):  # one product with the second convolution
+            weight = torch.cat([weight, shortcut.weight.flatten(1).to(self.dtype)], 1)
+            bias = bias + shortcut.bias.float()
+        self.weights[conv2] = pack(weight, bias, self.dtype)
+        _let_go(conv1, conv2, shortcut)
+
+    def temporal_conv(self, block: TemporalConv) -> None:
+        for norm, conv in zip(block.norms, block.convs, strict=True):
+            _as_fp32(norm)
+            self.weights[conv] = pack(_conv_weight(conv, self.dtype), conv.bias, self.dtype)
+            _let_go(conv)
+
+    def transformer(self, transformer: Transformer) -> None:
+        _as_fp32(transformer.norm)
+        for layer in (transformer.proj_in, transformer.proj_out):
+            self.linear(layer)
+        for block in (transformer, *transformer.rest):
+            crossed = transformer.axis == "space"
+            for attention, cross in ((block.attn1, False), (block.attn2, crossed)):
+                if attention is not None:
+                    self.attention(attention, cross)
+            if block.ff is not None:
+                self.linear(block.ff.proj, "geglu")
+                self.linear(block.ff.out)
+            for norm in (block.norm1, block.norm2, block.norm3):
+                if norm is not None:
+                    _as_fp32(norm)
+
+    def linear(self, layer: nn.Linear, epilogue: str | None = None) -> None:
+        self.weights[layer] = pack(layer.weight, layer.bias, self.dtype, epilogue)
+        _let_go(layer)
+
+    def attention(self, attention: Attention, cross: bool) -> None:
+        """q, k, v as one product, or q and k, v; heads padded to whole steps of the kernel."""
+        heads, dim = attention.heads, attention.head_dim
+        padded = -dim % 8
+
+        def rows(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+            weight = layer.weight.to(self.dtype).unflatten(0, (heads, dim))
+            bias = torch.zeros(heads * dim) if layer.bias is None else layer.bias.float()
+            bias = F.pad(bias.unflatten(0, (heads, dim)), (0, padded))
+            return F.pad(weight, (0, 0, 0, padded)).flatten(0, 1), bias.flatten()
+
+        q, k, v = (rows(layer) for layer in (attention.to_q, attention.to_k, attention.to_v))
+        for name, parts in (("q", [q]), ("kv", [k, v])) if cross else (("q", [q, k, v]),):
+            weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
+            self.weights[attention, name] = pack(weight, bias, self.dtype)
+        out = attention.to_out
+        weight = F.pad(out.weight.to(self.dtype).unflatten(1, (heads, dim)), (0, padded))
+        self.weights[out] = pack(weight.flatten(1), out.bias, self.dtype)
+        _let_go(attention.to_q, attention.to_k, attention.to_v, out)
+
+
+class _Forward:
+    """The program of one shape: clips [B, N, C, H, W], context [B, L, C'] or None."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        layers: _Layers,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        context_shape: tuple[int, ...] | None,
+    ) -> None:
+        self.unet, self.layers, self.config = unet, layers, unet.config
+        self.batch, self.frames = shape[:2]
+        self.images = self.batch * self.frames
+        patch = self.config.patch_size
+        self.size = shape[3] // patch, shape[4] // patch
+        # One embedding for all frames of a clip serves where it is only added.
+        self.per_frame = self.config.frame_embedding or self.config.scale_shift
+        self.build = build = Builder(dtype)
+        channels = shape[2] * patch**2
+        self.x = build.rows(self.images * self._pixels(self.size), channels + channels % 2)
+        self.padding = channels % 2
+        self.embedding = build.rows(
+            self.images if self.per_frame else self.batch, unet.time_embedding[-1].out_features
+        )
+        self.context = None
+        if context_shape is not None:
+            self.context = build.rows(context_shape[0] * context_shape[1], context_shape[2])
+        self.modulation = build.matmul(self.embedding, layers.embedding, out_dtype=torch.float32)
+        self.out = self._network()
+        self.program: Program = build.program()
+        del self.build
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None
+    ) -> Tensor:
+        program, patch = self.program, self.config.patch_size
+        frames = F.pixel_unshuffle(x.flatten(0, 1), patch) if patch > 1 else x.flatten(0, 1)
+        rows = program.view(self.x).view(self.images, *self.size, -1)
+        rows[..., : frames.shape[1]].copy_(frames.permute(0, 2, 3, 1))
+        if self.padding:
+            rows[..., frames.shape[1] :].zero_()
+        embedding = self.unet.embed(t, class_labels, self.frames if self.per_frame else 1)
+        program.view(self.embedding).copy_(F.silu(embedding))
+        if self.context is not None:
+            program.view(self.context).copy_(context.flatten(0, 1))
+        program.run()
+        out = program.view(self.out).view(self.images, *self.size, -1).permute(0, 3, 1, 2)
+        out = F.pixel_shuffle(out, patch) if patch > 1 else out.clone()  # off the arena
+        return out.to(x.dtype, memory_format=torch.contiguous_format).unflatten(
+            0, (self.batch, self.frames)
+        )
+
+    @staticmethod
+    def _pixels(size: tuple[int, int]) -> int:
+        return size[0] * size[1]
+
+    # -- the network ---------------------------------------------------------------------------
+
+    def _network(self) -> Rows:
+        layers, build, size = self.layers, self.build, self.size
+        h = self._conv([self.x], layers.conv_in, size, _same(*size), size)
+        build.free(self.x)
+        if layers.transformer_in is not None:
+            h = self._replace(h, self._transformer(layers.transformer_in, h, size))
+        skips = [(h, size)]
+        for level, stages in enumerate(layers.down):
+            for stage in stages:
+                h = self._stage(stage, [h], size)
+                skips.append((h, size))
+            if level < len(layers.downsamplers):
+                smaller = (size[0] + 1) // 2, (size[1] + 1) // 2
+                h = self._conv([h], layers.downsamplers[level], smaller, _halved(*size), size)
+                size = smaller
+                skips.append((h, size))
+        for stage in layers.mid:
+            before = h
+            h = self._stage(stage, [h], size)
+            if all(before is not kept for kept, _ in skips):
+                build.free(before)
+        for level, stages in enumerate(layers.up):
+            for stage in stages:
+                skip = skips.pop()[0]
+                out = self._stage(stage, [h, skip], size)
+                build.free(h) if h is skip else build.free(h, skip)
+                h = out
+            if level < len(layers.upsamplers):
+                larger = skips[-1][1]
+                table = _doubled(*size, *larger)
+                h = self._replace(h, self._conv([h], layers.upsamplers[level], larger, table, size))
+                size = larger
+        h = self._replace(h, build.group_norm([h], layers.norm_out, self.images))
+        return self._conv([h], layers.conv_out, size, _same(*size), size, out_dtype=torch.float32)
+
+    def _replace(self, old: Rows, new: Rows) -> Rows:
+        self.build.free(old)
+        return new
+
+    def _conv(
+        self,
+        sources: list[Rows],
+        conv: nn.Module,
+        size: tuple[int, int],
+        table: Tensor,
+        source_size: tuple[int, int],
+        **options,
+    ) -> Rows:
+        """A convolution whose taps `table` lists; 1x1 of any further sources joins it."""
+        pixels = self._pixels(size)
+        first, *others = sources
+        read = [Source(first, table, self._pixels(source_size)), *(Source(x) for x in others)]
+        return self.build.matmul(
+            read, self.layers.weights[conv], rows=self.images * pixels, item_rows=pixels, **options
+        )
+
+    def _stage(self, stage: Stage, sources: list[Rows], size: tuple[int, int]) -> Rows:
+        h = self._res_block(stage.resnet, sources, size)
+        if stage.temp_conv is not None:
+            h = self._replace(h, self._temporal_conv(stage.temp_conv, h))
+        for transformer in (stage.spatial, stage.temporal):
+            if transformer is not None:
+                h = self._replace(h, self._transformer(transformer, h, size))
+        return h
+
+    def _res_block(self, block: ResBlock, sources: list[Rows], size: tuple[int, int]) -> Rows:
+        build, column = self.build, self.layers.modulation[block]
+        table, pixels = _same(*size), self._pixels(size)
+        channels = block.conv1.out_channels
+        normed = build.group_norm(sources, block.norm1, self.images)
+        shared = pixels if self.per_frame else pixels * self.frames
+        bias = None if block.scale_shift else (self.modulation, column, shared)
+        h = self._conv([normed], block.conv1, size, table, size, bias=bias)
+        build.free(normed)
+        modulation = (self.modulation, column, column + channels) if block.scale_shift else None
+        h = self._replace(h, build.group_norm([h], block.norm2, self.images, modulation=modulation))
+        joined = sources if isinstance(block.conv_shortcut, nn.Conv2d) else []
+        residual = None if joined else sources[0]
+        out = self._conv([h, *joined], block.conv2, size, table, size, residual=residual)
+        build.free(h)
+        return out
+
+    def _temporal_conv(self, block: TemporalConv, x: Rows) -> Rows:
+        build, h = self.build, x
+        clip = x.count // self.batch
+        table = _neighbours(self.frames, clip // self.frames)
+        for norm, conv in zip(block.norms, block.convs, strict=True):
+            normed = build.group_norm([h], norm, self.images, num_frames=self.frames)
+            if h is not x:
+                build.free(h)
+            h = build.matmul(
+                [Source(normed, table, clip)],
+                self.layers.weights[conv],
+                rows=x.count,
+                item_rows=clip,
+                residual=x if conv is block.convs[-1] else None,
+            )
+            build.free(normed)
+        return h
+
+    def _transformer(self, transformer: Transformer, x: Rows, size: tuple[int, int]) -> Rows:
+        build, weights = self.build, self.layers.weights
+        frames = self.frames if transformer.norm_over_frames else 1
+        normed = build.group_norm([x], transformer.norm, self.images, num_frames=frames, silu=False)
+        h = build.matmul(normed, weights[transformer.proj_in])
+        build.free(normed)
+        for block in (transformer, *transformer.rest):
+            self._attend(block.norm1, block.attn1, h, transformer, block)
+            if block.attn2 is not None and (transformer.axis == "time" or self.context is not None):
+                self._attend(block.norm2, block.attn2, h, transformer, block)
+            if block.ff is not None:
+                normed = build.layer_norm(h, block.norm3)
+                gated = build.matmul(normed, weights[block.ff.proj])
+                build.matmul(gated, weights[block.ff.out], residual=h, out=h)
+                build.free(normed, gated)
+        out = build.matmul(h, weights[transformer.proj_out], residual=x)
+        build.free(h)
+        return out
+
+    def _attend(
+        self, norm: nn.LayerNorm, attention: Attention, h: Rows, transformer: Transformer, block
+    ) -> None:
+        """h += attention(norm(h)), in place."""
+        build, weights = self.build, self.layers.weights
+        dim = attention.head_dim
+        heads = (attention.heads, dim + -dim % 8, dim**-0.5)
+        normed = build.layer_norm(h, norm)
+        q = build.matmul(normed, weights[attention, "q"])
+        build.free(normed)
+        if transformer.axis == "time":
+            bias = None
+            if block.bias is not None:
+                bias = block.bias(self.frames, torch.device("cpu")).float().contiguous()
+            shape = (self.batch, self.frames, h.count // self.images)
+            out = build.temporal_attention(q, shape, heads, bias)
+        elif (attention, "kv") in weights:
+            kv = build.matmul(self.context, weights[attention, "kv"])
+            out = build.spatial_attention(q, kv, self.images, heads, self.batch)
+            build.free(kv)
+        else:
+            out = build.spatial_attention(q, q, self.images, heads, self.images)
+        build.matmul(out, weights[attention.to_out], residual=h, out=h)
+        build.free(q, out)
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def _conv_weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
+    """[C', taps * C], the channels of a tap side by side, padded to an even number."""
+    weight = conv.weight.detach().to(dtype).permute(0, 2, 3, 1)
+    return F.pad(weight, (0, weight.shape[-1] % 2)).flatten(1)
+
+
+def _let_go(*layers: nn.Module) -> None:
+    """The weights are packed: the layer's own memory is freed."""
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _as_fp32(*norms: nn.Module) -> None:
+    for norm in norms:
+        norm.float()
+
+
+# -- which row each tap reads --------------------------------------------------------------------
+
+
+def _taps(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """int32 [taps, pixels] from each tap's coordinates; -1 outside of the picture."""
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return torch.where(inside, rows * width + columns, -1).flatten(1).to(torch.int32).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _table(height: int, width: int, out_height: int, out_width: int, step: float) -> Tensor:
+    """3x3 taps with padding 1 on the grid of out_height x out_width, `step` apart.
+
+    step 1: the same grid; 2: every other pixel; 0.5: of the picture enlarged to the grid by nearest
+    pixels.
+    """
+    offsets = torch.arange(3) - 1
+    y = torch.arange(out_height)[None, None, :, None] * max(1, int(step))
+    x = torch.arange(out_width)[None, None, None, :] * max(1, int(step))
+    y, x = (y + offsets[:, None, None, None]), (x + offsets[None, :, None, None])
+    y, x = (part.expand(3, 3, out_height, out_width).flatten(0, 1) for part in (y, x))
+    if step >= 1:
+        return _taps(y, x, height, width)
+    inside = (y >= 0) & (y < out_height) & (x >= 0) & (x < out_width)
+    y = torch.where(inside, y * height // out_height, -1)
+    return _taps(y, torch.where(inside, x * width // out_width, -1), height, width)
+
+
+def _same(height: int, width: int) -> Tensor:
+    return _table(height, width, height, width, 1)
+
+
+def _halved(height: int, width: int) -> Tensor:
+    return _table(height, width, (height + 1) // 2, (width + 1) // 2, 2)
+
+
+def _doubled(height: int, width: int, out_height: int, out_width: int) -> Tensor:
+    return _table(height, width, out_height, out_width, 0.5)
+
+
+@functools.lru_cache(maxsize=64)
+def _neighbours(frames: int, pixels: int) -> Tensor:
+    """A pixel in the frame before, in its own and in the next: int32 [3, frames * pixels]."""
+    frame = torch.arange(frames) + (torch.arange(3) - 1)[:, None]  # [3, frames]
+    inside = ((frame >= 0) & (frame < frames))[..., None]
+    rows = frame[..., None] * pixels + torch.arange(pixels)
+    return torch.where(inside, rows, -1).flatten(1).to(torch.int32).contiguous()

@@ -1,0 +1,320 @@
+"""A network's forward for one shape as a list of kernel calls over one arena of memory.
+
+Activations are rows: `[B*N*H*W, C]`, which is channels_last memory, in one dtype. A `Builder` is
+told the calls in the order in which they will run, and hands out and takes back memory as it goes,
+so that two buffers share a place whenever they are never needed together. What it builds is static:
+addresses, sizes and order are the same in every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vfengine.native import vfengine_native
+from vfengine.ops._dispatch import DTYPES
+
+_ALIGNMENT = 64
+_EPILOGUES = {None: 0, "silu": 1, "geglu": 2}
+_THREADS = object()  # stands in a call's arguments for the number of threads
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A buffer of the arena: `count` rows of `width` numbers."""
+
+    offset: int
+    count: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.width * self.dtype.itemsize
+
+    def at(self, column: int) -> _Place:
+        """Where a column of the first row lies."""
+        return _Place(self.offset + column * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class _Place:
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Packed weights of a product (csrc/cpu/matmul.h) and its bias.
+
+    packed:  int32 words, in the order that this machine's kernel reads
+    bias:    fp32 [columns], with geglu [2 columns]; None: none
+    columns: of the result
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+    columns: int
+    epilogue: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a product reads: rows, and for convolutions which row each tap takes.
+
+    table:     int32 [taps, rows of an item of the result], -1 for padding; None: row by row
+    item_rows: rows of an item in `rows`
+    """
+
+    rows: Rows
+    table: Tensor | None = None
+    item_rows: int = 0
+
+
+def pack(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, epilogue: str | None = None
+) -> Weights:
+    """weight [columns, depth] in any dtype; with geglu [2 columns, depth], values then gates."""
+    weight = weight.to(dtype).contiguous()
+    geglu = epilogue == "geglu"
+    columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
+    number = DTYPES[dtype]
+    words = vfengine_native.packed_words(columns, depth, geglu, number)
+    packed = torch.empty(words, dtype=torch.int32)
+    vfengine_native.pack_weights(
+        weight.data_ptr(), packed.data_ptr(), columns, depth, geglu, number
+    )
+    bias = None if bias is None else bias.detach().float().contiguous()
+    return Weights(packed, bias, columns, epilogue)
+
+
+class Builder:
+    """Takes kernel calls in order; `program` makes them runnable."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._number = DTYPES[dtype]
+        self._calls: list[tuple[Callable[..., None], tuple]] = []
+        self._kept: list[Tensor] = []  # what calls hold addresses of
+        self._free: list[tuple[int, int]] = []  # (offset, bytes), by offset
+        self._end = 0
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def rows(self, count: int, width: int, dtype: torch.dtype | None = None) -> Rows:
+        """A buffer, in the smallest gap that holds it."""
+        dtype = dtype or self.dtype
+        size = _aligned(count * width * dtype.itemsize)
+        fitting = [gap for gap in self._free if gap[1] >= size]
+        if fitting:
+            offset, gap = min(fitting, key=lambda gap: gap[1])
+            self._free.remove((offset, gap))
+            if gap > size:
+                self._give(offset + size, gap - size)
+        else:
+            last = self._free[-1] if self._free else None
+            if last is not None and sum(last) == self._end:  # grow the gap at the end
+                self._free.pop()
+                offset = last[0]
+            else:
+                offset = self._end
+            self._end = offset + size
+        return Rows(offset, count, width, dtype)
+
+    def free(self, *buffers: Rows) -> None:
+        """Their contents are not needed by any later call."""
+        for rows in buffers:
+            self._give(rows.offset, _aligned(rows.nbytes))
+
+    def _give(self, offset: int, size: int) -> None:
+        merged = []
+        for start, length in sorted([*self._free, (offset, size)]):
+            if merged and merged[-1][0] + merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + length)
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def matmul(
+        self,
+        sources: Rows | Sequence[Source],
+        weights: Weights,
+        *,
+        rows: int | None = None,
+        item_rows: int | None = None,
+        bias: tuple[Rows, int, int] | None = None,
+        residual: Rows | None = None,
+        out: Rows | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Rows:
+        """epilogue(sources x weights + bias) + residual.
+
+        rows, item_rows: of the result, and of one item of it; both as in the only source by default
+        bias: (fp32 rows, first column, rows of the result that share one) in place of the weights'
+        out: where to write, possibly the residual itself
+        """
+        if isinstance(sources, Rows):
+            rows, sources = sources.count, [Source(sources)]
+        item_rows = item_rows or rows
+        out = out or self.rows(rows, weights.columns, out_dtype)
+        read = []
+        for source in sources:
+            taps = 1 if source.table is None else source.table.shape[0]
+            table = 0 if source.table is None else self._keep(source.table)
+            x = source.rows
+            read.append((x, x.width, x.width, table, taps, source.item_rows or x.count))
+        if bias is None:
+            shared = (0 if weights.bias is None else self._keep(weights.bias), 0, 0)
+        else:
+            shared = (bias[0].at(bias[1]), bias[2], bias[0].width)
+        self._call(
+            vfengine_native.row_matmul_cpu,
+            tuple(read),
+            self._keep(weights.packed),
+            *shared,
+            *((0, 0) if residual is None else (residual, residual.width)),
+            *(out, out.width, rows, item_rows, weights.columns),
+            *(_EPILOGUES[weights.epilogue], self._number, out.dtype is not self.dtype, _THREADS),
+        )
+        return out
+
+    def group_norm(
+        self,
+        sources: Sequence[Rows],
+        norm,
+        images: int,
+        *,
+        num_frames: int = 1,
+        silu: bool = True,
+        modulation: tuple[Rows, int, int] | None = None,
+    ) -> Rows:
+        """norm (its groups, eps, weight, bias) of one or two sources side by side.
+
+        num_frames: images whose statistics are shared
+        modulation: (fp32 rows [images], column of the scale, of the shift)
+        """
+        x, second = sources[0], sources[1] if len(sources) > 1 else None
+        width = sum(source.width for source in sources)
+        out = self.rows(x.count, width)
+        scale, shift, stride = 0, 0, 0
+        if modulation is not None:
+            table, scale, shift = modulation
+            scale, shift, stride = table.at(scale), table.at(shift), table.width
+        self._call(
+            vfengine_native.group_norm_silu_cpu,
+            *(x, self._keep(norm.weight), self._keep(norm.bias), scale, shift, 0, out),
+            *(images, x.count // images, x.width, norm.num_groups, num_frames),
+            *(norm.eps, silu, self._number, _THREADS),
+            *((0, 0) if second is None else (second, second.width)),
+            stride,
+        )
+        return out
+
+    def layer_norm(self, x: Rows, norm) -> Rows:
+        out = self.rows(x.count, x.width)
+        weight, bias = self._keep(norm.weight), self._keep(norm.bias)
+        self._call(
+            vfengine_native.layer_norm_cpu,
+            *(x, weight, bias, out, x.count, x.width, norm.eps, self._number, _THREADS),
+        )
+        return out
+
+    def spatial_attention(
+        self, q: Rows, kv: Rows, frames: int, heads: tuple[int, int, float], kv_frames: int
+    ) -> Rows:
+        """heads: (number, dimension, scale). The same buffer twice: q, k, v packed in it."""
+        number, dim, scale = heads
+        inner = number * dim
+        first = inner if q is kv else 0
+        out = self.rows(q.count, inner)
+        self._call(
+            vfengine_native.spatial_attention_cpu,
+            *(q, kv.at(first), kv.at(first + inner), out),
+            *(frames, q.count // frames, kv.count // kv_frames, number, dim),
+            *(q.width, kv.width, kv_frames, self._number, _THREADS, scale),
+        )
+        return out
+
+    def temporal_attention(
+        self,
+        qkv: Rows,
+        shape: tuple[int, int, int],
+        heads: tuple[int, int, float],
+        bias: Tensor | None,
+    ) -> Rows:
+        """shape: (batch, frames, pixels); bias fp32 [heads, frames, frames]."""
+        number, dim, scale = heads
+        out = self.rows(qkv.count, number * dim)
+        self._call(
+            vfengine_native.temporal_attention_cpu,
+            *(qkv, 0 if bias is None else self._keep(bias), out, *shape),
+            *(number, dim, self._number, _THREADS, scale),
+        )
+        return out
+
+    def _call(self, kernel: Callable[..., None], *args: object) -> None:
+        self._calls.append((kernel, args))
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def program(self) -> Program:
+        return Program(self._calls, self._kept, self._end)
+
+
+class Program:
+    """Calls with their memory. Not for two threads at once: they would share the arena."""
+
+    def __init__(
+        self, calls: list[tuple[Callable[..., None], tuple]], kept: list[Tensor], size: int
+    ) -> None:
+        self._unbound, self._kept = calls, kept
+        self.arena = huge_pages(size)
+        self._bound: dict[int, list[tuple[Callable[..., None], tuple]]] = {}
+
+    def view(self, rows: Rows) -> Tensor:
+        """[count, width], the buffer itself."""
+        part = self.arena[rows.offset : rows.offset + rows.nbytes]
+        return part.view(rows.dtype).view(rows.count, rows.width)
+
+    def calls(self, threads: int) -> list[tuple[Callable[..., None], tuple]]:
+        """The kernel calls, ready to be made in order."""
+        if threads not in self._bound:
+            base = self.arena.data_ptr()
+
+            def bound(value):
+                if isinstance(value, (Rows, _Place)):
+                    return base + value.offset
+                if isinstance(value, tuple):
+                    return tuple(bound(part) for part in value)
+                return threads if value is _THREADS else value
+
+            self._bound = {threads: [(kernel, bound(args)) for kernel, args in self._unbound]}
+        return self._bound[threads]
+
+    def run(self) -> None:
+        for kernel, args in self.calls(torch.get_num_threads()):
+            kernel(*args)
+
+
+def huge_pages(size: int) -> Tensor:
+    """uint8 [size] of zeros in pages of 2 MiB where the system has them: rows of one pixel in all
+    frames lie in as many places as there are frames, too many for small pages.
+    """
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
