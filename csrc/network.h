@@ -10,6 +10,9 @@ namespace vf {
 // y = silu(norm(x) w + b), with scale and shift norm(x) w (1 + scale) + b (1 + scale) + shift; then
 // + residual. x: [images, rows, channels], of two halves side by side where x2 is given; statistics
 // per group of channels over the rows of num_frames neighbouring images.
+//
+// With `coefficients`, [images, 2, channels] in fp32, each channel's factor and summand are written
+// there, and nothing else.
 struct GroupNormArgs {
   const void *x, *x2, *residual;
   const float *weight, *bias;
@@ -19,6 +22,7 @@ struct GroupNormArgs {
   float eps;
   bool silu;
   DType dtype;
+  float* coefficients;
 };
 
 // y = norm(x) w + b of each row [channels].
@@ -74,7 +78,7 @@ struct RowSource {
   int64_t taps, item_rows_in;  // rows of an item here
 };
 
-enum class Epilogue : int { none = 0, silu = 1, geglu = 2 };
+enum class Epilogue : int { none = 0, geglu = 1 };
 
 constexpr int kMaxSources = 3;
 constexpr int kMaxTaps = 64;  // of all sources
@@ -89,9 +93,49 @@ struct RowMatmulArgs {
   void* out;
   int64_t rows, item_rows, columns;  // columns of out
   int64_t residual_stride, out_stride;
+  const int32_t* out_table;  // [item_rows]: which row of its item in out; or null, as they come
+  int64_t item_rows_out;
   Epilogue epilogue;
   DType dtype;
   bool out_f32;
+};
+
+// A whole transformer of one block, in tiles of rows that stay in L2: group norm (as coefficients),
+// proj_in, one or two attentions, a gated feed-forward layer, proj_out, + x. All products' weights
+// are packed; `joined`: the feed-forward layer's last one is multiplied into proj_out.
+struct RowLinear {
+  const void* weights;
+  const float* bias;
+  int64_t columns, depth;  // of the result, of a row that it takes
+};
+
+struct RowLayerNorm {
+  const float *weight, *bias;
+  float eps;
+};
+
+struct TransformerAttention {
+  RowLayerNorm norm;
+  RowLinear in, out;  // q, k, v; or q alone where there is a context
+  const void* kv;     // of the context [batch, kv_len, 2, heads, head_dim], or null
+  int64_t kv_len;
+  const float* bias;  // [heads, frames, frames] or null
+};
+
+struct TransformerArgs {
+  const void* x;
+  const float* coefficients;
+  void *h, *qkv, *out;  // h, qkv: room for all rows, for attention in space alone
+  int64_t batch, frames, pixels, channels, inner, heads, head_dim;
+  float scale;
+  bool time;  // attention among the frames of a pixel; else among the pixels of a frame
+  RowLinear proj_in, proj_out;
+  TransformerAttention attentions[2];
+  int num_attentions;
+  RowLayerNorm norm;
+  RowLinear gate, gate_out;
+  bool gated, joined;
+  DType dtype;
 };
 
 // weights [columns, depth] row-major (with geglu twice the columns: values, then gates) into the

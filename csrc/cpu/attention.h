@@ -5,6 +5,7 @@
 // block of keys stay in L1; sums are in fp32, probabilities are rounded to the rows' dtype.
 #pragma once
 #include <type_traits>
+#include <vector>
 
 #include "cpu/rows.h"
 
@@ -17,6 +18,13 @@ constexpr int kUnroll = 8;  // keys, or numbers of a head, in flight per vector 
 #else
 constexpr int kUnroll = 4;
 #endif
+
+// Room for packed values, the thread's own.
+static inline uint32_t* values_scratch(int64_t words) {
+  static thread_local std::vector<uint32_t> memory;
+  if (int64_t(memory.size()) < words) memory.resize(words);
+  return memory.data();
+}
 
 template <class T>
 struct Head {

@@ -7,12 +7,6 @@
 
 namespace vf::VF_ISA {
 
-static uint32_t* scratch(int64_t words) {
-  static thread_local std::vector<uint32_t> memory;
-  if (int64_t(memory.size()) < words) memory.resize(words);
-  return memory.data();
-}
-
 // v is packed once per task: its share falls with the queries of a task.
 constexpr int kTaskQueries = 256;
 
@@ -35,7 +29,7 @@ static void spatial_attention(const SpatialAttentionArgs& a, int64_t threads) {
     h.head_dim = int(a.head_dim);
     h.scale = a.scale;
     set_values(h, static_cast<const T*>(a.v) + keys + column, a.kv_stride,
-               scratch((a.k_len + 1) / 2 * a.head_dim));
+               values_scratch((a.k_len + 1) / 2 * a.head_dim));
     const int first = int(task % parts) * kTaskQueries;
     attend_rows(h, first, std::min(first + kTaskQueries, h.q_len));
   });
@@ -60,7 +54,7 @@ static void temporal_attention(const TemporalAttentionArgs& a, int64_t threads) 
     h.head_dim = int(a.head_dim);
     h.scale = a.scale;
     h.bias_stride = bias_stride(n);
-    uint32_t* values = scratch((n + 1) / 2 * a.head_dim);
+    uint32_t* values = values_scratch((n + 1) / 2 * a.head_dim);
     for (int64_t pixel = task % blocks * kPixels; pixel < last; ++pixel) {
       const int64_t row = b * n * a.pixels + pixel;
       for (int64_t head = 0; head < a.heads; ++head) {

@@ -67,68 +67,114 @@ struct Tile {
   const T* zeros;
 };
 
-template <class T, int MR, int NV>
-VF_INLINE void finish(const Tile<T>& t, F32 (&acc)[MR][NV]) {
+// [residual +] the tile's sums into the rows `to` of out.
+template <class T, class O, int MR, int NV, int Stored>
+VF_INLINE void write(const Tile<T>& t, const int64_t (&to)[MR], F32 (&acc)[MR][NV]) {
   const RowMatmulArgs& a = *t.a;
-  const bool geglu = a.epilogue == Epilogue::geglu;
-  constexpr int kHalf = NV / 2;
+  const T* residual = static_cast<const T*>(a.residual) + t.row * a.residual_stride + t.column;
+  O* const first = static_cast<O*>(a.out) + t.column;
+  if (t.column + Stored * kLanes <= a.columns) {
 #pragma GCC unroll 6
-  for (int r = 0; r < MR; ++r) {
-    const int64_t row = t.row + r;
-    const int stored = geglu ? kHalf : NV;
-    if (a.epilogue == Epilogue::silu)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = silu<T>(acc[r][v]);
-    if (geglu)
-#pragma GCC unroll 2
-      for (int v = 0; v < kHalf; ++v) acc[r][v] *= gelu<T>(acc[r][kHalf + v]);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      if (v >= stored) break;
-      const int64_t c = t.column + v * kLanes;
-      const int n = int(std::min<int64_t>(kLanes, a.columns - c));
+    for (int r = 0; r < MR; ++r, residual += a.residual_stride) {
+      O* const out = first + to[r] * a.out_stride;
       if (a.residual)
-        acc[r][v] +=
-            load_columns(static_cast<const T*>(a.residual) + row * a.residual_stride + c, n);
-      if (a.out_f32)
-        store_columns(static_cast<float*>(a.out) + row * a.out_stride + c, acc[r][v], n);
-      else
-        store_columns(static_cast<T*>(a.out) + row * a.out_stride + c, acc[r][v], n);
+#pragma GCC unroll 4
+        for (int v = 0; v < Stored; ++v) acc[r][v] += load_row(residual + v * kLanes);
+#pragma GCC unroll 2
+      for (int v = 0; v + 1 < Stored; v += 2) store_row(out + v * kLanes, acc[r][v], acc[r][v + 1]);
+      if (Stored % 2) store_row(out + (Stored - 1) * kLanes, acc[r][Stored - 1]);
     }
+    return;
   }
+  for (int r = 0; r < MR; ++r, residual += a.residual_stride)
+    for (int v = 0; v < Stored; ++v) {
+      const int n = int(std::min<int64_t>(kLanes, a.columns - t.column - v * kLanes));
+      if (a.residual) acc[r][v] += load_columns(residual + v * kLanes, n);
+      store_columns(first + to[r] * a.out_stride + v * kLanes, acc[r][v], n);
+    }
 }
 
 template <class T, int MR, int NV>
+VF_INLINE void finish(const Tile<T>& t, const int64_t (&to)[MR], F32 (&acc)[MR][NV]) {
+  constexpr int kHalf = NV / 2 ? NV / 2 : 1;
+  if (t.a->epilogue == Epilogue::geglu) {
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV / 2; ++v) acc[r][v] *= gelu<T>(acc[r][kHalf + v]);
+    write<T, T, MR, NV, kHalf>(t, to, acc);
+  } else if (t.a->out_f32) {
+    write<T, float, MR, NV, NV>(t, to, acc);
+  } else {
+    write<T, T, MR, NV, NV>(t, to, acc);
+  }
+}
+
+// The tile's part of out and of the residual, on its way to the cache while the sums are made.
+template <class T, int MR, int NV>
+VF_INLINE void prefetch(const Tile<T>& t, const int64_t (&to)[MR]) {
+  const RowMatmulArgs& a = *t.a;
+  const int64_t size = a.out_f32 ? 4 : sizeof(T);
+  const int bytes = int((a.epilogue == Epilogue::geglu ? NV / 2 : NV) * kLanes * size);
+  const char* out = static_cast<const char*>(a.out) + t.column * size;
+  for (int r = 0; r < MR; ++r)
+    for (int at = 0; at < bytes; at += 64)
+      __builtin_prefetch(out + to[r] * a.out_stride * size + at, 1);
+}
+
+// One row's bias for a panel; with geglu that of its values, then that of its gates.
+template <int NV>
+VF_INLINE void load_bias(const RowMatmulArgs& a, const float* bias, int64_t column,
+                         F32 (&out)[NV]) {
+  const int values = a.epilogue == Epilogue::geglu ? NV / 2 : NV;
+  if (column + values * kLanes <= a.columns) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      out[v] = load<F32>(
+          bias + (v < values ? column + v * kLanes : a.columns + column + (v - values) * kLanes));
+    return;
+  }
+  for (int v = 0; v < NV; ++v) {
+    const int64_t c = column + (v < values ? v : v - values) * kLanes;
+    const int n = int(std::min<int64_t>(kLanes, a.columns - c));
+    out[v] = load_columns(bias + c + (v < values ? 0 : a.columns), n);
+  }
+}
+
+// Mapped: whether any table says which rows are read or written.
+template <class T, int MR, int NV, bool Mapped>
 static __attribute__((noinline)) void tile(const Tile<T>& t) {
   const RowMatmulArgs& a = *t.a;
   F32 acc[MR][NV];
-  if (t.opens) {
-    const bool geglu = a.epilogue == Epilogue::geglu;
-    const int values = geglu ? NV / 2 : NV;
-#pragma GCC unroll 6
-    for (int r = 0; r < MR; ++r) {
-      const float* bias = a.bias;
-      if (bias && a.bias_rows) bias += (t.row + r) / a.bias_rows * a.bias_stride;
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const int64_t c = t.column + v % values * kLanes;
-        const int64_t n = std::min<int64_t>(kLanes, a.columns - c);
-        acc[r][v] = bias ? load_columns(bias + c + (v >= values ? a.columns : 0), int(n)) : F32{};
-      }
-    }
-  } else {
+  if (!t.opens) {
 #pragma GCC unroll 6
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = load<F32>(t.sums + (r * NV + v) * kLanes);
+  } else if (!a.bias_rows) {
+    F32 bias[NV] = {};
+    if (a.bias) load_bias<NV>(a, a.bias, t.column, bias);
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = bias[v];
+  } else {
+    for (int r = 0; r < MR; ++r)
+      load_bias<NV>(a, a.bias + (t.row + r) / a.bias_rows * a.bias_stride, t.column, acc[r]);
   }
 
-  int64_t item[MR], at[MR];
-  item[0] = t.row / a.item_rows, at[0] = t.row - item[0] * a.item_rows;
-  for (int r = 1; r < MR; ++r) {
-    const bool next = at[r - 1] + 1 == a.item_rows;
-    item[r] = item[r - 1] + next, at[r] = next ? 0 : at[r - 1] + 1;
+  int64_t item[MR], at[MR], to[MR];
+  if constexpr (Mapped) {
+    item[0] = t.row / a.item_rows, at[0] = t.row - item[0] * a.item_rows;
+    for (int r = 1; r < MR; ++r) {
+      const bool next = at[r - 1] + 1 == a.item_rows;
+      item[r] = item[r - 1] + next, at[r] = next ? 0 : at[r - 1] + 1;
+    }
   }
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; ++r)
+    to[r] = Mapped && a.out_table ? item[r] * a.item_rows_out + a.out_table[at[r]] : t.row + r;
+  if (t.closes) prefetch<T, MR, NV>(t, to);
   const uint32_t* w = t.weights;
   int tap = 0;
   for (int i = 0; i < a.num_sources; ++i) {
@@ -137,7 +183,7 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
     for (int64_t j = 0; j < s.taps; ++j, ++tap) {
       if (tap < t.first || tap >= t.last) continue;
       const T *x = static_cast<const T*>(s.x), *rows[MR];
-      if (s.table) {
+      if (Mapped && s.table) {
         int32_t any = -1;
         const int32_t* table = s.table + j * a.item_rows;
 #pragma GCC unroll 6
@@ -171,7 +217,7 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
   }
 
   if (t.closes) {
-    finish<T, MR, NV>(t, acc);
+    finish<T, MR, NV>(t, to, acc);
   } else {
 #pragma GCC unroll 6
     for (int r = 0; r < MR; ++r)
@@ -181,7 +227,7 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
 }
 
 // All rows [row, last) of a panel: tiles of 6, and of 4, 2 and 1 at the end.
-template <class T, int NV>
+template <class T, int NV, bool Mapped>
 static void tiles(Tile<T>& t, int64_t last) {
   const int64_t start = t.row;
   float* const sums = t.sums;
@@ -189,13 +235,13 @@ static void tiles(Tile<T>& t, int64_t last) {
     const int64_t left = last - t.row;
     t.sums = sums + (t.row - start) * NV * kLanes;
     if (left >= 6 && left != 8) {
-      tile<T, 6, NV>(t), t.row += 6;
+      tile<T, 6, NV, Mapped>(t), t.row += 6;
     } else if (left >= 4) {
-      tile<T, 4, NV>(t), t.row += 4;
+      tile<T, 4, NV, Mapped>(t), t.row += 4;
     } else if (left >= 2) {
-      tile<T, 2, NV>(t), t.row += 2;
+      tile<T, 2, NV, Mapped>(t), t.row += 2;
     } else {
-      tile<T, 1, NV>(t), t.row += 1;
+      tile<T, 1, NV, Mapped>(t), t.row += 1;
     }
   }
   t.row = start;
@@ -216,6 +262,8 @@ static void block(const RowMatmulArgs& a, int64_t row, int64_t last, int64_t pan
   for (int i = 0; i < a.num_sources; ++i)
     for (int64_t j = 0; j < a.sources[i].taps; ++j)
       depth += width[taps++] = a.sources[i].width / kPerWord<T>;
+  bool mapped = a.out_table != nullptr;
+  for (int i = 0; i < a.num_sources; ++i) mapped |= a.sources[i].table != nullptr;
   const auto* weights = static_cast<const uint32_t*>(a.weights);
   for (; panel < last_panel; ++panel) {
     const int vectors = panels.vectors(panel);
@@ -237,17 +285,17 @@ static void block(const RowMatmulArgs& a, int64_t row, int64_t last, int64_t pan
       t.closes = t.last == taps;
       switch (vectors) {
         case 1:
-          tiles<T, 1>(t, last);
+          mapped ? tiles<T, 1, true>(t, last) : tiles<T, 1, false>(t, last);
           break;
         case 2:
-          tiles<T, 2>(t, last);
+          mapped ? tiles<T, 2, true>(t, last) : tiles<T, 2, false>(t, last);
           break;
 #if defined(__AVX512F__)
         case 3:
-          tiles<T, 3>(t, last);
+          mapped ? tiles<T, 3, true>(t, last) : tiles<T, 3, false>(t, last);
           break;
         case 4:
-          tiles<T, 4>(t, last);
+          mapped ? tiles<T, 4, true>(t, last) : tiles<T, 4, false>(t, last);
           break;
 #endif
       }

@@ -10,27 +10,54 @@ namespace vf::VF_ISA {
 
 // ---- layer normalisation ------------------------------------------------------------------------
 
+// A few rows at once: a row's sums and roots take longer to arrive than to compute.
+constexpr int kNormRows = 4;
+
+template <class T, int R>
+static inline void layer_norm_block(const T* x, const float* weight, const float* bias, T* out,
+                                    int64_t channels, float eps) {
+  float mean[R], inverse[R];
+  F32 sum[R] = {}, squares[R] = {};
+  for_columns(channels, [&](int64_t c, int n) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r] += load_columns(x + r * channels + c, n);
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) mean[r] = sum_of(sum[r]) / float(channels);
+  for_columns(channels, [&](int64_t c, int n) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const F32 d = load_columns(x + r * channels + c, n) - mean[r];
+      squares[r] += d * d;
+    }
+  });
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    float total = sum_of(squares[r]);
+    if (const int64_t rest = channels % kLanes)  // lanes beyond the end held 0 - mean
+      total -= float(kLanes - rest) * mean[r] * mean[r];
+    inverse[r] = 1.0f / std::sqrt(std::max(total, 0.0f) / float(channels) + eps);
+  }
+  for_columns(channels, [&](int64_t c, int n) {
+    const F32 w = weight ? load_columns(weight + c, n) : splat(1.0f);
+    const F32 b = bias ? load_columns(bias + c, n) : F32{};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const F32 y = (load_columns(x + r * channels + c, n) - mean[r]) * inverse[r];
+      store_columns(out + r * channels + c, y * w + b, n);
+    }
+  });
+}
+
 template <class T>
-static inline void layer_norm_row(const T* x, const float* weight, const float* bias, T* out,
-                                  int64_t channels, float eps) {
-  F32 sum = {};
-  for_columns(channels, [&](int64_t c, int n) { sum += load_columns(x + c, n); });
-  const float mean = sum_of(sum) / float(channels);
-  F32 squares = {};
-  for_columns(channels, [&](int64_t c, int n) {
-    const F32 d = load_columns(x + c, n) - mean;
-    squares += d * d;
-  });
-  float total = sum_of(squares);
-  if (const int64_t rest = channels % kLanes)  // lanes beyond the end held 0 - mean
-    total -= float(kLanes - rest) * mean * mean;
-  const float inverse = 1.0f / std::sqrt(std::max(total, 0.0f) / float(channels) + eps);
-  for_columns(channels, [&](int64_t c, int n) {
-    F32 y = (load_columns(x + c, n) - mean) * inverse;
-    if (weight) y *= load_columns(weight + c, n);
-    if (bias) y += load_columns(bias + c, n);
-    store_columns(out + c, y, n);
-  });
+static inline void layer_norm_rows(const T* x, const float* weight, const float* bias, T* out,
+                                   int64_t rows, int64_t channels, float eps) {
+  int64_t r = 0;
+  for (; r + kNormRows <= rows; r += kNormRows)
+    layer_norm_block<T, kNormRows>(x + r * channels, weight, bias, out + r * channels, channels,
+                                   eps);
+  for (; r < rows; ++r)
+    layer_norm_block<T, 1>(x + r * channels, weight, bias, out + r * channels, channels, eps);
 }
 
 // ---- group normalisation ------------------------------------------------------------------------

@@ -52,6 +52,19 @@ static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
     }
   };
 
+  const int64_t tasks = s.items * s.chunks;
+  if (a.coefficients) {
+    parallel_for(tasks, threads, [&](int64_t task) { sum(task / s.chunks, task % s.chunks); });
+    parallel_for(s.items, threads, [&](int64_t item) {
+      finish(item);
+      const float* group = groups.data() + item * a.groups * 2;
+      for (int64_t image = item * a.num_frames; image < (item + 1) * a.num_frames; ++image) {
+        float* scale = a.coefficients + image * 2 * s.channels;
+        group_coefficients(a, s, image, group, group + a.groups, scale, scale + s.channels);
+      }
+    });
+    return;
+  }
   if (s.item_rows * s.channels * sizeof(T) <= 512 * 1024 && s.items >= 2 * threads) {
     parallel_for(s.items, threads, [&](int64_t item) {
       for (int64_t chunk = 0; chunk < s.chunks; ++chunk) sum(item, chunk);
@@ -60,7 +73,6 @@ static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
     });
     return;
   }
-  const int64_t tasks = s.items * s.chunks;
   parallel_for(tasks, threads, [&](int64_t task) { sum(task / s.chunks, task % s.chunks); });
   parallel_for(s.items, threads, finish);
   parallel_for(tasks, threads, [&](int64_t task) { apply(task / s.chunks, task % s.chunks); });
@@ -72,9 +84,9 @@ static void layer_norm(const LayerNormArgs& a, int64_t threads) {
   T* out = static_cast<T*>(a.out);
   const int64_t block = std::max<int64_t>(1, 16384 / a.channels);
   parallel_for((a.rows + block - 1) / block, threads, [&](int64_t task) {
-    const int64_t last = std::min(a.rows, (task + 1) * block);
-    for (int64_t r = task * block; r < last; ++r)
-      layer_norm_row(x + r * a.channels, a.weight, a.bias, out + r * a.channels, a.channels, a.eps);
+    const int64_t first = task * block, rows = std::min(a.rows - first, block);
+    layer_norm_rows(x + first * a.channels, a.weight, a.bias, out + first * a.channels, rows,
+                    a.channels, a.eps);
   });
 }
 

@@ -1,7 +1,8 @@
 // row_matmul: products of rows, with what comes before and after them (network.h, cpu/matmul.h).
 //
-// A task is a block of rows by a few panels. Where there are rows enough, blocks are as large as
-// their rows stay in L2 and take all panels; where there are few, panels are dealt out as well.
+// A task is a block of rows by all panels or, where there are few rows, by one. A thread gets
+// neighbouring blocks, the same part of the rows in every product: what it reads is then mostly
+// what it wrote itself, and cores that share no cache do not wait for each other's.
 #include <vector>
 
 #include "cpu/matmul.h"
@@ -17,18 +18,24 @@ static void row_matmul(const RowMatmulArgs& a, int64_t threads) {
     bytes += a.sources[i].width * sizeof(T);
     widest = std::max(widest, a.sources[i].width);
   }
-  const int64_t wanted = threads > 1 ? 4 * threads : 1;
-  int64_t rows = std::clamp<int64_t>(256 * 1024 / bytes / 48 * 48, 48, 384);
-  if ((a.rows + rows - 1) / rows * panels.count < wanted)
-    rows = std::clamp<int64_t>(a.rows * panels.count / wanted / 6 * 6, 12, rows);
+  const int64_t most = std::clamp<int64_t>(128 * 1024 / bytes, 48, 384);  // rows that stay in L2
+  int64_t rows = std::min(a.rows, most), groups = panels.count;
+  if (threads > 1 && (a.rows > most * threads || panels.count < 4 * threads)) {
+    // the same number of blocks for every thread
+    const int64_t shares = threads * ((a.rows + most * threads - 1) / (most * threads));
+    rows = ((a.rows + shares - 1) / shares + 5) / 6 * 6;
+    if (shares >= 4 * threads)
+      groups = 1;
+    else
+      rows = std::clamp<int64_t>(a.rows * panels.count / (4 * threads) / 6 * 6, 12, rows);
+  }
   const int64_t blocks = (a.rows + rows - 1) / rows;
-  const int64_t groups = std::clamp<int64_t>((wanted + blocks - 1) / blocks, 1, panels.count);
-  parallel_queue(blocks * groups, threads, [&](int64_t task) {
+  parallel_for(blocks * groups, threads, [&](int64_t task) {
     static thread_local std::vector<float> sums;
     static thread_local std::vector<T> zeros;  // never written to
     if (int64_t(sums.size()) < rows * kPanel * kLanes) sums.resize(rows * kPanel * kLanes);
     if (int64_t(zeros.size()) < widest) zeros.assign(widest, T{});
-    const int64_t row = task % blocks * rows, group = task / blocks;
+    const int64_t row = task / groups * rows, group = task % groups;
     block<T>(a, row, std::min(a.rows, row + rows), group * panels.count / groups,
              (group + 1) * panels.count / groups, sums.data(), zeros.data());
   });

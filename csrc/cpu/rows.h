@@ -29,6 +29,14 @@ VF_INLINE F32 maximum(F32 a, F32 b) {
 #endif
 }
 
+VF_INLINE F32 minimum(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 VF_INLINE float sum_of(F32 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
@@ -71,6 +79,22 @@ VF_INLINE void store_row(BFloat16* p, F32 x) {
 #else
   const U32 y = rounded(x);
   for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(y[i]);
+#endif
+}
+
+// Two neighbouring vectors of a row.
+VF_INLINE void store_row(float* p, F32 x, F32 y) {
+  store(p, x);
+  store(p + kLanes, y);
+}
+
+VF_INLINE void store_row(BFloat16* p, F32 x, F32 y) {
+#if defined(__AVX512BF16__)
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+  std::memcpy(p, &both, sizeof both);
+#else
+  store_row(p, x);
+  store_row(p + kLanes, y);
 #endif
 }
 
@@ -247,10 +271,10 @@ VF_INLINE void store_columns_of_words(const U32* in, char* p, int64_t stride, in
 // 2^x for x <= 127; 0 below -126.
 template <class T>
 VF_INLINE F32 power_of_2(F32 x) {
-  x = maximum(x, splat(-127.0f));
 #if defined(__AVX512F__)
   const F32 f = (F32)_mm512_reduce_ps((__m512)x, 0);  // x - round(x)
 #else
+  x = maximum(x, splat(-127.0f));
   const F32 n = (x + 0x1.8p23f) - 0x1.8p23f;
   const F32 f = x - n;
 #endif
@@ -262,16 +286,14 @@ VF_INLINE F32 power_of_2(F32 x) {
     p = p * f + 0.693146944f;
     p = p * f + 1.00000012f;
   } else {
-    p = f * 0.00957010221f + 0.0559178628f;
-    p = p * f + 0.240247443f;
-    p = p * f + 0.693121791f;
-    p = p * f + 0.999999285f;
+    p = f * 0.0551716685f + 0.242611125f;
+    p = p * f + 0.693260968f;
+    p = p * f + 0.999928057f;
   }
 #if defined(__AVX512F__)
   return (F32)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
 #else
-  const I32 exponent = __builtin_convertvector(n, I32) + 127;
-  return p * reinterpret_cast<F32>(exponent << 23);
+  return p * reinterpret_cast<F32>((__builtin_convertvector(n, I32) + 127) << 23);
 #endif
 }
 
@@ -287,13 +309,22 @@ constexpr float kLog2E = 1.44269504089f;
 
 template <class T>
 VF_INLINE F32 silu(F32 x) {
-  // where 2^. would overflow, x / infinity = -0 is right
-  return x * reciprocal<T>(1.0f + power_of_2<T>(-maximum(x, splat(-87.0f)) * kLog2E));
+#if !defined(__AVX512F__)  // there 2^. overflows to infinity, and x / infinity = -0 is right
+  x = maximum(x, splat(-87.0f));
+#endif
+  return x * reciprocal<T>(1.0f + power_of_2<T>(x * -kLog2E));
 }
 
-// x Φ(x), with erf of Abramowitz and Stegun, 7.1.26: within 1.5e-7.
+// x Φ(x). For fp32 with erf of Abramowitz and Stegun, 7.1.26, within 1.5e-7; for bf16 with a fit of
+// Φ's logit, within 2.5e-5.
 template <class T>
 VF_INLINE F32 gelu(F32 x) {
+  if constexpr (sizeof(T) == 2) {
+    const F32 y = minimum(x * x, splat(64.0f));
+    F32 p = y * -7.03033588e-04f + 7.40112921e-02f;
+    p = p * y + 1.59501577f;
+    return x * reciprocal<T>(1.0f + power_of_2<T>(x * p * -kLog2E));
+  }
   const F32 z = x * 0.70710678f, magnitude = maximum(z, -z);
   const F32 t = reciprocal<T>(magnitude * 0.3275911f + 1.0f);
   F32 p = t * (0.5f * 1.061405429f) + 0.5f * -1.453152027f;

@@ -24,6 +24,7 @@ from .program import Builder, Program, Rows, Source, Weights, pack
 from .unet import Stage, UNet
 
 _PROGRAMS = 4  # shapes whose programs are kept
+_TILED = 128  # rows, from which on transformers run in tiles: fewer do not occupy all threads
 
 
 def inference_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -137,12 +138,29 @@ class _Layers:
         self.conv_in, self.conv_out = unet.conv_in, unet.conv_out
         self.norm_out, self.transformer_in = unet.conv_norm_out, unet.transformer_in
         _as_fp32(self.norm_out)
-        for conv in (unet.conv_in, *unet.downsamplers, *unet.upsamplers, unet.conv_out):
+        for conv in (unet.conv_in, *unet.downsamplers, unet.conv_out):
             self.weights[conv] = pack(_conv_weight(conv, dtype), conv.bias, dtype)
+            _let_go(conv)
+        for conv in unet.upsamplers:
+            self.upsampler(conv, exact=unet.config.any_size)
             _let_go(conv)
         del unet.down, unet.mid, unet.up, unet.downsamplers, unet.upsamplers, unet.conv_out
         del unet.conv_norm_out, unet.transformer_in
         unet.float()
+
+    def upsampler(self, conv: nn.Conv2d, exact: bool) -> None:
+        """3x3 on a picture enlarged by nearest pixels: 2x2 on the picture itself, per quarter.
+
+        exact: keeps the weights for other factors than 2 as well
+        """
+        if exact:
+            self.weights[conv] = pack(_conv_weight(conv, self.dtype), conv.bias, self.dtype)
+        weight = conv.weight.float()  # [C', C, 3, 3]
+        # taps that fall on the same pixel, for an even and for an odd position
+        same = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        for y, x in _QUARTERS:
+            folded = torch.einsum("ai,bj,ocij->oabc", same[y], same[x], weight)
+            self.weights[conv, y, x] = pack(folded.flatten(1), conv.bias, self.dtype)
 
     def stages(self, unet: UNet, projections: list[Tensor], biases: list[Tensor]) -> None:
         if unet.transformer_in is not None:
@@ -189,16 +207,21 @@ class _Layers:
 
     def transformer(self, transformer: Transformer) -> None:
         _as_fp32(transformer.norm)
-        for layer in (transformer.proj_in, transformer.proj_out):
-            self.linear(layer)
-        for block in (transformer, *transformer.rest):
+        self.linear(transformer.proj_in)
+        blocks = (transformer, *transformer.rest)
+        if joins_output(transformer):
+            self.join(blocks[-1].ff.out, transformer.proj_out)
+        else:
+            self.linear(transformer.proj_out)
+        for block in blocks:
             crossed = transformer.axis == "space"
             for attention, cross in ((block.attn1, False), (block.attn2, crossed)):
                 if attention is not None:
                     self.attention(attention, cross)
             if block.ff is not None:
                 self.linear(block.ff.proj, "geglu")
-                self.linear(block.ff.out)
+                if block.ff.out.weight.numel():
+                    self.linear(block.ff.out)
             for norm in (block.norm1, block.norm2, block.norm3):
                 if norm is not None:
                     _as_fp32(norm)
@@ -206,6 +229,15 @@ class _Layers:
     def linear(self, layer: nn.Linear, epilogue: str | None = None) -> None:
         self.weights[layer] = pack(layer.weight, layer.bias, self.dtype, epilogue)
         _let_go(layer)
+
+    def join(self, last: nn.Linear, out: nn.Linear) -> None:
+        """out(h + last(g)) = out h + (out last) g: one product in place of two."""
+        outer, bias = out.weight.float(), out.bias.float()
+        if last.bias is not None:
+            bias = bias + outer @ last.bias.float()
+        weight = torch.cat([outer, outer @ last.weight.float()], 1)
+        self.weights[out] = pack(weight, bias, self.dtype)
+        _let_go(last, out)
 
     def attention(self, attention: Attention, cross: bool) -> None:
         """q, k, v as one product, or q and k, v; heads padded to whole steps of the kernel."""
@@ -292,7 +324,7 @@ class _Forward:
         h = self._conv([self.x], layers.conv_in, size, _same(*size), size)
         build.free(self.x)
         if layers.transformer_in is not None:
-            h = self._replace(h, self._transformer(layers.transformer_in, h, size))
+            h = self._replace(h, self._transformer(layers.transformer_in, h))
         skips = [(h, size)]
         for level, stages in enumerate(layers.down):
             for stage in stages:
@@ -316,8 +348,7 @@ class _Forward:
                 h = out
             if level < len(layers.upsamplers):
                 larger = skips[-1][1]
-                table = _doubled(*size, *larger)
-                h = self._replace(h, self._conv([h], layers.upsamplers[level], larger, table, size))
+                h = self._replace(h, self._upsample(layers.upsamplers[level], h, size, larger))
                 size = larger
         h = self._replace(h, build.group_norm([h], layers.norm_out, self.images))
         return self._conv([h], layers.conv_out, size, _same(*size), size, out_dtype=torch.float32)
@@ -343,13 +374,31 @@ class _Forward:
             read, self.layers.weights[conv], rows=self.images * pixels, item_rows=pixels, **options
         )
 
+    def _upsample(
+        self, conv: nn.Module, h: Rows, size: tuple[int, int], larger: tuple[int, int]
+    ) -> Rows:
+        if larger != (2 * size[0], 2 * size[1]):
+            return self._conv([h], conv, larger, _doubled(*size, *larger), size)
+        pixels = self._pixels(size)
+        out = self.build.rows(4 * h.count, conv.out_channels)
+        for quarter in _QUARTERS:
+            table, places = _quarter(*size, *quarter)
+            self.build.matmul(
+                [Source(h, table, pixels)],
+                self.layers.weights[conv, *quarter],
+                item_rows=pixels,
+                out=out,
+                scatter=(places, 4 * pixels),
+            )
+        return out
+
     def _stage(self, stage: Stage, sources: list[Rows], size: tuple[int, int]) -> Rows:
         h = self._res_block(stage.resnet, sources, size)
         if stage.temp_conv is not None:
             h = self._replace(h, self._temporal_conv(stage.temp_conv, h))
         for transformer in (stage.spatial, stage.temporal):
             if transformer is not None:
-                h = self._replace(h, self._transformer(transformer, h, size))
+                h = self._replace(h, self._transformer(transformer, h))
         return h
 
     def _res_block(self, block: ResBlock, sources: list[Rows], size: tuple[int, int]) -> Rows:
@@ -387,52 +436,122 @@ class _Forward:
             build.free(normed)
         return h
 
-    def _transformer(self, transformer: Transformer, x: Rows, size: tuple[int, int]) -> Rows:
+    def _transformer(self, transformer: Transformer, x: Rows) -> Rows:
+        if not len(transformer.rest) and x.count >= _TILED:
+            return self._tiled(transformer, x)
         build, weights = self.build, self.layers.weights
         frames = self.frames if transformer.norm_over_frames else 1
         normed = build.group_norm([x], transformer.norm, self.images, num_frames=frames, silu=False)
         h = build.matmul(normed, weights[transformer.proj_in])
         build.free(normed)
-        for block in (transformer, *transformer.rest):
-            self._attend(block.norm1, block.attn1, h, transformer, block)
-            if block.attn2 is not None and (transformer.axis == "time" or self.context is not None):
-                self._attend(block.norm2, block.attn2, h, transformer, block)
+        blocks, gated = (transformer, *transformer.rest), None
+        for block in blocks:
+            for norm, attention, into, kv, bias in self._attentions(transformer, block):
+                self._attend(norm, attention, into, kv, bias, h, transformer.axis)
             if block.ff is not None:
                 normed = build.layer_norm(h, block.norm3)
                 gated = build.matmul(normed, weights[block.ff.proj])
+                build.free(normed)
+                if block is blocks[-1] and joins_output(transformer):
+                    break
                 build.matmul(gated, weights[block.ff.out], residual=h, out=h)
-                build.free(normed, gated)
-        out = build.matmul(h, weights[transformer.proj_out], residual=x)
-        build.free(h)
+                build.free(gated)
+                gated = None
+        read = [h] if gated is None else [h, gated]
+        sources = [Source(rows) for rows in read]
+        out = build.matmul(sources, weights[transformer.proj_out], residual=x)
+        build.free(*read)
         return out
 
+    def _tiled(self, transformer: Transformer, x: Rows) -> Rows:
+        """All of it in one kernel, a tile at a time."""
+        build, weights = self.build, self.layers.weights
+        time, ff = transformer.axis == "time", transformer.ff
+        attentions = list(self._attentions(transformer, transformer))
+        feed_forward = None
+        if ff is not None:
+            last = None if joins_output(transformer) else weights[ff.out]
+            feed_forward = (transformer.norm3, weights[ff.proj], last)
+        out = build.transformer(
+            x,
+            transformer.norm,
+            (self.batch, self.frames, x.count // self.images),
+            time=time,
+            norm_frames=self.frames if transformer.norm_over_frames else 1,
+            heads=_heads(transformer.attn1),
+            proj_in=weights[transformer.proj_in],
+            attentions=[
+                (norm, into, weights[attention.to_out], kv, bias)
+                for norm, attention, into, kv, bias in attentions
+            ],
+            feed_forward=feed_forward,
+            proj_out=weights[transformer.proj_out],
+        )
+        build.free(*(kv for _, _, _, kv, _ in attentions if kv is not None))
+        return out
+
+    def _attentions(self, transformer: Transformer, block: nn.Module):
+        """(norm, attention, weights of q k v or of q, rows of a context's k and v, bias) of each.
+
+        The rows are new; whoever takes them frees them.
+        """
+        weights, bias = self.layers.weights, None
+        if block.bias is not None:
+            bias = block.bias(self.frames, torch.device("cpu")).float().contiguous()
+        yield block.norm1, block.attn1, weights[block.attn1, "q"], None, bias
+        second = block.attn2
+        if second is None:
+            return
+        if transformer.axis == "time":
+            yield block.norm2, second, weights[second, "q"], None, bias
+        elif self.context is not None:
+            kv = self.build.matmul(self.context, weights[second, "kv"])
+            yield block.norm2, second, weights[second, "q"], kv, None
+
     def _attend(
-        self, norm: nn.LayerNorm, attention: Attention, h: Rows, transformer: Transformer, block
+        self,
+        norm: nn.LayerNorm,
+        attention: Attention,
+        into: Weights,
+        kv: Rows | None,
+        bias: Tensor | None,
+        h: Rows,
+        axis: str,
     ) -> None:
         """h += attention(norm(h)), in place."""
-        build, weights = self.build, self.layers.weights
-        dim = attention.head_dim
-        heads = (attention.heads, dim + -dim % 8, dim**-0.5)
+        build, heads = self.build, _heads(attention)
         normed = build.layer_norm(h, norm)
-        q = build.matmul(normed, weights[attention, "q"])
+        q = build.matmul(normed, into)
         build.free(normed)
-        if transformer.axis == "time":
-            bias = None
-            if block.bias is not None:
-                bias = block.bias(self.frames, torch.device("cpu")).float().contiguous()
+        if axis == "time":
             shape = (self.batch, self.frames, h.count // self.images)
             out = build.temporal_attention(q, shape, heads, bias)
-        elif (attention, "kv") in weights:
-            kv = build.matmul(self.context, weights[attention, "kv"])
+        elif kv is not None:
             out = build.spatial_attention(q, kv, self.images, heads, self.batch)
             build.free(kv)
         else:
             out = build.spatial_attention(q, q, self.images, heads, self.images)
-        build.matmul(out, weights[attention.to_out], residual=h, out=h)
+        build.matmul(out, self.layers.weights[attention.to_out], residual=h, out=h)
         build.free(q, out)
 
 
+def _heads(attention: Attention) -> tuple[int, int, float]:
+    """Number, padded dimension and scale."""
+    dim = attention.head_dim
+    return attention.heads, dim + -dim % 8, dim**-0.5
+
+
 # -- weights -----------------------------------------------------------------------------------
+
+
+def joins_output(transformer: Transformer) -> bool:
+    """Whether its last feed-forward layer is multiplied into proj_out, which saves a product.
+
+    Not for wide ones, where the product of the weights takes longer than it saves.
+    """
+    last = transformer.rest[-1] if len(transformer.rest) else transformer
+    inner = transformer.proj_out.in_features
+    return last.ff is not None and transformer.proj_out.out_features <= inner <= 512
 
 
 def _conv_weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
@@ -491,6 +610,21 @@ def _halved(height: int, width: int) -> Tensor:
 
 def _doubled(height: int, width: int, out_height: int, out_width: int) -> Tensor:
     return _table(height, width, out_height, out_width, 0.5)
+
+
+_QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
+
+
+@functools.lru_cache(maxsize=64)
+def _quarter(height: int, width: int, y: int, x: int) -> tuple[Tensor, Tensor]:
+    """Of a quarter of the picture twice as large: its 2x2 taps, and where its pixels go."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    at = torch.arange(2)
+    from_rows = (rows + at[:, None] - 1 + y)[:, None, :, None].expand(2, 2, height, width)
+    from_columns = (columns + at[:, None] - 1 + x)[None, :, None, :].expand(2, 2, height, width)
+    table = _taps(from_rows.flatten(0, 1), from_columns.flatten(0, 1), height, width)
+    places = (2 * rows + y)[:, None] * 2 * width + 2 * columns + x
+    return table, places.flatten().to(torch.int32).contiguous()
 
 
 @functools.lru_cache(maxsize=64)

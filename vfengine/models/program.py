@@ -21,7 +21,7 @@ from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES
 
 _ALIGNMENT = 64
-_EPILOGUES = {None: 0, "silu": 1, "geglu": 2}
+_EPILOGUES = {None: 0, "geglu": 1}
 _THREADS = object()  # stands in a call's arguments for the number of threads
 
 
@@ -153,15 +153,19 @@ class Builder:
         residual: Rows | None = None,
         out: Rows | None = None,
         out_dtype: torch.dtype | None = None,
+        scatter: tuple[Tensor, int] | None = None,
     ) -> Rows:
         """epilogue(sources x weights + bias) + residual.
 
         rows, item_rows: of the result, and of one item of it; both as in the only source by default
         bias: (fp32 rows, first column, rows of the result that share one) in place of the weights'
         out: where to write, possibly the residual itself
+        scatter: (int32 [item_rows], rows of an item of `out`): the row of its item in `out` that
+            each row becomes
         """
         if isinstance(sources, Rows):
-            rows, sources = sources.count, [Source(sources)]
+            sources = [Source(sources)]
+        rows = rows or sources[0].rows.count
         item_rows = item_rows or rows
         out = out or self.rows(rows, weights.columns, out_dtype)
         read = []
@@ -181,7 +185,9 @@ class Builder:
             *shared,
             *((0, 0) if residual is None else (residual, residual.width)),
             *(out, out.width, rows, item_rows, weights.columns),
-            *(_EPILOGUES[weights.epilogue], self._number, out.dtype is not self.dtype, _THREADS),
+            *(_EPILOGUES[weights.epilogue], self._number, out.dtype is not self.dtype),
+            *((0, 0) if scatter is None else (self._keep(scatter[0]), scatter[1])),
+            _THREADS,
         )
         return out
 
@@ -214,6 +220,7 @@ class Builder:
             *(norm.eps, silu, self._number, _THREADS),
             *((0, 0) if second is None else (second, second.width)),
             stride,
+            0,
         )
         return out
 
@@ -258,6 +265,70 @@ class Builder:
             *(number, dim, self._number, _THREADS, scale),
         )
         return out
+
+    def transformer(
+        self,
+        x: Rows,
+        norm,
+        shape: tuple[int, int, int],
+        *,
+        time: bool,
+        norm_frames: int,
+        heads: tuple[int, int, float],
+        proj_in: Weights,
+        attentions: Sequence[tuple[object, Weights, Weights, Rows | None, Tensor | None]],
+        feed_forward: tuple[object, Weights, Weights | None] | None,
+        proj_out: Weights,
+    ) -> Rows:
+        """A whole transformer of one block, + x (csrc/cpu/transformer.cpp).
+
+        shape: (batch, frames, pixels); norm_frames: frames whose group statistics are shared
+        attentions: (layer norm, q k v or q, out, rows of a context's k and v, position bias)
+        feed_forward: (layer norm, gate, out); out None: multiplied into proj_out
+        """
+        number, dim, scale = heads
+        batch, frames, pixels = shape
+        inner = proj_in.columns
+        coefficients = self.rows(batch * frames, 2 * x.width, torch.float32)
+        self._call(
+            vfengine_native.group_norm_silu_cpu,
+            *(x, self._keep(norm.weight), self._keep(norm.bias), 0, 0, 0, 0),
+            *(batch * frames, pixels, x.width, norm.num_groups, norm_frames),
+            *(norm.eps, False, self._number, _THREADS, 0, 0, 0, coefficients),
+        )
+        own = () if time else (self.rows(x.count, inner), self.rows(x.count, 3 * number * dim))
+        out = self.rows(x.count, proj_out.columns)
+        attended = tuple(
+            (
+                self._norm(layer_norm),
+                self._linear(into, inner),
+                self._linear(back, number * dim),
+                *((0, 0) if kv is None else (kv, kv.count // batch)),
+                0 if bias is None else self._keep(bias),
+            )
+            for layer_norm, into, back, kv, bias in attentions
+        )
+        gated = ()
+        if feed_forward is not None:
+            layer_norm, gate, back = feed_forward
+            last = (0, 0, 0, 0) if back is None else self._linear(back, gate.columns)
+            gated = ((self._norm(layer_norm), self._linear(gate, inner), last),)
+        self._call(
+            vfengine_native.transformer_cpu,
+            (*shape, x.width, inner, number, dim),
+            *(time, scale, x, coefficients, *(own or (0, 0)), out),
+            *(self._linear(proj_in, x.width), attended, gated, self._linear(proj_out, inner)),
+            *(self._number, _THREADS),
+        )
+        self.free(coefficients, *own)
+        return out
+
+    def _linear(self, weights: Weights, depth: int) -> tuple[int, int, int, int]:
+        bias = 0 if weights.bias is None else self._keep(weights.bias)
+        return self._keep(weights.packed), bias, weights.columns, depth
+
+    def _norm(self, norm) -> tuple[int, int, float]:
+        return self._keep(norm.weight), self._keep(norm.bias), norm.eps
 
     def _call(self, kernel: Callable[..., None], *args: object) -> None:
         self._calls.append((kernel, args))

@@ -1,0 +1,246 @@
+// A transformer in tiles (network.h): everything that one pixel, or one row, needs is computed
+// while it lies in L2, so that no intermediate result goes through memory.
+//
+// time:  a tile is a few pixels in all frames; nothing else is needed, one pass.
+// space: a tile is a few rows; attention needs the keys and values of the whole frame, so a first
+//        pass makes h and qkv of all rows, a second one does the rest.
+#include <initializer_list>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/matmul.h"
+#include "cpu/norm.h"
+#include "cpu/parallel.h"
+
+namespace vf::VF_ISA {
+
+namespace {
+
+constexpr int64_t kTileBytes = 512 * 1024;
+
+template <class T>
+class Worker {  // of one tile at a time, in memory of the thread
+ public:
+  Worker(const TransformerArgs& a, const std::vector<float>* bias, int64_t rows)
+      : a_(a), bias_(bias) {
+    const int64_t heads = a.heads * a.head_dim;
+    const int64_t wide = std::max({a.channels, a.inner, heads});
+    const int64_t parts[] = {a.channels, a.channels,
+                             wide,       a.inner,
+                             heads,      std::max(3 * heads, a.gated ? a.gate.columns : 0)};
+    int64_t width = 0;
+    for (int64_t part : parts) width += (part * int64_t(sizeof(T)) + 63) / 64 * 64 / sizeof(T);
+    static thread_local std::vector<T> memory;
+    static thread_local std::vector<float> sums;
+    if (int64_t(memory.size()) < width * rows + 64) memory.resize(width * rows + 64);
+    if (int64_t(sums.size()) < rows * kPanel * kLanes) sums.resize(rows * kPanel * kLanes);
+    T* next = memory.data();
+    T** places[] = {&x, &y, &normed, &h, &attended, &wide_};
+    for (int i = 0; i < 6; ++i) {
+      *places[i] = next;
+      next += (parts[i] * int64_t(sizeof(T)) + 63) / 64 * 64 / sizeof(T) * rows;
+    }
+    sums_ = sums.data();
+  }
+
+  struct Read {
+    const T* x;
+    int64_t width;
+  };
+
+  // out = x weights + bias [+ residual]; with two reads, side by side.
+  void product(const RowLinear& l, std::initializer_list<Read> reads, int64_t rows,
+               const T* residual, T* out, Epilogue epilogue = Epilogue::none) {
+    RowMatmulArgs m{};
+    for (const Read& read : reads)
+      m.sources[m.num_sources++] = {read.x, read.width, read.width, nullptr, 1, rows};
+    m.weights = l.weights;
+    m.bias = l.bias;
+    m.residual = residual;
+    m.out = out;
+    m.rows = m.item_rows = rows;
+    m.columns = m.residual_stride = m.out_stride = l.columns;
+    m.epilogue = epilogue;
+    m.dtype = a_.dtype;
+    block<T>(m, 0, rows, 0, Panels(l.columns, epilogue == Epilogue::geglu).count, sums_, nullptr);
+  }
+
+  void layer_norm(const RowLayerNorm& n, const T* from, int64_t rows) {
+    layer_norm_rows(from, n.weight, n.bias, normed, rows, a_.inner, n.eps);
+  }
+
+  void group_norm(const T* from, int64_t image, int64_t rows, T* to) {
+    const float* scale = a_.coefficients + image * 2 * a_.channels;
+    scale_rows<T, false>(from, scale, scale + a_.channels, nullptr, to, rows, a_.channels,
+                         a_.channels);
+  }
+
+  Head<T> head(int64_t stride) const {
+    Head<T> h{};
+    h.q_stride = h.k_stride = stride;
+    h.out_stride = a_.heads * a_.head_dim;
+    h.head_dim = int(a_.head_dim);
+    h.scale = a_.scale;
+    return h;
+  }
+
+  // Among the frames of each pixel: qkv in `wide`, rows (frame, pixel of the tile).
+  void attend_time(int attention, int64_t pixels) {
+    const int n = int(a_.frames);
+    const int64_t heads = a_.heads * a_.head_dim;
+    Head<T> h = head(pixels * 3 * heads);
+    h.out_stride = pixels * heads;
+    h.q_len = h.k_len = n;
+    h.bias_stride = bias_stride(n);
+    uint32_t* values = values_scratch((n + 1) / 2 * a_.head_dim);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      for (int64_t i = 0; i < a_.heads; ++i) {
+        h.q = wide_ + pixel * 3 * heads + i * a_.head_dim;
+        h.k = h.q + heads;
+        h.out = attended + pixel * heads + i * a_.head_dim;
+        if (!bias_[attention].empty()) h.bias = bias_[attention].data() + i * n * bias_stride(n);
+        set_values(h, h.k + heads, h.k_stride, values);
+        attend_rows(h, 0, n);
+      }
+  }
+
+  // `rows` queries to the keys and values of one frame, or of a context.
+  void attend_space(const T* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t k_len,
+                    int64_t rows, T* out) {
+    const int64_t heads = a_.heads * a_.head_dim;
+    Head<T> h = head(k_stride);
+    h.q_stride = q_stride;
+    h.q_len = int(rows);
+    h.k_len = int(k_len);
+    uint32_t* values = values_scratch((k_len + 1) / 2 * a_.head_dim);
+    for (int64_t i = 0; i < a_.heads; ++i) {
+      h.q = q + i * a_.head_dim;
+      h.k = k + i * a_.head_dim;
+      h.out = out + i * a_.head_dim;
+      set_values(h, h.k + heads, k_stride, values);
+      attend_rows(h, 0, int(rows));
+    }
+  }
+
+  // From h to out + x.
+  void finish(T* from, const T* residual, int64_t rows, T* out) {
+    if (a_.gated) {
+      layer_norm(a_.norm, from, rows);
+      product(a_.gate, {{normed, a_.inner}}, rows, nullptr, wide_, Epilogue::geglu);
+      if (a_.joined) {
+        product(a_.proj_out, {{from, a_.inner}, {wide_, a_.gate.columns}}, rows, residual, out);
+        return;
+      }
+      product(a_.gate_out, {{wide_, a_.gate.columns}}, rows, from, from);
+    }
+    product(a_.proj_out, {{from, a_.inner}}, rows, residual, out);
+  }
+
+  T *x, *y, *normed, *h, *attended;
+  T* wide_;
+
+ private:
+  const TransformerArgs& a_;
+  const std::vector<float>* bias_;
+  float* sums_;
+};
+
+template <class T>
+int64_t tile_rows(const TransformerArgs& a) {
+  const int64_t heads = a.heads * a.head_dim;
+  const int64_t width = 2 * a.channels + 2 * a.inner + heads + std::max(3 * heads, a.gate.columns);
+  return std::clamp<int64_t>(kTileBytes / (width * int64_t(sizeof(T))) / 12 * 12, 24, 192);
+}
+
+template <class T>
+void in_time(const TransformerArgs& a, int64_t threads) {
+  const int64_t n = a.frames;
+  std::vector<float> bias[2];
+  for (int i = 0; i < a.num_attentions; ++i)
+    if (const float* given = a.attentions[i].bias) {
+      bias[i].resize(a.heads * n * bias_stride(n));
+      for (int64_t head = 0; head < a.heads; ++head)
+        transposed_bias(given + head * n * n, int(n), int(n),
+                        bias[i].data() + head * n * bias_stride(n));
+    }
+  // An even number of pixels, so that tiles of 6 and 4 rows fill them; the same share per thread.
+  int64_t most = std::max<int64_t>(tile_rows<T>(a) / n, 1);
+  if (n % 6 && most >= 6) most = most / 6 * 6;
+  const int64_t blocks = (a.pixels + most - 1) / most;
+  const auto* x = static_cast<const T*>(a.x);
+  auto* out = static_cast<T*>(a.out);
+  parallel_for(a.batch * blocks, threads, [&](int64_t task) {
+    Worker<T> w(a, bias, most * n);
+    const int64_t b = task / blocks, pixel = task % blocks * most;
+    const int64_t pixels = std::min(most, a.pixels - pixel), rows = pixels * n;
+    const auto at = [&](int64_t frame) {
+      return ((b * n + frame) * a.pixels + pixel) * a.channels;
+    };
+    for (int64_t frame = 0; frame < n; ++frame) {
+      T* to = w.x + frame * pixels * a.channels;
+      std::memcpy(to, x + at(frame), pixels * a.channels * sizeof(T));
+      w.group_norm(to, b * n + frame, pixels, w.y + frame * pixels * a.channels);
+    }
+    w.product(a.proj_in, {{w.y, a.channels}}, rows, nullptr, w.h);
+    for (int i = 0; i < a.num_attentions; ++i) {
+      const TransformerAttention& attention = a.attentions[i];
+      w.layer_norm(attention.norm, w.h, rows);
+      w.product(attention.in, {{w.normed, a.inner}}, rows, nullptr, w.wide_);
+      w.attend_time(i, pixels);
+      w.product(attention.out, {{w.attended, a.heads * a.head_dim}}, rows, w.h, w.h);
+    }
+    w.finish(w.h, w.x, rows, w.y);
+    for (int64_t frame = 0; frame < n; ++frame)
+      std::memcpy(out + at(frame), w.y + frame * pixels * a.channels,
+                  pixels * a.channels * sizeof(T));
+  });
+}
+
+template <class T>
+void in_space(const TransformerArgs& a, int64_t threads) {
+  const int64_t images = a.batch * a.frames, heads = a.heads * a.head_dim;
+  const int64_t most = std::min(tile_rows<T>(a), a.pixels);
+  const int64_t blocks = (a.pixels + most - 1) / most;  // of a frame
+  const auto* x = static_cast<const T*>(a.x);
+  auto *h = static_cast<T*>(a.h), *qkv = static_cast<T*>(a.qkv), *out = static_cast<T*>(a.out);
+  const TransformerAttention &self = a.attentions[0], &cross = a.attentions[1];
+  const auto tiles = [&](const auto& body) {
+    parallel_for(images * blocks, threads, [&](int64_t task) {
+      Worker<T> w(a, nullptr, most);
+      const int64_t image = task / blocks, first = task % blocks * most;
+      body(w, image, image * a.pixels + first, std::min(most, a.pixels - first));
+    });
+  };
+  tiles([&](Worker<T>& w, int64_t image, int64_t row, int64_t rows) {
+    w.group_norm(x + row * a.channels, image, rows, w.y);
+    w.product(a.proj_in, {{w.y, a.channels}}, rows, nullptr, h + row * a.inner);
+    w.layer_norm(self.norm, h + row * a.inner, rows);
+    w.product(self.in, {{w.normed, a.inner}}, rows, nullptr, qkv + row * 3 * heads);
+  });
+  tiles([&](Worker<T>& w, int64_t image, int64_t row, int64_t rows) {
+    T* mine = h + row * a.inner;
+    const T* frame = qkv + image * a.pixels * 3 * heads;
+    w.attend_space(qkv + row * 3 * heads, 3 * heads, frame + heads, 3 * heads, a.pixels, rows,
+                   w.attended);
+    w.product(self.out, {{w.attended, heads}}, rows, mine, mine);
+    if (a.num_attentions > 1) {
+      const T* kv = static_cast<const T*>(cross.kv) + image / a.frames * cross.kv_len * 2 * heads;
+      w.layer_norm(cross.norm, mine, rows);
+      w.product(cross.in, {{w.normed, a.inner}}, rows, nullptr, w.wide_);
+      w.attend_space(w.wide_, heads, kv, 2 * heads, cross.kv_len, rows, w.attended);
+      w.product(cross.out, {{w.attended, heads}}, rows, mine, mine);
+    }
+    w.finish(mine, x + row * a.channels, rows, out + row * a.channels);
+  });
+}
+
+}  // namespace
+
+void transformer_cpu(const TransformerArgs& args, int64_t threads) {
+  if (args.dtype == DType::bf16)
+    args.time ? in_time<BFloat16>(args, threads) : in_space<BFloat16>(args, threads);
+  else
+    args.time ? in_time<float>(args, threads) : in_space<float>(args, threads);
+}
+
+}  // namespace vf::VF_ISA
