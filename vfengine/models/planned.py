@@ -385,7 +385,7 @@ class _Forward:
             table, places = _quarter(*size, *quarter)
             self.build.matmul(
                 [Source(h, table, pixels)],
-                self.layers.weights[conv, *quarter],
+                self.layers.weights[(conv, *quarter)],
                 item_rows=pixels,
                 out=out,
                 scatter=(places, 4 * pixels),
