@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ import peak_memory
 import torch
 from clips import DEVICE
 from costs import to_fake, trace
-from harness import Row, Target, main, table, verdicts, write_json
+from harness import Row, Target, main, say, table, verdicts, write_json
 from table4_models import (
     BASE_KEPT,
     CALLS,
@@ -139,12 +137,6 @@ def measure(plans: Sequence[Plan] = FULL, growth: Sequence[int] = GROWTH) -> lis
         rows += growing(growth)
     say("done")
     return rows
-
-
-def say(what: str) -> None:
-    """Progress, and how busy the machine is: what a minute-long average says about what was."""
-    load = os.getloadavg()[0]
-    print(f"{time.strftime('%H:%M:%S')} load average {load:.2f}; {what}", file=sys.stderr)
 
 
 # -- what is counted -------------------------------------------------------------------------------

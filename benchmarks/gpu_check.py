@@ -34,6 +34,11 @@ BENCHES = (
     "bench_decomposed_step",
     "bench_remove_base",
     "bench_decomposed_noise",
+    "bench_group_norm_silu",
+    "bench_temporal_attention",
+    "bench_layer_norm",
+    "bench_geglu",
+    "bench_spatial_attention",
 )
 STEPS = 50
 

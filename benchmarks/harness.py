@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -130,6 +131,12 @@ def compare(
     return rows
 
 
+def say(what: str) -> None:
+    """Progress, and how busy the machine is: what a minute-long average says about what was."""
+    load = os.getloadavg()[0]
+    print(f"{time.strftime('%H:%M:%S')} load average {load:.2f}; {what}", file=sys.stderr)
+
+
 def table(rows: Sequence[Row]) -> str:
     """A table per case: a line per contender, a column per metric."""
     cases = dict.fromkeys(row.case for row in rows)
@@ -184,10 +191,18 @@ def main(
         write_json(arguments.json, rows, facts)
 
 
-def write_json(file: Path, rows: Sequence[Row], facts: dict[str, object] | None = None) -> None:
-    """Writes {"machine": {...}, "rows": [{...}, ...]}; facts: of `machine`, None: read now."""
+def write_json(
+    file: Path,
+    rows: Sequence[Row],
+    facts: dict[str, object] | None = None,
+    extra: dict[str, object] | None = None,
+) -> None:
+    """Writes {"machine": {...}, "rows": [{...}, ...]}; facts: of `machine`, None: read now.
+
+    extra: further entries of the object
+    """
     report = {"machine": facts or machine(), "rows": [asdict(row) for row in rows]}
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    file.write_text(json.dumps(report | (extra or {}), indent=1) + "\n")
 
 
 def _cpu_clock(contender: Contender) -> float:

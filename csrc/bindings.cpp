@@ -16,8 +16,10 @@
 #include "common/isa.h"
 #include "decomposed_noise.h"
 #include "decomposed_step.h"
+#include "group_norm_silu.h"
 #include "remove_base.h"
 #include "residual_step.h"
+#include "temporal_attention.h"
 
 namespace py = pybind11;
 
@@ -81,6 +83,60 @@ vf::NoiseArgs noise_args(uintptr_t out, uintptr_t lam, int64_t batch, int64_t fr
   args.step = step;
   args.first_sample = first_sample;
   args.first_frame = first_frame;
+  args.dtype = static_cast<vf::DType>(dtype);
+  return args;
+}
+
+vf::GroupNormSiluArgs group_norm_silu_args(uintptr_t x, uintptr_t weight, uintptr_t bias,
+                                           uintptr_t scale, uintptr_t shift, uintptr_t residual,
+                                           uintptr_t out, int64_t images, int64_t rows,
+                                           int64_t channels, int64_t groups, int64_t num_frames,
+                                           float eps, bool silu, int dtype) {
+  vf::GroupNormSiluArgs args;
+  args.x = at<const void>(x);
+  args.weight = at<const float>(weight);
+  args.bias = at<const float>(bias);
+  args.scale = at<const float>(scale);
+  args.shift = at<const float>(shift);
+  args.residual = at<const void>(residual);
+  args.out = at<void>(out);
+  args.images = images;
+  args.rows = rows;
+  args.channels = channels;
+  args.groups = groups;
+  args.num_frames = num_frames;
+  args.eps = eps;
+  args.silu = silu;
+  args.dtype = static_cast<vf::DType>(dtype);
+  return args;
+}
+
+// The same, with what CUDA alone takes.
+vf::GroupNormSiluArgs group_norm_silu_cuda_args(uintptr_t x, uintptr_t weight, uintptr_t bias,
+                                                uintptr_t scale, uintptr_t shift,
+                                                uintptr_t residual, uintptr_t out, int64_t images,
+                                                int64_t rows, int64_t channels, int64_t groups,
+                                                int64_t num_frames, float eps, bool silu, int dtype,
+                                                uintptr_t workspace, int64_t chunk_rows) {
+  auto args = group_norm_silu_args(x, weight, bias, scale, shift, residual, out, images, rows,
+                                   channels, groups, num_frames, eps, silu, dtype);
+  args.workspace = at<float>(workspace);
+  args.chunk_rows = chunk_rows;
+  return args;
+}
+
+vf::TemporalAttentionArgs temporal_attention_args(uintptr_t qkv, uintptr_t bias, uintptr_t out,
+                                                  int64_t batch, int64_t frames, int64_t pixels,
+                                                  int64_t heads, int64_t head_dim, int dtype) {
+  vf::TemporalAttentionArgs args;
+  args.qkv = at<const void>(qkv);
+  args.bias = at<const float>(bias);
+  args.out = at<void>(out);
+  args.batch = batch;
+  args.frames = frames;
+  args.pixels = pixels;
+  args.heads = heads;
+  args.head_dim = head_dim;
   args.dtype = static_cast<vf::DType>(dtype);
   return args;
 }
@@ -261,20 +317,23 @@ void define_plain(py::module_& m, Cpu cpu) {
         });
 }
 
-// name_cpu(*arguments of make, threads) and name_cuda(*arguments of make, device, stream).
-template <class Args, class... Arguments, class Cpu, class Cuda>
-void define(py::module_& m, const std::string& name, Args (*make)(Arguments...), Cpu cpu,
-            Cuda cuda) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+// name_cpu(*arguments of make, threads).
+template <class Args, class... Arguments, class Cpu>
+void define_cpu(py::module_& m, const std::string& name, Args (*make)(Arguments...), Cpu cpu) {
   m.def((name + "_cpu").c_str(),
         [=](Arguments... arguments, int64_t threads) { cpu(make(arguments...), threads); },
-        Release());
+        py::call_guard<py::gil_scoped_release>());
+}
+
+// name_cuda(*arguments of make, device, stream), where the CUDA kernels are built.
+template <class Args, class... Arguments, class Cuda>
+void define_cuda(py::module_& m, const std::string& name, Args (*make)(Arguments...), Cuda cuda) {
   if constexpr (!std::is_same_v<Cuda, std::nullptr_t>)
     m.def((name + "_cuda").c_str(),
           [=](Arguments... arguments, int device, uintptr_t stream) {
             cuda(make(arguments...), device, at<void>(stream));
           },
-          Release());
+          py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -285,11 +344,12 @@ void define(py::module_& m, const std::string& name, Args (*make)(Arguments...),
 #define VF_CUDA_OP(name) nullptr
 #endif
 
-#define VF_OP(name, make)                                                                \
-  define(                                                                                \
-      m, #name, make,                                                                    \
-      [](const auto& args, int64_t threads) { VF_CPU_CALL(name##_cpu, args, threads); }, \
-      VF_CUDA_OP(name))
+#define VF_CPU_OP(name, make) \
+  define_cpu(m, #name, make,  \
+             [](const auto& args, int64_t threads) { VF_CPU_CALL(name##_cpu, args, threads); })
+#define VF_OP(name, make) \
+  VF_CPU_OP(name, make);  \
+  define_cuda(m, #name, make, VF_CUDA_OP(name))
 
 void define_network(pybind11::module_& m);  // network_bindings.cpp
 
@@ -336,4 +396,6 @@ PYBIND11_MODULE(vfengine_native, m) {
   VF_OP(remove_base, &frame_args);
   VF_OP(decomposed_noise, &noise_args);
   define_network(m);
+  define_cuda(m, "group_norm_silu", &group_norm_silu_cuda_args, VF_CUDA_OP(group_norm_silu));
+  define_cuda(m, "temporal_attention", &temporal_attention_args, VF_CUDA_OP(temporal_attention));
 }

@@ -1,5 +1,6 @@
-// What the kernels of networks take (csrc/cpu, vfengine/ops, vfengine/models/plan.py): rows of one
-// dtype, fp32 or bf16, statistics and parameters of norms in fp32. A null pointer is an absent one.
+// What the CPU kernels of networks take (vfengine/ops, vfengine/models/program.py): rows of one
+// dtype, statistics and parameters of norms in fp32. A null pointer is an absent one. Products and
+// whole transformers take fp32 and bf16, the others fp16 as well.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +12,7 @@ namespace vf {
 // + residual. x: [images, rows, channels], of two halves side by side where x2 is given; statistics
 // per group of channels over the rows of num_frames neighbouring images.
 //
-// With `coefficients`, [images, 2, channels] in fp32, each channel's factor and summand are written
+// With `coefficients`, [images, 3, channels] in fp32, each channel's (cpu/norm.h) are written
 // there, and nothing else.
 struct GroupNormArgs {
   const void *x, *x2, *residual;
@@ -46,7 +47,7 @@ struct GegluArgs {
 // softmax(q k^T / sqrt(head_dim) + bias) v per frame and head. q: [frames, q_len, heads, head_dim],
 // k, v: [kv_frames, k_len, heads, head_dim], kv_frames dividing frames; strides are those of rows,
 // in numbers.
-struct SpatialAttentionArgs {
+struct RowSpatialAttentionArgs {
   const void *q, *k, *v;
   void* out;
   int64_t frames, q_len, k_len, heads, head_dim, q_stride, kv_stride, out_stride, kv_frames;
@@ -56,7 +57,7 @@ struct SpatialAttentionArgs {
 
 // The same among the frames of each pixel. qkv: [batch, frames, pixels, 3, heads, head_dim],
 // bias: [heads, frames, frames].
-struct TemporalAttentionArgs {
+struct RowTemporalAttentionArgs {
   const void* qkv;
   const float* bias;
   void* out;

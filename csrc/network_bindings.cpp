@@ -17,8 +17,9 @@ namespace py = pybind11;
 VF_CPU_DECLARE(void group_norm_silu_cpu(const vf::GroupNormArgs& args, int64_t threads))
 VF_CPU_DECLARE(void layer_norm_cpu(const vf::LayerNormArgs& args, int64_t threads))
 VF_CPU_DECLARE(void geglu_cpu(const vf::GegluArgs& args, int64_t threads))
-VF_CPU_DECLARE(void spatial_attention_cpu(const vf::SpatialAttentionArgs& args, int64_t threads))
-VF_CPU_DECLARE(void temporal_attention_cpu(const vf::TemporalAttentionArgs& args, int64_t threads))
+VF_CPU_DECLARE(void spatial_attention_cpu(const vf::RowSpatialAttentionArgs& args, int64_t threads))
+VF_CPU_DECLARE(void temporal_attention_cpu(const vf::RowTemporalAttentionArgs& args,
+                                           int64_t threads))
 VF_CPU_DECLARE(void row_matmul_cpu(const vf::RowMatmulArgs& args, int64_t threads))
 VF_CPU_DECLARE(void transformer_cpu(const vf::TransformerArgs& args, int64_t threads))
 VF_CPU_DECLARE(int64_t packed_words(int64_t columns, int64_t depth, bool geglu, vf::DType dtype))
@@ -123,30 +124,31 @@ void spatial_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int
                        int64_t q_len, int64_t k_len, int64_t heads, int64_t head_dim,
                        int64_t q_stride, int64_t kv_stride, int64_t kv_frames, int dtype,
                        int64_t threads, float scale) {
-  const vf::SpatialAttentionArgs args{from(q),        from(k),
-                                      from(v),        to(out),
-                                      frames,         q_len,
-                                      k_len,          heads,
-                                      head_dim,       q_stride,
-                                      kv_stride,      heads * head_dim,
-                                      kv_frames,      scale > 0 ? scale : default_scale(head_dim),
-                                      dtype_of(dtype)};
+  const vf::RowSpatialAttentionArgs args{
+      from(q),        from(k),
+      from(v),        to(out),
+      frames,         q_len,
+      k_len,          heads,
+      head_dim,       q_stride,
+      kv_stride,      heads * head_dim,
+      kv_frames,      scale > 0 ? scale : default_scale(head_dim),
+      dtype_of(dtype)};
   VF_CPU_CALL(spatial_attention_cpu, args, threads);
 }
 
 void temporal_attention(uintptr_t qkv, uintptr_t bias, uintptr_t out, int64_t batch, int64_t frames,
                         int64_t pixels, int64_t heads, int64_t head_dim, int dtype, int64_t threads,
                         float scale) {
-  const vf::TemporalAttentionArgs args{from(qkv),
-                                       from<float>(bias),
-                                       to(out),
-                                       batch,
-                                       frames,
-                                       pixels,
-                                       heads,
-                                       head_dim,
-                                       scale > 0 ? scale : default_scale(head_dim),
-                                       dtype_of(dtype)};
+  const vf::RowTemporalAttentionArgs args{from(qkv),
+                                          from<float>(bias),
+                                          to(out),
+                                          batch,
+                                          frames,
+                                          pixels,
+                                          heads,
+                                          head_dim,
+                                          scale > 0 ? scale : default_scale(head_dim),
+                                          dtype_of(dtype)};
   VF_CPU_CALL(temporal_attention_cpu, args, threads);
 }
 

@@ -32,7 +32,18 @@ SMALL = {
 LARGE = (2, 7, 3, 331, 277)  # beyond CPU caches in every dtype, and no part of it even
 RACE = {"whole_vectors": (1, 2, 1, 4, 4), "tail": (1, 2, 1, 3, 5)}  # few threads: each is slow
 SETS = {"all": {**SHAPES, **SMALL}, "small": SMALL, "race": RACE}
-OPS = ("residual_step", "decomposed_step", "remove_base", "decomposed_noise")
+KERNELS = ("cpu", "triton", "cuda")
+OPS = {  # and the kernels there are of each
+    "residual_step": KERNELS,
+    "decomposed_step": KERNELS,
+    "remove_base": KERNELS,
+    "decomposed_noise": KERNELS,
+    "group_norm_silu": KERNELS,
+    "temporal_attention": KERNELS,
+    "layer_norm": ("cpu", "triton"),
+    "geglu": ("cpu", "triton"),
+    "spatial_attention": ("cpu", "triton"),
+}
 
 # Row 0 and 1 have sigma = 0, row 2 has sigma > 0.
 COEFFS = ((1.0, -0.5, 0.0), (1.02, -0.11, 0.0), (0.97, 0.3, 0.4))
@@ -89,6 +100,16 @@ def placed(case: dict, place: Place) -> dict:
     return {k: place(v) if isinstance(v, Tensor) else v for k, v in case.items()}
 
 
+def rows_placed(tensor: Tensor, place: Place) -> Tensor:
+    """[B, C, H, W] in channels_last memory, at another place in memory."""
+    return place(tensor.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+def doubled(case: dict) -> dict:
+    """The case with all its tensors in fp64, for a reference that is exact beside fp32."""
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in case.items()}
+
+
 def on_cpu(case: dict) -> dict:
     """The case with copies of its tensors on the CPU."""
     return {k: v.cpu().clone() if isinstance(v, Tensor) else v for k, v in case.items()}
@@ -138,11 +159,16 @@ def frames_cases(shapes: dict) -> Iterator[tuple]:
     return product(shapes.values(), DTYPES.values(), (1, 2), (False, True))
 
 
-def run(backend: str, shapes: dict, device: str, place: Place) -> None:
-    """Every op's cases on one backend; AssertionError at the first that is wrong."""
-    for op in OPS:
+def run(backend: str, shapes: str, device: str, place: Place) -> None:
+    """Every op's cases on one backend; AssertionError at the first that is wrong.
+
+    shapes: a name in SETS, of the op's test file where that has its own, else of this one
+    """
+    for op, kernels in OPS.items():
+        if backend not in kernels:
+            continue
         module = importlib.import_module(f"test_{op}")
-        count = module.run_cases(backend, shapes, device, place)
+        count = module.run_cases(backend, getattr(module, "SETS", SETS)[shapes], device, place)
         print(f"{op}: {count} cases on {backend}")
 
 
@@ -153,16 +179,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--guarded", action="store_true", help="an overrun kills the process")
     arguments = parser.parse_args()
-    shapes = SETS[arguments.shapes]
-    places = [as_it_is] if shapes is RACE else [as_it_is, misaligned]
+    places = [as_it_is] if arguments.shapes == "race" else [as_it_is, misaligned]
     if arguments.backend == "triton" and arguments.device == "cpu":
-        from triton_tools import guarded, round_bf16_correctly
+        from triton_tools import compute_bf16_correctly, guarded
 
-        round_bf16_correctly()
+        compute_bf16_correctly()
         if arguments.guarded:
             places = [guarded]
     for place in places:
-        run(arguments.backend, shapes, arguments.device, place)
+        run(arguments.backend, arguments.shapes, arguments.device, place)
 
 
 if __name__ == "__main__":

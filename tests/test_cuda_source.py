@@ -1,7 +1,7 @@
 """The CUDA source, every line of it, on the CPU (tests/emulation), under sanitizers.
 
-What runs is `kernel_cases.run`: every op through its public function, against its reference and bit
-for bit against the CPU kernels.
+What runs is `kernel_cases.run`: every op through its public function, against its reference and,
+where it promises bits, against those of the CPU kernels.
 """
 
 import os

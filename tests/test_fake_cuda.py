@@ -145,6 +145,39 @@ def op_and_buffers(op: str, device: str):
     return lambda: ops.decomposed_noise(clip, 1, 2, lam), buffers
 
 
+def network_op_and_buffers(op: str, device: str):
+    """A call of an op that networks use, and the tensors that live across calls."""
+    step = torch.zeros(1, dtype=torch.int32, device=device)
+    shape = {
+        "group_norm_silu": (2, 8, 4, 4),
+        "layer_norm": (2, 4, 16),
+        "geglu": (2, 4, 32),
+        "temporal_attention": (1, 4, 6, 48),
+        "spatial_attention": (2, 6, 16),
+    }[op]
+    x = torch.ones(shape, device=device)
+    buffers = {"x": x, "step": step, "table": torch.ones(16, device=device)}
+    if op == "group_norm_silu":
+        x = buffers["x"] = x.contiguous(memory_format=torch.channels_last)
+        rest = {"scale": torch.ones(2, 8, device=device), "shift": torch.ones(2, 8, device=device)}
+        buffers |= {**rest, "residual": x.clone(), "out": torch.empty_like(x)}
+        rest |= {"residual": buffers["residual"], "out": buffers["out"]}
+        return lambda: ops.group_norm_silu(x, 2, num_frames=2, **rest), buffers
+    if op == "layer_norm":
+        out = buffers["out"] = torch.empty_like(x)
+        table = buffers["table"]
+        return lambda: ops.layer_norm(x, table, table, out=out), buffers
+    if op == "geglu":
+        out = buffers["out"] = x.new_empty(2, 4, 16)
+        return lambda: ops.geglu(x, out=out), buffers
+    if op == "temporal_attention":
+        out = buffers["out"] = x.new_empty(1, 4, 6, 16)
+        bias = buffers["bias"] = x.new_ones(2, 4, 4)
+        return lambda: ops.temporal_attention(x, 2, bias, out=out), buffers
+    out = buffers["out"] = torch.empty_like(x)
+    return lambda: ops.spatial_attention(x, x, x, 2, out=out), buffers
+
+
 OPS = {  # the op that a call dispatches, in place where it can be
     "residual_step": "vfengine.residual_step_.default",
     "decomposed_step": "vfengine.decomposed_step_.default",
@@ -167,6 +200,37 @@ def test_op_can_be_captured(op):
     assert report.clean, report
     assert report.ops[0] == [OPS[op], "aten.add_.Tensor"]
     assert not report.allocated
+
+
+NETWORK_OPS = {  # the op, and what its call allocates on CUDA where `out` is given
+    "group_norm_silu": ["aten.empty.memory_format"],  # the workspace of its statistics
+    "layer_norm": [],
+    "geglu": [],
+    "temporal_attention": [],
+    "spatial_attention": [],
+}
+
+
+@pytest.mark.parametrize("op", NETWORK_OPS)
+def test_op_of_networks_can_be_captured(op):
+    with FakeTensorMode():
+        call, buffers = network_op_and_buffers(op, "cuda")
+
+    def advance():
+        call()
+        buffers["step"].add_(1)
+
+    report = audit(advance, buffers)
+    assert report.clean, report
+    made = NETWORK_OPS[op]
+    assert report.ops[0] == [*made, f"vfengine.{op}.default", "aten.add_.Tensor"]
+    assert report.allocated == made
+
+
+@pytest.mark.parametrize("op", NETWORK_OPS)
+def test_op_of_networks_runs_no_op_of_torch(op):
+    call, _ = network_op_and_buffers(op, "cpu")
+    assert ops_within(call) == [f"vfengine.{op}.default"]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -67,10 +67,14 @@ def template(name: str, kernel: str) -> str:
 def test_every_kernel_is_there(kernels):
     frames = [name for name in kernels if "frames_kernel" in name]
     noise = [name for name in kernels if "noise_kernel" in name]
+    norm = [name for name in kernels if "group_norm_silu" in name]
+    attention = [name for name in kernels if "temporal_attention" in name]
     # 3 dtypes, vectors or not, drawn noise or not where a rule has noise; words for the noise.
     assert len(frames) == 3 * 2 * (2 + 2 + 1)
     assert len(noise) == 4 * 2
-    assert len(kernels) == len(frames) + len(noise)
+    assert len(norm) == 3 * 2 * 2 + 1  # two of its kernels know dtype and vectors
+    assert len(attention) == 3 * 4  # dtypes, head dimensions
+    assert len(kernels) == len(frames) + len(noise) + len(norm) + len(attention)
 
 
 def test_nothing_spills(kernels):
@@ -83,7 +87,16 @@ def test_registers_leave_room_for_threads(kernels):
     """64 let 4 blocks of 256 threads live on a processor, 80 let 3."""
     for name, (_, usage) in kernels.items():
         main_path = template(name, "frames_kernel").endswith("Lb1ELb0")  # vectors, nothing drawn
-        assert usage["REG"] <= (64 if main_path or "noise_kernel" in name else 80), name
+        of_64 = main_path or "noise_kernel" in name
+        if "temporal_attention" in name:  # blocks of 128 threads: 128 let 4 of them live
+            assert usage["REG"] <= 128, name
+        else:
+            assert usage["REG"] <= (64 if of_64 else 80), name
+
+
+def test_shared_memory_is_what_every_gpu_gives_without_asking(kernels):
+    for name, (_, usage) in kernels.items():
+        assert usage["SHARED"] <= 48 << 10, name
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -104,6 +117,34 @@ def test_main_path_moves_16_bytes_an_instruction(kernels, op):
     assert paths == 3 * (1 if op == "RemoveBase" else 2)
 
 
+@pytest.mark.parametrize(("kernel", "inputs"), [("channel_kernel", 1), ("apply_kernel", 2)])
+def test_group_norm_moves_16_bytes_an_instruction(kernels, kernel, inputs):
+    paths = 0
+    for name, (code, _) in kernels.items():
+        if not template(name, kernel).endswith("Lb1"):
+            continue
+        paths += 1
+        assert count(code, r"LDG\.E\.128") >= inputs, name
+        assert count(code, r"LDG\.E\.U16") == 0, name
+        stored = count(code, r"STG\.E\.128")
+        assert (stored >= 1 and stored == count(code, r"STG")) == (kernel == "apply_kernel"), name
+    assert paths == 3
+
+
+def test_attention_moves_16_bytes_an_instruction_and_shuffles_no_products(kernels):
+    """q, k and v come as vectors where qkv is aligned; a row's D products are summed in a lane."""
+    paths = 0
+    for name, (code, _) in kernels.items():
+        if "temporal_attention" not in name:
+            continue
+        paths += 1
+        assert count(code, r"LDG\.E\.128") >= 3, name
+        assert count(code, r"LDS\.128") >= 3, name
+        assert count(code, r"FFMA") >= 32, name
+        assert count(code, r"SHFL") <= 2 * 2 * 4, name  # a maximum and a sum of two queries
+    assert paths == 12
+
+
 def test_noise_is_written_16_bytes_an_instruction(kernels):
     for name, (code, _) in kernels.items():
         if template(name, "noise_kernel").endswith("Lb1"):
@@ -113,9 +154,12 @@ def test_noise_is_written_16_bytes_an_instruction(kernels):
 def test_no_multiplication_is_fused_with_an_addition(kernels):
     """Fused, the bits would not be those of the CPU.
 
-    A square root brings FMAs of its own, and as many FMUL.FTZ: what is more would be ours.
+    A square root brings FMAs of its own, and as many FMUL.FTZ: what is more would be ours. Group
+    norm and attention promise no bits, and ask for FMAs by name.
     """
     for name, (code, _) in kernels.items():
+        if "frames_kernel" not in name and "noise_kernel" not in name:
+            continue
         assert count(code, r"FFMA") == count(code, r"FMUL\.FTZ"), name
         if "frames_kernel" in name:
             assert count(code, r"FMUL$") > 0, name

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import driver
-from triton_tools import guarded, interpret, round_bf16_correctly, specialise
+from triton_tools import compute_bf16_correctly, guarded, interpret, specialise
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -26,6 +26,12 @@ def copy_kernel(x_ptr, out_ptr, size, OVERRUN: tl.constexpr, BLOCK: tl.constexpr
 def multiply_add_kernel(a_ptr, b_ptr, c_ptr, out_ptr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(a_ptr + at) * tl.load(b_ptr + at) + tl.load(c_ptr + at))
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
 
 
 def interpret_copy(guards: str, dtype: torch.dtype = torch.bfloat16, overrun: int = 0) -> None:
@@ -49,13 +55,30 @@ def interpret_rounding() -> None:
     x = torch.cat([every + low for low in (0, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32)
     truncated, out = (torch.empty(x.shape, dtype=torch.bfloat16) for _ in range(2))
     copy_kernel[(1,)](x, truncated, x.numel(), OVERRUN=0, BLOCK=2**19)
-    round_bf16_correctly()
+    compute_bf16_correctly()
     copy_kernel[(1,)](x, out, x.numel(), OVERRUN=0, BLOCK=2**19)
     expected = x.to(torch.bfloat16)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
     # Where this fails the interpreter has learned to round, and the patch can go.
     assert not torch.equal(truncated.nan_to_num(), expected.nan_to_num())
+
+
+def interpret_products() -> None:
+    for dtype in DTYPES.values():
+        a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        out, wrong = torch.empty(16, 16), torch.empty(16, 16)
+        if dtype == torch.bfloat16:
+            # Where this fails the interpreter has learned to multiply, and the patch can go.
+            product_kernel[(1,)](a, b, wrong)
+            assert (wrong - a.float() @ b.float()).abs().max() > 1e3
+            compute_bf16_correctly()
+        product_kernel[(1,)](a, b, out)
+        torch.testing.assert_close(out, a.float() @ b.float())
+
+
+def test_products_are_as_on_a_gpu():
+    interpret("import test_triton_tools as tests; tests.interpret_products()")
 
 
 @pytest.mark.parametrize("guards", ["x", "out"])

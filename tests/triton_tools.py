@@ -1,7 +1,7 @@
 """What tests of Triton kernels share where there is no GPU.
 
 Semantics: `interpret` runs a script under Triton's interpreter, where `guarded` makes an access
-past a tensor's end fatal and `round_bf16_correctly` mends a conversion.
+past a tensor's end fatal and `compute_bf16_correctly` mends a conversion and a product.
 Code: `specialise` compiles the specialisation that a GPU run with these arguments would pick, and
 counts its memory accesses. It starts no kernel.
 """
@@ -48,8 +48,11 @@ def interpret(script: str, *, returncode: int = 0) -> str:
     return output
 
 
-def round_bf16_correctly() -> None:
-    """Make the interpreter round fp32 to bf16 to nearest even, as a GPU does; it truncates."""
+def compute_bf16_correctly() -> None:
+    """Make the interpreter round fp32 to bf16 to nearest even, as a GPU does; it truncates.
+
+    And make tl.dot multiply bf16 matrices: it multiplies their bits, as integers.
+    """
     convert = interpreter._convert_float
     if getattr(convert, "rounds_bf16", False):
         return
@@ -63,6 +66,20 @@ def round_bf16_correctly() -> None:
 
     rounding_bf16.rounds_bf16 = True
     interpreter._convert_float = rounding_bf16
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def product_of_bf16(self, a, b, d, *options):
+        return product(self, _widened(a), _widened(b), d, *options)
+
+    interpreter.InterpreterBuilder.create_dot = product_of_bf16
+
+
+def _widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    """bf16, which the interpreter holds as the bits, as fp32; anything else as it is."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.view("uint16").astype("uint32") << 16
+    return interpreter.TensorHandle(bits.view("float32"), tl.float32)
 
 
 def guarded(tensor: Tensor, *, offset: int = 0) -> Tensor:
@@ -124,6 +141,7 @@ class Compiled:
     """A kernel as compiled. Counts are of instructions in the code, not of executions."""
 
     asm: dict[str, str | bytes]  # ttir, ttgir, llir, ptx, cubin
+    shared: int = 0  # bytes of shared memory that a launch asks for
 
     @property
     def loads(self) -> Counter[int]:
@@ -171,7 +189,8 @@ def specialise(
     if not isinstance(kernel_fn, JITFunction):  # TRITON_INTERPRET=1 makes InterpretedFunctions
         raise TypeError(f"specialise: expected a JITFunction, got {type(kernel_fn).__name__}")
     with stub_driver(arch):
-        return Compiled(dict(kernel_fn.warmup(*args, grid=grid, **meta).asm))
+        kernel = kernel_fn.warmup(*args, grid=grid, **meta)
+        return Compiled(dict(kernel.asm), kernel.metadata.shared)
 
 
 def _accesses(ptx: str, instruction: str) -> Counter[int]:

@@ -41,10 +41,10 @@ struct Head {
 };
 
 // v [k_len, head_dim], rows of `stride` numbers, as words of two keys: [k_len / 2, head_dim].
-static inline void pack_values(const BFloat16* v, int64_t stride, int k_len, int head_dim,
-                               uint32_t* out) {
+template <class T>
+static inline void pack_values(const T* v, int64_t stride, int k_len, int head_dim, uint32_t* out) {
   for (int j = 0; j < k_len; j += 2) {
-    const BFloat16 *a = v + j * stride, *b = j + 1 < k_len ? a + stride : nullptr;
+    const T *a = v + j * stride, *b = j + 1 < k_len ? a + stride : nullptr;
     int d = 0;
 #if defined(__AVX512F__)
     for (; d + 16 <= head_dim; d += 16) {
@@ -61,10 +61,12 @@ static inline void pack_values(const BFloat16* v, int64_t stride, int k_len, int
 // Queries that a bias has room for: attend_block may read two vectors from its last row on.
 static inline int64_t bias_stride(int64_t q_len) { return q_len + 2 * kLanes; }
 
-// bias [q_len, k_len] with queries in the lanes, for powers of two: [k_len, bias_stride(q_len)].
+// bias [q_len, k_len] with queries in the lanes, for `exponential`: [k_len, bias_stride(q_len)].
+template <class T>
 static inline void transposed_bias(const float* bias, int q_len, int k_len, float* out) {
   for (int j = 0; j < k_len; ++j)
-    for (int i = 0; i < q_len; ++i) out[j * bias_stride(q_len) + i] = bias[i * k_len + j] * kLog2E;
+    for (int i = 0; i < q_len; ++i)
+      out[j * bias_stride(q_len) + i] = bias[i * k_len + j] * kExponent<T>;
 }
 
 template <class T, int QV, int KU>
@@ -99,7 +101,7 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
   alignas(64) float out[kMaxHeadDim * kQueries];
   alignas(64) U32 q[kMaxHeadDim / kPerWord<T> * QV], column[kMaxHeadDim / kPerWord<T>];
   const int words = h.head_dim / kPerWord<T>;
-  const float scale = h.scale * kLog2E;
+  const float scale = h.scale * kExponent<T>;
 
   int rows[QV];
   for (int i = 0; i < QV; ++i) {
@@ -125,7 +127,7 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
     next(std::integral_constant<int, kUnroll>());
     next(std::integral_constant<int, kUnroll / 2>());
     next(std::integral_constant<int, 1>());
-    if (h.bias) {  // logits are then complete, in powers of two
+    if (h.bias) {  // logits are then complete
       for (int i = 0; i < QV; ++i) highest[i] = top[i];
       for (j = 0; j < keys; ++j)
         for (int i = 0; i < QV; ++i) {
@@ -139,31 +141,28 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
     const float factor = h.bias ? 1.0f : scale;
     F32 offset[QV], fade[QV];
     for (int i = 0; i < QV; ++i) {
-      fade[i] = power_of_2<T>((top[i] - highest[i]) * factor);
+      fade[i] = exponential<T>((top[i] - highest[i]) * factor);
       top[i] = highest[i];
       offset[i] = top[i] * factor;
       total[i] *= fade[i];
     }
+    F32 sum[QV] = {};  // of this block alone: fewer roundings
     const int pairs = (keys + kPerWord<T> - 1) / kPerWord<T>;
     for (int p = 0; p < pairs; ++p)
 #pragma GCC unroll 4
       for (int i = 0; i < QV; ++i) {
         const float* s = score + (p * kPerWord<T> * QV + i) * kLanes;
-        const F32 even = power_of_2<T>(load<F32>(s) * factor - offset[i]);
+        const F32 even = exponential<T>(load<F32>(s) * factor - offset[i]);
         F32 odd = {};
         if (kPerWord<T> == 2 && 2 * p + 1 < keys)
-          odd = power_of_2<T>(load<F32>(s + kQueries) * factor - offset[i]);
-        total[i] += even + odd;
+          odd = exponential<T>(load<F32>(s + kQueries) * factor - offset[i]);
+        sum[i] += even + odd;
         probability[p * QV + i] = words_of<T>(even, odd);
       }
+    for (int i = 0; i < QV; ++i) total[i] += sum[i];
     const uint32_t* v = h.v + first / kPerWord<T> * h.v_stride;
     for (int d = 0; d < h.head_dim; d += kUnroll) {
-      F32 acc[kUnroll][QV];
-#pragma GCC unroll 8
-      for (int u = 0; u < kUnroll; ++u)
-#pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i)
-          acc[u][i] = first ? load<F32>(out + ((d + u) * QV + i) * kLanes) * fade[i] : F32{};
+      F32 acc[kUnroll][QV] = {};
       for (int p = 0; p < pairs; ++p) {
         U32 x[QV];
 #pragma GCC unroll 4
@@ -178,7 +177,10 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
 #pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u)
 #pragma GCC unroll 4
-        for (int i = 0; i < QV; ++i) store(out + ((d + u) * QV + i) * kLanes, acc[u][i]);
+        for (int i = 0; i < QV; ++i) {
+          float* o = out + ((d + u) * QV + i) * kLanes;
+          store(o, first ? load<F32>(o) * fade[i] + acc[u][i] : acc[u][i]);
+        }
     }
   }
 

@@ -11,7 +11,7 @@ namespace vf::VF_ISA {
 constexpr int kTaskQueries = 256;
 
 template <class T>
-static void spatial_attention(const SpatialAttentionArgs& a, int64_t threads) {
+static void spatial_attention(const RowSpatialAttentionArgs& a, int64_t threads) {
   const int64_t parts = (a.q_len + kTaskQueries - 1) / kTaskQueries;
   const int64_t shared = a.frames / a.kv_frames;
   parallel_for(a.frames * a.heads * parts, threads, [&](int64_t task) {
@@ -36,12 +36,12 @@ static void spatial_attention(const SpatialAttentionArgs& a, int64_t threads) {
 }
 
 template <class T>
-static void temporal_attention(const TemporalAttentionArgs& a, int64_t threads) {
+static void temporal_attention(const RowTemporalAttentionArgs& a, int64_t threads) {
   const int n = int(a.frames);
   const int64_t channels = a.heads * a.head_dim, stride = a.pixels * 3 * channels;
   std::vector<float> bias(a.bias ? a.heads * n * bias_stride(n) : 0);
   for (int64_t head = 0; a.bias && head < a.heads; ++head)
-    transposed_bias(a.bias + head * n * n, n, n, bias.data() + head * n * bias_stride(n));
+    transposed_bias<T>(a.bias + head * n * n, n, n, bias.data() + head * n * bias_stride(n));
 
   constexpr int64_t kPixels = 8;
   const int64_t blocks = (a.pixels + kPixels - 1) / kPixels;
@@ -69,14 +69,12 @@ static void temporal_attention(const TemporalAttentionArgs& a, int64_t threads) 
   });
 }
 
-void spatial_attention_cpu(const SpatialAttentionArgs& args, int64_t threads) {
-  args.dtype == DType::bf16 ? spatial_attention<BFloat16>(args, threads)
-                            : spatial_attention<float>(args, threads);
+void spatial_attention_cpu(const RowSpatialAttentionArgs& args, int64_t threads) {
+  by_dtype(args.dtype, [&](auto kind) { spatial_attention<decltype(kind)>(args, threads); });
 }
 
-void temporal_attention_cpu(const TemporalAttentionArgs& args, int64_t threads) {
-  args.dtype == DType::bf16 ? temporal_attention<BFloat16>(args, threads)
-                            : temporal_attention<float>(args, threads);
+void temporal_attention_cpu(const RowTemporalAttentionArgs& args, int64_t threads) {
+  by_dtype(args.dtype, [&](auto kind) { temporal_attention<decltype(kind)>(args, threads); });
 }
 
 }  // namespace vf::VF_ISA

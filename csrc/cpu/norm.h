@@ -75,107 +75,126 @@ struct GroupNormShape {
   }
 };
 
-// Sums of x - first and of its square over a chunk, per channel; first: the item's first row.
-template <class T>
-static inline void chunk_sums(const T* x, const T* first, int64_t rows, int64_t channels,
-                              int64_t out_stride, float* sums) {
-  float* squares = sums + out_stride;
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
-    F32 s[4] = {}, q[4] = {}, k[4];
-    for (int i = 0; i < 4; ++i) k[i] = load_row(first + c + i * kLanes);
-    for (int64_t r = 0; r < rows; ++r) {
+// Per channel of a chunk: a number k near its mean, the sum of x - k, and the sum of squares about
+// the chunk's mean; k is the mean of the first rows, so that little cancels. A few rows at a time:
+// long sums of fp32 lose digits.
+constexpr int kMoments = 3;
+
+template <class T, int V>
+static inline void column_moments(const T* x, int64_t rows, int64_t stride, int n, float* out,
+                                  int64_t out_stride) {
+  constexpr int64_t kRows = 8;
+  F32 k[V] = {}, s[V] = {}, q[V] = {};
+  const int64_t some = std::min(rows, kRows);
+  for (int64_t r = 0; r < some; ++r)
+    for (int i = 0; i < V; ++i) k[i] += load_columns(x + r * stride + i * kLanes, n);
+  for (int i = 0; i < V; ++i) k[i] *= 1.0f / float(some);
+  for (int64_t r = 0; r < rows;) {
+    F32 sums[V] = {}, squares[V] = {};
+    for (const int64_t last = std::min(rows, r + kRows); r < last; ++r) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const F32 d = load_row(x + r * channels + c + i * kLanes) - k[i];
-        s[i] += d;
-        q[i] += d * d;
+      for (int i = 0; i < V; ++i) {
+        const F32 d = load_columns(x + r * stride + i * kLanes, n) - k[i];
+        sums[i] += d;
+        squares[i] += d * d;
       }
     }
-    for (int i = 0; i < 4; ++i) {
-      store(sums + c + i * kLanes, s[i]);
-      store(squares + c + i * kLanes, q[i]);
-    }
+    for (int i = 0; i < V; ++i) s[i] += sums[i], q[i] += squares[i];
   }
+  for (int i = 0; i < V; ++i) {
+    const F32 at_mean = q[i] - s[i] * s[i] * (1.0f / float(rows));
+    store_columns(out + i * kLanes, k[i], n);
+    store_columns(out + out_stride + i * kLanes, s[i], n);
+    store_columns(out + 2 * out_stride + i * kLanes, at_mean, n);
+  }
+}
+
+// A chunk's moments: [kMoments, out_stride].
+template <class T>
+static inline void chunk_moments(const T* x, int64_t rows, int64_t channels, int64_t out_stride,
+                                 float* out) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= channels; c += 4 * kLanes)
+    column_moments<T, 4>(x + c, rows, channels, kLanes, out + c, out_stride);
   for_columns(channels - c, [&](int64_t at, int n) {
-    F32 s = {}, q = {};
-    const F32 k = load_columns(first + c + at, n);
-    for (int64_t r = 0; r < rows; ++r) {
-      const F32 d = load_columns(x + r * channels + c + at, n) - k;
-      s += d;
-      q += d * d;
-    }
-    store_columns(sums + c + at, s, n);
-    store_columns(squares + c + at, q, n);
+    column_moments<T, 1>(x + c + at, rows, channels, n, out + c + at, out_stride);
   });
 }
 
-// out = [silu](x scale + shift) [+ residual] of rows; x is a part of the channels.
+// mean and 1 / deviation of every group of an item, from its chunks' [chunks, kMoments, channels].
+static inline void group_statistics(const GroupNormArgs& a, const GroupNormShape& s,
+                                    const float* moments, float* mean, float* inverse) {
+  const int64_t width = s.channels / a.groups;
+  const double count = double(width * s.item_rows);
+  for (int64_t g = 0; g < a.groups; ++g) {
+    double total = 0, squares = 0, average = 0;
+    for (const bool centred : {false, true}) {
+      for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+        const double rows = double(std::min(s.chunk_rows, s.item_rows - chunk * s.chunk_rows));
+        const float* m = moments + chunk * kMoments * s.channels;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          const double k = m[c], sum = m[s.channels + c];
+          if (!centred) {
+            total += rows * k + sum;
+          } else {
+            const double d = k + sum / rows - average;
+            squares += m[2 * s.channels + c] + rows * d * d;
+          }
+        }
+      }
+      average = total / count;
+    }
+    mean[g] = float(average);
+    inverse[g] = float(1.0 / std::sqrt(std::max(squares, 0.0) / count + a.eps));
+  }
+}
+
+// What a channel's numbers are multiplied with and get: (x - centre) scale + shift. For 16-bit rows
+// the centre is 0, and a part of the shift: fp32 has digits enough for them.
+struct Coefficients {
+  const float *scale, *shift, *centre;
+  Coefficients from(int64_t channel) const {
+    return {scale + channel, shift + channel, centre + channel};
+  }
+};
+
+// out = [silu]((x - centre) scale + shift) [+ residual] of rows; x is a part of the channels.
 template <class T, bool kSilu>
-static inline void scale_rows(const T* x, const float* scale, const float* shift, const T* residual,
-                              T* out, int64_t rows, int64_t channels, int64_t out_stride) {
+static inline void scale_rows(const T* x, const Coefficients& k, const T* residual, T* out,
+                              int64_t rows, int64_t channels, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r)
     for_columns(channels, [&](int64_t c, int n) {
-      F32 y = load_columns(x + r * channels + c, n) * load_columns(scale + c, n) +
-              load_columns(shift + c, n);
+      F32 y = load_columns(x + r * channels + c, n);
+      if (sizeof(T) == 4) y -= load_columns(k.centre + c, n);
+      y = y * load_columns(k.scale + c, n) + load_columns(k.shift + c, n);
       if (kSilu) y = silu<T>(y);
       if (residual) y += load_columns(residual + r * out_stride + c, n);
       store_columns(out + r * out_stride + c, y, n);
     });
 }
 
-// mean and 1 / deviation of every group, from all chunks' sums [chunks, 2, channels].
+// One image's coefficients, which the norm, its weights and the modulation make: [3, channels].
 template <class T>
-static inline void group_statistics(const GroupNormArgs& a, const GroupNormShape& s,
-                                    const float* sums, const T* first, const T* first2, float* mean,
-                                    float* inverse) {
-  const int64_t width = s.channels / a.groups;
-  std::vector<double> at(width), squares(width);
-  for (int64_t g = 0; g < a.groups; ++g) {
-    double total = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t c = g * width + i;
-      double sum = 0, square = 0;
-      for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
-        sum += sums[(2 * chunk) * s.channels + c];
-        square += sums[(2 * chunk + 1) * s.channels + c];
-      }
-      const T* p = c < a.channels ? first + c : first2 + (c - a.channels);
-      T one[kLanes] = {};
-      one[0] = *p;
-      at[i] = load_row(one)[0] + sum / double(s.item_rows);
-      squares[i] = square - sum * sum / double(s.item_rows);
-      total += at[i];
-    }
-    const double average = total / double(width);
-    double square = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const double d = at[i] - average;
-      square += squares[i] + d * d * double(s.item_rows);
-    }
-    mean[g] = float(average);
-    inverse[g] =
-        float(1.0 / std::sqrt(std::max(square, 0.0) / double(width * s.item_rows) + a.eps));
-  }
-}
-
-// One image's scale and shift per channel: what the norm, its weights and the modulation make.
-static inline void group_coefficients(const GroupNormArgs& a, const GroupNormShape& s,
-                                      int64_t image, const float* mean, const float* inverse,
-                                      float* scale, float* shift) {
+static inline Coefficients group_coefficients(const GroupNormArgs& a, const GroupNormShape& s,
+                                              int64_t image, const float* mean,
+                                              const float* inverse, float* out) {
+  float *scale = out, *shift = out + s.channels, *centre = out + 2 * s.channels;
   const int64_t width = s.channels / a.groups;
   for (int64_t g = 0; g < a.groups; ++g)
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       float w = inverse[g] * (a.weight ? a.weight[c] : 1.0f);
-      float b = (a.bias ? a.bias[c] : 0.0f) - mean[g] * w;
+      float b = a.bias ? a.bias[c] : 0.0f;
       if (a.scale) {
         const float m = 1.0f + a.scale[image * a.modulation_stride + c];
         w *= m;
         b = b * m + a.shift[image * a.modulation_stride + c];
       }
+      const bool centred = sizeof(T) == 4;
       scale[c] = w;
-      shift[c] = b;
+      shift[c] = centred ? b : b - mean[g] * w;
+      centre[c] = centred ? mean[g] : 0.0f;
     }
+  return {scale, shift, centre};
 }
 
 }  // namespace vf::VF_ISA

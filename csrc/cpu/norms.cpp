@@ -13,38 +13,33 @@ static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
   const T *x = static_cast<const T*>(a.x), *x2 = static_cast<const T*>(a.x2);
   const T* residual = static_cast<const T*>(a.residual);
   T* out = static_cast<T*>(a.out);
-  std::vector<float> sums(s.items * s.chunks * 2 * s.channels), groups(s.items * a.groups * 2);
-  const auto first = [&](int64_t item) { return x + item * s.item_rows * a.channels; };
-  const auto first2 = [&](int64_t item) { return x2 + item * s.item_rows * a.channels2; };
-
+  const int64_t size = kMoments * s.channels;  // of a chunk's moments
+  std::vector<float> moments(s.items * s.chunks * size), groups(s.items * a.groups * 2);
   const auto sum = [&](int64_t item, int64_t chunk) {
     const int64_t row = chunk * s.chunk_rows, rows = std::min(s.chunk_rows, s.item_rows - row);
-    float* to = sums.data() + (item * s.chunks + chunk) * 2 * s.channels;
-    chunk_sums(first(item) + row * a.channels, first(item), rows, a.channels, s.channels, to);
-    if (x2)
-      chunk_sums(first2(item) + row * a.channels2, first2(item), rows, a.channels2, s.channels,
-                 to + a.channels);
+    const int64_t at = item * s.item_rows + row;
+    float* to = moments.data() + (item * s.chunks + chunk) * size;
+    chunk_moments(x + at * a.channels, rows, a.channels, s.channels, to);
+    if (x2) chunk_moments(x2 + at * a.channels2, rows, a.channels2, s.channels, to + a.channels);
   };
   const auto finish = [&](int64_t item) {
     float* to = groups.data() + item * a.groups * 2;
-    group_statistics(a, s, sums.data() + item * s.chunks * 2 * s.channels, first(item),
-                     x2 ? first2(item) : nullptr, to, to + a.groups);
+    group_statistics(a, s, moments.data() + item * s.chunks * size, to, to + a.groups);
   };
   const auto apply = [&](int64_t item, int64_t chunk) {
-    std::vector<float> scale(2 * s.channels);
-    float* shift = scale.data() + s.channels;
+    std::vector<float> memory(3 * s.channels);
     const float* group = groups.data() + item * a.groups * 2;
     const int64_t last = std::min((chunk + 1) * s.chunk_rows, s.item_rows);
     for (int64_t row = chunk * s.chunk_rows; row < last;) {
       const int64_t image = row / a.rows, rows = std::min(last, (image + 1) * a.rows) - row;
-      group_coefficients(a, s, item * a.num_frames + image, group, group + a.groups, scale.data(),
-                         shift);
+      const Coefficients k = group_coefficients<T>(a, s, item * a.num_frames + image, group,
+                                                   group + a.groups, memory.data());
       const int64_t at = item * s.item_rows + row;
       const auto part = [&](const T* from, int64_t channels, int64_t c) {
         const T* plus = residual ? residual + at * s.channels + c : nullptr;
         const auto scaled = a.silu ? scale_rows<T, true> : scale_rows<T, false>;
-        scaled(from + at * channels, scale.data() + c, shift + c, plus, out + at * s.channels + c,
-               rows, channels, s.channels);
+        scaled(from + at * channels, k.from(c), plus, out + at * s.channels + c, rows, channels,
+               s.channels);
       };
       part(x, a.channels, 0);
       if (x2) part(x2, a.channels2, a.channels);
@@ -59,8 +54,8 @@ static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
       finish(item);
       const float* group = groups.data() + item * a.groups * 2;
       for (int64_t image = item * a.num_frames; image < (item + 1) * a.num_frames; ++image) {
-        float* scale = a.coefficients + image * 2 * s.channels;
-        group_coefficients(a, s, image, group, group + a.groups, scale, scale + s.channels);
+        group_coefficients<T>(a, s, image, group, group + a.groups,
+                              a.coefficients + image * 3 * s.channels);
       }
     });
     return;
@@ -108,17 +103,15 @@ static void geglu(const GegluArgs& a, int64_t threads) {
 }
 
 void group_norm_silu_cpu(const GroupNormArgs& args, int64_t threads) {
-  args.dtype == DType::bf16 ? group_norm_silu<BFloat16>(args, threads)
-                            : group_norm_silu<float>(args, threads);
+  by_dtype(args.dtype, [&](auto kind) { group_norm_silu<decltype(kind)>(args, threads); });
 }
 
 void layer_norm_cpu(const LayerNormArgs& args, int64_t threads) {
-  args.dtype == DType::bf16 ? layer_norm<BFloat16>(args, threads)
-                            : layer_norm<float>(args, threads);
+  by_dtype(args.dtype, [&](auto kind) { layer_norm<decltype(kind)>(args, threads); });
 }
 
 void geglu_cpu(const GegluArgs& args, int64_t threads) {
-  args.dtype == DType::bf16 ? geglu<BFloat16>(args, threads) : geglu<float>(args, threads);
+  by_dtype(args.dtype, [&](auto kind) { geglu<decltype(kind)>(args, threads); });
 }
 
 }  // namespace vf::VF_ISA

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
 #include "common/half.h"
 #include "cpu/simd.h"
 
@@ -61,6 +62,10 @@ VF_INLINE F32 load_row(const BFloat16* p) {
 #endif
 }
 
+VF_INLINE F32 load_row(const Half* p) { return widen(p); }
+
+VF_INLINE void store_row(Half* p, F32 x) { narrow(p, x); }
+
 // bf16 of each lane, in the low half of its word; to nearest even, a NaN stays one.
 VF_INLINE U32 rounded(F32 x) {
   const U32 bits = reinterpret_cast<U32>(x);
@@ -86,6 +91,11 @@ VF_INLINE void store_row(BFloat16* p, F32 x) {
 VF_INLINE void store_row(float* p, F32 x, F32 y) {
   store(p, x);
   store(p + kLanes, y);
+}
+
+VF_INLINE void store_row(Half* p, F32 x, F32 y) {
+  narrow(p, x);
+  narrow(p + kLanes, y);
 }
 
 VF_INLINE void store_row(BFloat16* p, F32 x, F32 y) {
@@ -161,6 +171,27 @@ inline F32 dot<BFloat16>(F32 acc, U32 a, U32 b) {
 #endif
 }
 
+// fp16 in the low halves of words. There is no instruction for their products here.
+VF_INLINE F32 widen_words(U32 words) {
+  Half lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i].bits = uint16_t(words[i]);
+  return widen(lanes);
+}
+
+VF_INLINE U32 narrow_words(F32 x) {
+  Half lanes[kLanes];
+  narrow(lanes, x);
+  U32 words;
+  for (int i = 0; i < kLanes; ++i) words[i] = lanes[i].bits;
+  return words;
+}
+
+template <>
+inline F32 dot<Half>(F32 acc, U32 a, U32 b) {
+  acc += widen_words(a) * widen_words(b);
+  return acc + widen_words(a >> 16) * widen_words(b >> 16);
+}
+
 // The words that hold `even` and `odd`: for fp32 there is no odd one.
 template <class T>
 VF_INLINE U32 words_of(F32 even, F32 odd);
@@ -168,6 +199,11 @@ VF_INLINE U32 words_of(F32 even, F32 odd);
 template <>
 inline U32 words_of<float>(F32 even, F32) {
   return reinterpret_cast<U32>(even);
+}
+
+template <>
+inline U32 words_of<Half>(F32 even, F32 odd) {
+  return narrow_words(even) | narrow_words(odd) << 16;
 }
 
 template <>
@@ -266,34 +302,62 @@ VF_INLINE void store_columns_of_words(const U32* in, char* p, int64_t stride, in
 #endif
 }
 
-// ---- functions: to fp32 accuracy for fp32 rows, well below a bf16 rounding for bf16 rows -------
-
-// 2^x for x <= 127; 0 below -126.
-template <class T>
-VF_INLINE F32 power_of_2(F32 x) {
-#if defined(__AVX512F__)
-  const F32 f = (F32)_mm512_reduce_ps((__m512)x, 0);  // x - round(x)
-#else
-  x = maximum(x, splat(-127.0f));
-  const F32 n = (x + 0x1.8p23f) - 0x1.8p23f;
-  const F32 f = x - n;
-#endif
-  F32 p;
-  if constexpr (sizeof(T) == 4) {
-    p = f * 0.00132764725f + 0.00967554189f;
-    p = p * f + 0.0555071309f;
-    p = p * f + 0.240221202f;
-    p = p * f + 0.693146944f;
-    p = p * f + 1.00000012f;
+// Calls run(T()) with the dtype's type.
+template <class Run>
+static inline void by_dtype(DType dtype, const Run& run) {
+  if (dtype == DType::bf16) {
+    run(BFloat16());
+  } else if (dtype == DType::f16) {
+    run(Half());
   } else {
+    run(float());
+  }
+}
+
+// ---- functions: to fp32 accuracy for fp32 rows, well below a rounding for 16-bit rows ----------
+
+constexpr float kLog2E = 1.44269504089f;
+
+// exponential<T>(x kExponent<T>) is e^x: 16-bit rows take powers of two, whose factor their callers
+// have to multiply by something else anyway; fp32 rows need every digit of x.
+template <class T>
+constexpr float kExponent = sizeof(T) == 4 ? 1.0f : kLog2E;
+
+// For x <= 88; 0 where fp32 has no such number.
+template <class T>
+VF_INLINE F32 exponential(F32 x) {
+  F32 f, n, p;
+  [[maybe_unused]] const F32 given = x;
+  if constexpr (sizeof(T) == 4) {
+    x = maximum(x, splat(-104.0f));
+    n = (x * kLog2E + 0x1.8p23f) - 0x1.8p23f;
+    f = x - n * 0x1.62e4p-1f;  // ln 2, whose first part has few digits
+    f = f - n * 1.42860677e-06f;
+    p = f * 0.00138146104f + 0.00836871099f;
+    p = p * f + 0.041668389f;
+    p = p * f + 0.166665211f;
+    p = p * f + 0.49999994f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+  } else {
+#if defined(__AVX512F__)
+    f = (F32)_mm512_reduce_ps((__m512)x, 0);  // x - round(x)
+    n = x - f;
+#else
+    x = maximum(x, splat(-126.0f));
+    n = (x + 0x1.8p23f) - 0x1.8p23f;
+    f = x - n;
+#endif
     p = f * 0.0551716685f + 0.242611125f;
     p = p * f + 0.693260968f;
     p = p * f + 0.999928057f;
   }
 #if defined(__AVX512F__)
-  return (F32)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+  return (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return p * reinterpret_cast<F32>((__builtin_convertvector(n, I32) + 127) << 23);
+  n = maximum(n, splat(-126.0f));
+  const F32 y = p * reinterpret_cast<F32>((__builtin_convertvector(n, I32) + 127) << 23);
+  return given < (sizeof(T) == 4 ? -87.0f : -125.5f) ? F32{} : y;
 #endif
 }
 
@@ -305,34 +369,34 @@ VF_INLINE F32 reciprocal(F32 x) {
   return 1.0f / x;
 }
 
-constexpr float kLog2E = 1.44269504089f;
-
 template <class T>
 VF_INLINE F32 silu(F32 x) {
-#if !defined(__AVX512F__)  // there 2^. overflows to infinity, and x / infinity = -0 is right
-  x = maximum(x, splat(-87.0f));
-#endif
-  return x * reciprocal<T>(1.0f + power_of_2<T>(x * -kLog2E));
+  const F32 y = maximum(x, splat(-87.0f));  // beyond, e^-x has no fp32, and the result is about 0
+  return x * reciprocal<T>(1.0f + exponential<T>(y * -kExponent<T>));
 }
 
-// x Φ(x). For fp32 with erf of Abramowitz and Stegun, 7.1.26, within 1.5e-7; for bf16 with a fit of
-// Φ's logit, within 2.5e-5.
+// x Φ(x): for fp32 with a rational erf, within a few roundings; for 16-bit rows with a fit of Φ's
+// logit, within 2.5e-5.
 template <class T>
 VF_INLINE F32 gelu(F32 x) {
   if constexpr (sizeof(T) == 2) {
     const F32 y = minimum(x * x, splat(64.0f));
     F32 p = y * -7.03033588e-04f + 7.40112921e-02f;
     p = p * y + 1.59501577f;
-    return x * reciprocal<T>(1.0f + power_of_2<T>(x * p * -kLog2E));
+    return x * reciprocal<T>(1.0f + exponential<T>(minimum(x * p * -kLog2E, splat(126.0f))));
   }
-  const F32 z = x * 0.70710678f, magnitude = maximum(z, -z);
-  const F32 t = reciprocal<T>(magnitude * 0.3275911f + 1.0f);
-  F32 p = t * (0.5f * 1.061405429f) + 0.5f * -1.453152027f;
-  p = p * t + 0.5f * 1.421413741f;
-  p = p * t + 0.5f * -0.284496736f;
-  p = p * t + 0.5f * 0.254829592f;
-  const F32 tail = p * t * power_of_2<T>(z * z * -kLog2E);  // erfc(|z|) / 2
-  return x * (x < 0.0f ? tail : 1.0f - tail);
+  const F32 z = maximum(minimum(x * 0.70710678f, splat(4.0f)), splat(-4.0f)), t = z * z;
+  F32 p = t * 1.91105762e-08f + -1.94231302e-06f;
+  p = p * t + 0.000147289829f;
+  p = p * t + 0.00399073213f;
+  p = p * t + 0.0515253916f;
+  p = p * t + 0.207129166f;
+  p = p * t + 1.12837911f;
+  F32 q = t * 0.00102114992f + 0.0149583975f;
+  q = q * t + 0.117972359f;
+  q = q * t + 0.516894698f;
+  q = q * t + 1.0f;
+  return x * (0.5f + 0.5f * maximum(minimum(z * p / q, splat(1.0f)), splat(-1.0f)));
 }
 
 }  // namespace vf::VF_ISA

@@ -70,9 +70,9 @@ class Worker {  // of one tile at a time, in memory of the thread
   }
 
   void group_norm(const T* from, int64_t image, int64_t rows, T* to) {
-    const float* scale = a_.coefficients + image * 2 * a_.channels;
-    scale_rows<T, false>(from, scale, scale + a_.channels, nullptr, to, rows, a_.channels,
-                         a_.channels);
+    const float* k = a_.coefficients + image * 3 * a_.channels;
+    scale_rows<T, false>(from, {k, k + a_.channels, k + 2 * a_.channels}, nullptr, to, rows,
+                         a_.channels, a_.channels);
   }
 
   Head<T> head(int64_t stride) const {
@@ -160,8 +160,8 @@ void in_time(const TransformerArgs& a, int64_t threads) {
     if (const float* given = a.attentions[i].bias) {
       bias[i].resize(a.heads * n * bias_stride(n));
       for (int64_t head = 0; head < a.heads; ++head)
-        transposed_bias(given + head * n * n, int(n), int(n),
-                        bias[i].data() + head * n * bias_stride(n));
+        transposed_bias<T>(given + head * n * n, int(n), int(n),
+                           bias[i].data() + head * n * bias_stride(n));
     }
   // An even number of pixels, so that tiles of 6 and 4 rows fill them; the same share per thread.
   int64_t most = std::max<int64_t>(tile_rows<T>(a) / n, 1);

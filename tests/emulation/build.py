@@ -64,7 +64,8 @@ def build(
     )
     python = (f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
     units = {EMULATION / "cuda_emulation.cpp": _engine_flags(variant, sources)}
-    units[sources / "bindings.cpp"] = ("-O1", *module_macros, *python)
+    for name in ("bindings.cpp", "network_bindings.cpp"):
+        units[sources / name] = ("-O1", *module_macros, *python)
     for path in sorted((sources / "cpu").glob("*.cpp")):
         units[path] = (*cpu_flags, "-DVF_ISA=baseline", "-fno-math-errno")
     for path in sorted((sources / "cuda").glob("*.cu")):

@@ -289,7 +289,7 @@ class Builder:
         number, dim, scale = heads
         batch, frames, pixels = shape
         inner = proj_in.columns
-        coefficients = self.rows(batch * frames, 2 * x.width, torch.float32)
+        coefficients = self.rows(batch * frames, 3 * x.width, torch.float32)
         self._call(
             vfengine_native.group_norm_silu_cpu,
             *(x, self._keep(norm.weight), self._keep(norm.bias), 0, 0, 0, 0),

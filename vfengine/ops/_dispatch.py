@@ -7,7 +7,9 @@
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
 | "reference" | both     | nothing: the op's fp32 reference in PyTorch |
 | "auto"      | CPU      | takes "cpu" |
-|             | CUDA     | takes "cuda" where it was built, else "triton" |
+|             | CUDA     | takes "cuda" where it was built and the op has it, else "triton" |
+
+An op without a kernel in CUDA C++ says so in `kernels`.
 """
 
 import functools
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+KERNELS = ("cuda", "triton", "cpu")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # numbers of csrc/common/dtype.h
 
 # Names that `unobserved` would otherwise look up at every call.
@@ -32,8 +35,12 @@ _profiler = torch.autograd.profiler
 LIBRARY = torch.library.Library("vfengine", "FRAGMENT")
 
 
-def choose_backend(op: str, backend: str, device: torch.device) -> str:
+def choose_backend(
+    op: str, backend: str, device: torch.device, kernels: tuple[str, ...] = KERNELS
+) -> str:
     """Resolve `backend` for tensors on `device` to "cuda", "triton", "cpu" or "reference".
+
+    kernels: those the op has, of KERNELS
 
     "auto" defers to VFENGINE_KERNEL_BACKEND. Raises ValueError for an unknown name, and where the
     backend asked for cannot run: it is never replaced by another.
@@ -48,8 +55,10 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
         if device.type == "cpu":
             return "cpu"
         if device.type == "cuda":
-            return "cuda" if native().cuda_built else "triton"
+            return "cuda" if "cuda" in kernels and native().cuda_built else "triton"
         raise ValueError(f"{op}: expected CPU or CUDA tensors, got {device}")
+    if backend != "reference" and backend not in kernels:
+        raise ValueError(f"{op}: {asked}, but there are only kernels for {', '.join(kernels)}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"{op}: {asked} takes CPU tensors, got {device}")
     if backend == "cuda":
@@ -120,6 +129,25 @@ def check_no_grad(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{op} has no derivative: call it under torch.no_grad()")
 
 
+def check_table(
+    op: str, name: str, table: Tensor | None, shape: tuple[int, ...], x: Tensor
+) -> None:
+    """Raise unless `table` is None, or contiguous fp32 of this shape where x is."""
+    if table is not None:
+        check_tensor(op, name, table, shape, torch.float32, x.device)
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is of a dtype that kernels compute on."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be fp32, fp16 or bf16, got {tensor.dtype}")
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor starts, as the compiled kernels take it; 0: there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def check_tensor(
     op: str,
     name: str,
@@ -142,13 +170,21 @@ def check_tensor(
 def check_overlap(op: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """Raise ValueError where out shares memory with an input."""
     start = out.data_ptr()
-    end = start + out.nbytes
+    end = start + _extent(out)
     for name, tensor in inputs.items():
         if tensor is None:
             continue
         first = tensor.data_ptr()
-        if first < end and start < first + tensor.nbytes:
+        if first < end and start < first + _extent(tensor):
             raise ValueError(f"{op}: out shares memory with {name}")
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last, of a tensor that is not empty."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    steps = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
 
 
 @functools.cache

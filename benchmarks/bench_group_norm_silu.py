@@ -1,0 +1,79 @@
+"""group_norm_silu: two reads of x, one of the residual, one write, beside PyTorch's own ops.
+
+With scale, shift, SiLU and residual, on pictures of a residual network (statistics over 16 frames)
+and of a larger one. Bytes are 3 reads + 1 write.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Row, Target, main
+from network_cases import DEVICE, DTYPES, measure_op, normal
+
+from vfengine.ops import group_norm_silu, group_norm_silu_reference
+
+# B, C, H, W; groups; num_frames
+SHAPES = {
+    "16x64x16x16": ((16, 64, 16, 16), 8, 16),
+    "32x320x32x32": ((32, 320, 32, 32), 32, 16),
+}
+CASES = {
+    f"{name} {dtype}": (shape, DTYPES[dtype]) for name, shape in SHAPES.items() for dtype in DTYPES
+}
+TARGETS = [
+    *(Target(case, "group_norm_silu", "speedup_over_eager", 2) for case in CASES),
+    *(Target(case, "group_norm_silu", "speedup_over_compiled", 1) for case in CASES),
+]
+
+
+def written(x, groups, frames, weight, bias, scale, shift, residual):
+    """The same in PyTorch's own operations, in the pictures' dtype."""
+    clips = x.unflatten(0, (-1, frames)).transpose(1, 2)
+    y = F.group_norm(clips, groups, weight.to(x.dtype), bias.to(x.dtype))
+    y = y.transpose(1, 2).reshape(x.shape)
+    y = y * (1 + scale.to(x.dtype)[:, :, None, None]) + shift.to(x.dtype)[:, :, None, None]
+    return F.silu(y) + residual
+
+
+def contenders(case: str) -> tuple[dict, torch.Tensor, int]:
+    """Calls that return what they wrote; the exact result; bytes."""
+    (shape, groups, frames), dtype = CASES[case]
+    batch, channels = shape[:2]
+    x, residual = (
+        normal(*shape, dtype=dtype, seed=seed).contiguous(memory_format=torch.channels_last)
+        for seed in (1, 2)
+    )
+    tables = {"weight": normal(channels), "bias": normal(channels, seed=3)}
+    tables |= {"scale": normal(batch, channels), "shift": normal(batch, channels, seed=4)}
+    rest = {**tables, "residual": residual}
+    out, also = torch.empty_like(x), torch.empty_like(x)
+    compiled = torch.compile(written, fullgraph=True)
+    options = {**rest, "num_frames": frames}
+    calls = {
+        "group_norm_silu": lambda: group_norm_silu(x, groups, **options, out=out),
+        "eager": lambda: written(x, groups, frames, **rest),
+        "compiled": lambda: compiled(x, groups, frames, **rest),
+    }
+    if DEVICE == "cuda":
+        calls["triton"] = lambda: group_norm_silu(x, groups, **options, out=also, backend="triton")
+    exact = group_norm_silu_reference(x.float(), groups, **{**options, "residual": residual})
+    return calls, exact, 4 * x.nbytes
+
+
+@torch.inference_mode()  # as samplers call it
+def measure(seconds: float = 2.0, cases=tuple(CASES)) -> list[Row]:
+    rows = []
+    for case in cases:
+        rows += measure_op(case, "group_norm_silu", *contenders(case), seconds)
+    return rows
+
+
+@pytest.mark.parametrize("case", CASES)
+def bench_group_norm_silu(benchmark, case):
+    benchmark.extra_info["rows"] = [vars(row) for row in measure(0.5, (case,))]
+    with torch.inference_mode():
+        benchmark(contenders(case)[0]["group_norm_silu"])
+
+
+if __name__ == "__main__":
+    main(measure, __doc__, TARGETS)

@@ -1,0 +1,48 @@
+"""What the benches of the ops that networks use share: device, inputs, and how close is close."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness import Row, compare
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=random).to(DEVICE, dtype)
+
+
+def measure_op(
+    case: str,
+    op: str,
+    calls: dict[str, Callable[[], Tensor]],
+    exact: Tensor,
+    moved_bytes: int,
+    seconds: float,
+) -> list[Row]:
+    """Checks every call's result, then times them beside a copy and over "eager".
+
+    calls: `op` and "eager", which is written in PyTorch's own operations, among others
+    """
+    for name, call in calls.items():
+        verify(f"{case}: {name}", call(), exact)
+    baseline = {"baseline": "eager", "device": DEVICE, "seconds": seconds}
+    rows = compare(case, calls, moved_bytes, **baseline)
+    if "compiled" in calls:
+        time = {row.contender: row.value for row in rows if row.metric == "time"}
+        ratio = time["compiled"] / time[op]
+        rows.append(Row(case, op, "speedup_over_compiled", ratio, "x"))
+    return rows
+
+
+def verify(name: str, out: Tensor, exact: Tensor) -> None:
+    """ValueError where a result is off by more than a chain of roundings in its dtype explains."""
+    scale = exact.abs().max() * torch.finfo(out.dtype).eps
+    error = (out.to(exact.dtype) - exact).abs().max()
+    if not error <= 16 * scale:
+        raise ValueError(f"{name} is off by {error:.3g}")

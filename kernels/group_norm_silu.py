@@ -1,0 +1,219 @@
+"""y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift) + residual
+                                                                        csrc/group_norm_silu.h
+
+x: [B, P, C] rows of pixels; μ, σ² of the C / G channels of a group at the pixels of num_frames
+images, a set. Three launches, without atomics, so the order of sums depends on the shape alone:
+channel_kernel gives the mean and centred squares of each channel in each chunk of a set's rows,
+group_kernel merges those of a group, apply_kernel writes y. All sums in fp32. Two reads of x, one
+of residual, one write of y; the statistics are small beside them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vfengine.ops.group_norm_silu import chunk_plan
+
+TILE = 4096  # elements of x that a program holds
+MAX_BLOCK = 256  # channels of a tile
+ENTRIES = 1024  # chunks times channels of a group that are merged at a time
+# Integers that may take any value: a variant compiled for 1, or for multiples of 16, gains nothing.
+NUMBERS = ["set_rows", "chunk_rows", "chunks", "rows", "tiles", "num_frames"]
+
+
+@triton.jit(do_not_specialize=NUMBERS[:3])
+def channel_kernel(
+    x_ptr,
+    partial_ptr,  # [set, chunk, channel, 2]
+    set_rows,
+    chunk_rows,
+    chunks,
+    C: tl.constexpr,  # a constant, so that Triton sees which rows are aligned
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean and centred squares of BLOCK channels in one chunk."""
+    set_and_chunk = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < C
+    first = set_and_chunk % chunks * chunk_rows
+    last = tl.minimum(first + chunk_rows, set_rows)
+    set_ptr = x_ptr + (set_and_chunk // chunks).to(tl.int64) * set_rows * C
+    # Differences from the first row are small where the mean is large: their sums lose nothing.
+    at_first = set_ptr + first.to(tl.int64) * C + channel
+    origin = tl.load(at_first, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    seen = 0
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        here = (row < last)[:, None] & inside[None, :]
+        at = row.to(tl.int64)[:, None] * C + channel[None, :]
+        x = tl.load(set_ptr + at, mask=here, other=0.0).to(tl.float32)
+        x = tl.where(here, x - origin[None, :], 0.0)
+        count = tl.minimum(last - start, ROWS)
+        tile_mean = tl.sum(x, 0) / count
+        centred = tl.where(here, x - tile_mean[None, :], 0.0)
+        apart = tile_mean - mean
+        total = seen + count
+        share = count.to(tl.float32) / total
+        mean += apart * share
+        squares += tl.sum(centred * centred, 0) + apart * apart * (seen * share)
+        seen = total
+    entry = 2 * (set_and_chunk.to(tl.int64) * C + channel)
+    tl.store(partial_ptr + entry, origin + mean, mask=inside)
+    tl.store(partial_ptr + entry + 1, squares, mask=inside)
+
+
+@triton.jit(do_not_specialize=NUMBERS[:3])
+def group_kernel(
+    partial_ptr,
+    group_ptr,  # [set, group, 2]
+    set_rows,
+    chunk_rows,
+    chunks,
+    eps,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,  # C / G
+    ENTRIES: tl.constexpr,
+):
+    """Mean and 1 / √(σ² + ε) of one group of one set."""
+    groups: tl.constexpr = C // WIDTH
+    at_set = (tl.program_id(0) // groups).to(tl.int64)
+    from_ptr = partial_ptr + 2 * (at_set * chunks * C + tl.program_id(0) % groups * WIDTH)
+    origin = tl.load(from_ptr)
+    entries = chunks * WIDTH
+    total = tl.zeros([ENTRIES], tl.float32)
+    for start in range(0, entries, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        here = entry < entries
+        chunk = entry // WIDTH
+        count = tl.minimum(set_rows - chunk * chunk_rows, chunk_rows).to(tl.float32)
+        at = 2 * (chunk.to(tl.int64) * C + entry % WIDTH)
+        mean = tl.load(from_ptr + at, mask=here, other=0.0)
+        total += tl.where(here, count * (mean - origin), 0.0)
+    size = set_rows.to(tl.float32) * WIDTH
+    group_mean = tl.sum(total, 0) / size
+    total = tl.zeros([ENTRIES], tl.float32)
+    for start in range(0, entries, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        here = entry < entries
+        chunk = entry // WIDTH
+        count = tl.minimum(set_rows - chunk * chunk_rows, chunk_rows).to(tl.float32)
+        at = 2 * (chunk.to(tl.int64) * C + entry % WIDTH)
+        mean = tl.load(from_ptr + at, mask=here, other=0.0)
+        squares = tl.load(from_ptr + at + 1, mask=here, other=0.0)
+        apart = (mean - origin) - group_mean
+        total += tl.where(here, squares + count * apart * apart, 0.0)
+    variance = tl.sum(total, 0) / size
+    tl.store(group_ptr + 2 * tl.program_id(0), origin + group_mean)
+    tl.store(group_ptr + 2 * tl.program_id(0) + 1, 1.0 / tl.sqrt_rn(variance + eps))
+
+
+@triton.jit(do_not_specialize=NUMBERS[3:])
+def apply_kernel(
+    x_ptr,
+    weight_ptr,  # x_ptr where there is none, and likewise the next four
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    group_ptr,
+    out_ptr,
+    rows,
+    tiles,  # of ROWS rows in an image
+    num_frames,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHT: tl.constexpr,  # whether there is one, and likewise the rest
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(0) // tiles
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < C
+    group = 2 * (image // num_frames * (C // WIDTH) + channel // WIDTH)
+    mean = tl.load(group_ptr + group, mask=inside, other=0.0)
+    factor = tl.load(group_ptr + group + 1, mask=inside, other=0.0)
+    offset = tl.zeros([BLOCK], tl.float32)
+    if WEIGHT:
+        factor *= tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    if BIAS:
+        offset = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+    if SCALE:
+        of_image = image.to(tl.int64) * C + channel
+        more = 1.0 + tl.load(scale_ptr + of_image, mask=inside, other=0.0)
+        factor *= more
+        offset = offset * more + tl.load(shift_ptr + of_image, mask=inside, other=0.0)
+    here = (row < rows)[:, None] & inside[None, :]
+    at = (image.to(tl.int64) * rows + row)[:, None] * C + channel[None, :]
+    x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
+    y = (x - mean[None, :]) * factor[None, :] + offset[None, :]
+    if SILU:
+        y *= tl.sigmoid(y)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=here)
+
+
+def launch(x: Tensor, *arguments) -> None:
+    """Write y into out. The arguments are those of the op, checked; see `launches`."""
+    with torch.cuda.device_of(x):
+        for kernel, grid, values, constants in launches(x, *arguments):
+            kernel[grid](*values, **constants)
+
+
+def launches(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    num_frames: int,
+    silu: bool,
+    out: Tensor,
+    workspace: Tensor,
+) -> list[tuple]:
+    """(kernel, grid, arguments, constants) of the three launches."""
+    images, channels, height, width = x.shape
+    rows, sets = height * width, images // num_frames
+    chunks, chunk_rows = chunk_plan(images, rows, num_frames)
+    if rows * num_frames >= 2**31 - TILE:
+        raise ValueError("group_norm_silu: backend='triton' takes sets of fewer than 2^31 pixels")
+    block = min(MAX_BLOCK, triton.next_power_of_2(channels))
+    blocks = triton.cdiv(channels, block)
+    tile_rows = min(TILE // block, triton.next_power_of_2(rows))
+    tiles = triton.cdiv(rows, tile_rows)
+    entries = min(ENTRIES, triton.next_power_of_2(chunks * (channels // num_groups)))
+    groups = workspace[2 * sets * chunks * channels :]
+    table = (rows * num_frames, chunk_rows, chunks)
+    shape = {"C": channels, "num_warps": 4}
+    tile = {"ROWS": tile_rows, "BLOCK": block}
+    given = {"WEIGHT": weight, "BIAS": bias, "SCALE": scale, "RESIDUAL": residual}
+    there = {name: tensor is not None for name, tensor in given.items()}
+    tensors = [x if t is None else t for t in (x, weight, bias, scale, shift, residual)]
+    grouped = {**shape, "WIDTH": channels // num_groups}
+    return [
+        (channel_kernel, (sets * chunks, blocks), (x, workspace, *table), {**shape, **tile}),
+        (
+            group_kernel,
+            (sets * num_groups,),
+            (workspace, groups, *table, eps),
+            {**grouped, "ENTRIES": entries},
+        ),
+        (
+            apply_kernel,
+            (images * tiles, blocks),
+            (*tensors, groups, out, rows, tiles, num_frames),
+            {**grouped, **there, "SILU": silu, **tile},
+        ),
+    ]

@@ -1,0 +1,202 @@
+"""group_norm_silu against its reference: vfengine/ops/group_norm_silu.py, csrc, kernels."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import (
+    DTYPES,
+    all_dtypes,
+    as_it_is,
+    assert_as_close_as_pytorch,
+    doubled,
+    gpu_backends,
+    misaligned,
+    no_gpu,
+    rows_placed,
+)
+
+from vfengine.ops import group_norm_silu, group_norm_silu_reference
+
+# (B, C, H, W), groups, num_frames
+SHAPES = {
+    "model": ((32, 96, 8, 8), 8, 16),
+    "odd": ((10, 20, 7, 11), 5, 5),  # whole vectors of fp32 but not of bf16
+    "no_vectors": ((4, 21, 9, 7), 7, 2),
+    "tiny": ((1, 1, 1, 1), 1, 1),
+    "single_frame": ((2, 64, 8, 8), 8, 1),
+    "wide": ((2, 2600, 2, 2), 4, 2),  # more channels than a block has threads for
+    "many_chunks": ((4, 16, 48, 40), 4, 4),
+}
+SMALL = {name: SHAPES[name] for name in ("odd", "no_vectors", "tiny", "single_frame", "wide")}
+RACE = {"one_chunk": ((2, 8, 2, 2), 2, 2), "two_chunks": ((1, 8, 8, 8), 2, 1)}
+SETS = {"all": SHAPES, "small": SMALL, "race": RACE}
+FORMS = {"plain": (), "whole": ("weight", "scale", "residual"), "linear": ("weight", "linear")}
+BACKENDS = ("cpu", "reference")
+
+all_cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+all_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def make_case(
+    shape=SHAPES["odd"],
+    dtype=torch.float32,
+    form=FORMS["whole"],
+    device="cpu",
+    place=as_it_is,
+    mean=0.5,
+    std=1.5,
+):
+    """Keyword arguments of a call."""
+    size, groups, frames = shape
+    random = torch.Generator().manual_seed(sum(size))
+    table = lambda *size: place(torch.randn(*size, generator=random).to(device))  # noqa: E731
+
+    def picture(mean, std):
+        drawn = (torch.randn(size, generator=random) * std + mean).to(device, dtype)
+        return rows_placed(drawn, place)
+
+    case = {"x": picture(mean, std), "num_groups": groups, "num_frames": frames}
+    if "weight" in form:
+        case |= {"weight": table(size[1]), "bias": table(size[1])}
+    if "scale" in form:
+        case |= {"scale": table(*size[:2]), "shift": table(*size[:2])}
+    if "residual" in form:
+        case["residual"] = picture(0.0, 1.0)
+    return {**case, "silu": "linear" not in form}
+
+
+def in_own_dtype(
+    x, num_groups, num_frames, silu, weight=None, bias=None, scale=None, shift=None, residual=None
+):
+    """What one would write in PyTorch: every operation rounds to the dtype of x."""
+    cast = lambda t: None if t is None else t.to(x.dtype)  # noqa: E731
+    clips = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
+    y = torch.group_norm(clips, num_groups, cast(weight), cast(bias))  # F refuses single pixels
+    y = y.transpose(1, 2).reshape(x.shape)
+    if scale is not None:
+        y = y * (1 + cast(scale)[:, :, None, None]) + cast(shift)[:, :, None, None]
+    if silu:
+        y = F.silu(y)
+    return y if residual is None else y + residual
+
+
+def assert_matches(case, backend, place=as_it_is):
+    out = rows_placed(torch.empty_like(case["x"]), place)
+    assert group_norm_silu(**case, out=out, backend=backend) is out
+    exact = group_norm_silu_reference(**doubled(case))
+    assert_as_close_as_pytorch(out, exact, in_own_dtype(**case))
+    return out
+
+
+def run_cases(backend, shapes, device, place):
+    """All shapes, forms and dtypes on one backend, and the same bits twice."""
+    count = 0
+    for shape, dtype, form in itertools.product(shapes.values(), DTYPES.values(), FORMS.values()):
+        case = make_case(shape, dtype, form, device, place)
+        out = assert_matches(case, backend, place)
+        if form == FORMS["plain"]:
+            again = group_norm_silu(**case, backend=backend)
+            assert torch.equal(out, again), "another call, other bits"
+        count += 1
+    for dtype in DTYPES.values():
+        shape = next(iter(shapes.values()))
+        assert_matches(make_case(shape, dtype, (), device, mean=1e3, std=1.0), backend)
+    return count
+
+
+@all_dtypes
+@all_cases
+@all_forms
+@pytest.mark.parametrize("place", [as_it_is, misaligned])
+def test_group_norm_silu_matches_reference(dtype, shape, form, place):
+    assert_matches(make_case(shape, dtype, form, place=place), "cpu", place)
+
+
+@no_gpu
+@gpu_backends
+@pytest.mark.parametrize("place", [as_it_is, misaligned])
+def test_group_norm_silu_on_a_gpu(backend, place):
+    run_cases(backend, SHAPES, "cuda", place)
+
+
+@all_dtypes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mean_far_from_zero_leaves_the_variance_alone(dtype, backend):
+    """E[x²] - μ² in fp32 would lose all of a variance of 1 beside a mean of 1000."""
+    case = make_case(SHAPES["model"], dtype, form=(), mean=1e3, std=1.0)
+    out = assert_matches(case, backend)
+    if dtype == torch.float32:
+        exact = group_norm_silu_reference(**doubled(case))
+        assert (out - exact).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_are_of_num_frames_images(backend):
+    x = torch.randn(6, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    out = group_norm_silu(x, 2, num_frames=3, silu=False, backend=backend)
+    sets = out.view(2, 3, 2, 4, 16).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(sets.mean(2), torch.zeros(2, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sets.var(2, unbiased=False), torch.ones(2, 2), atol=1e-3, rtol=0)
+
+
+@all_dtypes
+def test_reference_backend(dtype):
+    case = make_case(dtype=dtype)
+    out = group_norm_silu(**case, backend="reference")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, group_norm_silu_reference(**case).to(dtype))
+
+
+def test_group_norm_silu_registers():
+    case = make_case()
+    tensors = [case[name] for name in ("x", "weight", "bias", "scale", "shift", "residual")]
+    rest = (5, 1e-5, 5, True, "reference", torch.empty_like(case["x"]), None)
+    torch.library.opcheck(torch.ops.vfengine.group_norm_silu.default, (*tensors, *rest))
+
+
+@pytest.mark.parametrize("name", ["residual", "out"])
+def test_rejects_other_dtype_shape_layout_and_device(name):
+    case = make_case()
+    case |= {name: case["x"].clone()}
+    other = lambda change: {**case, name: change(case[name])}  # noqa: E731
+    with pytest.raises(TypeError, match=f"group_norm_silu: {name} must be torch.float32"):
+        group_norm_silu(**other(torch.Tensor.half))
+    with pytest.raises(ValueError, match=rf"{name} must be \[10, 20, 7, 11\]"):
+        group_norm_silu(**other(lambda t: torch.cat([t, t])))
+    with pytest.raises(ValueError, match=f"{name} must be in channels_last memory"):
+        group_norm_silu(**other(torch.Tensor.contiguous))
+    with pytest.raises(ValueError, match=f"{name} must be on cpu"):
+        group_norm_silu(**other(lambda t: t.to("meta")))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift"])
+def test_rejects_other_tables(name):
+    case = make_case()
+    with pytest.raises(TypeError, match=f"{name} must be torch.float32"):
+        group_norm_silu(**{**case, name: case[name].bfloat16()})
+    with pytest.raises(ValueError, match=rf"{name} must be \["):
+        group_norm_silu(**{**case, name: case[name][..., 1:]})
+
+
+def test_rejects_values():
+    case = make_case()
+    for change, words in (
+        ({"x": case["x"].contiguous()}, "x must be in channels_last memory"),
+        ({"x": case["x"][0]}, r"x must be \[B, C, H, W\]"),
+        ({"num_groups": 3}, "num_groups must divide 20 channels, got 3"),
+        ({"num_frames": 4}, "num_frames must divide 10 images, got 4"),
+        ({"eps": -1.0}, "eps must not be negative"),
+        ({"shift": None}, "expected scale and shift, or neither"),
+        ({"out": case["x"]}, "out shares memory with x"),
+        ({"out": case["residual"]}, "out shares memory with residual"),
+        ({"backend": "cuda"}, "backend='cuda' takes CUDA tensors"),
+        ({"weight": case["weight"].clone().requires_grad_()}, "has no derivative"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            group_norm_silu(**{**case, **change})
+    with pytest.raises(TypeError, match="x must be fp32, fp16 or bf16"):
+        group_norm_silu(**{**case, "x": case["x"].double()})
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        group_norm_silu(**{**case, "x": None})

@@ -1,0 +1,226 @@
+"""group_norm_silu: group norm, scale and shift, SiLU and a residual in one pass after its sums.
+
+    y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift) + residual
+
+μ, σ² of a group are those of its channels at all pixels of num_frames consecutive images.
+Kernels: csrc/group_norm_silu.h, csrc/cpu, csrc/cuda, kernels/group_norm_silu.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from vfengine.ops._dispatch import (
+    DTYPES,
+    address,
+    check_dtype,
+    check_kinds,
+    check_no_grad,
+    check_overlap,
+    check_table,
+    choose_backend,
+    cuda_place,
+    native,
+    register,
+)
+
+_NAME = "group_norm_silu"
+_CHUNKS = 512  # of rows, in a whole batch: what fills a large GPU, and costs a small one nothing
+_MIN_CHUNK = 32  # rows
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    num_frames: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SiLU(norm(x) (1 + scale) + shift) + residual (Wu and He 2018; Dhariwal and Nichol 2021).
+
+    x:            [B, C, H, W] in channels_last memory, fp32, fp16 or bf16
+    num_groups:   divides C
+    weight, bias: fp32 [C], or None for 1 and 0
+    num_frames:   images that share their statistics, one after another; divides B
+    scale, shift: fp32 [B, C] of each image, both or neither
+    residual:     like x; added last
+    silu:         False leaves SiLU out
+    out:          like x, memory that no argument shares; None: allocated
+    backend:      "auto", "cpu", "cuda", "triton" or "reference" (vfengine/ops/_dispatch.py)
+
+    Returns out. Sums are in fp32, of centred squares (σ² is never E[x²] - μ²), in an order that
+    depends on the shape alone: the same bits at every call of one backend.
+
+    Raises TypeError for a dtype, ValueError for a shape, layout, device or shared memory that the
+    kernels cannot take, and under autograd: the op has no derivative.
+    """
+    check_kinds(_NAME, {"x": x}, num_groups=num_groups, eps=eps, num_frames=num_frames)
+    given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    given |= {"residual": residual, "out": out}
+    check_kinds(_NAME, {name: t for name, t in given.items() if t is not None})
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else None)
+    workspace = None
+    if x.is_cuda and _has_plan(x, num_frames):  # made here, where captures and fakes see it
+        workspace = make_workspace(x, num_groups, num_frames)
+    _OP(
+        *(x, weight, bias, scale, shift, residual),
+        *(num_groups, eps, num_frames, silu, backend, out, workspace),
+    )
+    return out
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    num_frames: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """The formula of `group_norm_silu` in plain PyTorch, in fp32, or in fp64 for fp64 pictures.
+
+    Returns a new tensor in the dtype it was computed in.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    batch, channels = x.shape[:2]
+    y = x.to(dtype).reshape(batch // num_frames, num_frames, num_groups, -1)
+    centred = y - y.mean((1, 3), keepdim=True)
+    variance = centred.square().mean((1, 3), keepdim=True)
+    y = (centred / (variance + eps).sqrt()).reshape(x.shape)
+    if weight is not None:
+        y = y * weight.to(dtype).view(-1, 1, 1)
+    if bias is not None:
+        y = y + bias.to(dtype).view(-1, 1, 1)
+    if scale is not None:
+        y = y * (1 + scale.to(dtype).view(batch, channels, 1, 1))
+        y = y + shift.to(dtype).view(batch, channels, 1, 1)
+    if silu:
+        y = y * y.sigmoid()
+    return y if residual is None else y + residual.to(dtype)
+
+
+def chunk_plan(images: int, rows: int, num_frames: int) -> tuple[int, int]:
+    """Chunks that each set of statistics is cut into on a GPU, and the rows (pixels) of one."""
+    sets, set_rows = images // num_frames, rows * num_frames
+    chunks = max(1, min(_CHUNKS // sets, set_rows // _MIN_CHUNK))
+    chunk_rows = -(-set_rows // chunks)
+    return -(-set_rows // chunk_rows), chunk_rows
+
+
+def make_workspace(x: Tensor, num_groups: int, num_frames: int) -> Tensor:
+    """fp32: (mean, squares) of [set, chunk, channel], then (mean, 1/deviation) of [set, group]."""
+    size = _workspace_size(x, num_groups, num_frames)
+    return torch.empty(size, dtype=torch.float32, device=x.device)
+
+
+def _workspace_size(x: Tensor, num_groups: int, num_frames: int) -> int:
+    images, channels, height, width = x.shape
+    chunks, _ = chunk_plan(images, height * width, num_frames)
+    return 2 * (images // num_frames) * (chunks * channels + num_groups)
+
+
+def _has_plan(x: Tensor, num_frames: int) -> bool:
+    """Whether `chunk_plan` has a meaning; `_check` names what is wrong where it has none."""
+    return x.ndim == 4 and x.numel() > 0 and 0 < num_frames <= x.shape[0]
+
+
+def _run(
+    x, weight, bias, scale, shift, residual,
+    num_groups, eps, num_frames, silu, backend, out, workspace,
+):  # fmt: skip
+    tensors = (x, weight, bias, scale, shift, residual)
+    numbers = (num_groups, eps, num_frames, silu)
+    _check(*tensors, *numbers, backend, out, workspace)
+    increment_version(out)  # as torch's own ops do, so that autograd sees the write
+    named = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    check_overlap(_NAME, out, {**named, "residual": residual})
+    backend = choose_backend(_NAME, backend, x.device)
+    if backend == "reference":
+        options = {"eps": eps, "num_frames": num_frames, "scale": scale, "shift": shift}
+        options |= {"residual": residual, "silu": silu}
+        out.copy_(group_norm_silu_reference(x, num_groups, weight, bias, **options))
+        return
+    if backend != "cpu" and workspace is None:  # CPU tensors, in tests
+        workspace = make_workspace(x, num_groups, num_frames)
+    if backend == "triton":
+        from vfengine.kernels.group_norm_silu import launch
+
+        launch(*tensors, *numbers, out, workspace)
+        return
+    images, channels, height, width = x.shape
+    addresses = [address(t) for t in (*tensors, out)]
+    sizes = (images, height * width, channels, num_groups, num_frames)
+    arguments = (*addresses, *sizes, eps, silu, DTYPES[x.dtype])
+    if backend == "cpu":
+        native().group_norm_silu_cpu(*arguments, torch.get_num_threads())
+    else:
+        _, chunk_rows = chunk_plan(images, height * width, num_frames)
+        chunked = (workspace.data_ptr(), chunk_rows)
+        native().group_norm_silu_cuda(*arguments, *chunked, *cuda_place(x))
+
+
+def _check(
+    x, weight, bias, scale, shift, residual,
+    num_groups, eps, num_frames, silu, backend, out, workspace,
+):  # fmt: skip
+    check_dtype(_NAME, "x", x)
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"{_NAME}: x must be [B, C, H, W] and not empty, got {list(x.shape)}")
+    images, channels = x.shape[:2]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{_NAME}: num_groups must divide {channels} channels, got {num_groups}")
+    if num_frames < 1 or images % num_frames:
+        raise ValueError(f"{_NAME}: num_frames must divide {images} images, got {num_frames}")
+    if not eps >= 0:
+        raise ValueError(f"{_NAME}: eps must not be negative, got {eps}")
+    for name, tensor in (("x", x), ("residual", residual), ("out", out)):
+        if tensor is not None:
+            _check_picture(name, tensor, x)
+    check_table(_NAME, "weight", weight, (channels,), x)
+    check_table(_NAME, "bias", bias, (channels,), x)
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{_NAME}: expected scale and shift, or neither")
+    check_table(_NAME, "scale", scale, (images, channels), x)
+    check_table(_NAME, "shift", shift, (images, channels), x)
+    size = _workspace_size(x, num_groups, num_frames)
+    check_table(_NAME, "workspace", workspace, (size,), x)
+    check_no_grad(_NAME, x, weight, bias, scale, shift, residual, out)
+
+
+def _check_picture(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise unless `tensor` is of x's shape, dtype and device, and in channels_last memory."""
+    if tensor.dtype is not x.dtype:
+        raise TypeError(f"{_NAME}: {name} must be {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{_NAME}: {name} must be on {x.device}, got {tensor.device}")
+    if tensor.shape != x.shape:
+        raise ValueError(f"{_NAME}: {name} must be {list(x.shape)}, got {list(tensor.shape)}")
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{_NAME}: {name} must be in channels_last memory, got strides {tensor.stride()}"
+        )
+
+
+_OP = register(
+    f"{_NAME}(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "Tensor? residual, int num_groups, float eps, int num_frames, bool silu, str backend, "
+    "Tensor(a!) out, Tensor(b!)? workspace) -> ()",
+    _run,
+    _check,
+)
