@@ -101,6 +101,22 @@ struct RowMatmulArgs {
   bool out_f32;
 };
 
+// A convolution of 3 (temporal, 1-D) or 3x3 taps with padding 1 and stride 1 in Winograd's form
+// F(2, 3) (Lavin and Gray 2016, arXiv 1509.09308): 4 products for 2 results, or 16 for 4, in place
+// of 6 and 36. x, residual and out: [items, height, width, channels or columns]; 1-D runs along
+// height.
+struct WinogradArgs {
+  const void* x;
+  const void* weights;  // 4 or 16 of pack_weights, one after another: transformed taps
+  const float* bias;    // as in RowMatmulArgs
+  int64_t bias_rows, bias_stride;
+  const void* residual;
+  void* out;
+  int64_t items, height, width, channels, columns;
+  bool flat;  // 1-D
+  DType dtype;
+};
+
 // A whole transformer of one block, in tiles of rows that stay in L2: group norm (as coefficients),
 // proj_in, one or two attentions, a gated feed-forward layer, proj_out, + x. All products' weights
 // are packed; `joined`: the feed-forward layer's last one is multiplied into proj_out.

@@ -22,6 +22,7 @@ VF_CPU_DECLARE(void temporal_attention_cpu(const vf::RowTemporalAttentionArgs& a
                                            int64_t threads))
 VF_CPU_DECLARE(void row_matmul_cpu(const vf::RowMatmulArgs& args, int64_t threads))
 VF_CPU_DECLARE(void transformer_cpu(const vf::TransformerArgs& args, int64_t threads))
+VF_CPU_DECLARE(void winograd_cpu(const vf::WinogradArgs& args, int64_t threads))
 VF_CPU_DECLARE(int64_t packed_words(int64_t columns, int64_t depth, bool geglu, vf::DType dtype))
 VF_CPU_DECLARE(void pack_weights(const vf::PackArgs& args))
 
@@ -209,6 +210,17 @@ void transformer(const std::array<int64_t, 7>& shape, bool time, float scale, ui
   VF_CPU_CALL(transformer_cpu, args, threads);
 }
 
+void winograd(uintptr_t x, uintptr_t weights, uintptr_t bias, int64_t bias_rows,
+              int64_t bias_stride, uintptr_t residual, uintptr_t out, int64_t items, int64_t height,
+              int64_t width, int64_t channels, int64_t columns, bool flat, int dtype,
+              int64_t threads) {
+  const vf::WinogradArgs args{from(x),     from(weights),  from<float>(bias), bias_rows,
+                              bias_stride, from(residual), to(out),           items,
+                              height,      width,          channels,          columns,
+                              flat,        dtype_of(dtype)};
+  VF_CPU_CALL(winograd_cpu, args, threads);
+}
+
 int64_t packed_words(int64_t columns, int64_t depth, bool geglu, int dtype) {
   return VF_CPU_CALL(packed_words, columns, depth, geglu, dtype_of(dtype));
 }
@@ -239,6 +251,7 @@ void define_network(py::module_& m) {
         py::arg("head_dim"), py::arg("dtype"), py::arg("threads"), py::arg("scale") = 0.0f);
   m.def("row_matmul_cpu", &row_matmul);
   m.def("transformer_cpu", &transformer);
+  m.def("winograd_cpu", &winograd, Release());
   m.def("packed_words", &packed_words);
   m.def("pack_weights", &pack_weights, Release());
 }

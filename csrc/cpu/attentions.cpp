@@ -38,17 +38,21 @@ static void spatial_attention(const RowSpatialAttentionArgs& a, int64_t threads)
 template <class T>
 static void temporal_attention(const RowTemporalAttentionArgs& a, int64_t threads) {
   const int n = int(a.frames);
-  const int64_t channels = a.heads * a.head_dim, stride = a.pixels * 3 * channels;
+  const int64_t channels = a.heads * a.head_dim;
   std::vector<float> bias(a.bias ? a.heads * n * bias_stride(n) : 0);
   for (int64_t head = 0; a.bias && head < a.heads; ++head)
     transposed_bias<T>(a.bias + head * n * n, n, n, bias.data() + head * n * bias_stride(n));
 
+  // A pixel's rows are copied together first: frames often lie a multiple of the cache's ways
+  // apart.
   constexpr int64_t kPixels = 8;
-  const int64_t blocks = (a.pixels + kPixels - 1) / kPixels;
+  const int64_t blocks = (a.pixels + kPixels - 1) / kPixels, width = 3 * channels;
   parallel_for(a.batch * blocks, threads, [&](int64_t task) {
     const int64_t b = task / blocks, last = std::min(a.pixels, (task % blocks + 1) * kPixels);
+    static thread_local std::vector<T> gathered;
+    if (int64_t(gathered.size()) < n * width) gathered.resize(n * width);
     Head<T> h{};
-    h.q_stride = h.k_stride = stride;
+    h.q_stride = h.k_stride = width;
     h.out_stride = a.pixels * channels;
     h.q_len = h.k_len = n;
     h.head_dim = int(a.head_dim);
@@ -57,12 +61,16 @@ static void temporal_attention(const RowTemporalAttentionArgs& a, int64_t thread
     uint32_t* values = values_scratch((n + 1) / 2 * a.head_dim);
     for (int64_t pixel = task % blocks * kPixels; pixel < last; ++pixel) {
       const int64_t row = b * n * a.pixels + pixel;
+      for (int frame = 0; frame < n; ++frame)
+        std::memcpy(gathered.data() + frame * width,
+                    static_cast<const T*>(a.qkv) + (row + frame * a.pixels) * width,
+                    width * sizeof(T));
       for (int64_t head = 0; head < a.heads; ++head) {
-        h.q = static_cast<const T*>(a.qkv) + row * 3 * channels + head * a.head_dim;
+        h.q = gathered.data() + head * a.head_dim;
         h.k = h.q + channels;
         h.out = static_cast<T*>(a.out) + row * channels + head * a.head_dim;
         if (a.bias) h.bias = bias.data() + head * n * bias_stride(n);
-        set_values(h, h.k + channels, stride, values);
+        set_values(h, h.k + channels, width, values);
         attend_rows(h, 0, n);
       }
     }

@@ -83,7 +83,7 @@ constexpr int kMoments = 3;
 template <class T, int V>
 static inline void column_moments(const T* x, int64_t rows, int64_t stride, int n, float* out,
                                   int64_t out_stride) {
-  constexpr int64_t kRows = 8;
+  constexpr int64_t kRows = sizeof(T) == 4 ? 8 : 32;
   F32 k[V] = {}, s[V] = {}, q[V] = {};
   const int64_t some = std::min(rows, kRows);
   for (int64_t r = 0; r < some; ++r)

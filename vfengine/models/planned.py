@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vfengine.native import vfengine_native
 
 from .layers import Attention, ResBlock, TemporalConv, Transformer
-from .program import Builder, Program, Rows, Source, Weights, pack
+from .program import Builder, Program, Rows, Source, Weights, pack, pack_winograd
 from .unet import Stage, UNet
 
 _PROGRAMS = 4  # shapes whose programs are kept
@@ -191,19 +191,30 @@ class _Layers:
     def res_block(self, block: ResBlock) -> None:
         _as_fp32(block.norm1, block.norm2)
         conv1, conv2, shortcut = block.conv1, block.conv2, block.conv_shortcut
-        self.weights[conv1] = pack(_conv_weight(conv1, self.dtype), conv1.bias, self.dtype)
-        weight, bias = _conv_weight(conv2, self.dtype), conv2.bias.float()
-        if isinstance(shortcut, nn.Conv2d):  # one product with the second convolution
-            weight = torch.cat([weight, shortcut.weight.flatten(1).to(self.dtype)], 1)
-            bias = bias + shortcut.bias.float()
-        self.weights[conv2] = pack(weight, bias, self.dtype)
+        self.conv(conv1)
+        if isinstance(shortcut, nn.Conv2d) and takes_winograd(conv2):
+            self.weights[shortcut] = pack(shortcut.weight.flatten(1), shortcut.bias, self.dtype)
+            self.conv(conv2)
+        elif isinstance(shortcut, nn.Conv2d):  # one product with the second convolution
+            both = [_conv_weight(conv2, self.dtype), shortcut.weight.flatten(1).to(self.dtype)]
+            bias = conv2.bias.float() + shortcut.bias.float()
+            self.weights[conv2] = pack(torch.cat(both, 1), bias, self.dtype)
+        else:
+            self.conv(conv2)
         _let_go(conv1, conv2, shortcut)
 
     def temporal_conv(self, block: TemporalConv) -> None:
         for norm, conv in zip(block.norms, block.convs, strict=True):
             _as_fp32(norm)
-            self.weights[conv] = pack(_conv_weight(conv, self.dtype), conv.bias, self.dtype)
+            self.conv(conv)
             _let_go(conv)
+
+    def conv(self, conv: nn.Conv2d) -> None:
+        """One of stride 1: 3x3, or of 3 taps along frames."""
+        if takes_winograd(conv):
+            self.weights[conv] = pack_winograd(conv.weight, conv.bias, self.dtype)
+        else:
+            self.weights[conv] = pack(_conv_weight(conv, self.dtype), conv.bias, self.dtype)
 
     def transformer(self, transformer: Transformer) -> None:
         _as_fp32(transformer.norm)
@@ -403,36 +414,47 @@ class _Forward:
 
     def _res_block(self, block: ResBlock, sources: list[Rows], size: tuple[int, int]) -> Rows:
         build, column = self.build, self.layers.modulation[block]
-        table, pixels = _same(*size), self._pixels(size)
-        channels = block.conv1.out_channels
+        pixels, channels = self._pixels(size), block.conv1.out_channels
         normed = build.group_norm(sources, block.norm1, self.images)
         shared = pixels if self.per_frame else pixels * self.frames
         bias = None if block.scale_shift else (self.modulation, column, shared)
-        h = self._conv([normed], block.conv1, size, table, size, bias=bias)
+        h = self._same_conv(normed, block.conv1, size, bias=bias)
         build.free(normed)
         modulation = (self.modulation, column, column + channels) if block.scale_shift else None
         h = self._replace(h, build.group_norm([h], block.norm2, self.images, modulation=modulation))
-        joined = sources if isinstance(block.conv_shortcut, nn.Conv2d) else []
-        residual = None if joined else sources[0]
-        out = self._conv([h, *joined], block.conv2, size, table, size, residual=residual)
+        if not isinstance(block.conv_shortcut, nn.Conv2d):
+            out = self._same_conv(h, block.conv2, size, residual=sources[0])
+        elif takes_winograd(block.conv2):
+            read = [Source(x) for x in sources]
+            out = build.matmul(read, self.layers.weights[block.conv_shortcut])
+            self._same_conv(h, block.conv2, size, residual=out, out=out)
+        else:
+            out = self._conv([h, *sources], block.conv2, size, _same(*size), size)
         build.free(h)
         return out
+
+    def _same_conv(self, x: Rows, conv: nn.Conv2d, size: tuple[int, int], **options) -> Rows:
+        """A 3x3 convolution of stride 1."""
+        if takes_winograd(conv):
+            shape = (self.images, *size)
+            return self.build.winograd(x, self.layers.weights[conv], shape, **options)
+        return self._conv([x], conv, size, _same(*size), size, **options)
 
     def _temporal_conv(self, block: TemporalConv, x: Rows) -> Rows:
         build, h = self.build, x
         clip = x.count // self.batch
-        table = _neighbours(self.frames, clip // self.frames)
+        pixels = clip // self.frames
         for norm, conv in zip(block.norms, block.convs, strict=True):
             normed = build.group_norm([h], norm, self.images, num_frames=self.frames)
             if h is not x:
                 build.free(h)
-            h = build.matmul(
-                [Source(normed, table, clip)],
-                self.layers.weights[conv],
-                rows=x.count,
-                item_rows=clip,
-                residual=x if conv is block.convs[-1] else None,
-            )
+            weights, residual = self.layers.weights[conv], x if conv is block.convs[-1] else None
+            if takes_winograd(conv):
+                shape = (self.batch, self.frames, pixels)
+                h = build.winograd(normed, weights, shape, flat=True, residual=residual)
+            else:
+                source = Source(normed, _neighbours(self.frames, pixels), clip)
+                h = build.matmul([source], weights, item_rows=clip, residual=residual)
             build.free(normed)
         return h
 
@@ -542,6 +564,17 @@ def _heads(attention: Attention) -> tuple[int, int, float]:
 
 
 # -- weights -----------------------------------------------------------------------------------
+
+
+def takes_winograd(conv: nn.Conv2d) -> bool:
+    """Whether Winograd's form is the faster: not for few channels, which the transforms outweigh.
+
+    Nor for many: its weights are 16/9 as large, and their memory is then what counts.
+    """
+    inputs, outputs = conv.in_channels, conv.out_channels
+    flat = conv.kernel_size == (3, 1)
+    least = 128 if flat else 32
+    return min(inputs, outputs) >= least and inputs * outputs <= 640 * 640
 
 
 def joins_output(transformer: Transformer) -> bool:

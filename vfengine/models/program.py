@@ -93,6 +93,22 @@ def pack(
     return Weights(packed, bias, columns, epilogue)
 
 
+def pack_winograd(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Weights:
+    """weight [columns, channels, 3, 3] or [columns, channels, 3, 1], for `Builder.winograd`.
+
+    The taps transformed for F(2, 3) (Lavin and Gray 2016), in fp32: 16 or 4 packed products.
+    """
+    half = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    taps = torch.einsum("ai,ocij->aocj", half, weight.float())
+    if weight.shape[-1] == 3:
+        taps = torch.einsum("bj,aocj->aboc", half, taps).flatten(0, 1)
+    else:
+        taps = taps[..., 0]
+    parts = [pack(part, None, dtype).packed for part in taps]
+    bias = None if bias is None else bias.detach().float().contiguous()
+    return Weights(torch.cat(parts), bias, weight.shape[0])
+
+
 class Builder:
     """Takes kernel calls in order; `program` makes them runnable."""
 
@@ -174,10 +190,7 @@ class Builder:
             table = 0 if source.table is None else self._keep(source.table)
             x = source.rows
             read.append((x, x.width, x.width, table, taps, source.item_rows or x.count))
-        if bias is None:
-            shared = (0 if weights.bias is None else self._keep(weights.bias), 0, 0)
-        else:
-            shared = (bias[0].at(bias[1]), bias[2], bias[0].width)
+        shared = self._bias(weights, bias)
         self._call(
             vfengine_native.row_matmul_cpu,
             tuple(read),
@@ -188,6 +201,30 @@ class Builder:
             *(_EPILOGUES[weights.epilogue], self._number, out.dtype is not self.dtype),
             *((0, 0) if scatter is None else (self._keep(scatter[0]), scatter[1])),
             _THREADS,
+        )
+        return out
+
+    def winograd(
+        self,
+        x: Rows,
+        weights: Weights,
+        shape: tuple[int, int, int],
+        *,
+        flat: bool = False,
+        bias: tuple[Rows, int, int] | None = None,
+        residual: Rows | None = None,
+        out: Rows | None = None,
+    ) -> Rows:
+        """A convolution of `pack_winograd`; shape: (items, height, width).
+
+        flat: 3 taps along height; bias, residual, out: as in `matmul`
+        """
+        out = out or self.rows(x.count, weights.columns)
+        shared = self._bias(weights, bias)
+        self._call(
+            vfengine_native.winograd_cpu,
+            *(x, self._keep(weights.packed), *shared, residual or 0, out, *shape),
+            *(x.width, weights.columns, flat, self._number, _THREADS),
         )
         return out
 
@@ -329,6 +366,12 @@ class Builder:
 
     def _norm(self, norm) -> tuple[int, int, float]:
         return self._keep(norm.weight), self._keep(norm.bias), norm.eps
+
+    def _bias(self, weights: Weights, bias: tuple[Rows, int, int] | None) -> tuple:
+        """Address, rows of the result that share one, and stride, as products take them."""
+        if bias is not None:
+            return bias[0].at(bias[1]), bias[2], bias[0].width
+        return (0 if weights.bias is None else self._keep(weights.bias)), 0, 0
 
     def _call(self, kernel: Callable[..., None], *args: object) -> None:
         self._calls.append((kernel, args))
