@@ -5,7 +5,7 @@ import contextlib
 import fake_cuda
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vfengine import capture
@@ -13,6 +13,7 @@ from vfengine.checkpoint import build_video, load_base, load_residual, read_conf
 from vfengine.decompose import decomposed_noise
 from vfengine.loops import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
 from vfengine.models import vdm_config
+from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
 from vfengine.schedule import NoiseSchedule
 from vfengine.solvers import SOLVERS, solver_table
 from vfengine.windows import windowed
@@ -22,6 +23,30 @@ FRAMES = 6
 CONFIG = read_config()
 SCHEDULE = NoiseSchedule.from_dict(CONFIG.schedule)
 PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
+
+
+PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
+FUSED = {  # our op, and torch's in whose place it runs
+    "group_norm_silu": "aten.native_group_norm.default",
+    "layer_norm": "aten.native_layer_norm.default",
+    "geglu": "aten.gelu.default",
+    "temporal_attention": None,
+}
+
+
+def fused_ops(ops: list[str]) -> dict[str, int]:
+    """How often each of these ops of networks runs."""
+    assert not set(FUSED.values()) & set(ops)
+    return {op: ops.count(f"vfengine.{op}.default") for op in FUSED}
+
+
+def ops_of_layers(network: nn.Module) -> dict[str, int]:
+    """The same, from the layers that it has, each of which runs once."""
+    kinds = {"group_norm_silu": GroupNorm, "layer_norm": LayerNorm, "geglu": FeedForward}
+    layers = list(network.modules())
+    counts = {op: sum(isinstance(layer, kind) for layer in layers) for op, kind in kinds.items()}
+    transformers = [layer for layer in layers if isinstance(layer, Transformer)]
+    return {**counts, "temporal_attention": sum(layer.axis == "time" for layer in transformers)}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +146,8 @@ def without_gradients(step):
 def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
     """No wait, no host copy, the same memory, and on every step the same list of ops."""
     table = solver_table(solver, SCHEDULE, STEPS)
-    loop, buffers = fake_loop(phase, networks(), table)
+    networks = networks()
+    loop, buffers = fake_loop(phase, networks, table)
     report = fake_cuda.audit(without_gradients(loop.step), buffers, calls=STEPS)
     assert report.clean, report
     assert len(report.ops) == STEPS
@@ -129,6 +155,11 @@ def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
     step_ops = {"base": "decomposed_step", "interleaved": "decomposed_step"}
     name = step_ops.get(phase, "residual_step")
     assert report.ops[0].count(f"vfengine.{name}_.default") == 1
+    in_step = PHASE_NETWORKS.get(phase, ("residual",))
+    layers = nn.ModuleList(networks[name] for name in in_step)
+    runs = 2 if phase == "windows" else 1
+    once = ops_of_layers(layers)
+    assert fused_ops(report.ops[0]) == {op: runs * count for op, count in once.items()}
 
 
 def test_step_that_waits_is_reported(networks, cuda_guard):

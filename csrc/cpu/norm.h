@@ -27,16 +27,18 @@ static inline void layer_norm_block(const T* x, const float* weight, const float
   for_columns(channels, [&](int64_t c, int n) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const F32 d = load_columns(x + r * channels + c, n) - mean[r];
+      F32 d = load_columns(x + r * channels + c, n) - mean[r];
+      if (n < kLanes) {  // nothing of the lanes beyond the end
+        float lanes[kLanes];
+        store(lanes, d);
+        d = load_row(lanes, n);
+      }
       squares[r] += d * d;
     }
   });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    float total = sum_of(squares[r]);
-    if (const int64_t rest = channels % kLanes)  // lanes beyond the end held 0 - mean
-      total -= float(kLanes - rest) * mean[r] * mean[r];
-    inverse[r] = 1.0f / std::sqrt(std::max(total, 0.0f) / float(channels) + eps);
+    inverse[r] = 1.0f / std::sqrt(sum_of(squares[r]) / float(channels) + eps);
   }
   for_columns(channels, [&](int64_t c, int n) {
     const F32 w = weight ? load_columns(weight + c, n) : splat(1.0f);
@@ -70,7 +72,7 @@ struct GroupNormShape {
     channels = a.channels + a.channels2;
     items = a.images / a.num_frames;
     item_rows = a.rows * a.num_frames;
-    chunk_rows = std::clamp<int64_t>(32768 / channels, 8, item_rows);
+    chunk_rows = std::min(std::max<int64_t>(32768 / channels, 8), item_rows);
     chunks = (item_rows + chunk_rows - 1) / chunk_rows;
   }
 };

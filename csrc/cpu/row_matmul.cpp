@@ -27,7 +27,7 @@ static void row_matmul(const RowMatmulArgs& a, int64_t threads) {
     if (shares >= 4 * threads)
       groups = 1;
     else
-      rows = std::clamp<int64_t>(a.rows * panels.count / (4 * threads) / 6 * 6, 12, rows);
+      rows = std::min(std::max<int64_t>(a.rows * panels.count / (4 * threads) / 6 * 6, 12), rows);
   }
   const int64_t blocks = (a.rows + rows - 1) / rows;
   parallel_for(blocks * groups, threads, [&](int64_t task) {

@@ -3,6 +3,9 @@
 Activations are `[B*N, C, H, W]` in channels_last memory, that is rows of C contiguous numbers:
 `[B*N, H*W, C]` for a spatial transformer and `[B, N, H*W, C]` for a temporal one are views of the
 same memory, never copies.
+
+Where `fused` says so (inference on CUDA), norms with what follows them, GEGLU and temporal
+attention run as kernels of vfengine/ops.
 """
 
 import math
@@ -11,7 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
+from vfengine.ops._dispatch import DTYPES
+from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
+
 from .attention import attend
+
+
+def fused(x: Tensor, module: nn.Module) -> bool:
+    """Whether `module` runs x through the kernels of vfengine/ops, which have no derivative.
+
+    That is inference on CUDA; training, autocast, torch.compile and torch.export see plain PyTorch.
+    """
+    if not x.is_cuda or x.dtype not in DTYPES or module.training:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    weights = module.parameters()
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights))
 
 
 def sinusoidal_embedding(
@@ -55,10 +75,38 @@ def zero_(layer: nn.Module) -> nn.Module:
 class GroupNorm(nn.GroupNorm):
     """GroupNorm in fp32 whatever comes in: CPUs' channels_last bf16 kernel is 3 times slower."""
 
+    def forward(
+        self,
+        x: Tensor,
+        silu: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """SiLU(norm(x) (1 + scale) + shift) in x's dtype; SiLU, scale and shift where asked for.
+
+        x [B, C, H, W] channels_last; scale, shift [B, C], both or neither. Statistics over all
+        frames are those of a clip [B, C, N, H*W].
+        """
+        weight, bias = self.weight.float(), self.bias.float()
+        if fused(x, self):
+            tables = {"scale": scale, "shift": shift} if scale is not None else {}
+            return group_norm_silu(
+                x.contiguous(memory_format=torch.channels_last),
+                self.num_groups, weight, bias, eps=self.eps, silu=silu,
+                **{name: table.float().contiguous() for name, table in tables.items()},
+            )  # fmt: skip
+        h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
+        if scale is not None:
+            h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return (F.silu(h) if silu else h).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(
-            x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
-        )
+        if fused(x, self):
+            weight, bias = self.weight.float(), self.bias.float()
+            return layer_norm(x.contiguous(), weight, bias, eps=self.eps)
+        return super().forward(x)
 
 
 class ResBlock(nn.Module):
@@ -91,14 +139,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B*N, C, H, W], embedding [B*N, E] (already through SiLU) -> [B*N, C', H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)).to(x.dtype))
-        modulation = self.time_emb_proj(embedding)[:, :, None, None]
+        h = self.conv1(self.norm1(x, silu=True))
+        modulation = self.time_emb_proj(embedding)
         if self.scale_shift:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = self.norm2(h, True, *modulation.chunk(2, dim=1))
         else:
-            h = self.norm2(h + modulation)
-        return self.conv_shortcut(x) + self.conv2(F.silu(h).to(x.dtype))
+            h = self.norm2(h + modulation[:, :, None, None], silu=True)
+        return self.conv_shortcut(x) + self.conv2(h)
 
 
 class TemporalConv(nn.Module):
@@ -117,7 +164,7 @@ class TemporalConv(nn.Module):
         height, width = x.shape[-2:]
         h = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = conv(F.silu(norm(h)).to(x.dtype))
+            h = conv(norm(h, silu=True))
         return x + images(h.permute(0, 2, 3, 1).flatten(0, 1), height, width)
 
 
@@ -164,6 +211,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
+        """bias [heads, L, M] is added to the logits."""
         source = x if context is None else context
         split = (self.heads, self.head_dim)
         q, k, v = (
@@ -171,6 +219,16 @@ class Attention(nn.Module):
             for layer, value in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
         return self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
+
+    def over_frames(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [B, N, P, C] -> the same, N frames of each of P pixels attending to each other."""
+        dim_fits = self.head_dim % 8 == 0 and self.head_dim <= MAX_HEAD_DIM
+        if x.shape[1] > MAX_FRAMES or not dim_fits:  # no kernel takes these
+            return self(x.transpose(1, 2).contiguous(), bias=bias).transpose(1, 2)
+        # put together anew at every call: weights may change, also under a captured graph
+        into = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        bias = bias if bias is None else bias.float().contiguous()
+        return self.to_out(temporal_attention(F.linear(x, into), self.heads, bias))
 
 
 class FeedForward(nn.Module):
@@ -182,7 +240,10 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(mult * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        h = self.proj(x)
+        if fused(x, self):
+            return self.out(geglu(h))
+        value, gate = h.chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
 
@@ -201,24 +262,38 @@ class TransformerBlock(nn.Module):
         for name, layer in ends.items():
             self.add_module(name, layer)
         self.axis = axis
-        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, head_dim)
+        self.norm1, self.attn1 = LayerNorm(channels), Attention(channels, head_dim)
         self.norm2 = self.attn2 = self.norm3 = self.ff = self.bias = None
         if axis == "space" and config.context_dim:
-            self.norm2 = nn.LayerNorm(channels)
+            self.norm2 = LayerNorm(channels)
             self.attn2 = Attention(channels, head_dim, config.context_dim)
         if axis == "time" and config.temporal_self_attentions == 2:
-            self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, head_dim)
+            self.norm2, self.attn2 = LayerNorm(channels), Attention(channels, head_dim)
         if axis == "time" and config.position_buckets:
             self.bias = RelativePositionBias(self.attn1.heads, config.position_buckets)
         if config.feed_forward_mult:
-            self.norm3 = nn.LayerNorm(channels)
+            self.norm3 = LayerNorm(channels)
             self.ff = FeedForward(channels, config.feed_forward_mult)
 
-    def forward(self, h: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
-        """h [B*N, H*W, C], or [B, H*W, N, C] over time; context [B*N, M, C'] or None -> as h."""
+    def forward(
+        self,
+        h: Tensor,
+        num_frames: int,
+        context: Tensor | None = None,
+        frames_first: bool = False,
+    ) -> Tensor:
+        """h [B*N, H*W, C], over time [B, H*W, N, C] or, frames_first, [B, N, H*W, C] -> as h.
+
+        context [B*N, M, C'] or None.
+        """
         bias = self.bias(num_frames, h.device) if self.bias is not None else None
-        h = h + self.attn1(self.norm1(h), bias=bias)
-        if self.attn2 is not None and (self.axis == "time" or context is not None):
+        if frames_first:
+            h = h + self.attn1.over_frames(self.norm1(h), bias)
+        else:
+            h = h + self.attn1(self.norm1(h), bias=bias)
+        if self.attn2 is not None and frames_first:
+            h = h + self.attn2.over_frames(self.norm2(h))
+        elif self.attn2 is not None and (self.axis == "time" or context is not None):
             h = h + self.attn2(self.norm2(h), context)
         if self.ff is not None:
             h = h + self.ff(self.norm3(h))
@@ -259,17 +334,20 @@ class Transformer(TransformerBlock):
     def forward(self, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
         """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
         height, width = x.shape[-2:]
+        over_time = self.axis == "time"
+        frames_first = over_time and fused(x, self)  # as the memory has them, and our kernel
         if self.norm_over_frames:
             clip = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)  # [B, C, N, H*W]
-            h = self.norm(clip).to(x.dtype).permute(0, 3, 2, 1)  # [B, H*W, N, C]
+            h = self.norm(clip).permute(0, 2, 3, 1)  # [B, N, H*W, C]
         else:
-            h = rows(self.norm(x).to(x.dtype))  # [B*N, H*W, C]
-            if self.axis == "time":  # [B, H*W, N, C], the memory stays
-                h = h.unflatten(0, (-1, num_frames)).transpose(1, 2)
-        h = super().forward(self.proj_in(h), num_frames, context)
+            h = rows(self.norm(x))  # [B*N, H*W, C]
+            h = h.unflatten(0, (-1, num_frames)) if over_time else h
+        if over_time and not frames_first:
+            h = h.transpose(1, 2)  # [B, H*W, N, C], the memory stays
+        h = super().forward(self.proj_in(h), num_frames, context, frames_first)
         for block in self.rest:
-            h = block(h, num_frames, context)
+            h = block(h, num_frames, context, frames_first)
         h = self.proj_out(h)
-        if self.axis == "time":
-            h = h.transpose(1, 2).flatten(0, 1)
+        if over_time:
+            h = (h if frames_first else h.transpose(1, 2)).flatten(0, 1)
         return x + images(h, height, width)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
+from vfengine.ops.temporal_attention import MAX_HEAD_DIM
 
 from .layers import Attention, ResBlock, TemporalConv, Transformer
 from .program import Builder, Program, Rows, Source, Weights, pack, pack_winograd
@@ -96,12 +97,26 @@ class PlannedUNet(nn.Module):
                 f"PlannedUNet: weights are packed for {self._isa}, not {vfengine_native.cpu_isa()}"
             )
         self.unet._check(x, t, context, class_labels)
+        self._check(x, context)
         clips = x if self.config.is_video else x[:, None]
         context_shape = None if context is None else tuple(context.shape)
         with self._lock, torch.no_grad():
             forward = self._forward(tuple(clips.shape), context_shape)
             out = forward(clips, t, context, class_labels)
         return out if self.config.is_video else out[:, 0]
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        """ValueError for what the kernels cannot take and UNet does not look at."""
+        if x.numel() == 0:
+            raise ValueError(f"PlannedUNet: x must not be empty, got {tuple(x.shape)}")
+        width = self.config.context_dim
+        if context is None or width is None:
+            return
+        batch, form = x.shape[0], tuple(context.shape)
+        if len(form) != 3 or form[0] != batch or form[1] < 1 or form[2] != width:
+            raise ValueError(
+                f"PlannedUNet: context must be [{batch}, 1 or more, {width}], got {form}"
+            )
 
     def _forward(self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None) -> _Forward:
         key = (shape, context_shape)
@@ -139,14 +154,15 @@ class _Layers:
         self.norm_out, self.transformer_in = unet.conv_norm_out, unet.transformer_in
         _as_fp32(self.norm_out)
         for conv in (unet.conv_in, *unet.downsamplers, unet.conv_out):
-            self.weights[conv] = pack(_conv_weight(conv, dtype), conv.bias, dtype)
+            even = conv is unet.conv_in  # whose rows are padded as well
+            self.weights[conv] = pack(_conv_weight(conv, dtype, even), conv.bias, dtype)
             _let_go(conv)
         for conv in unet.upsamplers:
             self.upsampler(conv, exact=unet.config.any_size)
             _let_go(conv)
         del unet.down, unet.mid, unet.up, unet.downsamplers, unet.upsamplers, unet.conv_out
         del unet.conv_norm_out, unet.transformer_in
-        unet.float()
+        unet.double()  # the embeddings: rounded once, they do not show how they were summed
 
     def upsampler(self, conv: nn.Conv2d, exact: bool) -> None:
         """3x3 on a picture enlarged by nearest pixels: 2x2 on the picture itself, per quarter.
@@ -253,6 +269,10 @@ class _Layers:
     def attention(self, attention: Attention, cross: bool) -> None:
         """q, k, v as one product, or q and k, v; heads padded to whole steps of the kernel."""
         heads, dim = attention.heads, attention.head_dim
+        if dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"PlannedUNet: heads may have up to {MAX_HEAD_DIM} dimensions, got {dim}"
+            )
         padded = -dim % 8
 
         def rows(layer: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -525,7 +545,7 @@ class _Forward:
         if second is None:
             return
         if transformer.axis == "time":
-            yield block.norm2, second, weights[second, "q"], None, bias
+            yield block.norm2, second, weights[second, "q"], None, None
         elif self.context is not None:
             kv = self.build.matmul(self.context, weights[second, "kv"])
             yield block.norm2, second, weights[second, "q"], kv, None
@@ -587,10 +607,10 @@ def joins_output(transformer: Transformer) -> bool:
     return last.ff is not None and transformer.proj_out.out_features <= inner <= 512
 
 
-def _conv_weight(conv: nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    """[C', taps * C], the channels of a tap side by side, padded to an even number."""
+def _conv_weight(conv: nn.Conv2d, dtype: torch.dtype, even: bool = False) -> Tensor:
+    """[C', taps * C], the channels of a tap side by side; even: padded to an even number."""
     weight = conv.weight.detach().to(dtype).permute(0, 2, 3, 1)
-    return F.pad(weight, (0, weight.shape[-1] % 2)).flatten(1)
+    return F.pad(weight, (0, weight.shape[-1] % 2 if even else 0)).flatten(1)
 
 
 def _let_go(*layers: nn.Module) -> None:

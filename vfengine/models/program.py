@@ -84,6 +84,8 @@ def pack(
     geglu = epilogue == "geglu"
     columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
     number = DTYPES[dtype]
+    if dtype is torch.bfloat16 and depth % 2:
+        raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
     words = vfengine_native.packed_words(columns, depth, geglu, number)
     packed = torch.empty(words, dtype=torch.int32)
     vfengine_native.pack_weights(

@@ -176,7 +176,7 @@ class UNet(nn.Module):
                 # an odd size was rounded up on the way down
                 size = {"size": skips[-1].shape[-2:]} if config.any_size else {"scale_factor": 2}
                 h = self.upsamplers[level](F.interpolate(h, **size, mode="nearest"))
-        h = self.conv_out(F.silu(self.conv_norm_out(h)).to(h.dtype))
+        h = self.conv_out(self.conv_norm_out(h, silu=True))
         h = F.pixel_shuffle(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
 
