@@ -21,8 +21,10 @@ from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
 from .attention import attend
 
 
-def fused(x: Tensor, module: nn.Module) -> bool:
+def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
     """Whether `module` runs x through the kernels of vfengine/ops, which have no derivative.
+
+    more: other tensors that the kernel would read
 
     That is inference on CUDA; training, autocast, torch.compile and torch.export see plain PyTorch.
     """
@@ -30,8 +32,8 @@ def fused(x: Tensor, module: nn.Module) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
-    weights = module.parameters()
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights))
+    read = (x, *module.parameters(), *(t for t in more if t is not None))
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in read)
 
 
 def sinusoidal_embedding(
@@ -88,7 +90,7 @@ class GroupNorm(nn.GroupNorm):
         frames are those of a clip [B, C, N, H*W].
         """
         weight, bias = self.weight.float(), self.bias.float()
-        if fused(x, self):
+        if fused(x, self, scale, shift):
             tables = {"scale": scale, "shift": shift} if scale is not None else {}
             return group_norm_silu(
                 x.contiguous(memory_format=torch.channels_last),
