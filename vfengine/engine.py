@@ -7,8 +7,6 @@ other noise or labels. One loop a phase, so memory does not grow from call to ca
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +23,7 @@ from .checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from .decompose import Lam, Model, frame_weights
 from .loops import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
 from .models import UNet, for_inference
+from .models.program import return_memory
 from .overlap import run_overlapped
 from .pretrained import PretrainedBase
 from .solvers import SolverTable
@@ -287,10 +286,8 @@ class Engine:
         self.loops.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        elif sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc would keep it
-            if trim is not None:
-                trim(0)
+        else:
+            return_memory()
 
     def check_complete(self, name: str) -> None:
         """Finds a missing or cut-off weight file before the other network works for nothing."""

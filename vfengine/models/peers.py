@@ -32,6 +32,7 @@ _DIFFUSERS_FILES = tuple(
     for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 )
 _MODELSCOPE = "text2video_pytorch_model.pth"
+_MAPPED_BYTES = 64 * 2**20
 
 
 def load_unet(
@@ -243,7 +244,18 @@ def _open_safetensors(file: Path) -> _Weights:
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    return _Weights(shapes, opened.get_tensor)
+    seen = 0
+
+    def read(name: str) -> Tensor:
+        """The file is mapped anew now and then: pages that were read count as the process's own."""
+        nonlocal opened, seen
+        if seen > _MAPPED_BYTES:
+            opened, seen = safe_open(str(file), framework="pt"), 0
+        tensor = opened.get_tensor(name)
+        seen += tensor.nbytes
+        return tensor
+
+    return _Weights(shapes, read)
 
 
 def _open_pickle(file: Path) -> _Weights:

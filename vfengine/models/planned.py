@@ -21,7 +21,7 @@ from vfengine.native import vfengine_native
 from vfengine.ops.temporal_attention import MAX_HEAD_DIM
 
 from .layers import Attention, ResBlock, TemporalConv, Transformer
-from .program import Builder, Program, Rows, Source, Weights, pack, pack_winograd
+from .program import Builder, Program, Rows, Source, Weights, pack, pack_winograd, return_memory
 from .unet import Stage, UNet
 
 _PROGRAMS = 4  # shapes whose programs are kept
@@ -79,6 +79,7 @@ class PlannedUNet(nn.Module):
             self.register_buffer(f"bias_{index}", weights.bias)
         self.unet = unet.requires_grad_(False).eval()  # what is left: the embeddings
         self.eval()
+        return_memory()
 
     @property
     def class_embedding(self) -> nn.Module | None:
@@ -203,6 +204,7 @@ class _Layers:
             for transformer in (stage.spatial, stage.temporal):
                 if transformer is not None:
                     self.transformer(transformer)
+            return_memory()  # before the next stage's is packed
 
     def res_block(self, block: ResBlock) -> None:
         _as_fp32(block.norm1, block.norm2)
