@@ -13,8 +13,8 @@ from test_peers import normal
 from torch import Tensor
 from triton_tools import guarded
 
-from vfengine.models import planned
-from vfengine.models.program import pack
+from vfengine.models import taps as tables
+from vfengine.models.packed import pack
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES as NUMBERS
 
@@ -64,7 +64,7 @@ def products(dtype: torch.dtype) -> None:
             product(x, None, weight, (1, rows, rows), geglu)
     for height, width, channels in ((3, 5, 6), (1, 1, 2), (4, 3, 18)):
         x = guarded(normal(2 * height * width, channels).to(dtype))
-        for table in (planned._same(height, width), planned._halved(height, width)):
+        for table in (tables.same(height, width), tables.halved(height, width)):
             weight = normal(19, 9 * channels, seed=2)
             product(x, table, weight, (2, table.shape[1], height * width), False)
 

@@ -20,8 +20,9 @@ from kernel_cases import SMALL, as_it_is, assert_as_close_as_pytorch
 from test_peers import normal
 from torch import Tensor
 
-from vfengine.models import planned
-from vfengine.models.program import Builder, Program, Rows, Source, pack
+from vfengine.models import packed, taps
+from vfengine.models.packed import pack
+from vfengine.models.program import Builder, Program, Rows, Source
 from vfengine.native import vfengine_native
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -120,7 +121,7 @@ def convolution(
     conv = torch.nn.Conv2d(*channels, 3)
     conv.weight.data = kernel
     weight = torch.cat(
-        [planned._conv_weight(conv, torch.float32, even=True)]
+        [packed.conv_weight(conv, torch.float32, even=True)]
         + [normal(channels[1], c, seed=4) / c**0.5 for c in joined],
         1,
     )
@@ -157,7 +158,7 @@ def in_time(clips: int, frames: int, pixels: int, channels: int, columns: int) -
         return out.permute(0, 2, 3, 1).reshape(-1, columns)
 
     count = clips * frames * pixels
-    table = planned._neighbours(frames, pixels)
+    table = taps.neighbours(frames, pixels)
     source = (normal(count, channels), table, frames * pixels)
     bias = normal(columns, seed=3)
     return Case([source], weight, formula, bias, rows=count, item_rows=frames * pixels)
@@ -177,20 +178,20 @@ CASES = {
     "geglu": lambda: gated(50, 24, 40),
     "geglu, odd": lambda: gated(7, 10, 19),
     "geglu, one row": lambda: gated(1, 64, 72),
-    "3x3": lambda: convolution((6, 5), (16, 24), planned._same(6, 5), bias=normal(24, seed=3)),
-    "3x3, odd channels": lambda: convolution((5, 7), (3, 13), planned._same(5, 7)),
-    "3x3 of one pixel": lambda: convolution((1, 1), (8, 9), planned._same(1, 1)),
-    "3x3 of one row": lambda: convolution((1, 6), (8, 20), planned._same(1, 6)),
-    "stride 2": lambda: convolution((6, 8), (16, 16), planned._halved(6, 8), stride=2),
+    "3x3": lambda: convolution((6, 5), (16, 24), taps.same(6, 5), bias=normal(24, seed=3)),
+    "3x3, odd channels": lambda: convolution((5, 7), (3, 13), taps.same(5, 7)),
+    "3x3 of one pixel": lambda: convolution((1, 1), (8, 9), taps.same(1, 1)),
+    "3x3 of one row": lambda: convolution((1, 6), (8, 20), taps.same(1, 6)),
+    "stride 2": lambda: convolution((6, 8), (16, 16), taps.halved(6, 8), stride=2),
     "stride 2, odd size": lambda: convolution(
-        (7, 5), (10, 18), planned._halved(7, 5), stride=2, bias=normal(18, seed=3), images=3),
+        (7, 5), (10, 18), taps.halved(7, 5), stride=2, bias=normal(18, seed=3), images=3),
     "3x3, a bias for each image": lambda: convolution(
-        (5, 5), (12, 20), planned._same(5, 5), bias=normal(2, 20, seed=3), shared=25),
-    "3x3 and 1x1": lambda: convolution((4, 6), (12, 20), planned._same(4, 6), joined=(6,)),
+        (5, 5), (12, 20), taps.same(5, 5), bias=normal(2, 20, seed=3), shared=25),
+    "3x3 and 1x1": lambda: convolution((4, 6), (12, 20), taps.same(4, 6), joined=(6,)),
     "3x3 and two of 1x1": lambda: convolution(
-        (5, 3), (8, 33), planned._same(5, 3), joined=(14, 2), bias=normal(33, seed=3)),
+        (5, 3), (8, 33), taps.same(5, 3), joined=(14, 2), bias=normal(33, seed=3)),
     "3x3 in parts": lambda: convolution(
-        (3, 4), (1280, 35), planned._same(3, 4), bias=normal(35, seed=3)),
+        (3, 4), (1280, 35), taps.same(3, 4), bias=normal(35, seed=3)),
     "temporal": lambda: in_time(2, 5, 6, 16, 24),
     "temporal, one frame": lambda: in_time(2, 1, 3, 8, 9),
     "temporal, two frames": lambda: in_time(1, 2, 7, 6, 40),
@@ -263,10 +264,10 @@ def test_row_matmul_scatters_the_quarters_of_an_upsampling(dtype, isa):
     x = build.rows(images * height * width, channels)
     out = build.rows(4 * x.count, columns)
     bias, kernels = normal(columns, seed=3), {}
-    for index, (i, j) in enumerate(planned._QUARTERS):
+    for index, (i, j) in enumerate(taps.QUARTERS):
         weight = normal(columns, 4 * channels, seed=4 + index) / (4 * channels) ** 0.5
         kernels[i, j] = weight.to(dtype)
-        table, places = planned._quarter(height, width, i, j)
+        table, places = taps.quarter(height, width, i, j)
         build.matmul(
             [Source(x, table, height * width)],
             pack(weight, bias, dtype),

@@ -23,7 +23,7 @@ from .checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from .decompose import Lam, Model, frame_weights
 from .loops import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
 from .models import UNet, for_inference
-from .models.program import return_memory
+from .models.packed import return_memory
 from .overlap import run_overlapped
 from .pretrained import PretrainedBase
 from .solvers import SolverTable

@@ -20,16 +20,4 @@ static inline void parallel_for(int64_t tasks, int64_t threads, const Body& body
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
-// The same for tasks of unequal or many steps: a thread takes the next one when it is free.
-template <class Body>
-static inline void parallel_queue(int64_t tasks, int64_t threads, const Body& body) {
-  threads = std::min(threads, tasks);
-  if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t task = 0; task < tasks; ++task) body(task);
-}
-
 }  // namespace vf::VF_ISA

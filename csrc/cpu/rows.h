@@ -1,4 +1,4 @@
-// What the kernels of networks share: rows of fp32 or bf16 numbers, dot products of 32-bit words,
+// What the kernels of networks share: rows of fp32 or 16-bit numbers, dot products of 32-bit words,
 // and the functions that activations need. Built once per instruction set, as simd.h is.
 //
 // A network's activations are rows: one row of C numbers per pixel (that is channels_last memory).
@@ -219,8 +219,7 @@ inline U32 words_of<BFloat16>(F32 even, F32 odd) {
 #endif
 }
 
-// columns[w] of up to kLanes rows of words: lane i of out[w] = word w of row i, 0 where i >= rows.
-// rows at p, p + stride, ... (in bytes); `words` of them, in out[0 .. words).
+// 16 vectors of 16 words, turned; for 512-bit vectors alone.
 VF_INLINE void transpose_16(U32* r) {
 #if defined(__AVX512F__)
   __m512i t[16], u[16];
@@ -257,6 +256,7 @@ VF_INLINE void transpose_16(U32* r) {
 #endif
 }
 
+// Lane i of out[w] = word w of row i, or 0 where i >= rows; rows lie `stride` bytes apart.
 VF_INLINE void load_columns_of_words(const char* p, int64_t stride, int rows, int words, U32* out) {
 #if defined(__AVX512F__)
   for (int w = 0; w < words; w += 16) {

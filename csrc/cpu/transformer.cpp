@@ -35,7 +35,7 @@ class Worker {  // of one tile at a time, in memory of the thread
     if (int64_t(memory.size()) < width * rows + 64) memory.resize(width * rows + 64);
     if (int64_t(sums.size()) < rows * kPanel * kLanes) sums.resize(rows * kPanel * kLanes);
     T* next = memory.data();
-    T** places[] = {&x, &y, &normed, &h, &attended, &wide_};
+    T** places[] = {&x, &y, &normed, &h, &attended, &gates};
     for (int i = 0; i < 6; ++i) {
       *places[i] = next;
       next += (parts[i] * int64_t(sizeof(T)) + 63) / 64 * 64 / sizeof(T) * rows;
@@ -84,7 +84,7 @@ class Worker {  // of one tile at a time, in memory of the thread
     return h;
   }
 
-  // Among the frames of each pixel: qkv in `wide`, rows (frame, pixel of the tile).
+  // Among the frames of each pixel: qkv in `gates`, rows (frame, pixel of the tile).
   void attend_time(int attention, int64_t pixels) {
     const int n = int(a_.frames);
     const int64_t heads = a_.heads * a_.head_dim;
@@ -95,7 +95,7 @@ class Worker {  // of one tile at a time, in memory of the thread
     uint32_t* values = values_scratch((n + 1) / 2 * a_.head_dim);
     for (int64_t pixel = 0; pixel < pixels; ++pixel)
       for (int64_t i = 0; i < a_.heads; ++i) {
-        h.q = wide_ + pixel * 3 * heads + i * a_.head_dim;
+        h.q = gates + pixel * 3 * heads + i * a_.head_dim;
         h.k = h.q + heads;
         h.out = attended + pixel * heads + i * a_.head_dim;
         if (!bias_[attention].empty()) h.bias = bias_[attention].data() + i * n * bias_stride(n);
@@ -126,18 +126,19 @@ class Worker {  // of one tile at a time, in memory of the thread
   void finish(T* from, const T* residual, int64_t rows, T* out) {
     if (a_.gated) {
       layer_norm(a_.norm, from, rows);
-      product(a_.gate, {{normed, a_.inner}}, rows, nullptr, wide_, Epilogue::geglu);
+      product(a_.gate, {{normed, a_.inner}}, rows, nullptr, gates, Epilogue::geglu);
       if (a_.joined) {
-        product(a_.proj_out, {{from, a_.inner}, {wide_, a_.gate.columns}}, rows, residual, out);
+        product(a_.proj_out, {{from, a_.inner}, {gates, a_.gate.columns}}, rows, residual, out);
         return;
       }
-      product(a_.gate_out, {{wide_, a_.gate.columns}}, rows, from, from);
+      product(a_.gate_out, {{gates, a_.gate.columns}}, rows, from, from);
     }
     product(a_.proj_out, {{from, a_.inner}}, rows, residual, out);
   }
 
-  T *x, *y, *normed, *h, *attended;
-  T* wide_;
+  // Rows of the tile: what it is given, and what it becomes; both are the caller's to fill. gates:
+  // q, k, v as well, which are over before the gates come.
+  T *x, *y, *normed, *h, *attended, *gates;
 
  private:
   const TransformerArgs& a_;
@@ -185,7 +186,7 @@ void in_time(const TransformerArgs& a, int64_t threads) {
     for (int i = 0; i < a.num_attentions; ++i) {
       const TransformerAttention& attention = a.attentions[i];
       w.layer_norm(attention.norm, w.h, rows);
-      w.product(attention.in, {{w.normed, a.inner}}, rows, nullptr, w.wide_);
+      w.product(attention.in, {{w.normed, a.inner}}, rows, nullptr, w.gates);
       w.attend_time(i, pixels);
       w.product(attention.out, {{w.attended, a.heads * a.head_dim}}, rows, w.h, w.h);
     }
@@ -226,8 +227,8 @@ void in_space(const TransformerArgs& a, int64_t threads) {
     if (a.num_attentions > 1) {
       const T* kv = static_cast<const T*>(cross.kv) + image / a.frames * cross.kv_len * 2 * heads;
       w.layer_norm(cross.norm, mine, rows);
-      w.product(cross.in, {{w.normed, a.inner}}, rows, nullptr, w.wide_);
-      w.attend_space(w.wide_, heads, kv, 2 * heads, cross.kv_len, rows, w.attended);
+      w.product(cross.in, {{w.normed, a.inner}}, rows, nullptr, w.gates);
+      w.attend_space(w.gates, heads, kv, 2 * heads, cross.kv_len, rows, w.attended);
       w.product(cross.out, {{w.attended, heads}}, rows, mine, mine);
     }
     w.finish(mine, x + row * a.channels, rows, out + row * a.channels);

@@ -8,7 +8,6 @@ product reads (csrc/network.h). Statistics, sums and softmax are in fp32.
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections import OrderedDict
@@ -18,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
-from vfengine.ops.temporal_attention import MAX_HEAD_DIM
 
+from . import taps
 from .layers import Attention, ResBlock, TemporalConv, Transformer
-from .program import Builder, Program, Rows, Source, Weights, pack, pack_winograd, return_memory
+from .packed import PackedLayers, Weights, is_light, joins_output, return_memory, takes_winograd
+from .program import Builder, Program, Rows, Source
 from .unet import Stage, UNet
 
 _PROGRAMS = 4  # shapes whose programs are kept
@@ -73,7 +73,7 @@ class PlannedUNet(nn.Module):
         self._lock = threading.Lock()
         self._programs: OrderedDict[tuple, _Forward] = OrderedDict()
         with torch.no_grad():
-            self._layers = _Layers(unet, self.dtype)
+            self._layers = PackedLayers(unet, self.dtype)
         for index, weights in enumerate((*self._layers.weights.values(), self._layers.embedding)):
             self.register_buffer(f"packed_{index}", weights.packed)
             self.register_buffer(f"bias_{index}", weights.bias)
@@ -139,167 +139,13 @@ class PlannedUNet(nn.Module):
         return self
 
 
-class _Layers:
-    """The packed weights of a UNet's layers, by layer; takes them from the UNet as it goes."""
-
-    def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.weights: dict[object, Weights] = {}  # a layer's, or an (attention, part)'s
-        self.modulation: dict[nn.Module, int] = {}  # first column of a residual block's embedding
-        projections, biases = [], []
-        self.stages(unet, projections, biases)
-        self.embedding = pack(torch.cat(projections), torch.cat(biases), dtype)
-        self.down, self.mid, self.up = unet.down, unet.mid, unet.up
-        self.downsamplers, self.upsamplers = unet.downsamplers, unet.upsamplers
-        self.conv_in, self.conv_out = unet.conv_in, unet.conv_out
-        self.norm_out, self.transformer_in = unet.conv_norm_out, unet.transformer_in
-        _as_fp32(self.norm_out)
-        for conv in (unet.conv_in, *unet.downsamplers, unet.conv_out):
-            even = conv is unet.conv_in  # whose rows are padded as well
-            self.weights[conv] = pack(_conv_weight(conv, dtype, even), conv.bias, dtype)
-            _let_go(conv)
-        for conv in unet.upsamplers:
-            self.upsampler(conv, exact=unet.config.any_size)
-            _let_go(conv)
-        del unet.down, unet.mid, unet.up, unet.downsamplers, unet.upsamplers, unet.conv_out
-        del unet.conv_norm_out, unet.transformer_in
-        unet.double()  # the embeddings: rounded once, they do not show how they were summed
-
-    def upsampler(self, conv: nn.Conv2d, exact: bool) -> None:
-        """3x3 on a picture enlarged by nearest pixels: 2x2 on the picture itself, per quarter.
-
-        exact: keeps the weights for other factors than 2 as well
-        """
-        if exact:
-            self.weights[conv] = pack(_conv_weight(conv, self.dtype), conv.bias, self.dtype)
-        weight = conv.weight.float()  # [C', C, 3, 3]
-        # taps that fall on the same pixel, for an even and for an odd position
-        same = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        for y, x in _QUARTERS:
-            folded = torch.einsum("ai,bj,ocij->oabc", same[y], same[x], weight)
-            self.weights[conv, y, x] = pack(folded.flatten(1), conv.bias, self.dtype)
-
-    def stages(self, unet: UNet, projections: list[Tensor], biases: list[Tensor]) -> None:
-        if unet.transformer_in is not None:
-            self.transformer(unet.transformer_in)
-        columns = 0
-        for stage in (
-            *(stage for stages in unet.down for stage in stages),
-            *unet.mid,
-            *(stage for stages in unet.up for stage in stages),
-        ):
-            block = stage.resnet
-            self.modulation[block] = columns
-            projection = block.time_emb_proj
-            columns += projection.out_features
-            bias = projection.bias.detach().float()
-            if not block.scale_shift:  # the convolution's bias is in the embedding's place
-                bias = bias + block.conv1.bias.detach().float()
-            projections.append(projection.weight.detach().to(self.dtype))
-            biases.append(bias)
-            _let_go(projection)
-            self.res_block(block)
-            if stage.temp_conv is not None:
-                self.temporal_conv(stage.temp_conv)
-            for transformer in (stage.spatial, stage.temporal):
-                if transformer is not None:
-                    self.transformer(transformer)
-            return_memory()  # before the next stage's is packed
-
-    def res_block(self, block: ResBlock) -> None:
-        _as_fp32(block.norm1, block.norm2)
-        conv1, conv2, shortcut = block.conv1, block.conv2, block.conv_shortcut
-        self.conv(conv1)
-        if isinstance(shortcut, nn.Conv2d) and takes_winograd(conv2):
-            self.weights[shortcut] = pack(shortcut.weight.flatten(1), shortcut.bias, self.dtype)
-            self.conv(conv2)
-        elif isinstance(shortcut, nn.Conv2d):  # one product with the second convolution
-            both = [_conv_weight(conv2, self.dtype), shortcut.weight.flatten(1).to(self.dtype)]
-            bias = conv2.bias.float() + shortcut.bias.float()
-            self.weights[conv2] = pack(torch.cat(both, 1), bias, self.dtype)
-        else:
-            self.conv(conv2)
-        _let_go(conv1, conv2, shortcut)
-
-    def temporal_conv(self, block: TemporalConv) -> None:
-        for norm, conv in zip(block.norms, block.convs, strict=True):
-            _as_fp32(norm)
-            self.conv(conv)
-            _let_go(conv)
-
-    def conv(self, conv: nn.Conv2d) -> None:
-        """One of stride 1: 3x3, or of 3 taps along frames."""
-        if takes_winograd(conv):
-            self.weights[conv] = pack_winograd(conv.weight, conv.bias, self.dtype)
-        else:
-            self.weights[conv] = pack(_conv_weight(conv, self.dtype), conv.bias, self.dtype)
-
-    def transformer(self, transformer: Transformer) -> None:
-        _as_fp32(transformer.norm)
-        self.linear(transformer.proj_in)
-        blocks = (transformer, *transformer.rest)
-        if joins_output(transformer):
-            self.join(blocks[-1].ff.out, transformer.proj_out)
-        else:
-            self.linear(transformer.proj_out)
-        for block in blocks:
-            crossed = transformer.axis == "space"
-            for attention, cross in ((block.attn1, False), (block.attn2, crossed)):
-                if attention is not None:
-                    self.attention(attention, cross)
-            if block.ff is not None:
-                self.linear(block.ff.proj, "geglu")
-                if block.ff.out.weight.numel():
-                    self.linear(block.ff.out)
-            for norm in (block.norm1, block.norm2, block.norm3):
-                if norm is not None:
-                    _as_fp32(norm)
-
-    def linear(self, layer: nn.Linear, epilogue: str | None = None) -> None:
-        self.weights[layer] = pack(layer.weight, layer.bias, self.dtype, epilogue)
-        _let_go(layer)
-
-    def join(self, last: nn.Linear, out: nn.Linear) -> None:
-        """out(h + last(g)) = out h + (out last) g: one product in place of two."""
-        outer, bias = out.weight.float(), out.bias.float()
-        if last.bias is not None:
-            bias = bias + outer @ last.bias.float()
-        weight = torch.cat([outer, outer @ last.weight.float()], 1)
-        self.weights[out] = pack(weight, bias, self.dtype)
-        _let_go(last, out)
-
-    def attention(self, attention: Attention, cross: bool) -> None:
-        """q, k, v as one product, or q and k, v; heads padded to whole steps of the kernel."""
-        heads, dim = attention.heads, attention.head_dim
-        if dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"PlannedUNet: heads may have up to {MAX_HEAD_DIM} dimensions, got {dim}"
-            )
-        padded = -dim % 8
-
-        def rows(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-            weight = layer.weight.to(self.dtype).unflatten(0, (heads, dim))
-            bias = torch.zeros(heads * dim) if layer.bias is None else layer.bias.float()
-            bias = F.pad(bias.unflatten(0, (heads, dim)), (0, padded))
-            return F.pad(weight, (0, 0, 0, padded)).flatten(0, 1), bias.flatten()
-
-        q, k, v = (rows(layer) for layer in (attention.to_q, attention.to_k, attention.to_v))
-        for name, parts in (("q", [q]), ("kv", [k, v])) if cross else (("q", [q, k, v]),):
-            weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
-            self.weights[attention, name] = pack(weight, bias, self.dtype)
-        out = attention.to_out
-        weight = F.pad(out.weight.to(self.dtype).unflatten(1, (heads, dim)), (0, padded))
-        self.weights[out] = pack(weight.flatten(1), out.bias, self.dtype)
-        _let_go(attention.to_q, attention.to_k, attention.to_v, out)
-
-
 class _Forward:
     """The program of one shape: clips [B, N, C, H, W], context [B, L, C'] or None."""
 
     def __init__(
         self,
         unet: UNet,
-        layers: _Layers,
+        layers: PackedLayers,
         dtype: torch.dtype,
         shape: tuple[int, ...],
         context_shape: tuple[int, ...] | None,
@@ -354,7 +200,7 @@ class _Forward:
 
     def _network(self) -> Rows:
         layers, build, size = self.layers, self.build, self.size
-        h = self._conv([self.x], layers.conv_in, size, _same(*size), size)
+        h = self._conv([self.x], layers.conv_in, size, taps.same(*size), size)
         build.free(self.x)
         if layers.transformer_in is not None:
             h = self._replace(h, self._transformer(layers.transformer_in, h))
@@ -365,7 +211,7 @@ class _Forward:
                 skips.append((h, size))
             if level < len(layers.downsamplers):
                 smaller = (size[0] + 1) // 2, (size[1] + 1) // 2
-                h = self._conv([h], layers.downsamplers[level], smaller, _halved(*size), size)
+                h = self._conv([h], layers.downsamplers[level], smaller, taps.halved(*size), size)
                 size = smaller
                 skips.append((h, size))
         for stage in layers.mid:
@@ -384,7 +230,9 @@ class _Forward:
                 h = self._replace(h, self._upsample(layers.upsamplers[level], h, size, larger))
                 size = larger
         h = self._replace(h, build.group_norm([h], layers.norm_out, self.images))
-        return self._conv([h], layers.conv_out, size, _same(*size), size, out_dtype=torch.float32)
+        return self._conv(
+            [h], layers.conv_out, size, taps.same(*size), size, out_dtype=torch.float32
+        )
 
     def _replace(self, old: Rows, new: Rows) -> Rows:
         self.build.free(old)
@@ -410,12 +258,12 @@ class _Forward:
     def _upsample(
         self, conv: nn.Module, h: Rows, size: tuple[int, int], larger: tuple[int, int]
     ) -> Rows:
-        if larger != (2 * size[0], 2 * size[1]):
-            return self._conv([h], conv, larger, _doubled(*size, *larger), size)
+        if larger != (2 * size[0], 2 * size[1]) or not is_light(conv):
+            return self._conv([h], conv, larger, taps.doubled(*size, *larger), size)
         pixels = self._pixels(size)
         out = self.build.rows(4 * h.count, conv.out_channels)
-        for quarter in _QUARTERS:
-            table, places = _quarter(*size, *quarter)
+        for quarter in taps.QUARTERS:
+            table, places = taps.quarter(*size, *quarter)
             self.build.matmul(
                 [Source(h, table, pixels)],
                 self.layers.weights[(conv, *quarter)],
@@ -451,7 +299,7 @@ class _Forward:
             out = build.matmul(read, self.layers.weights[block.conv_shortcut])
             self._same_conv(h, block.conv2, size, residual=out, out=out)
         else:
-            out = self._conv([h, *sources], block.conv2, size, _same(*size), size)
+            out = self._conv([h, *sources], block.conv2, size, taps.same(*size), size)
         build.free(h)
         return out
 
@@ -460,7 +308,7 @@ class _Forward:
         if takes_winograd(conv):
             shape = (self.images, *size)
             return self.build.winograd(x, self.layers.weights[conv], shape, **options)
-        return self._conv([x], conv, size, _same(*size), size, **options)
+        return self._conv([x], conv, size, taps.same(*size), size, **options)
 
     def _temporal_conv(self, block: TemporalConv, x: Rows) -> Rows:
         build, h = self.build, x
@@ -475,7 +323,7 @@ class _Forward:
                 shape = (self.batch, self.frames, pixels)
                 h = build.winograd(normed, weights, shape, flat=True, residual=residual)
             else:
-                source = Source(normed, _neighbours(self.frames, pixels), clip)
+                source = Source(normed, taps.neighbours(self.frames, pixels), clip)
                 h = build.matmul([source], weights, item_rows=clip, residual=residual)
             build.free(normed)
         return h
@@ -583,109 +431,3 @@ def _heads(attention: Attention) -> tuple[int, int, float]:
     """Number, padded dimension and scale."""
     dim = attention.head_dim
     return attention.heads, dim + -dim % 8, dim**-0.5
-
-
-# -- weights -----------------------------------------------------------------------------------
-
-
-def takes_winograd(conv: nn.Conv2d) -> bool:
-    """Whether Winograd's form is the faster: not for few channels, which the transforms outweigh.
-
-    Nor for many: its weights are 16/9 as large, and their memory is then what counts.
-    """
-    inputs, outputs = conv.in_channels, conv.out_channels
-    flat = conv.kernel_size == (3, 1)
-    least = 128 if flat else 32
-    return min(inputs, outputs) >= least and inputs * outputs <= 640 * 640
-
-
-def joins_output(transformer: Transformer) -> bool:
-    """Whether its last feed-forward layer is multiplied into proj_out, which saves a product.
-
-    Not for wide ones, where the product of the weights takes longer than it saves.
-    """
-    last = transformer.rest[-1] if len(transformer.rest) else transformer
-    inner = transformer.proj_out.in_features
-    return last.ff is not None and transformer.proj_out.out_features <= inner <= 512
-
-
-def _conv_weight(conv: nn.Conv2d, dtype: torch.dtype, even: bool = False) -> Tensor:
-    """[C', taps * C], the channels of a tap side by side; even: padded to an even number."""
-    weight = conv.weight.detach().to(dtype).permute(0, 2, 3, 1)
-    return F.pad(weight, (0, weight.shape[-1] % 2 if even else 0)).flatten(1)
-
-
-def _let_go(*layers: nn.Module) -> None:
-    """The weights are packed: the layer's own memory is freed."""
-    for layer in layers:
-        for parameter in layer.parameters(recurse=False):
-            parameter.data = parameter.data.new_empty(0)
-
-
-def _as_fp32(*norms: nn.Module) -> None:
-    for norm in norms:
-        norm.float()
-
-
-# -- which row each tap reads --------------------------------------------------------------------
-
-
-def _taps(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
-    """int32 [taps, pixels] from each tap's coordinates; -1 outside of the picture."""
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    return torch.where(inside, rows * width + columns, -1).flatten(1).to(torch.int32).contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _table(height: int, width: int, out_height: int, out_width: int, step: float) -> Tensor:
-    """3x3 taps with padding 1 on the grid of out_height x out_width, `step` apart.
-
-    step 1: the same grid; 2: every other pixel; 0.5: of the picture enlarged to the grid by nearest
-    pixels.
-    """
-    offsets = torch.arange(3) - 1
-    y = torch.arange(out_height)[None, None, :, None] * max(1, int(step))
-    x = torch.arange(out_width)[None, None, None, :] * max(1, int(step))
-    y, x = (y + offsets[:, None, None, None]), (x + offsets[None, :, None, None])
-    y, x = (part.expand(3, 3, out_height, out_width).flatten(0, 1) for part in (y, x))
-    if step >= 1:
-        return _taps(y, x, height, width)
-    inside = (y >= 0) & (y < out_height) & (x >= 0) & (x < out_width)
-    y = torch.where(inside, y * height // out_height, -1)
-    return _taps(y, torch.where(inside, x * width // out_width, -1), height, width)
-
-
-def _same(height: int, width: int) -> Tensor:
-    return _table(height, width, height, width, 1)
-
-
-def _halved(height: int, width: int) -> Tensor:
-    return _table(height, width, (height + 1) // 2, (width + 1) // 2, 2)
-
-
-def _doubled(height: int, width: int, out_height: int, out_width: int) -> Tensor:
-    return _table(height, width, out_height, out_width, 0.5)
-
-
-_QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
-
-
-@functools.lru_cache(maxsize=64)
-def _quarter(height: int, width: int, y: int, x: int) -> tuple[Tensor, Tensor]:
-    """Of a quarter of the picture twice as large: its 2x2 taps, and where its pixels go."""
-    rows, columns = torch.arange(height), torch.arange(width)
-    at = torch.arange(2)
-    from_rows = (rows + at[:, None] - 1 + y)[:, None, :, None].expand(2, 2, height, width)
-    from_columns = (columns + at[:, None] - 1 + x)[None, :, None, :].expand(2, 2, height, width)
-    table = _taps(from_rows.flatten(0, 1), from_columns.flatten(0, 1), height, width)
-    places = (2 * rows + y)[:, None] * 2 * width + 2 * columns + x
-    return table, places.flatten().to(torch.int32).contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _neighbours(frames: int, pixels: int) -> Tensor:
-    """A pixel in the frame before, in its own and in the next: int32 [3, frames * pixels]."""
-    frame = torch.arange(frames) + (torch.arange(3) - 1)[:, None]  # [3, frames]
-    inside = ((frame >= 0) & (frame < frames))[..., None]
-    rows = frame[..., None] * pixels + torch.arange(pixels)
-    return torch.where(inside, rows, -1).flatten(1).to(torch.int32).contiguous()

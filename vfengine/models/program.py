@@ -9,10 +9,8 @@ addresses, sizes and order are the same in every run.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +19,8 @@ from torch import Tensor
 
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES
+
+from .packed import Weights
 
 _ALIGNMENT = 64
 _EPILOGUES = {None: 0, "geglu": 1}
@@ -50,21 +50,6 @@ class _Place:
     offset: int
 
 
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Packed weights of a product (csrc/cpu/matmul.h) and its bias.
-
-    packed:  int32 words, in the order that this machine's kernel reads
-    bias:    fp32 [columns], with geglu [2 columns]; None: none
-    columns: of the result
-    """
-
-    packed: Tensor
-    bias: Tensor | None
-    columns: int
-    epilogue: str | None = None
-
-
 @dataclass(frozen=True)
 class Source:
     """What a product reads: rows, and for convolutions which row each tap takes.
@@ -76,41 +61,6 @@ class Source:
     rows: Rows
     table: Tensor | None = None
     item_rows: int = 0
-
-
-def pack(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, epilogue: str | None = None
-) -> Weights:
-    """weight [columns, depth] in any dtype; with geglu [2 columns, depth], values then gates."""
-    weight = weight.to(dtype).contiguous()
-    geglu = epilogue == "geglu"
-    columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
-    number = DTYPES[dtype]
-    if dtype is torch.bfloat16 and depth % 2:
-        raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
-    words = vfengine_native.packed_words(columns, depth, geglu, number)
-    packed = torch.empty(words, dtype=torch.int32)
-    vfengine_native.pack_weights(
-        weight.data_ptr(), packed.data_ptr(), columns, depth, geglu, number
-    )
-    bias = None if bias is None else bias.detach().float().contiguous()
-    return Weights(packed, bias, columns, epilogue)
-
-
-def pack_winograd(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Weights:
-    """weight [columns, channels, 3, 3] or [columns, channels, 3, 1], for `Builder.winograd`.
-
-    The taps transformed for F(2, 3) (Lavin and Gray 2016), in fp32: 16 or 4 packed products.
-    """
-    half = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-    taps = torch.einsum("ai,ocij->aocj", half, weight.float())
-    if weight.shape[-1] == 3:
-        taps = torch.einsum("bj,aocj->aboc", half, taps).flatten(0, 1)
-    else:
-        taps = taps[..., 0]
-    parts = [pack(part, None, dtype).packed for part in taps]
-    bias = None if bias is None else bias.detach().float().contiguous()
-    return Weights(torch.cat(parts), bias, weight.shape[0])
 
 
 class Builder:
@@ -421,14 +371,6 @@ class Program:
     def run(self) -> None:
         for kernel, args in self.calls(torch.get_num_threads()):
             kernel(*args)
-
-
-def return_memory() -> None:
-    """Gives freed memory back to the system, which glibc would keep."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def huge_pages(size: int) -> Tensor:

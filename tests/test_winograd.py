@@ -1,0 +1,145 @@
+"""Convolutions in Winograd's form (csrc/cpu/winograd.cpp), on every instruction set."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_peers import normal
+from test_row_kernels import all_dtypes, isa, threads  # noqa: F401  fixtures
+from torch import Tensor, nn
+from triton_tools import guarded
+
+from vfengine.models.packed import pack_winograd, takes_winograd
+from vfengine.models.program import Builder
+from vfengine.native import vfengine_native
+from vfengine.ops._dispatch import DTYPES as NUMBERS
+
+SHAPES = {  # items, height, width, channels, columns
+    "3x3": (2, 8, 6, 64, 96, False),
+    "odd sizes": (3, 7, 5, 34, 50, False),
+    "one pixel": (2, 1, 1, 8, 9, False),
+    "one row": (1, 1, 5, 6, 70, False),
+    "many tiles": (2, 33, 31, 32, 64, False),
+    "wide": (1, 4, 4, 272, 272, False),
+    "frames": (2, 16, 9, 64, 80, True),
+    "odd frames": (1, 5, 7, 30, 20, True),
+    "single frame": (2, 1, 6, 16, 48, True),
+}
+all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+HALF = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+INTO = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
+BACK = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
+
+
+def in_winograd(pictures: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """F(2, 3) as published, in fp64 but for the transformed pixels and weights, which are rounded.
+
+    pictures [I, C, H, W] -> [I, C', H, W]
+    """
+    flat, (height, width) = weight.shape[-1] == 1, pictures.shape[2:]
+    across = torch.ones(1, 1) if flat else None
+    into, half, back = (across if flat else part for part in (INTO, HALF, BACK))
+    padded = F.pad(pictures.float(), (0, 0) if flat else (1, 2 + width % 2))
+    padded = F.pad(padded, (0, 0, 1, 2 + height % 2)).unfold(2, 4, 2)  # [I, C, h, W, 4]
+    tiles = padded.unsqueeze(-1) if flat else padded.unfold(3, 4, 2)  # [I, C, h, w, 4, 4]
+    pixels = torch.einsum("ai,bj,ncyxij->ncyxab", INTO, into, tiles).to(dtype).double()
+    taps = torch.einsum("ai,bj,ocij->ocab", HALF, half, weight).to(dtype).double()
+    sums = torch.einsum("ncyxab,ocab->noyxab", pixels, taps)
+    out = torch.einsum("ia,jb,noyxab->noyixj", BACK.double(), back.double(), sums)
+    return out.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
+def convolve(shape, dtype, shared=0, residual=None) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's result, in place of the residual; `in_winograd`'s; the convolution's in fp64.
+
+    shared: rows of one bias each
+    """
+    items, height, width, channels, columns, flat = shape
+    count = items * height * width
+    x = normal(count, channels).to(dtype)
+    weight = normal(columns, channels, 3, 1 if flat else 3, seed=2)
+    bias = normal(count // shared if shared else 1, columns, seed=3)
+    build = Builder(dtype)
+    rows, table = build.rows(*x.shape), build.rows(*bias.shape, torch.float32)
+    weights = pack_winograd(weight, None if shared else bias[0], dtype)
+    place = None if residual is None else build.rows(count, columns)
+    given = (table, 0, shared) if shared else None
+    out = build.winograd(rows, weights, shape[:3], flat=flat, bias=given, residual=place, out=place)
+    program = build.program()
+    program.view(rows).copy_(x)
+    program.view(table).copy_(bias)
+    if residual is not None:
+        program.view(place).copy_(residual)
+    program.run()
+    pictures = x.double().view(items, height, width, channels).permute(0, 3, 1, 2)
+    direct = F.conv2d(pictures, weight.double(), padding=(1, 0) if flat else 1)
+    expected = []
+    for pictured in (in_winograd(pictures, weight, dtype), direct):
+        exact = pictured.permute(0, 2, 3, 1).reshape(count, columns)
+        exact = exact + bias.double().repeat_interleave(count // len(bias), 0)
+        expected.append(exact if residual is None else exact + residual.to(dtype).double())
+    return program.view(out).clone(), *expected
+
+
+def assert_close(out: Tensor, expected: Tensor, direct: Tensor) -> None:
+    """One rounding from the formula, sums in fp32; from the convolution what the form costs."""
+
+    def error(exact: Tensor) -> float:
+        return float((out.double() - exact).norm() / exact.norm())
+
+    eps = torch.finfo(out.dtype).eps
+    assert error(expected) <= (eps / 4 if out.dtype is torch.bfloat16 else 8 * eps)
+    assert error(direct) <= (eps if out.dtype is torch.bfloat16 else 16 * eps)
+
+
+@all_dtypes
+@all_shapes
+def test_winograd_matches_a_convolution(shape, dtype, isa):  # noqa: F811
+    assert_close(*convolve(shape, dtype))
+
+
+@all_dtypes
+@all_shapes
+def test_winograd_adds_each_items_bias_and_a_residual_in_place(shape, dtype, isa):  # noqa: F811
+    items, height, width, _, columns, _ = shape
+    residual = normal(items * height * width, columns, seed=5)
+    assert_close(*convolve(shape, dtype, shared=height * width, residual=residual))
+
+
+@all_dtypes
+@all_shapes
+def test_winograd_is_the_same_on_any_number_of_threads(shape, dtype, threads):  # noqa: F811
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(convolve(shape, dtype)[0])
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+@all_dtypes
+@all_shapes
+def test_winograd_stays_within_its_memory(shape, dtype, isa):  # noqa: F811
+    """Buffers end where pages begin that nothing may touch."""
+    items, height, width, channels, columns, flat = shape
+    weight = normal(columns, channels, 3, 1 if flat else 3, seed=2)
+    x = guarded(normal(items * height * width, channels).to(dtype))
+    weights = guarded(pack_winograd(weight, None, dtype).packed)
+    bias, out = guarded(normal(columns)), guarded(normal(len(x), columns).to(dtype))
+    vfengine_native.winograd_cpu(
+        *(x.data_ptr(), weights.data_ptr(), bias.data_ptr(), 0, 0, out.data_ptr()),
+        *(out.data_ptr(), items, height, width, channels, columns, flat, NUMBERS[dtype], 2),
+    )
+    assert out.isfinite().all()
+
+
+def test_winograd_is_for_convolutions_of_middling_width():
+    def conv(inputs, outputs, kernel=(3, 3)):
+        return nn.Conv2d(inputs, outputs, kernel, device="meta")
+
+    assert takes_winograd(conv(32, 32))
+    assert takes_winograd(conv(640, 640))
+    assert takes_winograd(conv(128, 128, (3, 1)))
+    for refused in (conv(4, 64), conv(64, 4), conv(1280, 640), conv(64, 64, (3, 1))):
+        assert not takes_winograd(refused)

@@ -1,0 +1,75 @@
+"""Which row each tap of a convolution reads: the tables of a plan's products (csrc/network.h).
+
+A table is int32 [taps, pixels of the result]: a row of the same picture or clip, -1 for padding.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def _taps(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """int32 [taps, pixels] from each tap's coordinates; -1 outside of the picture."""
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return torch.where(inside, rows * width + columns, -1).flatten(1).to(torch.int32).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _table(height: int, width: int, out_height: int, out_width: int, step: float) -> Tensor:
+    """3x3 taps with padding 1 on the grid of out_height x out_width, `step` apart.
+
+    step 1: the same grid; 2: every other pixel; 0.5: of the picture enlarged to the grid by nearest
+    pixels.
+    """
+    offsets = torch.arange(3) - 1
+    y = torch.arange(out_height)[None, None, :, None] * max(1, int(step))
+    x = torch.arange(out_width)[None, None, None, :] * max(1, int(step))
+    y, x = (y + offsets[:, None, None, None]), (x + offsets[None, :, None, None])
+    y, x = (part.expand(3, 3, out_height, out_width).flatten(0, 1) for part in (y, x))
+    if step >= 1:
+        return _taps(y, x, height, width)
+    inside = (y >= 0) & (y < out_height) & (x >= 0) & (x < out_width)
+    y = torch.where(inside, y * height // out_height, -1)
+    return _taps(y, torch.where(inside, x * width // out_width, -1), height, width)
+
+
+def same(height: int, width: int) -> Tensor:
+    """3x3, stride 1."""
+    return _table(height, width, height, width, 1)
+
+
+def halved(height: int, width: int) -> Tensor:
+    """3x3, stride 2."""
+    return _table(height, width, (height + 1) // 2, (width + 1) // 2, 2)
+
+
+def doubled(height: int, width: int, out_height: int, out_width: int) -> Tensor:
+    """3x3 on the picture enlarged to out_height x out_width by nearest pixels."""
+    return _table(height, width, out_height, out_width, 0.5)
+
+
+QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
+
+
+@functools.lru_cache(maxsize=64)
+def quarter(height: int, width: int, y: int, x: int) -> tuple[Tensor, Tensor]:
+    """Of a quarter of the picture twice as large: its 2x2 taps, and where its pixels go."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    at = torch.arange(2)
+    from_rows = (rows + at[:, None] - 1 + y)[:, None, :, None].expand(2, 2, height, width)
+    from_columns = (columns + at[:, None] - 1 + x)[None, :, None, :].expand(2, 2, height, width)
+    table = _taps(from_rows.flatten(0, 1), from_columns.flatten(0, 1), height, width)
+    places = (2 * rows + y)[:, None] * 2 * width + 2 * columns + x
+    return table, places.flatten().to(torch.int32).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def neighbours(frames: int, pixels: int) -> Tensor:
+    """A pixel in the frame before, in its own and in the next: int32 [3, frames * pixels]."""
+    frame = torch.arange(frames) + (torch.arange(3) - 1)[:, None]  # [3, frames]
+    inside = ((frame >= 0) & (frame < frames))[..., None]
+    rows = frame[..., None] * pixels + torch.arange(pixels)
+    return torch.where(inside, rows, -1).flatten(1).to(torch.int32).contiguous()
