@@ -13,14 +13,21 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PAPER_LATENCY, PAPER_MEMORY = 0.425, 0.781  # VideoFusion over VDM* (arXiv 2303.08320, Table 4)
 WIDTH = 10  # inches, of 100 pixels
 COLOURS = {"bar": "#4477aa", "other": "#ccbb44", "reference": "#888888", "paper": "#cc3311"}
 
 
-def bar(axis: Axes, place: float, value: float, text: str, colour: str, limit: float) -> None:
+def bar(
+    axis: Axes,
+    place: float,
+    value: float,
+    text: str,
+    colour: str,
+    limit: float,
+    height: float = 0.8,
+) -> None:
     """A lying bar with its text at its end; one longer than `limit` is cut, and says so."""
-    axis.barh(place, min(value, limit), color=colour)
+    axis.barh(place, min(value, limit), height, color=colour)
     inside = value > 0.85 * limit
     axis.text(
         min(value, limit) + (-0.015 if inside else 0.015) * limit,

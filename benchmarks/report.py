@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import paper
 from bench_table4 import LATENCY, MEMORY, TARGETS, measure
 from harness import Row, machine, table, verdicts, write_json
 from matplotlib.axes import Axes
@@ -17,8 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from plots import (
     COLOURS,
-    PAPER_LATENCY,
-    PAPER_MEMORY,
     WIDTH,
     bar,
     finish,
@@ -30,7 +29,7 @@ from plots import (
 )
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAPER = {LATENCY: PAPER_LATENCY, MEMORY: PAPER_MEMORY}
+PAPER = {LATENCY: paper.LATENCY, MEMORY: paper.MEMORY}
 TITLES = {LATENCY: "latency per step", MEMORY: "peak memory of sampling"}
 LIMIT = 1.3  # of the bars' axis: longer ones are cut, their numbers say so
 LINES = {"#666666": 8, "#4477aa": -8}  # of VDM* and of two phases; how far up the labels, in points
