@@ -190,9 +190,16 @@ class Results:
         return [x for x in kept.values() if x["status"] == "measured" or x["run"] == latest.id]
 
     @property
-    def measured(self) -> bool:
-        """Whether any figure is there."""
-        return any(line["status"] == "measured" for run in self.runs for line in run.lines)
+    def figures(self) -> dict[Key, Line]:
+        """Every measured line that no later one replaces, by its key."""
+        lines = [line for section in self.sections for line in self.merged(section)]
+        return {key(line): line for line in lines if line["status"] == "measured"}
+
+
+def beside(figures: dict[Key, Line], line: Line, **changes: object) -> float | None:
+    """The value of the line that differs from this one in these keys alone, if it was measured."""
+    found = figures.get(key({**line, **changes}))
+    return found["value"] if found else None
 
 
 def read(path: Path | str) -> Results:
