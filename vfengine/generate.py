@@ -147,7 +147,7 @@ def _settle(
 ) -> None:
     """Fills in what was left open, so that the settings say what is done; None has no part in it.
 
-    A base network that a later batch needs is kept, and otherwise let go.
+    A base network that a later batch needs is kept; otherwise the pipeline decides.
     """
     from .windows import choose_windows
 
@@ -170,8 +170,8 @@ def _settle(
     sizes = (settings.num_frames, config.num_frames, settings.window, settings.window_overlap)
     settings.window, settings.window_overlap = choose_windows(*sizes) or (0, None)
     if settings.offload_base is None:
-        one_batch = settings.num_videos <= settings.batch_size
-        settings.offload_base = one_batch and not settings.overlap_phases
+        later = settings.num_videos > settings.batch_size
+        settings.offload_base = not settings.overlap_phases and pipe.lets_base_go(later)
 
 
 # -- sampling --------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 Two phases (vfengine/sampling.py): the base generator walks the base frame's path, at the cost of
 one image; then the residual generator makes all frames along that path. Each network's weights are
-read when its phase first needs them, and the base network leaves memory between the phases, so
-that the peak is the larger of the two and not their sum.
+read when its phase first needs them, and on a CPU the base network leaves memory between the
+phases, so that the peak is the larger of the two and not their sum (`offload_base`).
 
 States are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
 seeds and on k alone (vfengine/noise.py), never on the batch it is made in.
@@ -175,7 +175,8 @@ class VideoFusionPipeline:
                         the trained length where num_frames is larger; window=0: none
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
         offload_base:   let the base network's weights go before the residual phase, and read them
-                        again when next needed; None does so when one label is asked for
+                        again when next needed; None does so on a CPU when one label is asked for,
+                        on CUDA only where the residual network would find no room beside them
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
                         phase is "base", then "residual"; "video" for a plain video model
@@ -242,7 +243,7 @@ class VideoFusionPipeline:
                 sample_offset=base_offset, base_cache=base_cache, callback=callback,
                 timings=timings, **walk,
             )  # fmt: skip
-        if offload_base or (offload_base is None and _is_one(label)):
+        if self.lets_base_go(not _is_one(label)) if offload_base is None else offload_base:
             self._engine.release("base")
         stepwise = trajectory.base_path == "stepwise"
         path = trajectory.clean() if clean and stepwise else trajectory
@@ -386,6 +387,10 @@ class VideoFusionPipeline:
         if clips not in (1, num_clips):
             wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
             raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
+
+    def lets_base_go(self, needed_again: bool) -> bool:
+        """What offload_base=None does: `Engine.lets_base_go`."""
+        return self._engine.lets_base_go(needed_again)
 
     # -- inside ------------------------------------------------------------------------------------
 
