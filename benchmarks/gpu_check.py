@@ -135,7 +135,9 @@ class Journal:
 
     def log(self, section: str, text: bytes) -> None:
         with self._lock:
-            self._log.write(b"".join(b"[%s] %s\n" % (section.encode(), x) for x in text.split(b"\n")))
+            self._log.write(
+                b"".join(b"[%s] %s\n" % (section.encode(), x) for x in text.split(b"\n"))
+            )
 
 
 class Runner:
@@ -286,14 +288,16 @@ def chosen(only: str | None, until: str | None, folder: Path, module: Path | Non
         names = set(only.split(","))
     for name in (*names, *filter(None, [until])):
         if name not in NAMES:
-            raise ValueError(f"unknown section {name!r}, expected {FAILED} or of {', '.join(NAMES)}")
+            raise ValueError(
+                f"unknown section {name!r}, expected {FAILED} or of {', '.join(NAMES)}"
+            )
     last = SECTIONS[NAMES.index(until)].stage if until else SECTIONS[-1].stage
     if module is not None or dry:
         names.discard("build")
     else:
         names.add("build")
     wanted = [s for s in SECTIONS if s.stage <= last]
-    return [s for s in wanted if s.name in names or s.prepares and s.prepares in names]
+    return [s for s in wanted if s.name in names or (s.prepares and s.prepares in names)]
 
 
 def _unfinished(folder: Path) -> set[str]:
@@ -340,7 +344,9 @@ def run(arguments: argparse.Namespace) -> int:
             if stage == 1 and _native_failed(journal):
                 runner.environment["VFENGINE_KERNEL_BACKEND"] = "triton"
                 journal.say("a kernel in CUDA C++ failed: what follows runs Triton's")
-        after = {k: v for k, v in (facts(runner) or {}).items() if "mhz" in k or k == "temperature_c"}
+        after = {
+            k: v for k, v in (facts(runner) or {}).items() if "mhz" in k or k == "temperature_c"
+        }
         status = 1 if journal.failures else 0
         journal.write("tail", status="tail", note=json.dumps(after | {"exit_status": status}))
         journal.say(f"{journal.failures} failed, see {arguments.out / 'gpu.jsonl'}")

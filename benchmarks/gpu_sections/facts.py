@@ -58,6 +58,16 @@ def nvcc() -> str:
     return output(found, "--version").splitlines()[-1]
 
 
+def commit() -> dict[str, object]:
+    """Of git; where the sources came without it, of VFENGINE_COMMIT."""
+    if given := os.environ.get("VFENGINE_COMMIT"):
+        return {"commit": given, "dirty": None}
+    return {
+        "commit": or_none(lambda: output("git", "rev-parse", "--short", "HEAD")),
+        "dirty": or_none(lambda: bool(output("git", "status", "--porcelain", "-uno"))),
+    }
+
+
 def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -77,8 +87,7 @@ def main() -> int:
         "python": platform.python_version(),
         "cpu": or_none(cpu),
         "cores": os.cpu_count(),
-        "commit": or_none(lambda: output("git", "rev-parse", "--short", "HEAD")),
-        "dirty": or_none(lambda: bool(output("git", "status", "--porcelain", "-uno"))),
+        **commit(),
         **(or_none(nvml) or {}),
     }
     if not DRY:

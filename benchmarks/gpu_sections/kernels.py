@@ -15,9 +15,9 @@ import bench_remove_base
 import torch
 from bench_residual_step import with_randn
 from clips import Clip, algorithm_2, algorithm_2_into, check, clip_of
-from gpu_sections import BACKENDS, DEVICE, DRY, guarded, timed
 from torch import Tensor
 
+from gpu_sections import BACKENDS, DEVICE, DRY, guarded, timed
 from vfengine import ops
 
 SHAPES = [(1, 4, 3, 8, 8)] if DRY else [(1, 64, 3, 512, 512), (1, 16, 3, 64, 64)]
@@ -61,7 +61,11 @@ def residual_steps(case: str, clips: list[Clip], dtype: str) -> None:
 
     def step(clip: Clip, backend: str, kind: str) -> Callable[[], Tensor]:
         u = clip.z.clone()
-        options = {"plain": {}, "guided": {"r_uncond": clip.r_uncond, **GUIDED}, "drawn": {"seed": 1}}
+        options = {
+            "plain": {},
+            "guided": {"r_uncond": clip.r_uncond, **GUIDED},
+            "drawn": {"seed": 1},
+        }
         place = (*clip.table, clip.noisy if kind == "drawn" else clip.quiet)
         return lambda: ops.residual_step(
             u, clip.r, clip.b, *place, **options[kind], backend=backend

@@ -5,8 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import peak_memory
-from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
 from table4_models import INTERLEAVED, TWO_PHASE, VDM
+
+from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
 
 SIZES = ("paper", "large", "default")
 NAMES = (VDM, INTERLEAVED, TWO_PHASE)

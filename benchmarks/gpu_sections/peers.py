@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
-from gpu_sections.table4 import seconds
 from table4_models import SCHEDULE, Networks, make_noise, size
 from torch import Tensor, nn
+
+from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
+from gpu_sections.table4 import seconds
 
 STEPS = 2 if DRY else 10
 ROUNDS = 5

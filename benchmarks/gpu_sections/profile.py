@@ -9,10 +9,10 @@ import re
 from collections import defaultdict
 
 import torch
-from gpu_sections import DEVICE, DRY, emit, guarded
 from table4_models import LAM, SCHEDULE, Networks, make_noise, size
 from torch.profiler import ProfilerActivity
 
+from gpu_sections import DEVICE, DRY, emit, guarded
 from vfengine.loops import BaseLoop, Loop, ResidualLoop, VideoLoop
 from vfengine.solvers import solver_table
 
@@ -49,9 +49,7 @@ def short(name: str) -> str:
 def main() -> None:
     for name in SIZES[:1] if DRY else SIZES:
         with guarded(name), torch.inference_mode():
-            networks = Networks(
-                size("tiny" if DRY else name), DEVICE, torch.bfloat16, keep=True
-            )
+            networks = Networks(size("tiny" if DRY else name), DEVICE, torch.bfloat16, keep=True)
             for network, (loop, start) in loops(networks).items():
                 with guarded(f"{name}, {network}", graph=True, dtype="bf16"):
                     step = loop.stepper(capture=True)

@@ -13,19 +13,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_sections import BACKENDS, DEVICE, emit, verdict
+from gpu_sections import BACKENDS, DEVICE, DRY, emit, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE, TRITON = BACKENDS
-RUNS = [(tool, NATIVE) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
-RUNS += [("memcheck", TRITON)]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+RUNS = [(tool, NATIVE, "race") for tool in TOOLS] + [("memcheck", TRITON, "gpu")]  # of SETS
 FOUND = 86  # the exit status that says that the tool found something
 
 
-def run(tool: str, backend: str) -> None:
+def run(tool: str, backend: str, shapes: str) -> None:
     command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=_kernel"]
     command += ["--error-exitcode", str(FOUND), sys.executable, "tests/kernel_cases.py", backend]
-    command += ["--shapes", "race", "--device", DEVICE]
+    command += ["--shapes", shapes, "--device", DEVICE]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -44,8 +44,9 @@ def main() -> None:
     if shutil.which("compute-sanitizer") is None:
         emit("compute-sanitizer", status="unavailable", note="compute-sanitizer is not on PATH")
         return
-    with ThreadPoolExecutor(len(RUNS)) as pool:
-        list(pool.map(lambda pair: run(*pair), RUNS))
+    runs = [("memcheck", NATIVE, "small")] if DRY else RUNS
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(lambda these: run(*these), runs))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from clips import check, clip_of
-from gpu_sections import BACKENDS, DEVICE, guarded, verdict
 from network_cases import verify
 from torch import Tensor
 
+from gpu_sections import BACKENDS, DEVICE, guarded, verdict
 from vfengine import ops
 
 SHAPE = (2, 5, 3, 10, 14)  # no whole number of vectors, frames or blocks
@@ -40,17 +40,13 @@ def step_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[], T
             ops.remove_base_reference(z, b, *levels),
         ),
         "decomposed_noise": (
-            lambda: ops.decomposed_noise(
-                torch.empty_like(clip.z), 0, 1, clip.lam, backend=backend
-            ),
+            lambda: ops.decomposed_noise(torch.empty_like(clip.z), 0, 1, clip.lam, backend=backend),
             ops.decomposed_noise_reference(SHAPE, 0, 1, clip.lam.cpu()).to(DEVICE),
         ),
     }
 
 
-def network_ops(
-    dtype: torch.dtype, backend: str
-) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
+def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
     """The same; those that have a kernel of this backend."""
     random = torch.Generator(DEVICE).manual_seed(0)
 

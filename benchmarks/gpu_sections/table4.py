@@ -10,7 +10,6 @@ import statistics
 import time
 
 import torch
-from gpu_sections import DEVICE, DRY, emit, guarded
 from table4_models import (
     BASE_KEPT,
     INTERLEAVED,
@@ -24,6 +23,7 @@ from table4_models import (
     size,
 )
 
+from gpu_sections import DEVICE, DRY, emit, guarded
 from vfengine.decompose import decomposed_noise
 
 CASES = (  # size, clips, steps with graphs off and on
