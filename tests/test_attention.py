@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import audit
-from kernel_cases import no_gpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -169,27 +168,6 @@ def test_auto_on_cpu_keeps_the_bits_of_earlier_releases(batch, dtype, biased, ke
     bias = None if bias is None else bias.float()  # a parameter under autocast
     assert torch.equal(attend(q, k, v, bias), earlier(q, k, v, bias))
     assert not flash_calls
-
-
-@no_gpu
-@pytest.mark.parametrize("backend", ["math", "sdpa"])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attend_matches_formula_on_gpu(shape, dtype, biased, backend):
-    arguments = inputs(*SHAPES[shape], dtype, biased=biased, device="cuda")
-    check_accuracy(attend(*arguments, backend=backend), arguments)
-
-
-@no_gpu
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_flash_matches_formula_on_gpu(shape, dtype, monkeypatch):
-    monkeypatch.delitem(sys.modules, "flash_attn")
-    forget()
-    pytest.importorskip("flash_attn", reason="the extra flash is missing")
-    arguments = inputs(*SHAPES[shape], dtype, device="cuda")
-    check_accuracy(attend(*arguments, backend="flash"), arguments)
 
 
 # -- choices ---------------------------------------------------------------------------------------
