@@ -171,7 +171,7 @@ def summary(settings: argparse.Namespace, pipe: VideoFusionPipeline, run: Run) -
     seconds = ", ".join(f"{said} {run.timings[name]:.1f} s" for said, name in times.items())
     return (
         f"{names}: {frames}, {settings.num_inference_steps} steps, "
-        f"{run.timings['total']:.1f} s ({seconds})"
+        f"{settings.dtype} on {settings.device}, {run.timings['total']:.1f} s ({seconds})"
     )
 
 
