@@ -50,9 +50,9 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
     CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
     CPU:  where plans multiply it with AVX512_BF16 (vfengine/models/planned.py): both phases of the
-          default clip take 2.5 s instead of 4.3 on one core of a busy AMD EPYC (Zen 4). Not on Intel's
-          CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead of 2.5.
-          For plans that use AMX this must be measured again.
+          default clip take 2.5 s instead of 4.3 on one core of a busy AMD EPYC (Zen 4). Not on
+          Intel's CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead
+          of 2.5. For plans that use AMX this must be measured again.
 
     (`OMP_NUM_THREADS=1 python -m vfengine.generate --label walk --dtype ...`, medians of 3)
     """
