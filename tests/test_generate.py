@@ -144,6 +144,7 @@ def test_json_is_one_complete_line(cli, tiny_checkpoint):
     assert set(record["timings"]) == {"startup", "load", "base", "residual", "write", "total"}
     assert 0 < record["timings"]["startup"] < record["timings"]["total"]
     assert record["peak_memory"]["process"] > 1e7
+    assert set(record["peak_memory"]) == {"process", "cuda", "cuda_reserved"}
     assert record["settings"]["num_frames"] == 4
     assert record["settings"]["fps"] == 8.0
     assert record["settings"]["base_path"] == "stepwise"
