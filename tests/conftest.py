@@ -17,6 +17,9 @@ from vfengine.schedule import NoiseSchedule
 
 TINY_LABELS = ("cartwheel", "jump", "walk")
 
+# Of a pipeline whose pixels are compared: what "auto" chooses depends on the machine.
+ON_CPU = {"device": "cpu", "dtype": torch.float32}
+
 
 def tiny_config(**changes) -> CheckpointConfig:
     """4 frames of 16 x 16, three labels; both UNets have two levels of 16 channels."""

@@ -10,6 +10,7 @@ import pytest
 import test_engine
 import test_generate
 import tqdm
+from conftest import ON_CPU
 from PIL import Image
 
 import vfengine as vf
@@ -232,7 +233,7 @@ def test_a_picture_is_animated(cli, clean_checkpoint, picture):
     clip = frames_of("c.webp")
     assert np.array_equal(clip[2], pixels)
     assert not np.array_equal(clip[1], pixels)
-    pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     out = pipe("walk", image=Image.open(file), num_inference_steps=int(STEPS), residual_seed=4)
     assert np.array_equal(clip, to_uint8(out.frames)[0])
 
@@ -265,7 +266,7 @@ def test_pictures_that_cannot_be_animated(cli, clean_checkpoint, picture):
 
 
 def test_windows(cli, tiny_checkpoint):
-    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     made = set()
     for flags, window, overlap in (
         ([], 4, 3),
@@ -352,7 +353,7 @@ def test_no_capture(cli, monkeypatch):
 @pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
 def test_multistep_solvers(cli, tiny_checkpoint, solver):
     assert cli(*WALK, "--solver", solver, "--output", "c.webp")[0] == 0
-    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     out = pipe("walk", num_inference_steps=int(STEPS), solver=solver)
     assert np.array_equal(frames_of("c.webp"), to_uint8(out.frames)[0])
 
@@ -367,7 +368,7 @@ def test_a_plain_video_model_is_sampled(cli, video_checkpoint):
     for name in ("base_path", "window", "offload_base"):
         assert record["settings"][name] is None
     assert record["timings"]["base"] == 0.0 < record["timings"]["residual"]
-    pipe = vf.VideoFusionPipeline.from_pretrained(video_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(video_checkpoint, **ON_CPU)
     out = pipe("walk", num_inference_steps=int(STEPS), residual_seed=4)
     assert np.array_equal(frames_of("c.webp"), to_uint8(out.frames)[0])
     status, out, _ = cli(*plain, "--num-videos", 2, "--num-frames", 3, model=video_checkpoint)

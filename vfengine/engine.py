@@ -344,21 +344,3 @@ class Engine:
 def no_time() -> dict[str, float]:
     """Timings of a call that has not begun."""
     return {"load": 0.0, "base": 0.0, "residual": 0.0}
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, once it is known to be there; ValueError when it is not."""
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"unknown device {device!r}, expected cpu, cuda or cuda:<index>"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} is not supported, expected cpu or cuda")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            found = f"{count} CUDA devices" if count else "no CUDA device"
-            raise ValueError(f"device {str(device)!r} asked for, but torch finds {found} here")
-    return device

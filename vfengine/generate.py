@@ -72,17 +72,21 @@ def generate(settings: argparse.Namespace, run: Run) -> None:
 
 
 def _open_pipeline(settings: argparse.Namespace) -> VideoFusionPipeline:
+    """The pipeline; settings then name the device and dtype that were chosen."""
     import torch
 
     from .pipeline import VideoFusionPipeline
 
-    return VideoFusionPipeline.from_pretrained(
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    pipe = VideoFusionPipeline.from_pretrained(
         settings.model,
         device=settings.device,
-        dtype=getattr(torch, settings.dtype),
+        dtype=dtype,
         capture=not settings.no_capture,
         base_unet=settings.base_unet,
     )
+    settings.device, settings.dtype = str(pipe.device), str(pipe.dtype).removeprefix("torch.")
+    return pipe
 
 
 def _check_model(settings: argparse.Namespace, pipe: VideoFusionPipeline) -> None:

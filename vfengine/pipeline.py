@@ -25,9 +25,10 @@ from torch import Tensor
 from .base_cache import cached_path
 from .checkpoint import DEFAULT, CheckpointConfig, read_config
 from .decompose import Lam, base_noise, frame_weights, residual_noise
-from .engine import Asked, Engine, no_time, usable_device
+from .devices import AUTO, chosen_device, chosen_dtype, usable_device
+from .engine import Asked, Engine, no_time
 from .loops import Callback
-from .models import UNet
+from .models import PlannedUNet, UNet
 from .noise import check_seed
 from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
 from .pretrained import PretrainedBase, pretrained_base
@@ -37,7 +38,6 @@ from .windows import choose_windows
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GUIDANCE_SCALE = 100.0
 
 
@@ -87,21 +87,25 @@ class VideoFusionPipeline:
         cls,
         path: str | Path | None = None,
         *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = AUTO,
+        dtype: torch.dtype | str = AUTO,
         capture: bool = True,
-        base_unet: str | Path | UNet | None = None,
+        base_unet: str | Path | UNet | PlannedUNet | None = None,
         base_prediction_type: str | None = None,
     ) -> VideoFusionPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
-        device:  "cpu", "cuda" or "cuda:<index>"
-        dtype:   of weights and activations: float32, bfloat16 or float16
+        device:  "cpu", "cuda" or "cuda:<index>"; "auto" is CUDA where torch can use it, else the
+                 CPU
+        dtype:   of weights and activations: float32, bfloat16 or float16; "auto" is bfloat16 where
+                 that is faster (vfengine/devices.py), else float32. On CUDA float32 is no TF32, in
+                 convolutions either, unless torch.set_float32_matmul_precision allows it
         capture: on CUDA, replay each phase's step from a graph, which later calls use again if only
                  noise, seeds (where η = 0) and labels differ; it goes with its network
                  (offload_base). Has no meaning on a CPU
         base_unet: an image UNet that walks the base path in place of the checkpoint's own network:
-                 a source of `models.load_unet`, or a UNet of this device and dtype. It must fit the
+                 a source of `models.load_unet`, or a UNet of this device and dtype (which "auto"
+                 then stands for). It must fit the
                  clips' channels and the noise schedule; one that needs a context (a prompt) is
                  refused, and one without classes leaves labels to the residual network
         base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
@@ -111,10 +115,13 @@ class VideoFusionPipeline:
         for a device, dtype or base_unet that cannot be used. The weights are read by the first
         call, but those of a base_unet at once, for their SHA-256.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+        if isinstance(base_unet, (UNet, PlannedUNet)):
+            device = next(base_unet.parameters()).device if device == AUTO else device
+            dtype = base_unet.dtype if dtype == AUTO else dtype
+        device = chosen_device(device)
+        dtype = chosen_dtype(dtype, device)
         folder = DEFAULT if path is None else Path(path)
-        config, device = read_config(folder), usable_device(device)
+        config = read_config(folder)
         if base_unet is None:
             if base_prediction_type is not None:
                 raise ValueError("base_prediction_type is that of a base_unet, and none is given")
