@@ -35,7 +35,8 @@ def pytest_pyfunc_call(pyfuncitem):
     timeout = f"faulthandler_timeout={SECONDS - 30}"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", timeout]
     # What this process imports from, xdist's workers and `python -m pytest` included.
-    env = {"PYTHONPATH": os.pathsep.join(sys.path), "VFENGINE_TEST_ALONE": "1"}
+    path = os.pathsep.join(sys.path)
+    env = {"PYTHONPATH": path, "VFENGINE_TEST_ALONE": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"{ROOT}/{pyfuncitem.nodeid}"],
         cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=SECONDS,

@@ -19,6 +19,7 @@ from vfengine.loops import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoL
 from vfengine.ops import residual_step
 from vfengine.pipeline import VideoFusionPipeline
 from vfengine.solvers import solver_table
+from vfengine.windows import windowed
 
 from .graphs import assert_same, in_a_graph
 
@@ -26,7 +27,7 @@ STEPS = 6
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"fp32": FP32, "bf16": BF16}
 TOLERANCES = {FP32: 1e-4, BF16: 0.05}  # of states of about 1, after some steps of a network
-PHASES = ("base", "residual", "clean", "interleaved", "video")
+PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
 LOOPS = [
     *((phase, "ddim", dtype) for phase in PHASES for dtype in DTYPES),
     *((phase, solver, "bf16") for phase in PHASES for solver in ("ddpm", "unipc")),
@@ -112,6 +113,8 @@ def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Modu
             random = torch.Generator().manual_seed(1)
             states = torch.randn(STEPS + 1, 2, 3, 16, 16, generator=random).to(device)
             clean = phase == "clean"
+            if phase == "windows":
+                models = [windowed(*models, 4, 3, lam=0.5, device=device)]
             loop = ResidualLoop(
                 *models, noise.residual, states, table, clean=clean, lam=0.5, seed=3
             )
@@ -240,6 +243,33 @@ def test_whole_clips_are_the_same_in_all_forms(dtype, device, captures):
             made = captures["graphs"] - before
             assert seed == 3 or made == 0, f"{form}: the second seed captured {made} graphs"
     assert captures["graphs"] >= 2 or device == "cpu"
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_graphs_go_with_the_precision_they_were_captured_in(tf32, device):
+    """A switch that chooses other algorithms for convolutions is seen by the next call."""
+    forms = {capture: pipeline(device, FP32, capture) for capture in (False, True)}
+    clips = {}
+    for allowed in (tf32, not tf32):
+        torch.backends.cudnn.allow_tf32 = allowed
+        for capture, pipe in forms.items():
+            clips[allowed, capture] = sample(pipe, 0)
+    apart = (clips[True, False] - clips[False, False]).abs().max().item()
+    assert apart > 0 or device == "cpu", "TF32 makes no difference here"
+    for allowed in (False, True):
+        out, expected = clips[allowed, True], clips[allowed, False]
+        assert_same(out, expected, apart / 4, f"allow_tf32={allowed}")
+
+
+def test_other_graphs_beside_a_pipeline_s(device, alone):
+    """A pipeline captures in inference mode, and keeps its graphs; others may not be in it."""
+    pipe = pipeline(device, BF16, capture=True)
+    clip = sample(pipe, 0)
+    loop = StepLoop(device, "triton" if device == "cuda" else "cpu")
+    plain = loop.run(loop.advance)
+    loop.step.zero_()
+    assert torch.equal(loop.run(in_a_graph(loop.advance, device)), plain)
+    assert torch.equal(sample(pipe, 0), clip)
 
 
 def test_new_weights_are_never_sampled_with_an_old_graph(device, tiny_checkpoint):
