@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 
 for name in ("av", "diffusers", "openvino", "flash_attn", "pybullet", "hypothesis", "matplotlib"):
     sys.modules[name] = None  # `import` raises ModuleNotFoundError, find_spec returns None
@@ -23,6 +24,7 @@ from vfengine import ops  # noqa: E402
 DRY = os.environ.get("VFENGINE_TEST_DEVICE") == "cpu"
 IN_PLACE = {"residual_step": "u", "decomposed_step": "z", "remove_base": "z"}
 specialisations: set = set()
+lock = threading.Lock()  # of the environment: overlapped phases run in two threads
 
 
 def count_instead_of_compiling(self, key, *_):
@@ -37,11 +39,12 @@ def stand_in(name: str, kernels: tuple[str, ...]):
     @functools.wraps(op)
     def call(*arguments, backend="auto", **options):
         if backend == "triton" or (backend == "auto" and "cuda" not in kernels):
-            os.environ["TRITON_INTERPRET"] = "1"  # lets CPU tensors through
-            try:
-                op(*arguments, backend="triton", **options)
-            finally:
-                del os.environ["TRITON_INTERPRET"]
+            with lock:
+                os.environ["TRITON_INTERPRET"] = "1"  # lets CPU tensors through
+                try:
+                    op(*arguments, backend="triton", **options)
+                finally:
+                    del os.environ["TRITON_INTERPRET"]
         try:
             backend = "cpu" if backend in ("cuda", "triton") else backend
             return op(*arguments, backend=backend, **options)

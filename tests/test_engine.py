@@ -10,12 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, TINY_LABELS, save_tiny, tiny_config
+from conftest import ON_CPU, TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
-from vfengine.checkpoint import build_video, save_checkpoint
-from vfengine.models import vdm_config
 from vfengine.pictures import read_picture, to_network, to_uint8
 from vfengine.pipeline import VideoFusionPipeline
 from vfengine.sampling import sample_video
@@ -31,23 +29,6 @@ def pipe(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def clean_checkpoint(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("models") / "clean", base_path="clean")
-
-
-@pytest.fixture(scope="module")
-def video_checkpoint(tmp_path_factory):
-    """A VDM*, its zero-initialised layers filled at random."""
-    config = tiny_config(
-        base=None, residual=None, lam=None, base_path="stepwise",
-        video=vdm_config(tiny_config().base),
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    state = build_video(config).unet.state_dict()
-    for weight in state.values():
-        if weight.ndim > 1:
-            weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
-    folder = tmp_path_factory.mktemp("models") / "vdm"
-    save_checkpoint(folder, config, state, dtype=torch.float32)
-    return folder
 
 
 def call(pipe, label="walk", **settings):
@@ -406,8 +387,8 @@ def test_overlapped_phases_give_the_same_clip(pipe, settings):
 # -- plain video models ----------------------------------------------------------------------------
 
 
-def test_a_plain_video_model_is_sampled_by_the_same_call(video_checkpoint):
-    pipe = VideoFusionPipeline.from_pretrained(video_checkpoint, **ON_CPU)
+def test_a_plain_video_model_is_sampled_by_the_same_call(tiny_video_checkpoint):
+    pipe = VideoFusionPipeline.from_pretrained(tiny_video_checkpoint, **ON_CPU)
     steps = []
     out = call(pipe, guidance_scale=1.0, callback=lambda *step: steps.append(step))
     assert out.trajectory is None
@@ -439,8 +420,8 @@ def test_a_plain_video_model_is_sampled_by_the_same_call(video_checkpoint):
         {"num_residuals": 2},
     ],
 )
-def test_a_plain_video_model_refuses_what_needs_a_base_path(video_checkpoint, setting):
-    pipe = VideoFusionPipeline.from_pretrained(video_checkpoint, **ON_CPU)
+def test_a_plain_video_model_refuses_what_needs_a_base_path(tiny_video_checkpoint, setting):
+    pipe = VideoFusionPipeline.from_pretrained(tiny_video_checkpoint, **ON_CPU)
     with pytest.raises(ValueError, match=f"has no base path, so it takes no {next(iter(setting))}"):
         call(pipe, **setting)
     with pytest.raises(ValueError, match="has no base path"):

@@ -8,7 +8,7 @@ from test_attention import SHAPES, VARIABLE, check_accuracy, forget, inputs
 
 from vfengine.models.attention import _MAX_BATCH, attend
 
-DTYPES = [torch.float32, torch.bfloat16]
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 BEYOND = (5, _MAX_BATCH // 5 + 1, 1, 2, 8)  # more than fused kernels count
 
 
@@ -18,16 +18,16 @@ def no_variable(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False], ids=["biased", "plain"])
+@all_dtypes
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attend_matches_formula(shape, dtype, biased, backend, device):
     arguments = inputs(*SHAPES[shape], dtype, biased=biased, device=device)
     check_accuracy(attend(*arguments, backend=backend), arguments)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False], ids=["biased", "plain"])
+@all_dtypes
 def test_batches_beyond_what_fused_kernels_count(dtype, biased, device):
     arguments = inputs(BEYOND, 2, dtype, biased=biased, device=device)
     check_accuracy(attend(*arguments, backend="sdpa"), arguments)

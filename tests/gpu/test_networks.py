@@ -51,7 +51,7 @@ def test_bf16_network_errs_as_the_plain_one(name, device, monkeypatch):
     assert fused <= 1.5 * plain, f"{fused:.3g}, PyTorch {plain:.3g}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_bits_at_every_call(name, dtype, device):
     network = load(name, device, dtype)
