@@ -65,20 +65,18 @@ SECTIONS = (
     Section("build", 0, 70, 200, checks=True),
     Section("ceilings", 0, 10, 40),
     Section("smoke", 1, 20, 60, checks=True),
-    Section("tests", 2, 60, 120, checks=True),
-    Section("sanitizers", 2, 60, 120, checks=True),
+    Section("tests", 2, 60, 170, checks=True),
+    Section("sanitizers", 2, 60, 170, checks=True),
     Section("memory", 2, 60, 120),
-    Section("prepare kernels", 2, 30, 110, prepares="kernels"),
-    Section("prepare network_ops", 2, 30, 110, prepares="network_ops"),
-    Section("prepare peers", 2, 60, 110, prepares="peers"),
+    Section("prepare peers", 2, 60, 120, prepares="peers"),
     Section("kernels", 3, 30, 80),
     Section("capture", 4, 25, 60),
     Section("table4", 5, 70, 130),
-    Section("network_ops", 6, 25, 70),
-    Section("profile", 7, 25, 60),
-    Section("counters", 8, 30, 70),
-    Section("peers", 9, 60, 120),
-    Section("variants", 10, 40, 90),
+    Section("network_ops", 6, 45, 90),
+    Section("profile", 7, 15, 60),
+    Section("counters", 8, 15, 70),
+    Section("variants", 9, 40, 90),
+    Section("peers", 10, 40, 240),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 
@@ -255,6 +253,8 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
     elif former := os.environ.get("PYTHONPATH"):
         paths.append(former)
     values = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
+    values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
     if dry:
         tools = str(ROOT / "tests" / "gpu_tools")  # stand-ins for ncu and compute-sanitizer
         values |= {

@@ -11,7 +11,7 @@ from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
 
 SIZES = ("paper", "large", "default")
 NAMES = (VDM, INTERLEAVED, TWO_PHASE)
-AT_ONCE = 1 if DRY else 4  # processes that share the card
+AT_ONCE = 1 if DRY else 6  # processes that share the card
 GIB = 1024  # MiB
 
 
@@ -41,15 +41,16 @@ def main() -> None:
 
 
 def report(case: str, found: peak_memory.Peak, vdm: peak_memory.Peak | None, **place) -> None:
-    for metric in ("resident",) if DRY else ("allocated", "reserved", "driver"):
-        value = getattr(found, metric)
+    kinds = {"allocated": "allocated", "reserved": "reserved", "driver": "driver, afterwards"}
+    for kind, metric in {"resident": "resident"}.items() if DRY else kinds.items():
+        value = getattr(found, kind)
         if value is None:
             note = "NVML does not tell processes apart here"
             emit(case, metric=metric, status="unavailable", note=note, **place)
             continue
         emit(case, metric=metric, value=value / GIB, unit="GiB", **place)
-        if vdm is not None and getattr(vdm, metric):
-            ratio = value / getattr(vdm, metric)
+        if vdm is not None and getattr(vdm, kind):
+            ratio = value / getattr(vdm, kind)
             emit(case, metric=f"{metric} / VDM*", value=ratio, **place)
 
 

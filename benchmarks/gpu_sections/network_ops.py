@@ -35,11 +35,11 @@ def main() -> None:
                 calls, exact, moved = bench.contenders(case)
                 if DRY:
                     calls.pop("compiled", None)
-                right = {}
+                right, peer = {}, calls["eager"]()
                 for name, call in calls.items():
                     name = backend if name == op else name
                     with guarded(here, contender=name, dtype=dtype):
-                        verify(here, call(), exact)
+                        verify(here, call(), exact, peer)
                         right[name] = call
                 timed(here, right, moved_bytes=moved, dtype=dtype)
             with contextlib.suppress(AttributeError):

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
 from gpu_sections.table4 import seconds
 
+Way = Callable[[nn.Module, Tensor], Callable[[], object]]  # network and noise to one step's call
+
 STEPS = 2 if DRY else 10
 ROUNDS = 5
-VDM = "VDM*, plain PyTorch"
-CASES = (  # size, network, its name
-    ("large", "peer", "diffusers UNet3D"),
-    ("large", "video", "VDM*"),
-    ("default", "video", "VDM*"),
-    ("default", "base", "base network"),
+CASES = (  # size, network, its name, ways: compiling takes longest, diffusers' above all
+    ("large", "peer", "diffusers UNet3D", ("eager", "captured")),
+    ("large", "video", "VDM*", ("eager", "captured")),
+    ("default", "video", "VDM*", ("eager", "captured", "compiled")),
+    ("large", "video", "VDM*", ("compiled",)),
+    ("large", "peer", "diffusers UNet3D", ("compiled",)),
 )
 
 
@@ -44,24 +46,20 @@ class Step(nn.Module):
 
 
 def main() -> None:
-    for size_name, network, name in CASES:
+    for size_name, network, name, ways in CASES:
+        if PREPARE and "compiled" not in ways:
+            continue
         case = f"{size_name}, 1 clip"
         shape = size("tiny" if DRY else size_name)
         with guarded(case, contender=name, dtype="bf16"), torch.no_grad():
             networks = Networks(shape, DEVICE, torch.bfloat16, keep=True)
             noise = make_noise(shape, DEVICE, clips=1)
-            z = noise.base if network == "base" else noise.clip
             model = networks(network)
             channels_last(model)
             step = Step(model).to(DEVICE).eval()
-            ways: dict[str, Callable[[], Callable[[], object]]] = {
-                "compiled": lambda step=step, z=z: compiled(step, z),
-                "eager": lambda step=step, z=z: eager(step, z),
-                "captured": lambda step=step, z=z: captured(step, z),
-            }
-            for way, make in ways.items():
+            for way in ways if not PREPARE else ("compiled",):
                 with guarded(case, contender=f"{name}, {way}", dtype="bf16"):
-                    measure(case, f"{name}, {way}", make, way != "eager")
+                    measure(case, f"{name}, {way}", WAYS[way], step, noise.clip)
 
 
 def channels_last(model: nn.Module) -> None:
@@ -106,11 +104,15 @@ def compiled(step: nn.Module, z: Tensor) -> Callable[[], object]:
     return call
 
 
-def measure(case: str, name: str, make: Callable[[], Callable[[], object]], graph: bool) -> None:
+WAYS = {"eager": eager, "captured": captured, "compiled": compiled}
+
+
+def measure(case: str, name: str, way: Way, step: nn.Module, z: Tensor) -> None:
     if not DRY:
+        torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    call = make()
+    call = way(step, z)
     first = seconds(call)
     if PREPARE:
         return
@@ -118,7 +120,7 @@ def measure(case: str, name: str, make: Callable[[], Callable[[], object]], grap
         call()
     times = [seconds(lambda: [call() for _ in range(STEPS)]) / STEPS * 1e3 for _ in range(ROUNDS)]
     median = statistics.median(times)
-    place = {"dtype": "bf16", "graph": graph, "n": ROUNDS}
+    place = {"dtype": "bf16", "graph": way is not eager, "n": ROUNDS}
     emit(case, name, "per step", median, "ms", spread=(max(times) - min(times)) / median, **place)
     emit(case, name, "first call", first, "s", **place)
     if not DRY:

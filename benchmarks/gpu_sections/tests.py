@@ -1,4 +1,4 @@
-"""pytest tests/gpu, in parallel; a line for every test that fails."""
+"""pytest tests/gpu, in parallel; a line for every test that fails, as soon as it has."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from gpu_sections import DRY, emit, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 10
+RESULT = re.compile(
+    r"\b(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|(tests/.+?) (PASSED|FAILED|ERROR)"
+)
+SUMMARY = re.compile(r"(?:FAILED|ERROR) (tests/.+?) - (.+)")
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-rfE", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "--color=no", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-v", "-rfE", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "--color=no", "-W", "ignore", "--durations=15"]
     if importlib.util.find_spec("xdist") and not DRY:
         command += ["-n", str(WORKERS)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, file=sys.stderr)
-    counts = {
-        what: int(number)
-        for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last(done.stdout))
-    }
+    pytest = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    told, line = "", ""
+    for line in pytest.stdout:
+        print(line, end="", file=sys.stderr, flush=True)
+        if summary := SUMMARY.match(line):  # after all, with the reason
+            verdict(summary[1], False, summary[2], contender="pytest")
+        elif result := RESULT.search(line):
+            if "FAILED" in result.groups() or "ERROR" in result.groups():
+                verdict(result[2] or result[3], False, contender="pytest")
+        if re.match(r"=+ .* in [\d.]+s", line):
+            told = line.strip().strip("= ")
+    status = pytest.wait()
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", told)}
     for what in ("passed", "failed", "skipped"):
         emit("tests/gpu", "pytest", what, counts.get(what, 0))
-    for line in done.stdout.splitlines():
-        if match := re.match(r"(?:FAILED|ERROR) (\S+)(?: - (.*))?", line):
-            verdict(match[1], False, match[2] or "", contender="pytest")
     wanted = "skipped" if DRY else "passed"  # without a GPU every test says so
-    passed = done.returncode == 0 and counts.get(wanted, 0) > 0
-    note = last(done.stdout) or f"exit status {done.returncode}"
-    verdict("tests/gpu", passed, note, contender="pytest")
-
-
-def last(output: str) -> str:
-    lines = output.strip().splitlines()
-    return lines[-1].strip("= ") if lines else ""
+    passed = status == 0 and counts.get(wanted, 0) > 0
+    verdict("tests/gpu", passed, told or f"exit status {status}", contender="pytest")
 
 
 if __name__ == "__main__":
