@@ -1,7 +1,7 @@
 """Builds vfengine_native, the compiled half of vfengine, with CMake; the rest is in pyproject.toml.
 
 VFENGINE_CUDA=auto|on|off: CUDA kernels when nvcc is found (auto, the default), always, or never.
-VFENGINE_ISAS=all|avx2,avx512: the CPU kernels' instruction sets, beside baseline; fewer build faster.
+VFENGINE_ISAS=all|avx2,avx512: instruction sets of the CPU kernels, beside baseline.
 """
 
 import os

@@ -15,6 +15,7 @@ alone: 0 nothing was found wrong, 1 something was, 2 no NVIDIA GPU that torch ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -211,10 +212,8 @@ class Runner:
 
     def kill(self, process: subprocess.Popen) -> None:
         """The process and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         self._running.discard(process)
 

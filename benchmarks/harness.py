@@ -260,10 +260,13 @@ def _capture(contender: Contender, calls: int) -> torch.cuda.CUDAGraph:
     inference = torch.is_inference_mode_enabled()
     graph = torch.cuda.CUDAGraph()
     # A capture begun in inference mode would leave torch's random generators in it.
-    with torch.inference_mode(False), torch.cuda.graph(graph, stream=stream):
-        with torch.inference_mode(inference):
-            for _ in range(calls):
-                contender()
+    with (
+        torch.inference_mode(False),
+        torch.cuda.graph(graph, stream=stream),
+        torch.inference_mode(inference),
+    ):
+        for _ in range(calls):
+            contender()
     return graph
 
 

@@ -1,4 +1,4 @@
-"""The shipped model's clip, 50 steps, as a user asks for it: plain, captured, overlapped, K motions.
+"""The shipped model's clip, 50 steps, as users ask for it: plain, captured, overlapped, K of one.
 
 The same clip is expected of the first three: bit for bit in all likelihood, though libraries may
 choose by stream; the largest difference is told, and is a failure above what bf16 explains. The

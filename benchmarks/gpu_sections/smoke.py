@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from clips import check, clip_of
-from network_cases import verify
 from torch import Tensor
 
 from gpu_sections import BACKENDS, DEVICE, guarded, verdict
@@ -14,6 +13,13 @@ from vfengine import ops
 
 SHAPE = (2, 5, 3, 10, 14)  # no whole number of vectors, frames or blocks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def roughly(name: str, out: Tensor, exact: Tensor) -> None:
+    """ValueError beyond 16 roundings of the largest value: another function, not another order."""
+    error = (out.to(exact.dtype) - exact).abs().max()
+    if not error <= 16 * exact.abs().max() * torch.finfo(out.dtype).eps:
+        raise ValueError(f"{name} is off by {error:.3g}")
 
 
 def step_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
@@ -90,7 +96,7 @@ def main() -> None:
     for name, dtype in DTYPES.items():
         for backend in BACKENDS:
             place = {"contender": backend, "dtype": name}
-            for make, right in ((step_ops, check), (network_ops, verify)):
+            for make, right in ((step_ops, check), (network_ops, roughly)):
                 with guarded(make.__name__, **place):
                     for op, (call, exact) in make(dtype, backend).items():
                         with guarded(op, **place):

@@ -12,9 +12,7 @@ from gpu_sections import DRY, emit, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 10
-RESULT = re.compile(
-    r"\b(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|(tests/.+?) (PASSED|FAILED|ERROR)"
-)
+FAILED = re.compile(r"(?:FAILED|ERROR) (tests/.+)|(tests/.+) (?:FAILED|ERROR)")
 SUMMARY = re.compile(r"(?:FAILED|ERROR) (tests/.+?) - (.+)")
 
 
@@ -29,9 +27,8 @@ def main() -> None:
         print(line, end="", file=sys.stderr, flush=True)
         if summary := SUMMARY.match(line):  # after all, with the reason
             verdict(summary[1], False, summary[2], contender="pytest")
-        elif result := RESULT.search(line):
-            if "FAILED" in result.groups() or "ERROR" in result.groups():
-                verdict(result[2] or result[3], False, contender="pytest")
+        elif failed := FAILED.search(line):
+            verdict((failed[1] or failed[2]).strip(), False, contender="pytest")
         if re.match(r"=+ .* in [\d.]+s", line):
             told = line.strip().strip("= ")
     status = pytest.wait()
