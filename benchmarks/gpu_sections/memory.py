@@ -9,7 +9,7 @@ from table4_models import INTERLEAVED, TWO_PHASE, VDM
 
 from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
 
-SIZES = ("paper", "large", "default")
+SIZES = ("large", "default", "paper")
 NAMES = (VDM, INTERLEAVED, TWO_PHASE)
 AT_ONCE = 1 if DRY else 6  # processes that share the card
 GIB = 1024  # MiB
