@@ -61,7 +61,8 @@ def captured(step: Step, device: torch.device, before: Step) -> Step:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                cause = error.__context__ or error  # ending a broken capture raises once more
+                # Ending a broken capture raises once more; CUDA's own words go on for lines.
+                cause = str(error.__context__ or error).partition("\n")[0]
                 raise RuntimeError(
                     f"this step cannot be captured in a CUDA graph ({cause}); run it with "
                     "capture=False"
