@@ -68,8 +68,11 @@ def measure(steps: int = 50, rounds: int = 3) -> list[Row]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_default_clip(benchmark, dtype):
+def bench_default_clip(benchmark, dtype, short):
     pipeline = VideoFusionPipeline.from_pretrained(dtype=getattr(torch, dtype))
+    if short:
+        benchmark.pedantic(pipeline, args=(LABEL,), kwargs={"num_inference_steps": 2}, rounds=1)
+        return
     benchmark.pedantic(pipeline, args=(LABEL,), rounds=3, warmup_rounds=1)
 
 
