@@ -73,7 +73,7 @@ def bench_default_clip(benchmark, dtype, short):
     if short:
         benchmark.pedantic(pipeline, args=(LABEL,), kwargs={"num_inference_steps": 2}, rounds=1)
         return
-    benchmark.pedantic(pipeline, args=(LABEL,), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(pipeline, args=(LABEL,), rounds=2, warmup_rounds=1)
 
 
 if __name__ == "__main__":

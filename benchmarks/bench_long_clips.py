@@ -95,7 +95,7 @@ class Plan:
 
 
 FULL = (Plan(64, 20, LABELS), Plan(512, 20, ("cartwheel",), (DEFAULT_WINDOWS, WHOLE, CUTS)))
-REDUCED = (Plan(64, 8, ("cartwheel",)),)
+REDUCED = (Plan(64, 6, ("cartwheel",)),)
 LEAST = (Plan(40, 2, ("cartwheel",)),)
 TARGETS = [
     *(

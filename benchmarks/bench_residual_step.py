@@ -104,7 +104,7 @@ def verify(clip: Clip, calls: dict) -> None:
 def measure(seconds: float = 4.0, cases=tuple(CASES)) -> list[Row]:
     # First, before torch.compile hooks itself into Python's calls.
     small = [case for case in cases if CASES[case][0] is DEFAULT and DEVICE == "cpu"]
-    rows = [row for case in small for row in warm_calls(case)]
+    rows = [row for case in small for row in warm_calls(case, rounds=5 + int(50 * seconds))]
     for case in cases:
         clip = make_clip(case)
         moved = (3 * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
@@ -122,7 +122,7 @@ def measure(seconds: float = 4.0, cases=tuple(CASES)) -> list[Row]:
     return rows
 
 
-def warm_calls(case: str) -> list[Row]:
+def warm_calls(case: str, rounds: int) -> list[Row]:
     """A call alone, a copy that moves as many bytes, and what one pixel leaves: Python's share.
 
     "op" is the way through torch's dispatcher: for graphs, profilers and a torch without DLPack's C
@@ -142,7 +142,7 @@ def warm_calls(case: str) -> list[Row]:
         "residual_step, one pixel": lambda: residual_step(z_pixel, *pixel),
         "op, one pixel": lambda: op(z_pixel, *pixel, *rest),
     }
-    warm = warm_microseconds(calls)
+    warm = warm_microseconds(calls, rounds=rounds)
     return [Row(case, name, "warm_call", value, "us") for name, value in warm.items()]
 
 

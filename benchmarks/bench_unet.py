@@ -306,7 +306,7 @@ def extra(report: Report) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", UNDER_PYTEST)
 def bench_unet(benchmark, capsys, name, short, seconds):
-    options = {"rounds": 1 if short else 3, "without": (COMPILED,), "seconds": seconds}
+    options = {"rounds": 1 if short else 2, "without": (COMPILED,), "seconds": seconds}
     report = benchmark.pedantic(measure, args=((name,),), kwargs=options, rounds=1)
     benchmark.extra_info["rows"] = [vars(row) for row in report.rows]
     with capsys.disabled():
