@@ -1,4 +1,4 @@
-.PHONY: install test bench report gpu-check lint clean
+.PHONY: install test bench report gpu-check gpu-report lint clean
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -18,6 +18,10 @@ bench:
 # Draws docs/table4.png and docs/growth.png from docs/table4.json; measures first if that is missing.
 report:
 	python benchmarks/report.py
+
+# Writes docs/gpu.md and its pictures from docs/gpu.jsonl.
+gpu-report:
+	python benchmarks/gpu_report.py
 
 lint:
 	ruff check .

@@ -1,6 +1,7 @@
 """Builds vfengine_native, the compiled half of vfengine, with CMake; the rest is in pyproject.toml.
 
 VFENGINE_CUDA=auto|on|off: CUDA kernels when nvcc is found (auto, the default), always, or never.
+VFENGINE_ISAS=all|avx2,avx512: instruction sets of the CPU kernels, beside baseline.
 """
 
 import os
@@ -40,6 +41,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DVFENGINE_VERSION={self.distribution.get_version()}",
             f"-DVFENGINE_CUDA={cuda}",
+            f"-DVFENGINE_ISAS={os.environ.get('VFENGINE_ISAS', 'all')}",
         ]
         jobs = [f"-j{self.parallel}"] if self.parallel else []
         try:

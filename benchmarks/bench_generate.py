@@ -28,7 +28,8 @@ def command(dtype: str, steps: int, rounds: int) -> list[Row]:
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / f"{LABEL}.mp4"
-            arguments = ["--label", LABEL, "--output", str(output), "--json", "--dtype", dtype]
+            arguments = ["--label", LABEL, "--output", str(output), "--json", "--device", "cpu"]
+            arguments += ["--dtype", dtype]
             arguments += ["--num-inference-steps", str(steps)]
             run = [sys.executable, "-m", "vfengine.generate", *arguments]
             done = subprocess.run(run, check=True, capture_output=True, text=True)
@@ -47,7 +48,7 @@ def threads(dtype: torch.dtype, steps: int) -> list[Row]:
     clips, before = [], torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
-        pipeline = VideoFusionPipeline.from_pretrained(dtype=dtype)
+        pipeline = VideoFusionPipeline.from_pretrained(device="cpu", dtype=dtype)
         clips.append(to_uint8(pipeline(LABEL, num_inference_steps=steps).frames).astype(np.int16))
     torch.set_num_threads(before)
     difference = np.abs(clips[0] - clips[1])
@@ -69,7 +70,7 @@ def measure(steps: int = 50, rounds: int = 3) -> list[Row]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def bench_default_clip(benchmark, dtype, short):
-    pipeline = VideoFusionPipeline.from_pretrained(dtype=getattr(torch, dtype))
+    pipeline = VideoFusionPipeline.from_pretrained(device="cpu", dtype=getattr(torch, dtype))
     if short:
         benchmark.pedantic(pipeline, args=(LABEL,), kwargs={"num_inference_steps": 2}, rounds=1)
         return

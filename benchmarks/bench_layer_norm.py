@@ -27,7 +27,7 @@ def contenders(case: str) -> tuple[dict, torch.Tensor, int]:
         "eager": lambda: F.layer_norm(x, shape[-1:], *own),
         "compiled": lambda: compiled(x, shape[-1:], *own),
     }
-    return calls, layer_norm_reference(x.float(), weight, bias), 2 * x.nbytes
+    return calls, layer_norm_reference(x.double(), weight.double(), bias.double()), 2 * x.nbytes
 
 
 @torch.inference_mode()  # as samplers call it

@@ -46,7 +46,7 @@ def contenders(case: str) -> tuple[dict, torch.Tensor, int]:
         "eager": lambda: written(q, k, v, heads),
         "sdpa": lambda: written(q, k, v, heads, "sdpa"),
     }
-    exact = spatial_attention_reference(q.float(), k.float(), v.float(), heads)
+    exact = spatial_attention_reference(q.double(), k.double(), v.double(), heads)
     return calls, exact, 2 * out.nbytes + k.nbytes + v.nbytes
 
 

@@ -56,7 +56,7 @@ def contenders(case: str) -> tuple[dict, torch.Tensor, int]:
     }
     if DEVICE == "cuda":
         calls["triton"] = lambda: temporal_attention(qkv, heads, bias, out=also, backend="triton")
-    exact = temporal_attention_reference(qkv.float(), heads, bias)
+    exact = temporal_attention_reference(qkv.double(), heads, bias)
     return calls, exact, qkv.nbytes + out.nbytes
 
 

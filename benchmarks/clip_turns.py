@@ -98,7 +98,8 @@ def _work(dtype: str) -> None:
     """The worker: says where its vfengine is, then seconds for every line on stdin."""
     import torch
 
-    pipeline = vfengine.VideoFusionPipeline.from_pretrained(dtype=getattr(torch, dtype))
+    precision = getattr(torch, dtype)
+    pipeline = vfengine.VideoFusionPipeline.from_pretrained(device="cpu", dtype=precision)
     pipeline(LABEL, num_inference_steps=2, guidance_scale=GUIDANCE)
     print(vfengine.__file__, flush=True)
     for _ in sys.stdin:

@@ -1,232 +1,390 @@
-"""Everything that a machine without a GPU could only predict: `make gpu-check` on one that has it.
+"""One run on a machine with an NVIDIA GPU that answers what no other machine can: `make gpu-check`.
 
-Runs all kernel tests on the device, the benches of the ops beside a device copy, a captured loop of
-50 steps against the same loop run plainly, and the shipped model's clips captured, overlapped and
-plain; writes gpu-report.json. Exit status 0: all passed, 1: something failed (the report says
-what), 2: no NVIDIA GPU that torch can use.
+A GPU may be had for minutes. So every section is a process of its own, with a time limit, killed
+with its children; what it finds is appended to gpu.jsonl line by line and is on disk at once; what
+no longer fits the budget is written down as skipped; what is missing here costs its own rows alone.
+Sections that compile or check run beside one another, what is timed runs alone.
+
+    python benchmarks/gpu_check.py [--budget SECONDS] [--only NAMES] [--until NAME] [--out FOLDER]
+
+Writes FOLDER/gpu.jsonl (appended to; the format is gpu_results.py's) and FOLDER/gpu.log.
+`python benchmarks/gpu_report.py` makes a page of it. Exit status, which speaks of correctness
+alone: 0 nothing was found wrong, 1 something was, 2 no NVIDIA GPU that torch can use, or bad usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
+import ctypes
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-import torch
-from harness import machine, table, verdicts
-from torch import Tensor
+import gpu_results
 
-from vfengine import VideoFusionPipeline
-from vfengine.native import vfengine_native
-from vfengine.ops import residual_step
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+SITE = ROOT / "build" / "gpu-site"
+FAILED = "failed"  # --only failed: what failed, was skipped or has not run yet
+PR_SET_PDEATHSIG = 1
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHES = (
-    "bench_residual_step",
-    "bench_decomposed_step",
-    "bench_remove_base",
-    "bench_decomposed_noise",
-    "bench_group_norm_silu",
-    "bench_temporal_attention",
-    "bench_layer_norm",
-    "bench_geglu",
-    "bench_spatial_attention",
+
+@dataclass(frozen=True)
+class Section:
+    """A program of gpu_sections.
+
+    stage     those of one stage run beside one another, stages after one another
+    expected  seconds; a section that does not fit what is left is skipped
+    limit     seconds, after which it is killed
+    checks    whether it speaks of correctness: cut off, it has failed
+    prepares  compiles for the section of this name, ahead of it
+    """
+
+    name: str
+    stage: int
+    expected: float
+    limit: float
+    checks: bool = False
+    prepares: str = ""
+
+    @property
+    def module(self) -> str:
+        return f"gpu_sections.{self.prepares or self.name}"
+
+
+SECTIONS = (
+    Section("build", 0, 70, 200, checks=True),
+    Section("ceilings", 0, 10, 40),
+    Section("smoke", 1, 20, 60, checks=True),
+    Section("tests", 2, 60, 170, checks=True),
+    Section("sanitizers", 2, 60, 170, checks=True),
+    Section("memory", 2, 60, 120),
+    Section("prepare peers", 2, 60, 120, prepares="peers"),
+    Section("kernels", 3, 30, 80),
+    Section("capture", 4, 25, 60),
+    Section("table4", 5, 70, 130),
+    Section("network_ops", 6, 45, 90),
+    Section("profile", 7, 15, 60),
+    Section("counters", 8, 15, 70),
+    Section("variants", 9, 40, 90),
+    Section("peers", 10, 40, 240),
 )
-STEPS = 50
+NAMES = tuple(section.name for section in SECTIONS)
 
 
-def kernel_tests() -> dict[str, object]:
-    """The tests that need a GPU, and every kernel case on both backends."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-rs", "tests", "-k", "on_a_gpu"]
-    commands = [tests]
-    backends = ["triton", *(["cuda"] if vfengine_native.cuda_built else [])]
-    for backend in backends:
-        script = ["tests/kernel_cases.py", backend, "--device", "cuda"]
-        commands.append([sys.executable, *script])
-    runs = []
-    for command in commands:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        output = (done.stdout + done.stderr).splitlines()
-        runs.append(
-            {
-                "command": " ".join(["python", *command[1:]]),
-                "passed": done.returncode == 0,
-                "last_lines": output[-20:],
-            }
+class Journal:
+    """Appends lines to gpu.jsonl, each on disk before the next; and says in short what happens."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.start = time.monotonic()
+        self.run = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
+        self.gpu, self.failures = "", 0
+        self.found: dict[str, list[dict]] = {}
+        self._file = (folder / "gpu.jsonl").open("ab")
+        self._log = (folder / "gpu.log").open("ab", buffering=0)
+        self._lock = threading.Lock()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"gpu-check: another run writes to {folder / 'gpu.jsonl'}") from None
+        if self._file.tell():
+            self._file.write(b"\n")  # a killed run may have left half a line
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def write(self, section: str, **line: object) -> None:
+        """A line; what is not given is empty."""
+        empty = {
+            "case": "", "contender": "", "metric": "", "value": None, "unit": "", "spread": None,
+            "n": None, "graph": False, "dtype": "", "status": "measured", "note": "",
+        }  # fmt: skip
+        whole = empty | line | {
+            "section": section, "gpu": self.gpu, "time": round(self.seconds, 3), "run": self.run
+        }  # fmt: skip
+        try:
+            gpu_results.validate(whole)
+        except ValueError as error:
+            given, whole["value"] = whole["value"], None
+            whole |= {"status": "failed", "note": f"{error}; value {given!r}"}
+        with self._lock:
+            self.found.setdefault(section, []).append(whole)
+            self.failures += whole["status"] == "failed"
+            self._file.write(json.dumps(whole).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if whole["status"] == "failed":
+            names = (whole["case"], whole["contender"], whole["dtype"])
+            self.say(f"FAILED {section}: {', '.join(filter(None, names))}: {whole['note']}")
+
+    def say(self, what: str) -> None:
+        print(f"gpu-check {self.seconds:6.1f} s  {what}", flush=True)
+
+    def log(self, section: str, text: bytes) -> None:
+        with self._lock:
+            self._log.write(
+                b"".join(b"[%s] %s\n" % (section.encode(), x) for x in text.split(b"\n"))
+            )
+
+
+class Runner:
+    """Runs sections as processes; all that still run are killed at the end, however it comes."""
+
+    def __init__(self, journal: Journal, environment: dict[str, str]) -> None:
+        self.journal, self.environment = journal, environment
+        self._running: set[subprocess.Popen] = set()
+
+    def stage(self, sections: Sequence[Section], budget: float) -> None:
+        """Those that fit, beside one another."""
+        threads = []
+        for section in sections:
+            left = budget - self.journal.seconds
+            if section.expected > left:
+                note = f"{section.expected:.0f} s expected, {max(left, 0):.0f} s left"
+                self.journal.write(section.name, status="skipped", note=note)
+                self.journal.say(f"{section.name}: skipped, {note}")
+                continue
+            threads.append(threading.Thread(target=self._run, args=(section, left)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    def _run(self, section: Section, left: float) -> None:
+        limit, start = min(section.limit, left), self.journal.seconds
+        command = [sys.executable, "-m", section.module]
+        command += [str(SITE)] if section.name == "build" else []
+        command += ["--prepare"] if section.prepares else []
+        process = self.start(command)
+        tail: list[bytes] = []
+        readers = [
+            threading.Thread(target=self._read, args=(section.name, process)),
+            threading.Thread(target=self._keep, args=(section.name, process, tail)),
+        ]
+        for reader in readers:
+            reader.start()
+        cut = False
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            cut = True
+        self.kill(process)
+        for reader in readers:
+            reader.join(5)
+        seconds = self.journal.seconds - start
+        if cut:
+            status = "failed" if section.checks else "skipped"
+            self.journal.write(section.name, status=status, note=f"cut off after {seconds:.0f} s")
+        elif process.returncode:
+            words = b" ".join(tail[-3:]).decode(errors="replace")[-500:]
+            note = f"ended with exit status {process.returncode}: {words}"
+            self.journal.write(section.name, status="failed", note=note)
+        self.journal.write(section.name, status="done", value=seconds, unit="s")
+        lines = self.journal.found[section.name]
+        counts = {s: sum(x["status"] == s for x in lines) for s in gpu_results.STATUSES}
+        told = [f"{n} {s}" for s, n in counts.items() if n and s != "done"]
+        self.journal.say(f"{section.name}: {seconds:.1f} s; {', '.join(told) or 'nothing to tell'}")
+
+    def start(self, command: Sequence[str]) -> subprocess.Popen:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
-    return {"passed": all(run["passed"] for run in runs), "runs": runs}
+        self._running.add(process)
+        return process
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """The process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self._running.discard(process)
+
+    def kill_all(self) -> None:
+        for process in list(self._running):
+            self.kill(process)
+
+    def _read(self, section: str, process: subprocess.Popen) -> None:
+        """Lines of the section's, as they come; what is no line goes to the log."""
+        for raw in process.stdout:
+            try:
+                line = json.loads(raw)
+                if not isinstance(line, dict):
+                    raise ValueError
+            except ValueError:
+                self.journal.log(section, raw.rstrip(b"\n"))
+            else:
+                self.journal.write(section, **line)
+
+    def _keep(self, section: str, process: subprocess.Popen, tail: list[bytes]) -> None:
+        for raw in process.stderr:
+            self.journal.log(section, raw.rstrip(b"\n"))
+            tail.append(raw.strip())
+            del tail[:-5]
 
 
-def benches() -> dict[str, object]:
-    """Every bench, each beside a device copy. Their results are checked; targets are only told."""
-    rows, told = [], []
-    for name in BENCHES:
-        module = importlib.import_module(name)
-        measured = module.measure()
-        rows += measured
-        told += verdicts(measured, getattr(module, "TARGETS", ())).splitlines()
-        print(table(measured))
-    print("\n".join(told))
-    return {"passed": True, "rows": [asdict(row) for row in rows], "targets": told}
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Loop:
-    """One step of a residual phase on static buffers: a stand-in network, the kernel, the counter.
-
-    The step is read on the device, so one captured step serves all of them.
-    """
-
-    def __init__(self, device: str, backend: str) -> None:
-        random = torch.Generator().manual_seed(0)
-        shape = (2, 16, 3, 64, 64)
-        self.backend = backend
-        self.noise = torch.randn(shape, generator=random).to(device)
-        self.g = torch.randn(shape[0], *shape[2:], generator=random).to(device)
-        self.lam = torch.linspace(0, 1, shape[1]).to(device)
-        k = torch.arange(STEPS) / STEPS
-        self.coeffs = torch.stack([0.9 + 0.1 * k, -0.1 * k, 0.05 * (1 - k)], 1).to(device)
-        self.step = torch.zeros(1, dtype=torch.int32, device=device)
-        self.u, self.r = torch.empty_like(self.noise), torch.empty_like(self.noise)
-
-    def reset(self) -> None:
-        self.u.copy_(self.noise)
-        self.step.zero_()
-
-    def advance(self) -> None:
-        torch.tanh(self.u, out=self.r)
-        tables = (self.g, self.lam, self.coeffs, self.step)
-        residual_step(self.u, self.r, *tables, seed=7, backend=self.backend)
-        self.step.add_(1)
-
-    def run(self, advance: Callable[[], object]) -> Tensor:
-        self.reset()
-        for _ in range(STEPS):
-            advance()
-        return self.u.clone()
+def environment(dry: bool, module: Path | None) -> dict[str, str]:
+    """What sections run in: our sources, the module that was built, and nothing to wait for."""
+    paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(ROOT / "tests")]
+    if dry:
+        paths = [*paths[1:], os.environ.get("PYTHONPATH", "")]
+    elif former := os.environ.get("PYTHONPATH"):
+        paths.append(former)
+    values = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
+    values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
+    if dry:
+        tools = str(ROOT / "tests" / "gpu_tools")  # stand-ins for ncu and compute-sanitizer
+        values |= {
+            "VFENGINE_GPU_CHECK": "dry",
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PATH": os.pathsep.join([tools, os.environ["PATH"]]),
+        }
+    return values
 
 
-def captured_loop(backend: str) -> dict[str, object]:
-    """The loop from a CUDA graph of one step, bit for bit against the loop run plainly."""
-    loop = Loop("cuda", backend)
-    plain = loop.run(loop.advance)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        loop.advance()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loop.advance()
-    captured = loop.run(graph.replay)
-    on_cpu = Loop("cpu", "cpu")
-    expected = on_cpu.run(on_cpu.advance)
-    times = {}
-    for name, advance in (("plain", loop.advance), ("captured", graph.replay)):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            loop.run(advance)
-        torch.cuda.synchronize()
-        times[name] = (time.perf_counter() - start) / 20 / STEPS * 1e6
-    # The stand-in's tanh is not the same function on a CPU: 50 steps of it differ a little.
-    difference = (captured.cpu() - expected).abs().max().item()
-    return {
-        "backend": backend,
-        "passed": torch.equal(plain, captured) and difference < 1e-3,
-        "largest_difference_from_cpu": difference,
-        "microseconds_per_step": times,
-    }
+def facts(runner: Runner) -> dict | None:
+    """What the run is on (gpu_sections/facts.py); None: no GPU that torch can use."""
+    process = runner.start([sys.executable, "-m", "gpu_sections.facts"])
+    out, err = process.communicate()
+    runner.kill(process)
+    runner.journal.log("facts", err)
+    if process.returncode == 2:
+        return None
+    if process.returncode:
+        return {"gpu": "unknown", "error": err.decode(errors="replace")[-500:]}
+    return json.loads(out.splitlines()[-1])
 
 
-def whole_clips(device: str, num_inference_steps: int = STEPS) -> dict[str, object]:
-    """The shipped model's clip, sampled plainly, from graphs, and with overlapped phases.
-
-    The same bits are expected of all, for two seeds (the second call replays the first's graphs).
-    """
-    seconds, clips = {}, {}
-    for form, capture, overlap in (
-        ("plain", False, False),
-        ("captured", True, False),
-        ("overlapped", True, True),
-    ):
-        pipe = VideoFusionPipeline.from_pretrained(
-            device=device, dtype=torch.bfloat16, capture=capture
-        )
-        for seed in (3, 0):
-            start = time.perf_counter()
-            clips[form, seed] = pipe(
-                "cartwheel",
-                base_seed=seed,
-                base_path="stepwise",
-                overlap_phases=overlap,
-                offload_base=False,
-                num_inference_steps=num_inference_steps,
-            ).frames
-            seconds[f"{form}, seed {seed}"] = time.perf_counter() - start
-    differences = {
-        f"{form}, seed {seed}": float(np.abs(clip - clips["plain", seed]).max())
-        for (form, seed), clip in clips.items()
-    }
-    passed = max(differences.values()) == 0.0
-    return {"passed": passed, "largest_differences_from_plain": differences, "seconds": seconds}
+def chosen(only: str | None, until: str | None, folder: Path, module: Path | None, dry: bool):
+    """The sections to run. ValueError for a name that is none."""
+    names = set(NAMES)
+    if only == FAILED:
+        names = _unfinished(folder)
+    elif only:
+        names = set(only.split(","))
+    for name in (*names, *filter(None, [until])):
+        if name not in NAMES:
+            raise ValueError(
+                f"unknown section {name!r}, expected {FAILED} or of {', '.join(NAMES)}"
+            )
+    last = SECTIONS[NAMES.index(until)].stage if until else SECTIONS[-1].stage
+    if module is not None or dry:
+        names.discard("build")
+    else:
+        names.add("build")
+    wanted = [s for s in SECTIONS if s.stage <= last]
+    return [s for s in wanted if s.name in names or (s.prepares and s.prepares in names)]
 
 
-def gpu() -> dict[str, object]:
-    import pynvml  # of nvidia-ml-py
+def _unfinished(folder: Path) -> set[str]:
+    """Sections that failed, were skipped in part or whole, or have never run."""
+    results = gpu_results.read(folder / "gpu.jsonl")
+    names = set()
+    for section in SECTIONS:
+        if section.prepares:
+            continue
+        if section.name not in results.sections:
+            names.add(section.name)
+            continue
+        lines = results.latest(section.name).lines
+        mine = [x["status"] for x in lines if x["section"] == section.name]
+        if "done" not in mine or {"failed", "skipped"} & set(mine):
+            names.add(section.name)
+    return names
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    return {
-        "name": torch.cuda.get_device_name(),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-        "clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "cuda_architectures_built": vfengine_native.cuda_architectures,
-    }
 
+def run(arguments: argparse.Namespace) -> int:
+    wanted = chosen(
+        arguments.only, arguments.until, arguments.out, arguments.module, arguments.dry_run
+    )
+    journal = Journal(arguments.out)
+    runner = Runner(journal, environment(arguments.dry_run, arguments.module))
 
-def guarded(section: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """The section's report; a crash is a failure like any other, and the rest still runs."""
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
-        return section()
-    except Exception as error:
-        return {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        head = facts(runner)
+        if head is None:
+            print("gpu-check: torch sees no NVIDIA GPU here; nothing was run", file=sys.stderr)
+            return 2
+        journal.gpu = str(head["gpu"])
+        head |= {"budget_s": arguments.budget, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
+        journal.write("head", status="head", note=json.dumps(head))
+        journal.say(", ".join(f"{key} {value}" for key, value in head.items()))
+        for stage in sorted({section.stage for section in wanted}):
+            runner.stage([s for s in wanted if s.stage == stage], arguments.budget)
+            if journal.found.get("build") and not _passed(journal, "build"):
+                break
+            if stage == 1 and _native_failed(journal):
+                runner.environment["VFENGINE_KERNEL_BACKEND"] = "triton"
+                journal.say("a kernel in CUDA C++ failed: what follows runs Triton's")
+        after = {
+            k: v for k, v in (facts(runner) or {}).items() if "mhz" in k or k == "temperature_c"
+        }
+        status = 1 if journal.failures else 0
+        journal.write("tail", status="tail", note=json.dumps(after | {"exit_status": status}))
+        journal.say(f"{journal.failures} failed, see {arguments.out / 'gpu.jsonl'}")
+        return status
+    finally:
+        runner.kill_all()
+
+
+def _passed(journal: Journal, section: str) -> bool:
+    return any(line["status"] == "passed" for line in journal.found.get(section, []))
+
+
+def _native_failed(journal: Journal) -> bool:
+    """Whether smoke found a kernel in CUDA C++ wrong."""
+    lines = journal.found.get("smoke", [])
+    return any(line["status"] == "failed" and line["contender"] == "cuda" for line in lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("gpu-report.json"), metavar="FILE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=float, default=560, metavar="SECONDS", help="of the whole")
+    parser.add_argument("--only", metavar="NAMES", help=f"sections, by commas; or {FAILED!r}")
+    parser.add_argument("--until", metavar="NAME", help="the last section to run")
+    parser.add_argument("--list", action="store_true", help="show the sections and run nothing")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: here")
+    parser.add_argument("--module", type=Path, metavar="FOLDER", help="of a built vfengine_native")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, no GPU asked")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gpu-check: torch sees no NVIDIA GPU here; nothing was run", file=sys.stderr)
+    if arguments.list:
+        for section in SECTIONS:
+            print(f"{section.stage:2}  {section.name:20}{section.expected:5.0f} s")
+        return 0
+    try:
+        return run(arguments)
+    except ValueError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
         return 2
-    report = {"machine": machine(), "gpu": gpu()}
-    backends = ["triton", *(["cuda"] if vfengine_native.cuda_built else [])]
-    sections = {
-        "kernel_tests": kernel_tests,
-        **{f"captured_loop_{name}": lambda name=name: captured_loop(name) for name in backends},
-        "whole_clips": lambda: whole_clips("cuda"),
-        "benches": benches,
-    }
-    for name, section in sections.items():
-        print(f"gpu-check: {name} ...", flush=True)
-        report[name] = guarded(section)
-        print(f"gpu-check: {name} {'passed' if report[name]['passed'] else 'FAILED'}", flush=True)
-    report["passed"] = all(report[name]["passed"] for name in sections)
-    temporary = arguments.json.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, arguments.json)
-    print(f"gpu-check: {'all passed' if report['passed'] else 'FAILED'}, see {arguments.json}")
-    return 0 if report["passed"] else 1
 
 
 if __name__ == "__main__":

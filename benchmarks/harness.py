@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-import vfengine
-
 Contender = Callable[[], object]
 
 
@@ -46,6 +44,8 @@ class Target:
 
 def machine() -> dict[str, object]:
     """What the figures were read on; load_average tells a quiet machine from a busy one."""
+    import vfengine  # here, so that a GPU's ceilings can be read while the package is built
+
     facts = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -61,25 +61,52 @@ def machine() -> dict[str, object]:
     return facts
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call of one contender, one value a round."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float:
+        """(max - min) / median."""
+        return (max(self.values) - min(self.values)) / self.median
+
+
 def interleave(
     contenders: dict[str, Contender], seconds: float = 2.0, device: str = "cpu"
 ) -> dict[str, float]:
     """Median seconds a call, the contenders taking turns so that a busy moment hits all alike.
 
     Every contender is called twice unmeasured, then at least 5 and at most 2,000 rounds are run.
+    On CUDA a turn is the replay of a graph of many calls: what is timed are kernels, not Python.
     """
-    clock = _cuda_clock if device == "cuda" else _cpu_clock
-    for contender in contenders.values():
-        contender()
-        contender()
+    return {name: times.median for name, times in timed_turns(contenders, seconds, device).items()}
+
+
+def timed_turns(
+    contenders: dict[str, Contender], seconds: float = 2.0, device: str = "cpu"
+) -> dict[str, Times]:
+    """As `interleave`, but every round's seconds."""
+    if device == "cuda":
+        clocks = {name: _graph_clock(contender) for name, contender in contenders.items()}
+    else:
+        for contender in contenders.values():
+            contender()
+            contender()
+        clocks = {name: lambda call=call: _cpu_clock(call) for name, call in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < 5 or (rounds < 2000 and time.perf_counter() < end):
-        for name, contender in contenders.items():
-            times[name].append(clock(contender))
+        for name, clock in clocks.items():
+            times[name].append(clock())
         rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: Times(tuple(values)) for name, values in times.items()}
 
 
 def warm_microseconds(
@@ -211,10 +238,42 @@ def _cpu_clock(contender: Contender) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_clock(contender: Contender) -> float:
+def _graph_clock(contender: Contender) -> Callable[[], float]:
+    """Captures as many calls as take a millisecond, 64 at most; a replay's seconds a call.
+
+    A contender may use other buffers at every call: the graph holds all of its calls.
+    """
+    graph_of = _capture(contender, 1)
+    calls = max(1, min(64, round(1e-3 / max(_replay_seconds(graph_of), 1e-7))))
+    graph = _capture(contender, calls)
+    _replay_seconds(graph)
+    return lambda: _replay_seconds(graph) / calls
+
+
+def _capture(contender: Contender, calls: int) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        contender()
+        contender()
+    torch.cuda.current_stream().wait_stream(stream)
+    inference = torch.is_inference_mode_enabled()
+    graph = torch.cuda.CUDAGraph()
+    # A capture begun in inference mode would leave torch's random generators in it.
+    with (
+        torch.inference_mode(False),
+        torch.cuda.graph(graph, stream=stream),
+        torch.inference_mode(inference),
+    ):
+        for _ in range(calls):
+            contender()
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    contender()
+    graph.replay()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3

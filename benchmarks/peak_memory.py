@@ -7,8 +7,10 @@ CPU     the kernel's high-water mark of the resident set (VmHWM), reset while id
         /proc/self/clear_refs, less the idle resident set. glibc would keep freed blocks up to a
         threshold of up to 32 MiB that it moves by itself; `MALLOC` fixes it, for every process
         alike, so that what is freed is given back at once and the mark is of memory in use
-CUDA    the peak of torch's caching allocator less what was allocated while idle, and beside it what
-        the driver counts for this process (NVML) after the work, less the same while idle
+CUDA    the peak of torch's caching allocator less the same while idle, as it reserved memory from
+        the driver: what is allocated leaves out the pools of captured graphs, whose blocks count as
+        free. Beside it what was allocated, and what the driver counts for this process (NVML) after
+        the work, less the same while idle
 
 What the networks' libraries allocate for themselves is in all of these but the allocator's.
 """
@@ -36,7 +38,7 @@ MALLOC = {  # bytes, and the number of heaps; of glibc (man mallopt)
 
 @dataclass(frozen=True)
 class Peak:
-    """MiB. allocated and driver: on CUDA, the latter None where NVML does not tell processes apart.
+    """MiB. The last three on CUDA; driver is None where NVML does not tell processes apart.
 
     idle      resident set before the work
     resident  peak of the resident set above idle
@@ -45,12 +47,13 @@ class Peak:
     idle: float
     resident: float
     allocated: float | None = None
+    reserved: float | None = None
     driver: float | None = None
 
     @property
     def main(self) -> float:
-        """What is reported: the allocator's peak on CUDA, the resident set's on a CPU."""
-        return self.resident if self.allocated is None else self.allocated
+        """What is reported: the peak reserved on CUDA, the resident set's on a CPU."""
+        return self.resident if self.reserved is None else self.reserved
 
 
 def measure(target: str, arguments: dict[str, object], device: str = "cpu") -> Peak:
@@ -86,7 +89,8 @@ def _probe(work: Callable[[], object], device: str) -> Peak:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        allocated, driver = torch.cuda.memory_allocated(), _driver_bytes()
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        driver = _driver_bytes()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM <- VmRSS (man proc_pid_clear_refs)
     idle = status("VmRSS")
@@ -99,6 +103,7 @@ def _probe(work: Callable[[], object], device: str) -> Peak:
         idle,
         resident,
         (torch.cuda.max_memory_allocated() - allocated) / MIB,
+        (torch.cuda.max_memory_reserved() - reserved) / MIB,
         None if driver is None else (_driver_bytes() - driver) / MIB,
     )
 
@@ -108,9 +113,15 @@ def _driver_bytes() -> int | None:
     import pynvml
     import torch
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-    for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+    uuid = torch.cuda.get_device_properties(0).uuid
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError as error:
+        print(f"peak_memory: NVML does not answer: {error}", file=sys.stderr)
+        return None
+    for process in running:
         if process.pid == os.getpid():
             return process.usedGpuMemory
     return None

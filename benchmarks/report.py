@@ -9,23 +9,29 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws without a display
-
 import matplotlib.pyplot as plt
+import paper
 from bench_table4 import LATENCY, MEMORY, TARGETS, measure
 from harness import Row, machine, table, verdicts, write_json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from plots import (
+    COLOURS,
+    WIDTH,
+    bar,
+    finish,
+    footer,
+    headline,
+    mark,
+    not_read,
+    save,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAPER = {LATENCY: 0.425, MEMORY: 0.781}  # VideoFusion over VDM* (arXiv 2303.08320, Table 4)
+PAPER = {LATENCY: paper.LATENCY, MEMORY: paper.MEMORY}
 TITLES = {LATENCY: "latency per step", MEMORY: "peak memory of sampling"}
-WIDTH = 10  # inches, of 100 pixels
 LIMIT = 1.3  # of the bars' axis: longer ones are cut, their numbers say so
-COLOURS = {"bar": "#4477aa", "reference": "#888888", "paper": "#cc3311"}
 LINES = {"#666666": 8, "#4477aa": -8}  # of VDM* and of two phases; how far up the labels, in points
 
 Figures = dict[str, dict[str, dict[str, tuple[float, str]]]]  # case, contender, metric
@@ -62,44 +68,22 @@ def draw_table4(facts: dict, figures: Figures) -> Figure:
         for axis, metric in zip(panels, PAPER, strict=True):
             _bars(axis, contenders, metric)
             axis.set_title(f"{TITLES[metric]}, relative to VDM*", fontsize=10)
-        panels[0].annotate(
-            case, (0.01, 1), (0, 20), ("figure fraction", "axes fraction"), "offset points",
-            fontsize=11, weight="bold", va="bottom",
-        )  # fmt: skip
+        headline(panels[0], case)
     _footer(figure, facts)
     return figure
 
 
 def _bars(axis: Axes, contenders: dict, metric: str) -> None:
-    names = list(contenders)
-    for place, name in enumerate(names):
-        if metric not in contenders[name]:
-            axis.text(0.02, place, "not read", va="center", fontsize=9, color="#666666")
+    finish(axis, list(contenders), LIMIT, top=-1.1)
+    for place, (name, metrics) in enumerate(contenders.items()):
+        if metric not in metrics:
+            not_read(axis, place)
             continue
-        value = contenders[name][metric][0]
+        value = metrics[metric][0]
         reference = name.startswith(("VDM*", "diffusers"))
-        axis.barh(place, min(value, LIMIT), color=COLOURS["reference" if reference else "bar"])
-        cut = value > LIMIT - 0.2
-        axis.text(
-            min(value, LIMIT) + (-0.02 if cut else 0.02),
-            place,
-            f"{value:.2f}" + (" (bar cut)" if value > LIMIT else ""),
-            ha="right" if cut else "left",
-            va="center",
-            fontsize=9,
-            color="white" if cut else "black",
-            bbox=None if cut else {"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-    axis.axvline(PAPER[metric], color=COLOURS["paper"], linewidth=1.2, linestyle="--")
-    axis.text(
-        PAPER[metric] + 0.02, -0.62, f"paper: {PAPER[metric]:.3f}", color=COLOURS["paper"],
-        fontsize=9, va="bottom",
-    )  # fmt: skip
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.set_ylim(len(names) - 0.4, -1.1)
-    axis.set_xlim(0, LIMIT)
-    axis.tick_params(axis="x", labelsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
+        colour = COLOURS["reference" if reference else "bar"]
+        bar(axis, place, value, f"{value:.2f}", colour, LIMIT)
+    mark(axis, PAPER[metric], f"paper: {PAPER[metric]:.3f}")
 
 
 def draw_growth(facts: dict, figures: Figures) -> Figure:
@@ -140,10 +124,9 @@ def draw_growth(facts: dict, figures: Figures) -> Figure:
 
 
 def _footer(figure: Figure, facts: dict) -> None:
-    """The machine, under the panels."""
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
     text = f"{where}, torch {facts['torch']}, load average {facts['load_average']} before the run"
-    figure.supxlabel(text, fontsize=9, color="#444444", x=0.99, ha="right")
+    footer(figure, text)
 
 
 def draw(file: Path, folder: Path) -> list[Path]:
@@ -153,9 +136,7 @@ def draw(file: Path, folder: Path) -> list[Path]:
     if any(", growth: " in case for case in figures):
         drawings["growth.png"] = draw_growth
     for name, drawing in drawings.items():
-        figure = drawing(facts, figures)
-        figure.savefig(folder / name, dpi=100, facecolor="white")
-        plt.close(figure)
+        save(drawing(facts, figures), folder / name)
     return [folder / name for name in drawings]
 
 

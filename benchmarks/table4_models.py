@@ -5,7 +5,8 @@ Sizes    "default" has the shapes of the shipped model; "large" a base network o
          temporal layers of VDM* (no convolutions, no feed-forward layer); "tiny" is for tests and
          warm-ups. VDM* is always the base network made a video network by `vdm_config`, and
          nothing else. Spatial attention, and after it temporal attention where there is any, sits
-         at the two coarser levels of "large" and at the coarsest of "default"
+         at the two coarser levels of "large" and at the coarsest of "default". "paper" has the
+         networks of bench_paper_scale.py, 2 B and 0.5 B parameters, for a GPU
 Weights  drawn, so that no layer multiplies by the zeros it would start from; the clips mean nothing
 States   fp32 whatever the dtype of the weights, as VideoFusionPipeline keeps them; batch of one
          clip, no guidance, DDIM at η = 0
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vfengine.checkpoint import read_config
 from vfengine.decompose import add_noise, decomposed_noise, joint_loss
+from vfengine.loops import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
 from vfengine.models import (
     BaseGenerator,
     ResidualGenerator,
@@ -30,8 +32,10 @@ from vfengine.models import (
     for_inference,
     vdm_config,
 )
+from vfengine.overlap import run_overlapped
 from vfengine.sampling import sample, sample_base, sample_residual, sample_video
 from vfengine.schedule import NoiseSchedule
+from vfengine.solvers import solver_table
 
 LAM = 0.5
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
@@ -66,15 +70,19 @@ class Size:
 
 
 def size(name: str) -> Size:
-    """The size of this name: "default", "large" or "tiny"."""
+    """The size of this name: "default", "large", "paper" or "tiny"."""
     if name == "default":
         shipped = read_config()
         return Size(shipped.base, shipped.residual, None, shipped.num_frames, shipped.height)
     if name == "large":
         return Size(*_pair((128, 256, 512), (64, 128, 256), 2, 64, 32), ((128, 256, 512), 64))
+    if name == "paper":
+        import bench_paper_scale as paper
+
+        return Size(paper.BASE, paper.RESIDUAL, None, paper.FRAMES, paper.SIZE)
     if name == "tiny":
         return Size(*_pair((16, 16, 32), (8, 8, 16), 1, 8, 8), ((16, 16, 32), 8), 4, 16)
-    raise ValueError(f'size must be "default", "large" or "tiny", got {name!r}')
+    raise ValueError(f'size must be "default", "large", "paper" or "tiny", got {name!r}')
 
 
 def _pair(
@@ -184,7 +192,7 @@ class Peer(nn.Module):
 def _peer(widths: tuple[int, ...], head_dim: int) -> nn.Module:
     """Its default blocks, for three levels: attention at all but the coarsest, and in the middle.
 
-    As it comes: eager, weights contiguous (channels_last was no faster).
+    As it comes: eager, weights contiguous (on a CPU channels_last was no faster).
     """
     from diffusers import UNet3DConditionModel
     from diffusers.utils import logging
@@ -242,28 +250,28 @@ def ddim_eager(model: nn.Module, z: Tensor, steps: int) -> Tensor:
     return z
 
 
-def vdm_plain(networks: Networks, noise: Noise, steps: int) -> Tensor:
+def vdm_plain(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
     return ddim_eager(networks("plain"), noise.clip, steps)
 
 
-def peer(networks: Networks, noise: Noise, steps: int) -> Tensor:
+def peer(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
     return ddim_eager(networks("peer"), noise.clip, steps)
 
 
-def vdm(networks: Networks, noise: Noise, steps: int) -> Tensor:
-    return sample_video(networks("video"), noise.clip, **_how(steps))
+def vdm(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
+    return sample_video(networks("video"), noise.clip, **_how(steps), capture=capture)
 
 
-def interleaved(networks: Networks, noise: Noise, steps: int) -> Tensor:
-    return _sample(networks, noise, steps, method="interleaved")
+def interleaved(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
+    return _sample(networks, noise, steps, method="interleaved", capture=capture)
 
 
-def base_kept(networks: Networks, noise: Noise, steps: int) -> Tensor:
-    return _sample(networks, noise, steps, method="two_phase")
+def base_kept(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
+    return _sample(networks, noise, steps, method="two_phase", capture=capture)
 
 
-def overlapped(networks: Networks, noise: Noise, steps: int) -> Tensor:
-    return _sample(networks, noise, steps, overlap_phases=True)
+def overlapped(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
+    return _sample(networks, noise, steps, overlap_phases=True, capture=capture)
 
 
 def _sample(networks: Networks, noise: Noise, steps: int, **how) -> Tensor:
@@ -271,28 +279,28 @@ def _sample(networks: Networks, noise: Noise, steps: int, **how) -> Tensor:
     return sample(*models, noise.base, noise.clip, lam=LAM, **_how(steps), **how)
 
 
-def two_phase(networks: Networks, noise: Noise, steps: int) -> Tensor:
+def two_phase(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
     """The base network's weights leave memory before the residual network's come."""
-    path = sample_base(networks("base"), noise.base, **_how(steps))
+    path = sample_base(networks("base"), noise.base, **_how(steps), capture=capture)
     networks.release("base")
-    return sample_residual(networks("residual"), path, noise.clip, lam=LAM)
+    return sample_residual(networks("residual"), path, noise.clip, lam=LAM, capture=capture)
 
 
-def shared(networks: Networks, noise: Noise, steps: int) -> Tensor:
+def shared(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
     """All clips [K, N, C, H, W] on one base path, one after another, the base weights released."""
-    path = sample_base(networks("base"), noise.base, **_how(steps))
+    path = sample_base(networks("base"), noise.base, **_how(steps), capture=capture)
     networks.release("base")
     residual = networks("residual")
     clips = noise.clips.split(1)
     return torch.cat(
         [
-            sample_residual(residual, path, clip, lam=LAM, sample_offset=k)
+            sample_residual(residual, path, clip, lam=LAM, sample_offset=k, capture=capture)
             for k, clip in enumerate(clips)
         ]
     )
 
 
-Contender = Callable[[Networks, Noise, int], Tensor]
+Contender = Callable[..., Tensor]  # networks, noise, steps, capture
 CONTENDERS: Mapping[str, Contender] = {
     PLAIN: vdm_plain,
     VDM: vdm,
@@ -314,6 +322,52 @@ CALLS: Mapping[str, Mapping[str, float]] = {  # of networks, in a step of a clip
     SHARED: BOTH | {"base": 1 / SHARING},
     PEER: {"peer": 1.0},
 }
+
+
+@torch.inference_mode()
+def kept(
+    name: str, networks: Networks, noise: Noise, steps: int, capture: bool
+) -> Callable[[], Tensor]:
+    """A contender whose loops are made, and on CUDA captured, once: as a pipeline keeps them.
+
+    Of SHARED, the K clips are one batch, which is how a GPU would run them; noise may hold a batch
+    of base noise and of clips, which all but SHARED take whole.
+    """
+    table = solver_table("ddim", SCHEDULE, steps)
+    clips = noise.clips
+    motion = {"clean": False, "lam": LAM, "seed": 1}
+    if name == VDM:
+        return _run(VideoLoop(networks("video"), clips, table, seed=1), capture, clips)
+    if name == INTERLEAVED:
+        models = networks("base"), networks("residual")
+        seeds = {"base_seed": 0, "residual_seed": 1}
+        loop = InterleavedLoop(*models, noise.base, clips, table, lam=LAM, **seeds)
+        return _run(loop, capture, noise.base, clips)
+    if name not in (BASE_KEPT, OVERLAPPED, SHARED):
+        raise ValueError(f"{name!r} keeps no loops")
+    base = BaseLoop(networks("base"), noise.base, table, seed=0)
+    residual = ResidualLoop(networks("residual"), clips, base.states, table, **motion)
+    if name == OVERLAPPED:
+
+        @torch.inference_mode()
+        def both() -> Tensor:
+            run_overlapped(base, residual, noise.base, clips, capture)
+            return residual.u
+
+        return both
+    phases = _run(base, capture, noise.base), _run(residual, capture, clips)
+    return lambda: [phase() for phase in phases][-1]
+
+
+def _run(loop: Loop, capture: bool, *noise: Tensor) -> Callable[[], Tensor]:
+    @torch.inference_mode()
+    def run() -> Tensor:
+        step = loop.stepper(capture)
+        loop.start(*noise)
+        loop.run(step)
+        return loop.z if isinstance(loop, BaseLoop | InterleavedLoop) else loop.u
+
+    return run
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -352,12 +406,18 @@ def training_step(networks: Networks, noise: Noise, decomposed: bool) -> Callabl
 
 
 def sampling_probe(
-    contender: str, size_name: str, dtype: str, device: str, steps: int, frames: int | None = None
+    contender: str,
+    size_name: str,
+    dtype: str,
+    device: str,
+    steps: int,
+    frames: int | None = None,
+    capture: bool = False,
 ) -> Callable[[], Tensor]:
     """After imports, a warm-up of the tiny size and the noise: builds networks, samples a clip."""
-    CONTENDERS[contender](*_networks_and_noise("tiny", dtype, device), 2)
+    CONTENDERS[contender](*_networks_and_noise("tiny", dtype, device), 2, capture)
     networks, noise = _networks_and_noise(size_name, dtype, device, frames)
-    return lambda: CONTENDERS[contender](networks, noise, steps)
+    return lambda: CONTENDERS[contender](networks, noise, steps, capture)
 
 
 def training_probe(decomposed: bool, size_name: str, device: str) -> Callable[[], None]:

@@ -5,11 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from vfengine.checkpoint import CheckpointConfig, build_base, build_residual, save_checkpoint
-from vfengine.models import UNetConfig
+from vfengine.checkpoint import (
+    CheckpointConfig,
+    build_base,
+    build_residual,
+    build_video,
+    save_checkpoint,
+)
+from vfengine.models import UNetConfig, vdm_config
 from vfengine.schedule import NoiseSchedule
 
 TINY_LABELS = ("cartwheel", "jump", "walk")
+
+# Of a pipeline whose pixels are compared: what "auto" chooses depends on the machine.
+ON_CPU = {"device": "cpu", "dtype": torch.float32}
 
 
 def tiny_config(**changes) -> CheckpointConfig:
@@ -45,12 +54,23 @@ def tiny_config(**changes) -> CheckpointConfig:
     return CheckpointConfig(**{**values, **changes})
 
 
+def tiny_video_config() -> CheckpointConfig:
+    """The VDM* of the tiny model's base network."""
+    video = vdm_config(tiny_config().base)
+    return tiny_config(base=None, residual=None, lam=None, base_path="stepwise", video=video)
+
+
 def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
     """Writes an untrained tiny model; the seed decides every weight, the output layers' too."""
-    config = tiny_config(**changes)
+    return save_random(folder, tiny_config(**changes), seed)
+
+
+def save_random(folder: Path, config: CheckpointConfig, seed: int = 0) -> Path:
+    """Writes an untrained model of any configuration."""
+    builders = {"base": build_base, "residual": build_residual, "video": build_video}
     generator = torch.Generator().manual_seed(seed)
     states = []
-    for build in (build_base, build_residual):
+    for build in (builders[name] for name in config.networks):
         state = build(config).unet.state_dict()
         for name, weight in state.items():
             if weight.ndim > 1:
@@ -67,3 +87,9 @@ def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """The folder of a tiny untrained decomposed model (`tiny_config`)."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_video_checkpoint(tmp_path_factory) -> Path:
+    """The folder of a tiny untrained VDM* (`tiny_video_config`)."""
+    return save_random(tmp_path_factory.mktemp("models") / "vdm", tiny_video_config())

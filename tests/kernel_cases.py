@@ -8,7 +8,7 @@ started: Triton's interpreter, the CUDA source on the CPU (tests/emulation), a G
 
 import argparse
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 
 import pytest
@@ -18,6 +18,8 @@ from torch import Tensor
 from vfengine.native import vfengine_native
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL_DTYPES = tuple(DTYPES.values())
+GPU_DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = {
     "model": (2, 16, 3, 64, 64),
     "odd": (3, 5, 3, 7, 11),
@@ -30,8 +32,9 @@ SMALL = {
     "two_blocks": (1, 3, 3, 19, 19),
 }
 LARGE = (2, 7, 3, 331, 277)  # beyond CPU caches in every dtype, and no part of it even
+GPU = {name: SHAPES[name] for name in ("model", "odd")}  # each is a build of its own in Triton
 RACE = {"whole_vectors": (1, 2, 1, 4, 4), "tail": (1, 2, 1, 3, 5)}  # few threads: each is slow
-SETS = {"all": {**SHAPES, **SMALL}, "small": SMALL, "race": RACE}
+SETS = {"all": {**SHAPES, **SMALL}, "small": SMALL, "race": RACE, "gpu": GPU}
 KERNELS = ("cpu", "triton", "cuda")
 OPS = {  # and the kernels there are of each
     "residual_step": KERNELS,
@@ -50,19 +53,6 @@ COEFFS = ((1.0, -0.5, 0.0), (1.02, -0.11, 0.0), (0.97, 0.3, 0.4))
 
 all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-gpu_backends = pytest.mark.parametrize(
-    "backend",
-    [
-        "triton",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(
-                not vfengine_native.cuda_built, reason="vfengine_native was built without nvcc"
-            ),
-        ),
-    ],
-)
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 Place = Callable[[Tensor], Tensor]
 
@@ -154,9 +144,9 @@ def on_every_isa_and_thread_count(call: Callable[[], Tensor]) -> list[Tensor]:
     return results
 
 
-def frames_cases(shapes: dict) -> Iterator[tuple]:
+def frames_cases(shapes: dict, dtypes: Iterable[torch.dtype] = ALL_DTYPES) -> Iterator[tuple]:
     """(shape, dtype, step, guided) of every combination."""
-    return product(shapes.values(), DTYPES.values(), (1, 2), (False, True))
+    return product(shapes.values(), dtypes, (1, 2), (False, True))
 
 
 def run(backend: str, shapes: str, device: str, place: Place) -> None:
@@ -164,11 +154,13 @@ def run(backend: str, shapes: str, device: str, place: Place) -> None:
 
     shapes: a name in SETS, of the op's test file where that has its own, else of this one
     """
+    dtypes = GPU_DTYPES if shapes == "gpu" else ALL_DTYPES
     for op, kernels in OPS.items():
         if backend not in kernels:
             continue
         module = importlib.import_module(f"test_{op}")
-        count = module.run_cases(backend, getattr(module, "SETS", SETS)[shapes], device, place)
+        sets = getattr(module, "SETS", SETS)
+        count = module.run_cases(backend, sets[shapes], device, place, dtypes)
         print(f"{op}: {count} cases on {backend}")
 
 

@@ -1,14 +1,11 @@
 """The loops of vfengine/loops.py can be captured: audited whole, with the shipped networks."""
 
-import contextlib
-
 import fake_cuda
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vfengine import capture
 from vfengine.checkpoint import build_video, load_base, load_residual, read_config
 from vfengine.decompose import decomposed_noise
 from vfengine.loops import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
@@ -238,7 +235,7 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
     assert torch.equal(result, expected)
 
 
-# -- what is left of capture.py on a CPU -----------------------------------------------------------
+# -- which loops are captured -----------------------------------------------------------
 
 
 def test_on_a_cpu_the_step_itself_runs():
@@ -247,104 +244,9 @@ def test_on_a_cpu_the_step_itself_runs():
     assert loop.stepper(capture=True) == loop.step
 
 
-class StubCuda:
-    """Stands in for torch.cuda, which this torch may lack: writes down what is asked of it."""
-
-    def __init__(self, monkeypatch, capture_fails=False):
-        self.calls, self.current, self.fails = [], "main", capture_fails
-        for name in ("device", "stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.make("main"))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda *_: self.make("side"))
-        monkeypatch.setattr(torch.cuda, "set_stream", lambda s: self.enter(s.name))
-        stub = self
-
-        class Graph:
-            def replay(self):
-                stub.calls.append("replay")
-
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        capture.side_stream.cache_clear()
-
-    def make(self, name):
-        stub = self
-
-        class Stream:
-            def wait_stream(self, other):
-                stub.calls.append(f"{name} waits for {other.name}")
-
-        Stream.name = name
-        return Stream()
-
-    def enter(self, name):
-        self.current = name
-
-    @contextlib.contextmanager
-    def device(self, device):
-        yield
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        before, self.current = self.current, stream.name
-        yield
-        self.current = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
-        self.current = stream.name
-        self.calls.append(f"capture {capture_error_mode}")
-        yield
-        if self.fails:  # as capture_end does, before it goes back to the stream it came from
-            raise RuntimeError("ended")
-        self.calls.append("captured")
-        self.current = "main"
-
-
-def test_captured_warms_up_on_the_side_and_replays(monkeypatch):
-    cuda = StubCuda(monkeypatch)
-    replay = capture.captured(
-        lambda: cuda.calls.append(f"step on {cuda.current}"), torch.device("cuda", 0),
-        lambda: cuda.calls.append("rewind"),
-    )  # fmt: skip
-    warm_up = ["rewind", "step on side"] * 2 + ["rewind"]
-    recording = ["capture thread_local", "step on side", "captured"]
-    assert cuda.calls == ["side waits for main", *warm_up, *recording, "main waits for side"]
-    assert cuda.current == "main"
-    replay()
-    assert cuda.calls[-1] == "replay"
-
-
-@pytest.mark.parametrize("when", ["warm-up", "capture"])
-def test_step_that_cannot_be_captured_raises(monkeypatch, when):
-    cuda, calls = StubCuda(monkeypatch, capture_fails=True), []
-
-    def step():
-        calls.append("")
-        if when == "warm-up" or len(calls) == 3:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    message = "cannot be captured.*not permitted.*capture=False" if when == "capture" else "^operat"
-    with pytest.raises(RuntimeError, match=message):
-        capture.captured(step, torch.device("cuda", 0), lambda: None)
-    assert cuda.current == "main"
-    assert cuda.calls[-1] == "main waits for side"
-
-
 def test_float64_cannot_be_captured():
     loop, _ = make_loop("base", {"base": None, "residual": None, "video": None},
                         solver_table("ddim", SCHEDULE, 2))  # fmt: skip
     loop.device, loop.dtype = torch.device("cuda", 0), torch.float64
     with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
         loop.stepper(capture=True)
-
-
-def test_weights_key_sees_replaced_and_rewritten_weights():
-    layer = torch.nn.Linear(2, 2)
-    first = capture.weights_key(layer)
-    assert capture.weights_key(layer) == first
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    second = capture.weights_key(layer)
-    assert second != first
-    layer.bias = torch.nn.Parameter(torch.zeros(2))
-    assert capture.weights_key(layer) != second

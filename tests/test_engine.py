@@ -10,12 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LABELS, save_tiny, tiny_config
+from conftest import ON_CPU, TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
-from vfengine.checkpoint import build_video, save_checkpoint
-from vfengine.models import vdm_config
 from vfengine.pictures import read_picture, to_network, to_uint8
 from vfengine.pipeline import VideoFusionPipeline
 from vfengine.sampling import sample_video
@@ -25,29 +23,12 @@ STEPS = 4
 
 @pytest.fixture
 def pipe(tiny_checkpoint):
-    return VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    return VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
 
 
 @pytest.fixture(scope="module")
 def clean_checkpoint(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("models") / "clean", base_path="clean")
-
-
-@pytest.fixture(scope="module")
-def video_checkpoint(tmp_path_factory):
-    """A VDM*, its zero-initialised layers filled at random."""
-    config = tiny_config(
-        base=None, residual=None, lam=None, base_path="stepwise",
-        video=vdm_config(tiny_config().base),
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    state = build_video(config).unet.state_dict()
-    for weight in state.values():
-        if weight.ndim > 1:
-            weight.copy_(torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5)
-    folder = tmp_path_factory.mktemp("models") / "vdm"
-    save_checkpoint(folder, config, state, dtype=torch.float32)
-    return folder
 
 
 def call(pipe, label="walk", **settings):
@@ -91,7 +72,7 @@ def test_preview_is_the_base_frame_bit_for_bit(pipe):
 
 
 def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
-    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint)
+    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     out = call(pipe, image=Image.fromarray(pixels))
     assert np.array_equal(to_uint8(out.frames)[0, 2], pixels)
@@ -107,7 +88,7 @@ def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
 @pytest.mark.parametrize(("clean_share", "animates"), [(0.5, True), (0.0, False)])
 def test_the_checkpoint_says_whether_it_animates_pictures(tmp_path, clean_share, animates):
     folder = save_tiny(tmp_path / "m", clean_share=clean_share)
-    pipe = VideoFusionPipeline.from_pretrained(folder)
+    pipe = VideoFusionPipeline.from_pretrained(folder, **ON_CPU)
     image = Image.new("RGB", (16, 16))
     if animates:
         assert call(pipe, image=image).frames.shape == (1, 4, 16, 16, 3)
@@ -157,14 +138,14 @@ def test_broken_pictures_are_refused(tmp_path):
 
 
 def test_cached_base_paths_give_the_same_clip_without_the_base_network(tiny_checkpoint, tmp_path):
-    first = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    first = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     cache = tmp_path / "a" / "cache"
     settings = {"base_cache": cache, "base_seed": 3, "num_videos": 2}
     clip = call(first, **settings).frames
     assert np.array_equal(clip, call(first, base_seed=3, num_videos=2).frames)
     assert len(list(cache.iterdir())) == 1
 
-    second = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    second = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     assert np.array_equal(call(second, **settings).frames, clip)
     assert set(second._engine.networks) == {"residual"}
     call(second, **{**settings, "residual_seed": 9, "num_frames": 7, "lam": 0.2})
@@ -177,9 +158,9 @@ def test_cached_base_paths_give_the_same_clip_without_the_base_network(tiny_chec
 def test_cache_tells_apart_whatever_a_path_depends_on(tiny_checkpoint, tmp_path):
     cache = tmp_path / "cache"
     base = {"num_inference_steps": STEPS, "base_cache": cache}
-    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
-    half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
-    other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1))
+    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
+    half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16, device="cpu")
+    other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1), **ON_CPU)
     changes = [
         {}, {"base_seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 5},
         {"solver": "dpmsolver++"}, {"eta": 0.5}, {"num_videos": 2}, {"sample_offset": 1},
@@ -201,7 +182,7 @@ def test_cache_tells_configurations_of_the_same_weights_apart(tiny_checkpoint, t
     (edited / "config.json").write_text(json.dumps({**entries, **change}))
     settings = {"num_inference_steps": STEPS, "base_cache": tmp_path / "cache"}
     paths = [
-        VideoFusionPipeline.from_pretrained(folder).walk_base("walk", **settings)
+        VideoFusionPipeline.from_pretrained(folder, **ON_CPU).walk_base("walk", **settings)
         for folder in (tiny_checkpoint, edited)
     ]
     assert not torch.equal(paths[0].states, paths[1].states)
@@ -212,7 +193,7 @@ def test_cache_needs_weights_that_are_named(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, nameless)
     entries = json.loads((nameless / "config.json").read_text())
     (nameless / "config.json").write_text(json.dumps({**entries, "sha256": {}}))
-    pipe = VideoFusionPipeline.from_pretrained(nameless)
+    pipe = VideoFusionPipeline.from_pretrained(nameless, **ON_CPU)
     with pytest.raises(ValueError, match="without a recorded SHA-256"):
         call(pipe, base_cache=tmp_path / "cache")
 
@@ -251,7 +232,7 @@ def loops_of(pipe):
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):
     """By calls of other noise and labels; the results are those of a fresh pipeline."""
-    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     keep = {"offload_base": False}
     clip = call(pipe, **keep).frames
     first = loops_of(pipe)
@@ -287,7 +268,7 @@ def test_another_call_gets_another_loop(pipe, tiny_checkpoint, change):
     first = loops_of(pipe)["residual"]
     clip = call(pipe, **{**keep, **change}).frames
     assert loops_of(pipe)["residual"] is not first
-    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     assert np.array_equal(call(fresh, **change).frames, clip)
 
 
@@ -306,7 +287,7 @@ def test_a_path_of_another_precision_gets_another_loop(pipe, tiny_checkpoint):
     double = replace(path, states=path.states.double() * (1 + 1e-10))
     call(pipe, trajectory=path)
     clip = call(pipe, trajectory=double).frames
-    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     assert np.array_equal(clip, call(fresh, trajectory=double).frames)
 
 
@@ -406,8 +387,8 @@ def test_overlapped_phases_give_the_same_clip(pipe, settings):
 # -- plain video models ----------------------------------------------------------------------------
 
 
-def test_a_plain_video_model_is_sampled_by_the_same_call(video_checkpoint):
-    pipe = VideoFusionPipeline.from_pretrained(video_checkpoint)
+def test_a_plain_video_model_is_sampled_by_the_same_call(tiny_video_checkpoint):
+    pipe = VideoFusionPipeline.from_pretrained(tiny_video_checkpoint, **ON_CPU)
     steps = []
     out = call(pipe, guidance_scale=1.0, callback=lambda *step: steps.append(step))
     assert out.trajectory is None
@@ -439,8 +420,8 @@ def test_a_plain_video_model_is_sampled_by_the_same_call(video_checkpoint):
         {"num_residuals": 2},
     ],
 )
-def test_a_plain_video_model_refuses_what_needs_a_base_path(video_checkpoint, setting):
-    pipe = VideoFusionPipeline.from_pretrained(video_checkpoint)
+def test_a_plain_video_model_refuses_what_needs_a_base_path(tiny_video_checkpoint, setting):
+    pipe = VideoFusionPipeline.from_pretrained(tiny_video_checkpoint, **ON_CPU)
     with pytest.raises(ValueError, match=f"has no base path, so it takes no {next(iter(setting))}"):
         call(pipe, **setting)
     with pytest.raises(ValueError, match="has no base path"):
@@ -452,7 +433,7 @@ def test_a_plain_video_model_refuses_what_needs_a_base_path(video_checkpoint, se
 
 
 def test_settings_that_do_not_go_together(clean_checkpoint, tmp_path):
-    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint)
+    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     path = pipe.walk_base("walk", num_inference_steps=STEPS)
     image = Image.new("RGB", (16, 16))
     pipe._engine.release("base")

@@ -13,10 +13,12 @@ from conftest import tiny_config
 from test_models import RGB, normal, randomise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vfengine.models import UNet, layers
 from vfengine.models.layers import (
     Attention,
+    Conv2d,
     FeedForward,
     GroupNorm,
     LayerNorm,
@@ -264,3 +266,72 @@ def test_fused_is_for_cuda_outside_of_tracing(kind, fake_gpu, monkeypatch):
         torch.set_autocast_enabled("cuda", False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not fused(x, layer)
+
+
+# -- convolutions ----------------------------------------------------------------------------------
+
+_ALLOW_TF32 = -1  # place among the arguments of aten::_convolution
+
+
+def convolutions(layer: nn.Module, x: Tensor) -> list[tuple]:
+    """The convolutions that layer(x) asks torch for: their ops and arguments."""
+    seen = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if "conv" in str(op):
+                seen.append((str(op), args))
+            return op(*args, **(kwargs or {}))
+
+    with Calls():
+        layer(x)
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_fp32_convolutions_are_as_exact_as_products(precision, fake_gpu):
+    """On CUDA, where torch by itself would round theirs to TF32 and leave those of matrices."""
+    with FakeTensorMode(), torch.inference_mode():
+        layer = Conv2d(8, 8, 3, padding=1, device="cuda").eval()
+        x = torch.empty(1, 8, 4, 4, device="cuda")
+        torch.set_float32_matmul_precision(precision)
+        try:
+            ((op, arguments),) = convolutions(layer, x)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert op == "aten._convolution.default"
+    assert arguments[_ALLOW_TF32] is (precision == "high")
+
+
+def test_convolutions_of_other_dtypes_and_of_training_are_torchs(fake_gpu):
+    with FakeTensorMode():
+        layer = Conv2d(8, 8, 3, padding=1, device="cuda")
+        x = torch.empty(1, 8, 4, 4, device="cuda")
+        assert all("_convolution" not in op for op, _ in convolutions(layer, x))
+        with torch.inference_mode():
+            half = Conv2d(8, 8, 3, padding=1, device="cuda", dtype=torch.bfloat16).eval()
+            assert all("_convolution" not in op for op, _ in convolutions(half, x.bfloat16()))
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"kernel_size": (3, 1), "padding": (1, 0)}])
+def test_fp32_convolution_is_the_plain_one(options, monkeypatch):
+    layer = randomise(Conv2d(6, 10, **{"kernel_size": 3, "padding": 1, **options}).eval())
+    x = picture(6)
+    with torch.inference_mode():
+        expected = nn.Conv2d.forward(layer, x)
+        monkeypatch.setattr(layers, "fused", lambda *_: True)
+        assert torch.equal(layer(x), expected)
+
+
+def test_tf32_of_products_can_be_read_however_it_was_set():
+    products = torch.backends.cuda.matmul
+    assert not layers.tf32_products()
+    torch.set_float32_matmul_precision("medium")
+    assert layers.tf32_products()
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(products, "fp32_precision"):  # torch 2.9 and later; not to be read the old way then
+        former = products.fp32_precision
+        products.fp32_precision = "tf32"
+        assert layers.tf32_products()
+        products.fp32_precision = former
+    assert not layers.tf32_products()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import ON_CPU, save_tiny
 
 import vfengine as vf
 from vfengine import generate, generate_settings, solvers, trajectory, video_io
@@ -31,6 +31,7 @@ def cli(tiny_checkpoint, tmp_path, monkeypatch, capsys):
 
     def run(*argv, model=tiny_checkpoint, steps=STEPS):
         fixed = ["--model", str(model), "--num-inference-steps", steps]
+        fixed += ["--device", "cpu", "--dtype", "float32"]  # pixels that no machine changes
         status = main([*fixed, *map(str, argv)])
         out, err = capsys.readouterr()
         return status, out, err
@@ -68,13 +69,12 @@ def test_writes_a_clip(cli, suffix):
 
 def test_the_pixels_are_the_pipelines(cli, tiny_checkpoint):
     assert cli("--label", "walk", "--seed", 5, "--output", "a.webp")[0] == 0
-    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     out = pipe("walk", num_inference_steps=int(STEPS), base_seed=5, residual_seed=6)
     assert np.array_equal(read_video("a.webp").frames, to_uint8(out.frames)[0])
 
 
-def test_defaults_are_the_pipelines(tiny_checkpoint):
-    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+def test_defaults_are_the_pipelines():
     said = vf.VideoFusionPipeline.__call__.__kwdefaults__
     for name in (
         *("num_frames", "num_inference_steps", "guidance_scale", "base_seed", "residual_seed"),
@@ -82,7 +82,9 @@ def test_defaults_are_the_pipelines(tiny_checkpoint):
         *("window", "window_overlap", "overlap_phases", "offload_base"),
     ):
         assert DEFAULTS[name] == said[name], name
-    assert getattr(torch, DEFAULTS["dtype"]) == pipe.dtype
+    opened = vf.VideoFusionPipeline.from_pretrained.__kwdefaults__
+    for name in ("device", "dtype", "base_unet"):
+        assert DEFAULTS[name] == opened[name], name
     assert generate_settings.SOLVERS == solvers.SOLVERS
     assert generate_settings.BASE_PATHS == trajectory.BASE_PATHS
 
@@ -142,6 +144,7 @@ def test_json_is_one_complete_line(cli, tiny_checkpoint):
     assert set(record["timings"]) == {"startup", "load", "base", "residual", "write", "total"}
     assert 0 < record["timings"]["startup"] < record["timings"]["total"]
     assert record["peak_memory"]["process"] > 1e7
+    assert set(record["peak_memory"]) == {"process", "cuda", "cuda_reserved"}
     assert record["settings"]["num_frames"] == 4
     assert record["settings"]["fps"] == 8.0
     assert record["settings"]["base_path"] == "stepwise"

@@ -10,6 +10,7 @@ import pytest
 import test_engine
 import test_generate
 import tqdm
+from conftest import ON_CPU
 from PIL import Image
 
 import vfengine as vf
@@ -20,7 +21,6 @@ from vfengine.video_io import read_video
 
 cli, refused, STEPS = test_generate.cli, test_generate.refused, test_generate.STEPS
 clean_checkpoint = test_engine.clean_checkpoint
-video_checkpoint = test_engine.video_checkpoint
 WALK = ["--label", "walk"]
 
 
@@ -232,7 +232,7 @@ def test_a_picture_is_animated(cli, clean_checkpoint, picture):
     clip = frames_of("c.webp")
     assert np.array_equal(clip[2], pixels)
     assert not np.array_equal(clip[1], pixels)
-    pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     out = pipe("walk", image=Image.open(file), num_inference_steps=int(STEPS), residual_seed=4)
     assert np.array_equal(clip, to_uint8(out.frames)[0])
 
@@ -265,7 +265,7 @@ def test_pictures_that_cannot_be_animated(cli, clean_checkpoint, picture):
 
 
 def test_windows(cli, tiny_checkpoint):
-    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     made = set()
     for flags, window, overlap in (
         ([], 4, 3),
@@ -352,7 +352,7 @@ def test_no_capture(cli, monkeypatch):
 @pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
 def test_multistep_solvers(cli, tiny_checkpoint, solver):
     assert cli(*WALK, "--solver", solver, "--output", "c.webp")[0] == 0
-    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     out = pipe("walk", num_inference_steps=int(STEPS), solver=solver)
     assert np.array_equal(frames_of("c.webp"), to_uint8(out.frames)[0])
 
@@ -360,17 +360,17 @@ def test_multistep_solvers(cli, tiny_checkpoint, solver):
 # -- VDM* ------------------------------------------------------------------------------------------
 
 
-def test_a_plain_video_model_is_sampled(cli, video_checkpoint):
+def test_a_plain_video_model_is_sampled(cli, tiny_video_checkpoint):
     plain = [*WALK, "--seed", 3, "--output", "c.webp"]
-    record = done(cli(*plain, "--json", model=video_checkpoint))
+    record = done(cli(*plain, "--json", model=tiny_video_checkpoint))
     assert (record["base_seed"], record["residual_seed"]) == (None, 4)
     for name in ("base_path", "window", "offload_base"):
         assert record["settings"][name] is None
     assert record["timings"]["base"] == 0.0 < record["timings"]["residual"]
-    pipe = vf.VideoFusionPipeline.from_pretrained(video_checkpoint)
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_video_checkpoint, **ON_CPU)
     out = pipe("walk", num_inference_steps=int(STEPS), residual_seed=4)
     assert np.array_equal(frames_of("c.webp"), to_uint8(out.frames)[0])
-    status, out, _ = cli(*plain, "--num-videos", 2, "--num-frames", 3, model=video_checkpoint)
+    status, out, _ = cli(*plain, "--num-videos", 2, "--num-frames", 3, model=tiny_video_checkpoint)
     assert status == 0
     assert "2 clips: 3 frames, 4 steps" in out and ", sampling " in out and "base" not in out
     assert frames_of("c-001.webp").shape == (3, 16, 16, 3)
@@ -392,9 +392,9 @@ def test_a_plain_video_model_is_sampled(cli, video_checkpoint):
         ["--no-offload-base"],
     ],
 )
-def test_a_plain_video_model_has_no_base_path(cli, video_checkpoint, flags):
+def test_a_plain_video_model_has_no_base_path(cli, tiny_video_checkpoint, flags):
     names = [flag for flag in flags if flag.startswith("--")]
-    result = cli(*WALK, *flags, model=video_checkpoint)
+    result = cli(*WALK, *flags, model=tiny_video_checkpoint)
     assert refused(result, "a plain video model has no base path, so it takes no", *names)
     assert os.listdir() == []
 
@@ -446,10 +446,10 @@ def test_progress_counts_every_phase(cli, bars, flags, total):
 
 
 def test_progress_leaves_out_what_is_there_already(
-    cli, bars, clean_checkpoint, video_checkpoint, picture
+    cli, bars, clean_checkpoint, tiny_video_checkpoint, picture
 ):
     cli(*WALK, "--image", picture[0], "--num-residuals", 2, model=clean_checkpoint)
-    cli(*WALK, "--num-videos", 2, model=video_checkpoint)
+    cli(*WALK, "--num-videos", 2, model=tiny_video_checkpoint)
     for _ in range(2):
         cli(*WALK, "--base-trajectory", "t.safetensors")
     assert [bar.announced for bar in bars] == [[8], [8], [8], [4]]

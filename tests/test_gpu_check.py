@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import gpu_backends, no_gpu
 
 from vfengine.ops import residual_step_reference
 
@@ -43,21 +42,10 @@ def test_loop_reads_its_step_from_the_counter(gpu_check):
     assert torch.equal(loop.run(loop.advance), out)
 
 
-@no_gpu
-@gpu_backends
-def test_captured_loop_on_a_gpu(gpu_check, backend):
-    assert gpu_check.captured_loop(backend)["passed"]
-
-
 def test_whole_clips_are_the_same_in_all_forms(gpu_check):
     report = gpu_check.whole_clips("cpu", num_inference_steps=2)
     assert report["passed"], report
     assert len(report["seconds"]) == 6
-
-
-@no_gpu
-def test_whole_clips_on_a_gpu(gpu_check):
-    assert gpu_check.whole_clips("cuda")["passed"]
 
 
 def test_benches_are_all_there(gpu_check):

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LABELS, save_tiny
+from conftest import ON_CPU, TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
 from vfengine import engine
-from vfengine.checkpoint import load_base, load_residual, read_config
+from vfengine.checkpoint import build_base, build_residual, load_base, load_residual, read_config
 from vfengine.pipeline import VideoFusionPipeline, to_uint8
 
 STEPS = 4
@@ -18,7 +18,7 @@ STEPS = 4
 
 @pytest.fixture
 def pipe(tiny_checkpoint):
-    return VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    return VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
 
 
 def frames_of(pipe, label="walk", **settings):
@@ -115,7 +115,7 @@ def test_trajectory_is_used_instead_of_the_base_network(pipe, tiny_checkpoint, t
     (tiny_copy := tmp_path / "copy").mkdir()
     for name in ("config.json", "residual.safetensors"):
         (tiny_copy / name).write_bytes((tiny_checkpoint / name).read_bytes())
-    other = VideoFusionPipeline.from_pretrained(tiny_copy)  # has no base network at all
+    other = VideoFusionPipeline.from_pretrained(tiny_copy, **ON_CPU)  # has no base network at all
     again = other("walk", num_inference_steps=STEPS, trajectory=loaded)
     assert np.array_equal(first.frames, again.frames)
     several = other("walk", num_inference_steps=STEPS, trajectory=loaded, num_videos=2)
@@ -148,7 +148,7 @@ def test_foreign_trajectories_are_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="holds 2 clips, neither 1 nor the 3 asked for"):
         frames_of(pipe, trajectory=two, num_videos=3)
 
-    other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1))
+    other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1), **ON_CPU)
     with pytest.raises(ValueError, match="made by another model"):
         frames_of(other, trajectory=path)
     cosine = vf.NoiseSchedule.cosine(1000)
@@ -165,7 +165,9 @@ def test_foreign_trajectories_are_refused(pipe, tmp_path):
 
 
 def test_base_path_defaults_to_the_checkpoints_choice(pipe, tmp_path):
-    clean = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "m", base_path="clean"))
+    clean = VideoFusionPipeline.from_pretrained(
+        save_tiny(tmp_path / "m", base_path="clean"), **ON_CPU
+    )
     assert np.array_equal(frames_of(clean), frames_of(pipe, base_path="clean"))
     assert not np.array_equal(frames_of(clean), frames_of(pipe))
     assert np.array_equal(frames_of(clean, base_path="stepwise"), frames_of(pipe))
@@ -208,7 +210,7 @@ def in_memory(pipe):
     ],
 )
 def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offload, freed):
-    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     during = []
 
     def look(phase, done, total):
@@ -224,9 +226,40 @@ def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offloa
     assert ("base" in pipe._engine.loops) is not freed
 
 
+@pytest.mark.parametrize("needed_again", [False, True])
+@pytest.mark.parametrize(
+    ("loaded", "free", "idle", "goes"),
+    [
+        (set(), 4.1, 0.0, False),
+        (set(), 3.9, 0.0, True),
+        (set(), 3.9, 0.2, False),  # torch's own cache is room too
+        ({"base"}, 2.1, 0.0, False),
+        ({"base"}, 1.9, 0.0, True),
+        ({"base", "residual"}, 0.0, 0.0, False),
+    ],
+)
+def test_on_cuda_the_base_network_goes_only_for_want_of_room(
+    tiny_checkpoint, monkeypatch, loaded, free, idle, goes, needed_again
+):
+    """free, idle: in weights of one network, both are about equally large."""
+    pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
+    base, residual = (
+        sum(weight.numel() for weight in build(pipe.config).unet.parameters())
+        for build in (build_base, build_residual)
+    )
+    assert pipe.lets_base_go(needed_again) is not needed_again  # on a CPU
+    pipe._engine.device = torch.device("cuda", 0)
+    pipe._engine.networks = dict.fromkeys(loaded)
+    size = 4 * (residual if loaded else (base + residual) / 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 2 * free * size))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * size)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: (10 - idle) * size)
+    assert pipe.lets_base_go(needed_again) is goes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(tiny_checkpoint, pipe, dtype):
-    half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=dtype)
+    half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=dtype, device="cpu")
     out = frames_of(half)
     assert out.dtype == np.float32
     assert np.abs(out - frames_of(pipe)).mean() < 0.03
@@ -259,7 +292,7 @@ def test_bad_arguments(pipe):
 
 def test_bad_checkpoints_and_devices(tiny_checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        VideoFusionPipeline.from_pretrained(tmp_path)
+        VideoFusionPipeline.from_pretrained(tmp_path, **ON_CPU)
     for device, message in (
         ("toaster", "unknown device 'toaster'"),
         ("meta", "is not supported"),
@@ -267,8 +300,8 @@ def test_bad_checkpoints_and_devices(tiny_checkpoint, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             VideoFusionPipeline.from_pretrained(tiny_checkpoint, device=device)
-    with pytest.raises(ValueError, match="dtype must be one of"):
-        VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.int8)
+    with pytest.raises(ValueError, match="dtype must be 'auto' or one of"):
+        VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.int8, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["base", "residual"])
@@ -279,12 +312,12 @@ def test_truncated_weights_are_found_before_sampling(tmp_path, name):
     steps = []
     for broken in (data[:-100], data[:4], b""):
         file.write_bytes(broken)
-        pipe = VideoFusionPipeline.from_pretrained(folder)
+        pipe = VideoFusionPipeline.from_pretrained(folder, **ON_CPU)
         with pytest.raises(ValueError, match=f"{name}.safetensors is"):
             frames_of(pipe, callback=lambda *step: steps.append(step))
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {name}.safetensors"):
-        frames_of(VideoFusionPipeline.from_pretrained(folder))
+        frames_of(VideoFusionPipeline.from_pretrained(folder, **ON_CPU))
     assert steps == []
 
 
@@ -293,7 +326,9 @@ def test_a_model_without_labels(tmp_path):
     networks = {
         name: replace(getattr(config, name), num_classes=None) for name in ("base", "residual")
     }
-    pipe = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "m", labels=(), **networks))
+    pipe = VideoFusionPipeline.from_pretrained(
+        save_tiny(tmp_path / "m", labels=(), **networks), **ON_CPU
+    )
     assert frames_of(pipe, None, num_videos=2).shape == (2, 4, 16, 16, 3)
     with pytest.raises(ValueError, match="this model takes no label"):
         frames_of(pipe, "walk")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ON_CPU, tiny_config
 
 import vfengine as vf
 from vfengine.generate_settings import UsageError, read_settings
@@ -41,7 +41,9 @@ def save_peer(folder, scheduler=None, **changes):
 
 
 def open_with(checkpoint, base, **settings):
-    return vf.VideoFusionPipeline.from_pretrained(checkpoint, base_unet=base, **settings)
+    return vf.VideoFusionPipeline.from_pretrained(
+        checkpoint, base_unet=base, **{**ON_CPU, **settings}
+    )
 
 
 def test_walks_the_base_path_with_the_published_network(tiny_checkpoint, tmp_path):
@@ -103,7 +105,7 @@ def test_v_prediction_becomes_noise():
 
 def test_paths_and_caches_do_not_mistake_base_networks(tiny_checkpoint, tmp_path):
     cache, base = tmp_path / "cache", save_peer(tmp_path)
-    own = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    own = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     other = open_with(tiny_checkpoint, base)
     walked = [pipe("jump", **CALL, base_cache=cache).trajectory for pipe in (own, other, other)]
     assert len(list(cache.iterdir())) == 2

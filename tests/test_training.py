@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ON_CPU, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -435,7 +435,7 @@ def test_command_logs_one_json_object_a_line(trained):
 
 
 def test_trained_checkpoint_generates(trained):
-    pipeline = VideoFusionPipeline.from_pretrained(trained / "checkpoint")
+    pipeline = VideoFusionPipeline.from_pretrained(trained / "checkpoint", **ON_CPU)
     frames = pipeline("left", num_inference_steps=2).frames
     assert frames.shape == (1, 4, 16, 16, 3)
     assert np.isfinite(frames).all()

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY_LABELS
+from conftest import ON_CPU, TINY_LABELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,7 +344,7 @@ TRAINED, LONG = 4, 11  # frames, of conftest's tiny model and of a longer clip
 
 @pytest.fixture
 def pipe(tiny_checkpoint):
-    return VideoFusionPipeline.from_pretrained(tiny_checkpoint)
+    return VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
 
 
 def frames_of(pipe, **settings):

@@ -7,6 +7,7 @@ other noise or labels. One loop a phase, so memory does not grow from call to ca
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .capture import surroundings_key, weights_key
+from .capture import empty_cache, surroundings_key, weights_key
 from .checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from .decompose import Lam, Model, frame_weights
 from .loops import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
@@ -285,9 +286,31 @@ class Engine:
             return
         self.loops.pop(name, None)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            empty_cache()
         else:
             return_memory()
+
+    def lets_base_go(self, needed_again: bool) -> bool:
+        """What offload_base=None means: whether the base network goes before the residual phase.
+
+        needed_again: by this call's or the command's later batches
+
+        On a CPU it goes unless it is needed again. On CUDA, where to read and capture it anew takes
+        longer than to sample, only where the weights that are still to come, and as much again to
+        work in, find no room.
+        """
+        if self.device.type != "cuda":
+            return not needed_again
+        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        room = torch.cuda.mem_get_info(self.device)[0] + idle
+        weights = 0
+        for name in ("base", "residual"):
+            file = self.folder / f"{name}.safetensors"
+            if name not in self.networks and file.is_file():
+                with safe_open(str(file), framework="pt") as read:
+                    tensors = [read.get_slice(key) for key in list(read.keys())]
+                    weights += sum(math.prod(tensor.get_shape()) for tensor in tensors)
+        return 2 * weights * self.dtype.itemsize > room
 
     def check_complete(self, name: str) -> None:
         """Finds a missing or cut-off weight file before the other network works for nothing."""
@@ -313,28 +336,11 @@ class Engine:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # torch.cuda.synchronize would wait for other threads too, and break their captures
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
 
 def no_time() -> dict[str, float]:
     """Timings of a call that has not begun."""
     return {"load": 0.0, "base": 0.0, "residual": 0.0}
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, once it is known to be there; ValueError when it is not."""
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"unknown device {device!r}, expected cpu, cuda or cuda:<index>"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} is not supported, expected cpu or cuda")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            found = f"{count} CUDA devices" if count else "no CUDA device"
-            raise ValueError(f"device {str(device)!r} asked for, but torch finds {found} here")
-    return device

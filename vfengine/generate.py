@@ -72,17 +72,21 @@ def generate(settings: argparse.Namespace, run: Run) -> None:
 
 
 def _open_pipeline(settings: argparse.Namespace) -> VideoFusionPipeline:
+    """The pipeline; settings then name the device and dtype that were chosen."""
     import torch
 
     from .pipeline import VideoFusionPipeline
 
-    return VideoFusionPipeline.from_pretrained(
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    pipe = VideoFusionPipeline.from_pretrained(
         settings.model,
         device=settings.device,
-        dtype=getattr(torch, settings.dtype),
+        dtype=dtype,
         capture=not settings.no_capture,
         base_unet=settings.base_unet,
     )
+    settings.device, settings.dtype = str(pipe.device), str(pipe.dtype).removeprefix("torch.")
+    return pipe
 
 
 def _check_model(settings: argparse.Namespace, pipe: VideoFusionPipeline) -> None:
@@ -147,7 +151,7 @@ def _settle(
 ) -> None:
     """Fills in what was left open, so that the settings say what is done; None has no part in it.
 
-    A base network that a later batch needs is kept, and otherwise let go.
+    A base network that a later batch needs is kept; otherwise the pipeline decides.
     """
     from .windows import choose_windows
 
@@ -170,8 +174,8 @@ def _settle(
     sizes = (settings.num_frames, config.num_frames, settings.window, settings.window_overlap)
     settings.window, settings.window_overlap = choose_windows(*sizes) or (0, None)
     if settings.offload_base is None:
-        one_batch = settings.num_videos <= settings.batch_size
-        settings.offload_base = one_batch and not settings.overlap_phases
+        later = settings.num_videos > settings.batch_size
+        settings.offload_base = not settings.overlap_phases and pipe.lets_base_go(later)
 
 
 # -- sampling --------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def summary(settings: argparse.Namespace, pipe: VideoFusionPipeline, run: Run) -
     seconds = ", ".join(f"{said} {run.timings[name]:.1f} s" for said, name in times.items())
     return (
         f"{names}: {frames}, {settings.num_inference_steps} steps, "
-        f"{run.timings['total']:.1f} s ({seconds})"
+        f"{settings.dtype} on {settings.device}, {run.timings['total']:.1f} s ({seconds})"
     )
 
 
@@ -195,6 +195,8 @@ def record(
         "peak_memory": {
             "process": _peak_process_memory(),
             "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
+            # what graphs keep for themselves counts here alone
+            "cuda_reserved": torch.cuda.max_memory_reserved(pipe.device) if cuda else None,
         },
         "base_trajectory_read": trajectory_read,
         "base_cache_hit": run.timings["base"] == 0.0 if cached else None,  # for every batch

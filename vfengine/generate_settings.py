@@ -15,6 +15,7 @@ SOLVERS = ("ddim", "ddpm", "dpmsolver", "dpmsolver++", "unipc")
 BASE_PATHS = ("stepwise", "clean")
 FILTERS = ("nearest", "lanczos")
 DTYPES = {
+    "auto": "auto",
     **{name: name for name in ("float32", "bfloat16", "float16")},
     **{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
 }
@@ -46,8 +47,8 @@ DEFAULTS = {
     "base_path": None,
     "overlap_phases": False,
     "offload_base": None,
-    "device": "cpu",
-    "dtype": "float32",
+    "device": "auto",
+    "dtype": "auto",
     "no_capture": False,
     "quiet": False,
     "json": False,
@@ -183,8 +184,14 @@ def _parser() -> _Parser:
         "--window-overlap", type=_whole(1, 4096), metavar="N",
         help="frames that neighbouring windows share; default: the least possible",
     )  # fmt: skip
-    how.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 …; default: cpu")
-    how.add_argument("--dtype", choices=tuple(DTYPES), help="of the networks; default: float32")
+    how.add_argument(
+        "--device", metavar="NAME",
+        help="cpu, cuda, cuda:1 …, or auto, the default: cuda where there is one, else cpu",
+    )  # fmt: skip
+    how.add_argument(
+        "--dtype", choices=tuple(DTYPES),
+        help="of the networks; auto, the default: bfloat16 where that is faster, else float32",
+    )  # fmt: skip
     how.add_argument(
         "--batch-size", type=_whole(1, 4096), metavar="N", help="clips at a time; default: 1"
     )
@@ -218,7 +225,7 @@ def _parser() -> _Parser:
     path.add_argument(
         "--offload-base", action=argparse.BooleanOptionalAction,
         help="let the base network go before the residual phase, or keep it; default: keep it "
-        "where a later batch needs it",
+        "where a later batch needs it, on CUDA where there is room",
     )  # fmt: skip
 
     where = parser.add_argument_group("where to")

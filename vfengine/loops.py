@@ -60,7 +60,7 @@ class Loop:
         if self.dtype == torch.float64:
             raise RuntimeError("steps of float64 clips cannot be captured in a CUDA graph")
         if self._replay is None:
-            self._replay = captured(self.step, self.device, self._rewind, self.phase)
+            self._replay = captured(self.step, self.device, self._rewind)
         return self._replay
 
     def run(self, step: Step, callback: Callback | None = None) -> None:

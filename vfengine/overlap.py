@@ -97,8 +97,6 @@ def _on_stream(
     step: Step, count: int, device: torch.device, target: torch.device
 ) -> Iterator[Wait]:
     """`count` steps on a stream of their own, each launched when target is about to wait for it."""
-    here, ahead = torch.cuda.current_stream(device), side_stream(device, "ahead")
-    ahead.wait_stream(here)
     events: list[torch.cuda.Event] = []
 
     def wait(k: int) -> None:
@@ -111,7 +109,10 @@ def _on_stream(
         else:
             events[k].synchronize()
 
-    try:
-        yield wait
-    finally:
-        here.wait_stream(ahead)
+    here = torch.cuda.current_stream(device)
+    with side_stream(device) as ahead:
+        ahead.wait_stream(here)
+        try:
+            yield wait
+        finally:
+            here.wait_stream(ahead)

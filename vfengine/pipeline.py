@@ -2,8 +2,8 @@
 
 Two phases (vfengine/sampling.py): the base generator walks the base frame's path, at the cost of
 one image; then the residual generator makes all frames along that path. Each network's weights are
-read when its phase first needs them, and the base network leaves memory between the phases, so
-that the peak is the larger of the two and not their sum.
+read when its phase first needs them, and on a CPU the base network leaves memory between the
+phases, so that the peak is the larger of the two and not their sum (`offload_base`).
 
 States are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
 seeds and on k alone (vfengine/noise.py), never on the batch it is made in.
@@ -25,9 +25,10 @@ from torch import Tensor
 from .base_cache import cached_path
 from .checkpoint import DEFAULT, CheckpointConfig, read_config
 from .decompose import Lam, base_noise, frame_weights, residual_noise
-from .engine import Asked, Engine, no_time, usable_device
+from .devices import AUTO, chosen_device, chosen_dtype, usable_device
+from .engine import Asked, Engine, no_time
 from .loops import Callback
-from .models import UNet
+from .models import PlannedUNet, UNet
 from .noise import check_seed
 from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
 from .pretrained import PretrainedBase, pretrained_base
@@ -37,7 +38,6 @@ from .windows import choose_windows
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GUIDANCE_SCALE = 100.0
 
 
@@ -87,21 +87,25 @@ class VideoFusionPipeline:
         cls,
         path: str | Path | None = None,
         *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = AUTO,
+        dtype: torch.dtype | str = AUTO,
         capture: bool = True,
-        base_unet: str | Path | UNet | None = None,
+        base_unet: str | Path | UNet | PlannedUNet | None = None,
         base_prediction_type: str | None = None,
     ) -> VideoFusionPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
-        device:  "cpu", "cuda" or "cuda:<index>"
-        dtype:   of weights and activations: float32, bfloat16 or float16
+        device:  "cpu", "cuda" or "cuda:<index>"; "auto" is CUDA where torch can use it, else the
+                 CPU
+        dtype:   of weights and activations: float32, bfloat16 or float16; "auto" is bfloat16 where
+                 that is faster (vfengine/devices.py), else float32. On CUDA float32 is no TF32, in
+                 convolutions either, unless torch.set_float32_matmul_precision allows it
         capture: on CUDA, replay each phase's step from a graph, which later calls use again if only
                  noise, seeds (where η = 0) and labels differ; it goes with its network
                  (offload_base). Has no meaning on a CPU
         base_unet: an image UNet that walks the base path in place of the checkpoint's own network:
-                 a source of `models.load_unet`, or a UNet of this device and dtype. It must fit the
+                 a source of `models.load_unet`, or a UNet of this device and dtype (which "auto"
+                 then stands for). It must fit the
                  clips' channels and the noise schedule; one that needs a context (a prompt) is
                  refused, and one without classes leaves labels to the residual network
         base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
@@ -111,10 +115,13 @@ class VideoFusionPipeline:
         for a device, dtype or base_unet that cannot be used. The weights are read by the first
         call, but those of a base_unet at once, for their SHA-256.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+        if isinstance(base_unet, (UNet, PlannedUNet)):
+            device = next(base_unet.parameters()).device if device == AUTO else device
+            dtype = base_unet.dtype if dtype == AUTO else dtype
+        device = chosen_device(device)
+        dtype = chosen_dtype(dtype, device)
         folder = DEFAULT if path is None else Path(path)
-        config, device = read_config(folder), usable_device(device)
+        config = read_config(folder)
         if base_unet is None:
             if base_prediction_type is not None:
                 raise ValueError("base_prediction_type is that of a base_unet, and none is given")
@@ -175,7 +182,8 @@ class VideoFusionPipeline:
                         the trained length where num_frames is larger; window=0: none
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
         offload_base:   let the base network's weights go before the residual phase, and read them
-                        again when next needed; None does so when one label is asked for
+                        again when next needed; None does so on a CPU when one label is asked for,
+                        on CUDA only where the residual network would find no room beside them
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
                         phase is "base", then "residual"; "video" for a plain video model
@@ -242,7 +250,7 @@ class VideoFusionPipeline:
                 sample_offset=base_offset, base_cache=base_cache, callback=callback,
                 timings=timings, **walk,
             )  # fmt: skip
-        if offload_base or (offload_base is None and _is_one(label)):
+        if self.lets_base_go(not _is_one(label)) if offload_base is None else offload_base:
             self._engine.release("base")
         stepwise = trajectory.base_path == "stepwise"
         path = trajectory.clean() if clean and stepwise else trajectory
@@ -386,6 +394,10 @@ class VideoFusionPipeline:
         if clips not in (1, num_clips):
             wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
             raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
+
+    def lets_base_go(self, needed_again: bool) -> bool:
+        """What offload_base=None does: `Engine.lets_base_go`."""
+        return self._engine.lets_base_go(needed_again)
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -14,31 +14,41 @@ void set_cpu_isa(const char* name);
 
 }  // namespace vf
 
-// VF_CPU_DECLARE(type name(...)) declares a function once per instruction set; VF_CPU_CALL calls
-// the chosen one.
-#if defined(VF_X86_64)
-#define VF_CPU_DECLARE(...)   \
-  namespace vf::baseline {    \
-  __VA_ARGS__;                \
-  }                           \
-  namespace vf::avx2 {        \
-  __VA_ARGS__;                \
-  }                           \
-  namespace vf::avx512 {      \
-  __VA_ARGS__;                \
-  }                           \
-  namespace vf::avx512_bf16 { \
-  __VA_ARGS__;                \
+// VF_CPU_DECLARE(type name(...)) declares a function once per instruction set that was built
+// (VF_AVX2, ... of CMakeLists.txt); VF_CPU_CALL calls the chosen one.
+#define VF_CPU_DECLARE(...)              \
+  VF_IN_NAMESPACE(baseline, __VA_ARGS__) \
+  VF_DECLARE_AVX2(__VA_ARGS__) VF_DECLARE_AVX512(__VA_ARGS__) VF_DECLARE_AVX512_BF16(__VA_ARGS__)
+#define VF_CPU_CALL(name, ...)                                              \
+  (VF_CALL_AVX512_BF16(name, __VA_ARGS__) VF_CALL_AVX512(name, __VA_ARGS__) \
+       VF_CALL_AVX2(name, __VA_ARGS__) vf::baseline::name(__VA_ARGS__))
+
+#define VF_IN_NAMESPACE(isa, ...) \
+  namespace vf::isa {             \
+  __VA_ARGS__;                    \
   }
-#define VF_CPU_CALL(name, ...)                                                \
-  (vf::cpu_isa() == vf::Isa::avx512_bf16 ? vf::avx512_bf16::name(__VA_ARGS__) \
-   : vf::cpu_isa() == vf::Isa::avx512    ? vf::avx512::name(__VA_ARGS__)      \
-   : vf::cpu_isa() == vf::Isa::avx2      ? vf::avx2::name(__VA_ARGS__)        \
-                                         : vf::baseline::name(__VA_ARGS__))
+#define VF_CALL_IF(isa, name, ...) vf::cpu_isa() == vf::Isa::isa ? vf::isa::name(__VA_ARGS__):
+
+#if defined(VF_AVX2)
+#define VF_DECLARE_AVX2(...) VF_IN_NAMESPACE(avx2, __VA_ARGS__)
+#define VF_CALL_AVX2(name, ...) VF_CALL_IF(avx2, name, __VA_ARGS__)
 #else
-#define VF_CPU_DECLARE(...) \
-  namespace vf::baseline {  \
-  __VA_ARGS__;              \
-  }
-#define VF_CPU_CALL(name, ...) vf::baseline::name(__VA_ARGS__)
+#define VF_DECLARE_AVX2(...)
+#define VF_CALL_AVX2(name, ...)
+#endif
+
+#if defined(VF_AVX512)
+#define VF_DECLARE_AVX512(...) VF_IN_NAMESPACE(avx512, __VA_ARGS__)
+#define VF_CALL_AVX512(name, ...) VF_CALL_IF(avx512, name, __VA_ARGS__)
+#else
+#define VF_DECLARE_AVX512(...)
+#define VF_CALL_AVX512(name, ...)
+#endif
+
+#if defined(VF_AVX512_BF16)
+#define VF_DECLARE_AVX512_BF16(...) VF_IN_NAMESPACE(avx512_bf16, __VA_ARGS__)
+#define VF_CALL_AVX512_BF16(name, ...) VF_CALL_IF(avx512_bf16, name, __VA_ARGS__)
+#else
+#define VF_DECLARE_AVX512_BF16(...)
+#define VF_CALL_AVX512_BF16(name, ...)
 #endif

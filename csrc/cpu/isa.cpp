@@ -21,6 +21,18 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
+#if defined(VF_X86_64)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -37,19 +49,22 @@ const char* isa_name(Isa isa) {
 }
 
 bool isa_supported(Isa isa) {
-  if (isa == Isa::baseline) return true;
-#if defined(VF_X86_64)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  if (isa == Isa::avx2) return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (isa == Isa::avx512) return avx512;
-  return avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
+  switch (isa) {
+#if defined(VF_AVX512_BF16)
+    case Isa::avx512_bf16:
+      return has_avx512() && __builtin_cpu_supports("avx512bf16");
 #endif
+#if defined(VF_AVX512)
+    case Isa::avx512:
+      return has_avx512();
+#endif
+#if defined(VF_AVX2)
+    case Isa::avx2:
+      return has_avx2();
+#endif
+    default:
+      return isa == Isa::baseline;
+  }
 }
 
 Isa cpu_isa() { return chosen().load(std::memory_order_relaxed); }

@@ -32,8 +32,20 @@ def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
+    if not torch.is_grad_enabled():
+        return True
     read = (x, *module.parameters(), *(t for t in more if t is not None))
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in read)
+    return not any(t.requires_grad for t in read)
+
+
+def tf32_products() -> bool:
+    """Whether torch multiplies fp32 matrices on CUDA in TF32: a setting of the process.
+
+    Since torch 2.9 a setting that was made the new way cannot be read the old way, and raises.
+    """
+    products = torch.backends.cuda.matmul
+    now = getattr(products, "fp32_precision", None)
+    return products.allow_tf32 if now is None else now == "tf32"
 
 
 def sinusoidal_embedding(
@@ -111,6 +123,24 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution whose fp32 is fp32, at inference on CUDA: TF32 only where products have it.
+
+    By torch's default convolutions alone are rounded to TF32, an error of 3e-4. Which way is asked
+    of every call, so that no setting of the process is touched.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32 or not fused(x, self):
+            return super().forward(x)
+        cudnn = torch.backends.cudnn
+        deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+        return torch._convolution(  # what torch.conv2d calls with the settings of the process
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, False, (0, 0),
+            self.groups, cudnn.benchmark, deterministic, cudnn.enabled, tf32_products(),
+        )  # fmt: skip
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions; between them the embedding scales and shifts.
 
@@ -129,14 +159,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_(Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1)
-            if in_channels != out_channels
-            else nn.Identity()
+            Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -157,7 +185,7 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(GroupNorm(groups, channels) for _ in range(depth))
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(depth)
+            Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(depth)
         )
         zero_(self.convs[-1])
 

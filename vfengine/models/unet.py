@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .config import UNetConfig
-from .layers import GroupNorm, ResBlock, TemporalConv, Transformer, sinusoidal_embedding
+from .layers import (
+    Conv2d,
+    GroupNorm,
+    ResBlock,
+    TemporalConv,
+    Transformer,
+    sinusoidal_embedding,
+)
 
 
 class Stage(nn.Module):
@@ -82,7 +89,7 @@ class UNet(nn.Module):
         # something
         self.embedding_mixer = _mlp(embed_dim, embed_dim) if config.frame_embedding else None
 
-        self.conv_in = nn.Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
         self.transformer_in = None
         if config.transformer_in_heads is not None:
             self.transformer_in = Transformer(
@@ -98,7 +105,7 @@ class UNet(nn.Module):
                 skips.append(channels)
             self.down.append(stages)
             if level + 1 < levels:
-                self.downsamplers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                self.downsamplers.append(Conv2d(channels, channels, 3, stride=2, padding=1))
                 skips.append(channels)
         last = levels - 1
         middle = (config.mid_spatial_attention, config.mid_temporal_attention)
@@ -118,9 +125,9 @@ class UNet(nn.Module):
                 channels = widths[level]
             self.up.append(stages)
             if level:
-                self.upsamplers.append(nn.Conv2d(channels, channels, 3, padding=1))
+                self.upsamplers.append(Conv2d(channels, channels, 3, padding=1))
         self.conv_norm_out = GroupNorm(config.norm_groups, channels, config.norm_eps)
-        self.conv_out = nn.Conv2d(channels, config.out_channels * folded, 3, padding=1)
+        self.conv_out = Conv2d(channels, config.out_channels * folded, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         self.to(memory_format=torch.channels_last)

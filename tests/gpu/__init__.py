@@ -1,0 +1,1 @@
+"""Every test that needs a GPU: `pytest tests/gpu`; see conftest.py."""

@@ -1,0 +1,84 @@
+"""Clips of the shipped model on a GPU against the CPU's, and what moves from one to the other."""
+
+import functools
+
+import pytest
+import torch
+
+import vfengine as vf
+from vfengine.checkpoint import load_base, load_residual, read_config
+from vfengine.pipeline import VideoFusionOutput, VideoFusionPipeline
+from vfengine.trajectory import BaseTrajectory
+
+from .graphs import assert_same, distance
+
+FP32, BF16 = torch.float32, torch.bfloat16
+STEPS = 4
+# fp32 on two devices, pixels in 0..1. Noise estimates that err by 1e-4, which is what
+# test_networks.py allows, move a clip of STEPS by 3e-4 unguided; guidance doubles errors and more.
+CLOSE = 1e-3
+CONFIG = read_config()
+
+
+def sample(device: str, dtype: torch.dtype, **settings) -> VideoFusionOutput:
+    pipe = VideoFusionPipeline.from_pretrained(device=device, dtype=dtype)
+    return pipe("cartwheel", num_inference_steps=STEPS, output_type="pt", **settings)
+
+
+@functools.cache
+def on_cpu(dtype: torch.dtype) -> torch.Tensor:
+    return sample("cpu", dtype).frames
+
+
+def test_fp32_clip_is_the_cpu_s(device):
+    """Guided, as by default."""
+    frames = sample(device, FP32).frames.cpu()
+    assert (frames - on_cpu(FP32)).abs().max() <= CLOSE
+
+
+def test_bf16_clip_errs_as_the_cpu_s(device):
+    """Against fp32 on the CPU: at most twice as far as a clip in bf16 on the CPU is."""
+    frames = sample(device, BF16).frames.cpu()
+    error, peer = distance(frames, on_cpu(FP32)), distance(on_cpu(BF16), on_cpu(FP32))
+    assert 0 < peer < 0.1
+    assert error <= 2 * peer, f"{error:.3g}, the CPU {peer:.3g}"
+
+
+def test_base_path_travels_by_file(device, tmp_path):
+    """Walked here, saved, loaded on the CPU and followed there; loaded and followed here again."""
+    out = sample(device, FP32, base_path="stepwise")
+    assert out.trajectory.states.device.type == device
+    out.trajectory.save(tmp_path / "path.safetensors")
+    loaded = BaseTrajectory.load(tmp_path / "path.safetensors")
+    assert loaded.states.device.type == "cpu"
+    assert torch.equal(loaded.states, out.trajectory.states.cpu())
+    followed = sample("cpu", FP32, base_path="stepwise", trajectory=loaded)
+    assert (followed.frames - out.frames.cpu()).abs().max() <= CLOSE
+    back = BaseTrajectory.load(tmp_path / "path.safetensors", device=device)
+    again = sample(device, FP32, base_path="stepwise", trajectory=back)
+    assert_same(again.frames, out.frames, CLOSE, "followed again")
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_base_here_and_residual_on_the_cpu(overlap, capture, device):
+    """The networks on two devices; as both on the CPU, within fp32's rounding."""
+    schedule = CONFIG.noise_schedule()
+    shape = (1, CONFIG.num_frames, CONFIG.channels, CONFIG.height, CONFIG.width)
+    noise = vf.decomposed_noise(shape, 0, 1)
+    residual = load_residual(None, CONFIG)
+    settings = {"schedule": schedule, "num_inference_steps": STEPS, "lam": CONFIG.lam}
+
+    def clip(place: str, **options) -> torch.Tensor:
+        base = load_base(None, CONFIG, place)
+        networks = [
+            lambda z, t, network=network: network(
+                z, t, class_labels=torch.full_like(t, 3, device=z.device)
+            )
+            for network in (base, residual)
+        ]
+        return vf.sample(*networks, noise.base.to(place), noise.residual, **settings, **options)
+
+    out = clip(device, overlap_phases=overlap, capture=capture)
+    assert out.device.type == "cpu"
+    assert (out - clip("cpu")).abs().max() <= 2 * CLOSE  # of -1..1

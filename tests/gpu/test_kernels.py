@@ -1,0 +1,161 @@
+"""Every op on every backend of a GPU: as its reference; what a step is made of, the CPU's bits."""
+
+import importlib
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from kernel_cases import (
+    OPS,
+    SETS,
+    SHAPES,
+    as_it_is,
+    assert_same_bits,
+    misaligned,
+    on_cpu,
+)
+from torch import Tensor
+
+from vfengine import ops
+
+from .graphs import in_a_graph, late_side_stream
+
+CUDA = [op for op, kernels in OPS.items() if "cuda" in kernels]
+ALL = [(op, name) for op, kernels in OPS.items() for name in ("cuda", "triton") if name in kernels]
+BF16 = torch.bfloat16
+# Triton builds each combination anew: shapes of SETS["gpu"], dtypes, place in memory.
+TRITON = {
+    "model": ("model", (torch.float32, BF16), as_it_is),
+    "odd": ("odd", (torch.float32,), as_it_is),
+    "misaligned": ("odd", (BF16,), misaligned),
+}
+LARGE = {  # beyond a GPU's caches
+    "residual_step": ((2, 16, 3, 512, 512), BF16),
+    "decomposed_noise": ((2, 16, 3, 512, 512), BF16),
+    "group_norm_silu": (((64, 128, 64, 64), 8, 16), BF16),
+    "temporal_attention": ((1, 16, 4096, 7, 16), BF16),
+}
+SOURCES = {  # an argument of each op that its result depends on
+    "residual_step": "u",
+    "decomposed_step": "z",
+    "remove_base": "z",
+    "decomposed_noise": "lam",
+    "temporal_attention": "qkv",
+    "spatial_attention": "q",
+}
+
+every_backend = pytest.mark.parametrize(
+    ("op", "backend"), ALL, ids=["-".join(pair) for pair in ALL]
+)
+
+
+def tests_of(op: str):
+    """tests/test_<op>.py, which has the op's cases."""
+    return importlib.import_module(f"test_{op}")
+
+
+def shapes_of(op: str, name: str) -> dict:
+    return getattr(tests_of(op), "SETS", SETS)[name]
+
+
+@dataclass
+class Call:
+    """A call of an op: `run()` writes `out`, from `source` among others."""
+
+    run: partial
+    source: Tensor
+    out: Tensor
+
+
+def make_call(op: str, backend: str, device: str) -> Call:
+    """In fp32, on the odd shape."""
+    tests, function, shape = tests_of(op), getattr(ops, op), shapes_of(op, "gpu")["odd"]
+    if op == "decomposed_noise":
+        shape, options = tests.make_case(shape, "combined", device)
+        out = torch.zeros(shape, device=device)
+        return Call(partial(function, out, **options, backend=backend), options["lam"], out)
+    case = tests.make_case(shape, device=device)
+    source = case[SOURCES.get(op, "x")]
+    out = torch.empty_like(source if op.endswith(("_step", "base")) else function(**case))
+    return Call(partial(function, **case, out=out, backend=backend), source, out)
+
+
+@pytest.mark.parametrize("op", CUDA)
+@pytest.mark.parametrize("place", [as_it_is, misaligned])
+def test_cuda_kernels(op, place, device):
+    """All shapes and dtypes: these are built already. (A CPU does with less of its own kernels.)"""
+    shapes = shapes_of(op, "all" if device == "cuda" else "small")
+    tests_of(op).run_cases("cuda", shapes, device, place)
+
+
+@pytest.mark.parametrize("run", TRITON)
+@pytest.mark.parametrize("op", OPS)
+def test_triton_kernels(op, run, device):
+    name, dtypes, place = TRITON[run]
+    shapes = {name: shapes_of(op, "gpu")[name]}
+    tests_of(op).run_cases("triton", shapes, device, place, dtypes)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", LARGE)
+def test_large_sizes(op, backend, device):
+    tests, (shape, dtype) = tests_of(op), LARGE[op]
+    if device == "cpu":
+        shape = shapes_of(op, "gpu")["odd"]
+    if op == "decomposed_noise":
+        tests.assert_matches(shape, dtype, "combined", backend, device)
+        return
+    case = tests.make_case(shape, dtype, device=device)
+    out = tests.assert_matches(case, backend)
+    if op == "residual_step":
+        assert_same_bits(ops.residual_step(**on_cpu(case), backend="cpu"), out.cpu())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registers(op, device):
+    tests_of(op).check_registration(device)
+
+
+@every_backend
+def test_runs_on_the_current_stream(op, backend, device):
+    """Behind what that stream has yet to do; on any other the kernel would read zeros."""
+    call = make_call(op, backend, device)
+    call.run()
+    expected, value = call.out.clone(), call.source.clone()
+    call.source.zero_()
+    call.out.zero_()
+    with late_side_stream(device):
+        call.source.copy_(value)
+        call.run()
+    assert torch.equal(call.out, expected)
+
+
+@every_backend
+def test_replays_from_a_graph(op, backend, device):
+    call = make_call(op, backend, device)
+    replay = in_a_graph(call.run, device)
+    results = []
+    for _ in range(2):
+        call.run()
+        results.append(call.out.clone())
+        call.out.zero_()
+        replay()
+        assert torch.equal(call.out, results[-1])
+        call.source.mul_(0.5)
+    assert not torch.equal(*results)
+
+
+def test_a_step_outside_the_table_is_nan_in_a_graph(device):
+    """The counter is read at every replay, and so is what the kernel refuses."""
+    if device == "cpu":
+        return  # there it raises
+    tests = tests_of("residual_step")
+    case = tests.make_case(SHAPES["odd"], device=device)
+    out = torch.zeros_like(case["u"])
+    replay = in_a_graph(partial(ops.residual_step, **case, out=out), device)
+    for step, refused in ((2, False), (3, True), (1, False), (-1, True)):
+        case["step"].fill_(step)
+        replay()
+        assert bool(out.isnan().all()) is refused, step
+        assert bool(out.isnan().any()) is refused, step

@@ -1,0 +1,59 @@
+"""The shipped networks with their fused ops on a GPU, against fp32 on the CPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vfengine.checkpoint import load_base, load_residual, read_config
+from vfengine.models import layers
+from vfengine.noise import base_noise, residual_noise
+
+from .graphs import distance
+
+CONFIG = read_config()
+LOAD = {"base": load_base, "residual": load_residual}
+NETWORKS = list(LOAD)
+
+
+def forward(network: torch.nn.Module, name: str, device: str) -> Tensor:
+    """ε̂ of two noisy pictures or one clip."""
+    size = (CONFIG.channels, CONFIG.height, CONFIG.width)
+    if name == "base":
+        z = base_noise((2, *size), 5)
+    else:
+        z = residual_noise((1, CONFIG.num_frames, *size), 5)
+    t = torch.tensor([900, 250])[: len(z)]
+    labels = torch.tensor([3, CONFIG.null_class])[: len(z)]
+    with torch.inference_mode():
+        return network(z.to(device), t.to(device), class_labels=labels.to(device)).cpu()
+
+
+def load(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    return LOAD[name](None, CONFIG, device, dtype)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fp32_network_is_the_cpu_s(name, device):
+    """1e-4: sums in another order, and a convolution by Winograd, err by 1e-5; TF32 by 3e-4."""
+    exact = forward(load(name, "cpu", torch.float32), name, "cpu")
+    assert distance(forward(load(name, device, torch.float32), name, device), exact) <= 1e-4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bf16_network_errs_as_the_plain_one(name, device, monkeypatch):
+    """Both against fp32 with the same rounded weights: 1.5 times PyTorch's own error there."""
+    exact = forward(load(name, "cpu", torch.bfloat16).float(), name, "cpu")
+    network = load(name, device, torch.bfloat16)
+    fused = distance(forward(network, name, device), exact)
+    monkeypatch.setattr(layers, "fused", lambda *_: False)
+    plain = distance(forward(network, name, device), exact)
+    assert 0 < plain < 0.05, "PyTorch's own"
+    assert fused <= 1.5 * plain, f"{fused:.3g}, PyTorch {plain:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_bits_at_every_call(name, dtype, device):
+    network = load(name, device, dtype)
+    first = forward(network, name, device)
+    assert torch.equal(forward(network, name, device), first)

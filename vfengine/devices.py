@@ -1,0 +1,65 @@
+"""Where networks run and in which dtype: what was asked for, or what "auto" stands for here."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AUTO = "auto"
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, once it is known to be there; ValueError when it is not."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"unknown device {device!r}, expected cpu, cuda or cuda:<index>"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(device)!r} is not supported, expected cpu or cuda")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"{count} CUDA devices" if count else "no CUDA device"
+            raise ValueError(f"device {str(device)!r} asked for, but torch finds {found} here")
+    return device
+
+
+def chosen_device(device: torch.device | str) -> torch.device:
+    """`usable_device`, where "auto" is CUDA if torch can use it, and else the CPU."""
+    if device == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return usable_device(device)
+
+
+def chosen_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """The dtype of networks, where "auto" is bfloat16 if it is faster here, and else float32.
+
+    Raises ValueError for what is neither "auto" nor one of DTYPES.
+    """
+    if dtype == AUTO:
+        return torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be 'auto' or one of {DTYPES}, got {dtype!r}")
+    return dtype
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Whether the networks of this device are faster in bfloat16 than in float32.
+
+    CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
+    CPU:  where plans multiply it with AVX512_BF16 (vfengine/models/planned.py): both phases of the
+          default clip take 2.5 s instead of 4.3 on one core of a busy AMD EPYC (Zen 4). Not on
+          Intel's CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead
+          of 2.5. For plans that use AMX this must be measured again.
+
+    (`OMP_NUM_THREADS=1 python -m vfengine.generate --label walk --dtype ...`, medians of 3)
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    from .native import vfengine_native
+
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    return vfengine_native.cpu_isa() == "avx512_bf16"
