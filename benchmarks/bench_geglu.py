@@ -41,8 +41,8 @@ def measure(seconds: float = 2.0, cases=tuple(CASES)) -> list[Row]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def bench_geglu(benchmark, case):
-    benchmark.extra_info["rows"] = [vars(row) for row in measure(0.5, (case,))]
+def bench_geglu(benchmark, case, seconds):
+    benchmark.extra_info["rows"] = [vars(row) for row in measure(seconds, (case,))]
     with torch.inference_mode():
         benchmark(contenders(case)[0]["geglu"])
 

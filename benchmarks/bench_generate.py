@@ -69,9 +69,12 @@ def measure(steps: int = 50, rounds: int = 3) -> list[Row]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_default_clip(benchmark, dtype):
+def bench_default_clip(benchmark, dtype, short):
     pipeline = VideoFusionPipeline.from_pretrained(device="cpu", dtype=getattr(torch, dtype))
-    benchmark.pedantic(pipeline, args=(LABEL,), rounds=3, warmup_rounds=1)
+    if short:
+        benchmark.pedantic(pipeline, args=(LABEL,), kwargs={"num_inference_steps": 2}, rounds=1)
+        return
+    benchmark.pedantic(pipeline, args=(LABEL,), rounds=2, warmup_rounds=1)
 
 
 if __name__ == "__main__":

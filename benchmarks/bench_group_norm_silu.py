@@ -1,7 +1,8 @@
 """group_norm_silu: two reads of x, one of the residual, one write, beside PyTorch's own ops.
 
 With scale, shift, SiLU and residual, on pictures of a residual network (statistics over 16 frames)
-and of a larger one. Bytes are 3 reads + 1 write.
+and of a larger one. Bytes are 3 reads + 1 write; on a GPU 2 reads + 1 write, as x is
+still in L2 when it is read again.
 """
 
 import pytest
@@ -20,10 +21,15 @@ SHAPES = {
 CASES = {
     f"{name} {dtype}": (shape, DTYPES[dtype]) for name, shape in SHAPES.items() for dtype in DTYPES
 }
-TARGETS = [
-    *(Target(case, "group_norm_silu", "speedup_over_eager", 2) for case in CASES),
-    *(Target(case, "group_norm_silu", "speedup_over_compiled", 1) for case in CASES),
-]
+PASSES = {"cpu": 4, "cuda": 3}
+TARGETS = {
+    "cpu": [
+        *(Target(case, "group_norm_silu", "speedup_over_eager", 2) for case in CASES),
+        *(Target(case, "group_norm_silu", "speedup_over_compiled", 1) for case in CASES),
+    ],
+    # Not of the small shape, whose launches are what takes time.
+    "cuda": [Target(case, "group_norm_silu", "of_copy", 80) for case in CASES if "x320x" in case],
+}[DEVICE]
 
 
 def written(x, groups, frames, weight, bias, scale, shift, residual):
@@ -57,7 +63,7 @@ def contenders(case: str) -> tuple[dict, torch.Tensor, int]:
     if DEVICE == "cuda":
         calls["triton"] = lambda: group_norm_silu(x, groups, **options, out=also, backend="triton")
     exact = group_norm_silu_reference(x.double(), groups, **options)
-    return calls, exact, 4 * x.nbytes
+    return calls, exact, PASSES[DEVICE] * x.nbytes
 
 
 @torch.inference_mode()  # as samplers call it
@@ -69,8 +75,8 @@ def measure(seconds: float = 2.0, cases=tuple(CASES)) -> list[Row]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def bench_group_norm_silu(benchmark, case):
-    benchmark.extra_info["rows"] = [vars(row) for row in measure(0.5, (case,))]
+def bench_group_norm_silu(benchmark, case, seconds):
+    benchmark.extra_info["rows"] = [vars(row) for row in measure(seconds, (case,))]
     with torch.inference_mode():
         benchmark(contenders(case)[0]["group_norm_silu"])
 

@@ -73,8 +73,9 @@ def measure(
     return rows
 
 
-def bench_solvers(benchmark, capsys):
-    arguments = {"labels": LABELS[:1], "base_paths": (), "reference_steps": 500}
+def bench_solvers(benchmark, capsys, short):
+    steps = 20 if short else 500
+    arguments = {"labels": LABELS[:1], "base_paths": (), "reference_steps": steps}
     rows = benchmark.pedantic(measure, kwargs=arguments, rounds=1)
     benchmark.extra_info["rows"] = [vars(row) for row in rows]
     with capsys.disabled():

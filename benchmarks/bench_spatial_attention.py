@@ -62,8 +62,8 @@ def measure(seconds: float = 2.0, cases=tuple(CASES)) -> list[Row]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def bench_spatial_attention(benchmark, case):
-    benchmark.extra_info["rows"] = [vars(row) for row in measure(0.5, (case,))]
+def bench_spatial_attention(benchmark, case, seconds):
+    benchmark.extra_info["rows"] = [vars(row) for row in measure(seconds, (case,))]
     with torch.inference_mode():
         benchmark(contenders(case)[0]["spatial_attention"])
 

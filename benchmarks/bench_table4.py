@@ -13,7 +13,9 @@ Memory   each contender in a process of its own (peak_memory.py): networks, stat
          Freeing the base weights between phases shows here, not in latency, which has no loading
 Training forward, backward, AdamW: bf16 autocast over fp32 weights, 1 clip; VideoFusion the joint
          loss of both networks (no further images), VDM* its ε loss. Median seconds of a step
-Ratios   "/ VDM*" is over VDM* with our kernels, the faster of the two
+Ratios   "/ VDM*" is over VDM* as our pipeline would run it, on a CPU as a plan
+Forms    the script takes every size, clips of many steps and the growth. Under pytest fewer steps
+         and rounds, within a minute each where a machine is slow; with --short the tiny size
 
 `python benchmarks/report.py` draws the JSON that this writes.
 """
@@ -25,7 +27,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import peak_memory
@@ -58,7 +61,7 @@ REDUCED_JSON = Path(__file__).parent.parent / "build" / "table4-reduced.json"
 OURS = tuple(name for name in CONTENDERS if name != PEER)
 ABLATION = {  # each line's own contribution: label -> contender
     PLAIN: PLAIN,
-    "+ our step kernel": VDM,
+    "+ our plan (CPU) and step kernel": VDM,
     "decomposed, interleaved": INTERLEAVED,
     "in two phases": BASE_KEPT,
     "+ base weights released": TWO_PHASE,
@@ -74,6 +77,7 @@ class Plan:
     """What is run of one size.
 
     contenders     that take turns in making a clip of `steps` steps, `rounds` times
+    seconds        no further round is begun once so many have gone by
     memory         those whose peak memory is read, over clips of `memory_steps` steps
     training       rounds of a training step; 0: neither time nor memory of it
     """
@@ -86,6 +90,7 @@ class Plan:
     memory_steps: int = 4
     training: int = 0
     dtype: str = "bfloat16"
+    seconds: float = math.inf
 
     @property
     def case(self) -> str:
@@ -102,9 +107,14 @@ FULL = (
     Plan("default", 10, 3, (PLAIN, VDM, INTERLEAVED, TWO_PHASE), (), dtype="float32"),
 )
 REDUCED = (
-    Plan("default", steps=10, rounds=3, training=2),
-    Plan("large", 1, 2, (VDM, INTERLEAVED, TWO_PHASE, PEER), (VDM, INTERLEAVED, TWO_PHASE), 1),
-)
+    Plan("default", steps=5, rounds=2, training=1, memory_steps=2, seconds=60),
+    Plan(
+        "large", 1, 1, (VDM, INTERLEAVED, TWO_PHASE, PEER), (VDM, INTERLEAVED, TWO_PHASE), 1,
+        seconds=60,
+    ),
+)  # fmt: skip
+LEAST = (Plan("tiny", 2, 1, (*OURS, PEER), memory=(), training=1),)  # the growth reads memory
+LEAST_GROWTH = (2, 4)
 GROWTH = (8, 16, 32, 64, 128)  # frames
 
 TARGETS = [
@@ -119,9 +129,11 @@ TARGETS = [
 ]
 
 
-def measure(plans: Sequence[Plan] = FULL, growth: Sequence[int] = GROWTH) -> list[Row]:
+def measure(
+    plans: Sequence[Plan] = FULL, growth: Sequence[int] = GROWTH, growth_size: str = "default"
+) -> list[Row]:
     """Every table of the plans, then the growth with the number of frames (none: left out)."""
-    rows = []
+    rows, plans = [], [_able(plan) for plan in plans]
     for name in dict.fromkeys(plan.size for plan in plans):
         with_peer = any(PEER in plan.contenders for plan in plans if plan.size == name)
         rows += weights(name, with_peer)
@@ -134,9 +146,20 @@ def measure(plans: Sequence[Plan] = FULL, growth: Sequence[int] = GROWTH) -> lis
         rows += training(plan) if plan.training else []
     if growth:
         say("growth with the number of frames")
-        rows += growing(growth)
+        rows += growing(growth, growth_size)
     say("done")
     return rows
+
+
+def _able(plan: Plan) -> Plan:
+    """The plan without the peer where diffusers is missing."""
+    if find_spec("diffusers") or PEER not in (*plan.contenders, *plan.memory):
+        return plan
+    say(f"LEFT OUT: {plan.case}: {PEER}, which needs pip install diffusers")
+    contenders, memory = (
+        tuple(name for name in names if name != PEER) for names in (plan.contenders, plan.memory)
+    )
+    return replace(plan, contenders=contenders, memory=memory)
 
 
 # -- what is counted -------------------------------------------------------------------------------
@@ -179,18 +202,25 @@ def clip_seconds(plan: Plan) -> dict[str, list[float]]:
 
     for name in plan.contenders:
         call(name, 1)()
-    times = take_turns({name: call(name, plan.steps) for name in plan.contenders}, plan.rounds)
+    calls = {name: call(name, plan.steps) for name in plan.contenders}
+    times = take_turns(calls, plan.rounds, plan.seconds)
     if SHARED in times:
         times[SHARED] = [value / SHARING for value in times[SHARED]]
     return times
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], object]], rounds: int
+    contenders: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """As harness.interleave for calls of seconds: a number of rounds, warmed up by the caller."""
+    """As harness.interleave for calls of seconds: a number of rounds, warmed up by the caller.
+
+    seconds: no further round is begun once so many have gone by
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    end = time.perf_counter() + seconds
+    for index in range(rounds):
+        if index and time.perf_counter() > end:
+            break
         for name, contender in contenders.items():
             start = _now()
             contender()
@@ -230,7 +260,7 @@ def training(plan: Plan) -> list[Row]:
         networks = Networks(size(plan.size), DEVICE, torch.float32, keep=True, trained=True)
         steps[name] = training_step(networks, noise, decomposed)
         steps[name]()
-    times = take_turns(steps, plan.training)
+    times = take_turns(steps, plan.training, plan.seconds)
     steps.clear()
     rows, peaks, seconds = [], {}, medians(times)
     for name, decomposed in ways.items():
@@ -300,9 +330,7 @@ def ablation(
 # -- growth ----------------------------------------------------------------------------------------
 
 
-def growing(
-    frames: Sequence[int], size_name: str = "default", steps: int = 4, rounds: int = 3
-) -> list[Row]:
+def growing(frames: Sequence[int], size_name: str, steps: int = 4, rounds: int = 3) -> list[Row]:
     """Per step and peak memory by number of frames, and the exponent p of a fit c N^p to them."""
     plan = Plan(size_name, steps, rounds, memory_steps=2)
     networks = Networks(size(size_name), DEVICE, getattr(torch, plan.dtype), keep=True)
@@ -334,9 +362,14 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return statistics.linear_regression(list(map(math.log, x)), list(map(math.log, y))).slope
 
 
-def bench_table4(benchmark, capsys):
-    rows = benchmark.pedantic(measure, kwargs={"plans": REDUCED, "growth": ()}, rounds=1)
+def bench_table4(benchmark, capsys, short):
+    arguments = {"plans": REDUCED, "growth": ()}
+    if short:
+        arguments = {"plans": LEAST, "growth": LEAST_GROWTH, "growth_size": "tiny"}
+    rows = benchmark.pedantic(measure, kwargs=arguments, rounds=1)
     benchmark.extra_info["rows"] = [vars(row) for row in rows]
+    if short:
+        return
     REDUCED_JSON.parent.mkdir(exist_ok=True)
     write_json(REDUCED_JSON, rows)
     with capsys.disabled():

@@ -14,7 +14,8 @@ Clip      the default clip end to end; --before CHECKOUT takes an older vfengine
 
     python benchmarks/bench_unet.py [--case NAME ...] [--rounds R] [--before PATH] [--json FILE]
 
-Under pytest, a short form: the ops, and the small UNet3D in few rounds without torch.compile.
+Under pytest: the ops, and the small UNet3D in few rounds without torch.compile; what diffusers or
+OpenVINO would be needed for is left out where they are missing, and said to be.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import peak_memory
@@ -59,7 +61,7 @@ MEMORY = "peak memory / vfengine"
 CEILING = "conv 3x3, the best"
 CLIPS = {"clip-bf16": "bfloat16", "clip-fp32": "float32"}
 ALL = (*OPS, *CASES, *CLIPS)
-SHORT = (*OPS, "unet3d")
+UNDER_PYTEST, ALL_SHORT = (*OPS, "unet3d"), True
 PAUSE = 0.02  # s between turns: idle threads of one library no longer spin on the cores of the next
 
 TARGETS = [
@@ -118,17 +120,20 @@ def measure(
             report.rows += clip_rows(CLIPS[name], rounds or 3, before)
             if not before:
                 report.leave_out(f"{name}: an older vfengine, which --before CHECKOUT would time")
+    networks = [name for name in names if name in CASES]
+    if networks and not find_spec("diffusers"):
+        report.leave_out(f"{', '.join(networks)}: diffusers is not installed, which draws networks")
+        networks = []
     with tempfile.TemporaryDirectory() as folder:
         saved: set[str] = set()
-        for name in names:
-            if name in CASES:
-                case, root = CASES[name], Path(folder)
-                if case.network not in saved:
-                    say(f"drawing and saving {case.network}")
-                    saved.add(case.network)
-                    (root / case.network).mkdir()
-                    save_network(case.network, root / case.network)
-                _measure_network(case, root, rounds or case.rounds, without, report)
+        for name in networks:
+            case, root = CASES[name], Path(folder)
+            if case.network not in saved:
+                say(f"drawing and saving {case.network}")
+                saved.add(case.network)
+                (root / case.network).mkdir()
+                save_network(case.network, root / case.network)
+            _measure_network(case, root, rounds or case.rounds, without, report)
     say("done")
     return report
 
@@ -299,10 +304,10 @@ def extra(report: Report) -> dict[str, object]:
 # -- the two forms ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHORT)
-def bench_unet(benchmark, capsys, name):
-    short = {"rounds": 3, "without": (COMPILED,), "seconds": 0.5}
-    report = benchmark.pedantic(measure, args=((name,),), kwargs=short, rounds=1)
+@pytest.mark.parametrize("name", UNDER_PYTEST)
+def bench_unet(benchmark, capsys, name, short, seconds):
+    options = {"rounds": 1 if short else 2, "without": (COMPILED,), "seconds": seconds}
+    report = benchmark.pedantic(measure, args=((name,),), kwargs=options, rounds=1)
     benchmark.extra_info["rows"] = [vars(row) for row in report.rows]
     with capsys.disabled():
         print(f"\n{in_words(report)}")

@@ -29,6 +29,7 @@ from vfengine.models import (
     UNet,
     UNetConfig,
     VideoGenerator,
+    for_inference,
     vdm_config,
 )
 from vfengine.overlap import run_overlapped
@@ -64,6 +65,8 @@ class Size:
     @property
     def video(self) -> UNetConfig:
         return vdm_config(self.base)
+
+    plain = video
 
 
 def size(name: str) -> Size:
@@ -113,6 +116,9 @@ def _pair(
 class Networks:
     """The "base", "residual", "video" and "peer" of a size, each built when first asked for.
 
+    Those that sample run as the pipeline's do, on a CPU as a plan; "plain" is "video" as PyTorch
+    runs it.
+
     keep: whether `release` leaves a network in memory, for contenders that take turns
     """
 
@@ -126,6 +132,8 @@ class Networks:
     def __call__(self, name: str) -> nn.Module:
         if name not in self._built:
             network = materialise(skeleton(self.size, name, self.dtype), self.device)
+            if name not in ("plain", "peer") and not self.trained:
+                network = for_inference(network, self.dtype, self.device)
             network = generator(name, network).to(self.device)
             self._built[name] = network.requires_grad_(self.trained)
         return self._built[name]
@@ -163,7 +171,7 @@ def generator(name: str, network: nn.Module) -> nn.Module:
         return BaseGenerator(network, SCHEDULE)
     if name == "residual":
         return ResidualGenerator(network, SCHEDULE, LAM)
-    if name == "video":
+    if name in ("video", "plain"):
         return VideoGenerator(network, SCHEDULE)
     return Peer(network)
 
@@ -243,7 +251,7 @@ def ddim_eager(model: nn.Module, z: Tensor, steps: int) -> Tensor:
 
 
 def vdm_plain(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:
-    return ddim_eager(networks("video"), noise.clip, steps)
+    return ddim_eager(networks("plain"), noise.clip, steps)
 
 
 def peer(networks: Networks, noise: Noise, steps: int, capture: bool = False) -> Tensor:

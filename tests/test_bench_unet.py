@@ -206,6 +206,28 @@ def test_missing_openvino_is_named_once(monkeypatch, capsys):
     )
 
 
+def test_missing_diffusers_leaves_networks_out_and_no_ops(monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "op_rows", lambda name, seconds: [name])
+    report = bench.measure(("unet3d", "group_norm_silu"))
+    assert report.rows == ["group_norm_silu"]
+    assert report.left_out == ["unet3d: diffusers is not installed, which draws networks"]
+
+
+def test_short_form_has_every_bench_once():
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--short"]
+    done = subprocess.run(
+        [*command, "--collect-only", "-q"], cwd=BENCHMARKS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [line.split("[")[0] for line in done.stdout.splitlines() if "::" in line]
+    files = {line.split("::")[0] for line in found}
+    assert files == {f"benchmarks/{file.name}" for file in BENCHMARKS.glob("bench_*.py")}
+    assert sorted(set(found)) == sorted(line for line in found if "unet" not in line) + [
+        "benchmarks/bench_unet.py::bench_unet"
+    ]
+
+
 @pytest.mark.parametrize(
     ("code", "words", "error", "message"),
     [

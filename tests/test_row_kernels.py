@@ -198,10 +198,6 @@ CASES = {
 }  # fmt: skip
 
 
-# Products add from left to right: in fp32 that costs what so many roundings do, at random.
-LONG_SUMS = ("deep", "3x3 in parts", "geglu, one row")
-
-
 @pytest.fixture(params=vfengine_native.cpu_isas)
 def isa(request):
     """Every instruction set of this machine in turn."""
@@ -227,7 +223,9 @@ all_cases = pytest.mark.parametrize("name", CASES)
 def test_row_matmul_matches_pytorch(name, dtype, isa):
     case = CASES[name]()
     exact, out = case.exact(dtype, torch.float64, None), multiply(case, dtype)
-    if dtype is torch.float32 and name in LONG_SUMS:
+    if (
+        dtype is torch.float32 and name == "geglu, one row"
+    ):  # too few numbers to compare largest ones
         error = (out.double() - exact).abs().max()
         bound = torch.finfo(dtype).eps / 2 * case.weight.shape[1] ** 0.5 * exact.abs().max()
         assert error <= bound, f"{error:.3g}, bound {bound:.3g}"

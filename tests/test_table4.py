@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vfengine.models import PlannedUNet, UNet
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -69,7 +71,14 @@ def test_first_of_the_clips_on_one_base_is_the_single_clip(clips):
     assert not torch.equal(shared[:1], shared[1:2])
 
 
-def test_no_weight_is_left_at_zero(networks):
+def test_networks_run_as_the_pipelines_do(networks):
+    for name in ("base", "residual", "video"):
+        assert isinstance(networks(name).unet, PlannedUNet)
+    assert isinstance(networks("plain").unet, UNet)
+
+
+def test_no_weight_is_left_at_zero():
+    networks = models.Networks(models.size("tiny"), "cpu", torch.float32, keep=True, trained=True)
     for name in ("base", "residual", "video", "peer"):
         assert all(bool((p != 0).any()) for p in networks(name).parameters()), name
     assert networks("base").unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -118,6 +127,21 @@ def test_probe_says_what_went_wrong():
 def test_probe_fits_the_contenders():
     run = models.sampling_probe(models.TWO_PHASE, "tiny", "bfloat16", "cpu", 2, frames=5)
     assert run().shape == (1, 5, 3, 16, 16)
+
+
+def test_turns_end_with_the_time_they_have():
+    calls = {"a": lambda: None, "b": lambda: None}
+    assert [len(times) for times in bench.take_turns(calls, 3).values()] == [3, 3]
+    assert [len(times) for times in bench.take_turns(calls, 3, seconds=-1).values()] == [1, 1]
+
+
+def test_a_missing_peer_costs_its_own_rows(monkeypatch, capsys):
+    large = bench.REDUCED[1]
+    assert bench._able(large) == large
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    able = bench._able(large)
+    assert set(large.contenders) - set(able.contenders) == {models.PEER}
+    assert able.memory == large.memory and "LEFT OUT" in capsys.readouterr().err
 
 
 def test_exponent_of_exact_powers():

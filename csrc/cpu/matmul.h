@@ -4,6 +4,11 @@
 // Weights are packed per panel: [panel][word of the depth][columns of the panel], so that a product
 // reads them in order. A vector of columns is multiplied with a broadcast word of a row; with
 // avx512, 6 rows by 4 vectors keep all multipliers busy from L1 and L2.
+//
+// A long chain of fp32 additions loses digits: its error grows with the root of its length. So fp32
+// rows are summed in runs of kRun terms, and the runs' sums are added up in turn: 9,216 terms err
+// hardly more than 128 do. Runs are counted through the depth, with what padding skips, so that
+// they are the same for every tile. Sums of bf16 products are exact enough without.
 #pragma once
 #include "cpu/rows.h"
 #include "network.h"
@@ -16,6 +21,7 @@ constexpr int kPanel = 4;  // vectors of columns
 constexpr int kPanel = 2;
 #endif
 constexpr int kTileRows = 6;
+constexpr int64_t kRun = 128;
 
 // How columns are dealt to panels: as evenly as vectors allow. With geglu a panel holds as many
 // vectors of values as of the gates that belong to them, and `width` counts the values.
@@ -62,7 +68,7 @@ struct Tile {
   const uint32_t* weights;  // of the panel, at the first tap
   int first, last;          // taps, counted through all sources
   bool opens, closes;       // whether sums start here, and end here
-  float* sums;              // [MR, vectors * kLanes], between parts of the depth
+  float* sums;              // [MR, vectors * kLanes], between parts of the depth and runs
   int64_t row, column;      // of out
   const T* zeros;
 };
@@ -141,16 +147,30 @@ VF_INLINE void load_bias(const RowMatmulArgs& a, const float* bias, int64_t colu
   }
 }
 
+// sums = acc, or sums + acc.
+template <int MR, int NV>
+VF_INLINE void put_by(float* sums, bool add, F32 (&acc)[MR][NV]) {
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      float* const to = sums + (r * NV + v) * kLanes;
+      store(to, add ? load<F32>(to) + acc[r][v] : acc[r][v]);
+    }
+}
+
 // Mapped: whether any table says which rows are read or written.
 template <class T, int MR, int NV, bool Mapped>
 static __attribute__((noinline)) void tile(const Tile<T>& t) {
+  constexpr bool kInRuns = sizeof(T) == 4;
   const RowMatmulArgs& a = *t.a;
   F32 acc[MR][NV];
   if (!t.opens) {
 #pragma GCC unroll 6
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = load<F32>(t.sums + (r * NV + v) * kLanes);
+      for (int v = 0; v < NV; ++v)
+        acc[r][v] = kInRuns ? F32{} : load<F32>(t.sums + (r * NV + v) * kLanes);
   } else if (!a.bias_rows) {
     F32 bias[NV] = {};
     if (a.bias) load_bias<NV>(a, a.bias, t.column, bias);
@@ -176,6 +196,16 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
     to[r] = Mapped && a.out_table ? item[r] * a.item_rows_out + a.out_table[at[r]] : t.row + r;
   if (t.closes) prefetch<T, MR, NV>(t, to);
   const uint32_t* w = t.weights;
+  bool begun = !t.opens;  // whether t.sums hold what was summed before acc
+  int64_t in_run = 0;     // terms of acc
+  const auto end_run = [&] {
+    put_by<MR, NV>(t.sums, begun, acc);
+    begun = true, in_run = 0;
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = F32{};
+  };
   int tap = 0;
   for (int i = 0; i < a.num_sources; ++i) {
     const RowSource& s = a.sources[i];
@@ -194,36 +224,51 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
         }
         if (any < 0) {  // padding alone
           w += words * NV * kLanes;
+          if (kInRuns && in_run + words >= kRun) {
+            const int64_t terms = in_run + words;
+            end_run();
+            in_run = terms % kRun;
+          } else {
+            in_run += words;
+          }
           continue;
         }
       } else {
 #pragma GCC unroll 6
         for (int r = 0; r < MR; ++r) rows[r] = x + (t.row + r) * s.stride;
       }
+      int64_t k = 0;
+      do {
+        const int64_t end = kInRuns ? std::min(words, k + kRun - in_run) : words;
+        in_run += end - k;
 #pragma GCC unroll 2
-      for (int64_t k = 0; k < words; ++k) {
-        U32 y[NV];
+        for (; k < end; ++k) {
+          U32 y[NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) y[v] = load<U32>(w + v * kLanes);
-        w += NV * kLanes;
+          for (int v = 0; v < NV; ++v) y[v] = load<U32>(w + v * kLanes);
+          w += NV * kLanes;
 #pragma GCC unroll 6
-        for (int r = 0; r < MR; ++r) {
-          const U32 b = broadcast(rows[r] + k * kPerWord<T>);
+          for (int r = 0; r < MR; ++r) {
+            const U32 b = broadcast(rows[r] + k * kPerWord<T>);
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[r][v] = dot<T>(acc[r][v], y[v], b);
+            for (int v = 0; v < NV; ++v) acc[r][v] = dot<T>(acc[r][v], y[v], b);
+          }
         }
-      }
+        if (kInRuns && in_run == kRun) end_run();
+      } while (k < words);
     }
   }
 
-  if (t.closes) {
-    finish<T, MR, NV>(t, to, acc);
-  } else {
+  if (!t.closes) {
+    put_by<MR, NV>(t.sums, kInRuns && begun, acc);
+    return;
+  }
+  if (kInRuns && begun)
 #pragma GCC unroll 6
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(t.sums + (r * NV + v) * kLanes, acc[r][v]);
-  }
+      for (int v = 0; v < NV; ++v) acc[r][v] += load<F32>(t.sums + (r * NV + v) * kLanes);
+  finish<T, MR, NV>(t, to, acc);
 }
 
 // All rows [row, last) of a panel: tiles of 6, and of 4, 2 and 1 at the end.
@@ -233,7 +278,7 @@ static void tiles(Tile<T>& t, int64_t last) {
   float* const sums = t.sums;
   while (t.row < last) {
     const int64_t left = last - t.row;
-    t.sums = sums + (t.row - start) * NV * kLanes;
+    if (!t.opens || !t.closes) t.sums = sums + (t.row - start) * NV * kLanes;
     if (left >= 6 && left != 8) {
       tile<T, 6, NV, Mapped>(t), t.row += 6;
     } else if (left >= 4) {

@@ -13,18 +13,33 @@ namespace vf::VF_ISA {
 // A few rows at once: a row's sums and roots take longer to arrive than to compute.
 constexpr int kNormRows = 4;
 
+// body(c, n, run) for all columns of R rows; every kSumRun vectors what it adds to `run` goes to
+// `sum`: long sums of fp32 lose digits.
+constexpr int64_t kSumRun = 32;
+
+template <int R, class Body>
+VF_INLINE void sum_columns(int64_t channels, F32 (&sum)[R], const Body& body) {
+  for (int64_t first = 0; first < channels; first += kSumRun * kLanes) {
+    F32 run[R] = {};
+    for_columns(std::min(kSumRun * kLanes, channels - first),
+                [&](int64_t c, int n) { body(first + c, n, run); });
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r] += run[r];
+  }
+}
+
 template <class T, int R>
 static inline void layer_norm_block(const T* x, const float* weight, const float* bias, T* out,
                                     int64_t channels, float eps) {
   float mean[R], inverse[R];
   F32 sum[R] = {}, squares[R] = {};
-  for_columns(channels, [&](int64_t c, int n) {
+  sum_columns(channels, sum, [&](int64_t c, int n, F32(&run)[R]) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum[r] += load_columns(x + r * channels + c, n);
+    for (int r = 0; r < R; ++r) run[r] += load_columns(x + r * channels + c, n);
   });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) mean[r] = sum_of(sum[r]) / float(channels);
-  for_columns(channels, [&](int64_t c, int n) {
+  sum_columns(channels, squares, [&](int64_t c, int n, F32(&run)[R]) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       F32 d = load_columns(x + r * channels + c, n) - mean[r];
@@ -33,7 +48,7 @@ static inline void layer_norm_block(const T* x, const float* weight, const float
         store(lanes, d);
         d = load_row(lanes, n);
       }
-      squares[r] += d * d;
+      run[r] += d * d;
     }
   });
 #pragma GCC unroll 4
