@@ -156,10 +156,8 @@ __global__ void __launch_bounds__(kBlock, 4)
       }
       __syncwarp();
 
-#pragma unroll
-      for (int n = 0; n < kPerWarp; ++n)
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) y[n][e] *= factors[warp * kPerWarp + n];
+      float tile[kPerWarp][kElements] =
+          {};  // one sum over all frames would err three times as much
       if (lane * kElements < dim) {
 #pragma unroll 4
         for (int m = 0; m < kKeys; ++m) {
@@ -170,9 +168,14 @@ __global__ void __launch_bounds__(kBlock, 4)
           for (int e = 0; e < kElements; ++e)
 #pragma unroll
             for (int n = 0; n < kPerWarp; ++n)
-              y[n][e] = fmaf(weight.at[n], to_float(v.at[e]), y[n][e]);
+              tile[n][e] = fmaf(weight.at[n], to_float(v.at[e]), tile[n][e]);
         }
       }
+#pragma unroll
+      for (int n = 0; n < kPerWarp; ++n)
+#pragma unroll
+        for (int e = 0; e < kElements; ++e)
+          y[n][e] = fmaf(y[n][e], factors[warp * kPerWarp + n], tile[n][e]);
       __syncwarp();
     }
 
