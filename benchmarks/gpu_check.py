@@ -97,7 +97,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"gpu-check: another run writes to {folder / 'gpu.jsonl'}") from None
+            raise ValueError(f"another run writes to {folder / 'gpu.jsonl'}") from None
         if self._file.tell():
             self._file.write(b"\n")  # a killed run may have left half a line
 
@@ -111,14 +111,15 @@ class Journal:
             "case": "", "contender": "", "metric": "", "value": None, "unit": "", "spread": None,
             "n": None, "graph": False, "dtype": "", "status": "measured", "note": "",
         }  # fmt: skip
-        whole = empty | line | {
+        place = {
             "section": section, "gpu": self.gpu, "time": round(self.seconds, 3), "run": self.run
         }  # fmt: skip
+        whole = empty | line | place
         try:
             gpu_results.validate(whole)
         except ValueError as error:
-            given, whole["value"] = whole["value"], None
-            whole |= {"status": "failed", "note": f"{error}; value {given!r}"}
+            note = f"the section wrote {line}: {error}"
+            whole = empty | place | {"status": "failed", "note": note[:600]}
         with self._lock:
             self.found.setdefault(section, []).append(whole)
             self.failures += whole["status"] == "failed"

@@ -108,7 +108,7 @@ def inputs(shape, keys, dtype, *, biased=False, device="cpu", seed=0) -> list[Te
 
 
 def check_accuracy(out: Tensor, arguments: list[Tensor | None], peer: Tensor | None = None) -> None:
-    """At most twice the error of the peer, by default the formula in the same dtype, against fp64."""
+    """Against fp64, at most twice the peer's error: by default of the formula in the same dtype."""
     exact = formula(*(None if x is None else x.double() for x in arguments))
     assert out.shape == exact.shape
     assert out.dtype == arguments[0].dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from gpu_sections import DRY, emit, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 10
-FAILED = re.compile(r"(?:FAILED|ERROR) (tests/.+)|(tests/.+) (?:FAILED|ERROR)")
+FAILED = re.compile(  # as xdist's workers say it, and as pytest does without them
+    r"^\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (tests/.+)|^(tests/.+) (?:FAILED|ERROR) +\[ *\d+%\]"
+)
 SUMMARY = re.compile(r"(?:FAILED|ERROR) (tests/.+?) - (.+)")
 
 
@@ -21,13 +24,14 @@ def main() -> None:
     command += ["-p", "no:cacheprovider", "--color=no", "-W", "ignore", "--durations=15"]
     if importlib.util.find_spec("xdist") and not DRY:
         command += ["-n", str(WORKERS)]
-    pytest = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wide = {**os.environ, "COLUMNS": "400"}  # or pytest leaves out why
+    pytest = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=subprocess.PIPE, text=True)
     told, line = "", ""
     for line in pytest.stdout:
         print(line, end="", file=sys.stderr, flush=True)
         if summary := SUMMARY.match(line):  # after all, with the reason
             verdict(summary[1], False, summary[2], contender="pytest")
-        elif failed := FAILED.search(line):
+        elif failed := FAILED.match(line):
             verdict((failed[1] or failed[2]).strip(), False, contender="pytest")
         if re.match(r"=+ .* in [\d.]+s", line):
             told = line.strip().strip("= ")

@@ -247,7 +247,7 @@ def test_whole_clips_are_the_same_in_all_forms(dtype, device, captures):
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_graphs_go_with_the_precision_they_were_captured_in(tf32, device):
-    """A switch that chooses other products, and with them convolutions, is seen by the next call."""
+    """A switch that chooses other products, and with them convolutions, is seen at once."""
     forms = {capture: pipeline(device, FP32, capture) for capture in (False, True)}
     clips = {}
     for allowed in (tf32, not tf32):
