@@ -8,9 +8,9 @@ install:
 test:
 	pytest
 
-# On a machine with an NVIDIA GPU: writes gpu-report.json.
+# On a machine with an NVIDIA GPU, in ten minutes at most: appends to docs/gpu.jsonl.
 gpu-check:
-	python benchmarks/gpu_check.py --json gpu-report.json
+	python3 benchmarks/gpu_check.py --out docs
 
 bench:
 	pytest benchmarks/ --benchmark-only
@@ -19,7 +19,7 @@ bench:
 report:
 	python benchmarks/report.py
 
-# Writes docs/gpu.md and its pictures from docs/gpu.jsonl.
+# Writes docs/gpu.md and its pictures from docs/gpu.jsonl and docs/gpu-notes.md.
 gpu-report:
 	python benchmarks/gpu_report.py
 

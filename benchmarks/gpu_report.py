@@ -24,20 +24,25 @@ OPENING = """\
 # On a GPU
 
 What `python benchmarks/gpu_check.py` (`make gpu-check`) found on a machine with an NVIDIA GPU. This
-page is made by `python benchmarks/gpu_report.py` (`make gpu-report`) and holds no other figure."""
+page is made by `python benchmarks/gpu_report.py` (`make gpu-report`): its tables and pictures hold
+no other figure."""
 NOT_YET = """\
 **Not yet run.** No GPU has given a figure so far, and nothing is claimed of any. On a machine with
 an NVIDIA GPU:
 
-    python benchmarks/gpu_check.py --out docs/gpu.jsonl     # ten minutes at most
+    python benchmarks/gpu_check.py --out docs               # ten minutes at most
     python benchmarks/gpu_report.py                         # this page"""
 READING = """\
 Figures are medians; their spread, (largest - smallest) / median of the repeats, stands beside those
 where it is 5 % or more."""
 
 
-def page(results: Results, pictures: dict[str, dict[str, str]]) -> str:
-    """The whole page; pictures: for each card, the names of the files that were drawn."""
+def page(results: Results, pictures: dict[str, dict[str, str]], notes: str = "") -> str:
+    """The whole page.
+
+    pictures: for each card, the names of the files that were drawn
+    notes:    what people say of the figures, a chapter of its own ahead of them
+    """
     parts = [OPENING]
     if not any(results.of_card(card).figures for card in results.cards):
         parts.append(NOT_YET)
@@ -46,6 +51,8 @@ def page(results: Results, pictures: dict[str, dict[str, str]]) -> str:
     if results.cut:
         were = "line was" if results.cut == 1 else "lines were"
         parts.append(f"{results.cut} {were} cut off, as in a run that is killed, and left out.")
+    if notes.strip():
+        parts.append(notes.strip())
     for card in results.cards:
         parts += _card(results.of_card(card), card, pictures.get(card, {}))
     return "\n\n".join(parts) + "\n"
@@ -227,7 +234,8 @@ def write(results: Results, out: Path) -> list[Path]:
         names = gpu_plots.draw(mine.figures, f"{card}, {text}".removesuffix(", "), files)
         drawn[card] = {name: files[name].name for name in names}
     temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page(results, drawn))
+    notes = out.with_name(f"{out.stem}-notes.md")
+    temporary.write_text(page(results, drawn, notes.read_text() if notes.exists() else ""))
     os.replace(temporary, out)
     return [out, *(out.with_name(name) for files in drawn.values() for name in files.values())]
 

@@ -147,7 +147,7 @@ def test_refuses_a_section_that_is_none(option, tmp_path):
         [*CHECK, option, "kernel", "--out", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("gpu-check: unknown section 'kernel', expected failed or of build")
+    assert done.stderr.startswith("gpu-check: unknown section 'kernel', expected failed or of")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "gpu.jsonl").exists()
 
