@@ -36,7 +36,8 @@ import torch
 from clips import DEVICE
 from costs import to_fake, trace
 from harness import Row, Target, main, say, table, verdicts, write_json
-from table4_models import (
+from table4_models import SHARING, Networks, generator, make_noise, size, skeleton
+from table4_ways import (
     BASE_KEPT,
     CALLS,
     CONTENDERS,
@@ -45,14 +46,8 @@ from table4_models import (
     PEER,
     PLAIN,
     SHARED,
-    SHARING,
     TWO_PHASE,
     VDM,
-    Networks,
-    generator,
-    make_noise,
-    size,
-    skeleton,
     training_step,
 )
 from torch._subclasses import FakeTensorMode
@@ -248,7 +243,7 @@ def sampling_peak(plan: Plan, contender: str, frames: int | None = None) -> floa
         "steps": plan.memory_steps,
         "frames": frames,
     }
-    return peak_memory.measure("table4_models:sampling_probe", arguments, DEVICE).main
+    return peak_memory.measure("table4_ways:sampling_probe", arguments, DEVICE).main
 
 
 def training(plan: Plan) -> list[Row]:
@@ -265,7 +260,7 @@ def training(plan: Plan) -> list[Row]:
     rows, peaks, seconds = [], {}, medians(times)
     for name, decomposed in ways.items():
         arguments = {"decomposed": decomposed, "size_name": plan.size, "device": DEVICE}
-        peaks[name] = peak_memory.measure("table4_models:training_probe", arguments, DEVICE).main
+        peaks[name] = peak_memory.measure("table4_ways:training_probe", arguments, DEVICE).main
         rows += [
             Row(case, name, "time", seconds[name], "s"),
             Row(case, name, "slowest / fastest", max(times[name]) / min(times[name]), ""),

@@ -303,6 +303,6 @@ def test_pictures_leave_out_what_was_not_read():
 
 
 def test_contenders_have_the_names_of_table_4():
-    models = module("table4_models")
-    names = models.VDM, models.TWO_PHASE, models.BASE_KEPT
+    ways = module("table4_ways")
+    names = ways.VDM, ways.TWO_PHASE, ways.BASE_KEPT
     assert names == (findings.VDM, findings.TWO_PHASE, findings.BASE_KEPT)

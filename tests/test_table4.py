@@ -21,7 +21,8 @@ def module(name: str):
         sys.path.remove(str(BENCHMARKS))
 
 
-models, bench, peak_memory = map(module, ("table4_models", "bench_table4", "peak_memory"))
+models, ways = map(module, ("table4_models", "table4_ways"))
+bench, peak_memory = map(module, ("bench_table4", "peak_memory"))
 STEPS = 4
 
 
@@ -38,37 +39,52 @@ def noise():
 @pytest.fixture(scope="module")
 def clips(networks, noise):
     """What every contender makes of the same noise."""
-    contenders = models.CONTENDERS.items()
+    contenders = ways.CONTENDERS.items()
     return {name: contender(networks, noise, STEPS) for name, contender in contenders}
 
 
 def test_contenders_make_clips(clips, noise):
     for name, clip in clips.items():
-        expected = noise.clips if name == models.SHARED else noise.clip
+        expected = noise.clips if name == ways.SHARED else noise.clip
         assert clip.shape == expected.shape and clip.dtype == expected.dtype
         assert bool(clip.isfinite().all()), name
 
 
 def test_plain_vdm_is_sample_video_to_rounding(clips):
-    torch.testing.assert_close(clips[models.PLAIN], clips[models.VDM], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(clips[ways.PLAIN], clips[ways.VDM], rtol=1e-3, atol=1e-3)
 
 
 def test_two_phases_are_the_interleaved_form_to_rounding(clips):
-    two, one = clips[models.TWO_PHASE], clips[models.INTERLEAVED]
+    two, one = clips[ways.TWO_PHASE], clips[ways.INTERLEAVED]
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [models.OVERLAPPED, models.BASE_KEPT])
+@pytest.mark.parametrize("name", [ways.OVERLAPPED, ways.BASE_KEPT])
 def test_ways_to_run_two_phases_are_equal_bit_for_bit(clips, name):
-    assert torch.equal(clips[models.TWO_PHASE], clips[name])
+    assert torch.equal(clips[ways.TWO_PHASE], clips[name])
 
 
 def test_first_of_the_clips_on_one_base_is_the_single_clip(clips):
-    shared = clips[models.SHARED]
-    assert torch.equal(clips[models.TWO_PHASE], shared[:1])
+    shared = clips[ways.SHARED]
+    assert torch.equal(clips[ways.TWO_PHASE], shared[:1])
     m = shared.shape[1] // 2
     assert torch.equal(shared[:, m], shared[:1, m].expand_as(shared[:, m]))
     assert not torch.equal(shared[:1], shared[1:2])
+
+
+@pytest.mark.parametrize(
+    "name", [ways.VDM, ways.INTERLEAVED, ways.BASE_KEPT, ways.OVERLAPPED, ways.SHARED]
+)
+def test_kept_loops_make_the_same_clips_again_and_again(networks, noise, clips, name):
+    start = noise if name == ways.SHARED else models.Noise(noise.base, noise.clip)
+    run = ways.kept(name, networks, start, STEPS, capture=True)
+    for _ in range(2):
+        assert torch.equal(run(), clips[name])
+
+
+def test_kept_loops_are_of_known_contenders(networks, noise):
+    with pytest.raises(ValueError, match="keeps no loops"):
+        ways.kept(ways.PEER, networks, noise, STEPS, capture=False)
 
 
 def test_networks_run_as_the_pipelines_do(networks):
@@ -86,7 +102,7 @@ def test_no_weight_is_left_at_zero():
 
 def test_two_phases_drop_the_base_network_unless_told_to_keep_it(noise):
     networks = models.Networks(models.size("tiny"), "cpu", torch.float32, keep=False)
-    models.CONTENDERS[models.TWO_PHASE](networks, noise, 1)
+    ways.CONTENDERS[ways.TWO_PHASE](networks, noise, 1)
     assert list(networks._built) == ["residual"]
 
 
@@ -101,7 +117,7 @@ def test_large_is_a_base_of_twice_the_width():
 def test_training_step_moves_every_weight(noise, decomposed):
     tiny = models.size("tiny")
     networks = models.Networks(tiny, "cpu", torch.float32, keep=True, trained=True)
-    step = models.training_step(networks, noise, decomposed)
+    step = ways.training_step(networks, noise, decomposed)
     parameters = [p for network in networks._built.values() for p in network.parameters()]
     before = [p.detach().clone() for p in parameters]
     step()
@@ -125,7 +141,7 @@ def test_probe_says_what_went_wrong():
 
 
 def test_probe_fits_the_contenders():
-    run = models.sampling_probe(models.TWO_PHASE, "tiny", "bfloat16", "cpu", 2, frames=5)
+    run = ways.sampling_probe(ways.TWO_PHASE, "tiny", "bfloat16", "cpu", 2, frames=5)
     assert run().shape == (1, 5, 3, 16, 16)
 
 
@@ -140,7 +156,7 @@ def test_a_missing_peer_costs_its_own_rows(monkeypatch, capsys):
     assert bench._able(large) == large
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     able = bench._able(large)
-    assert set(large.contenders) - set(able.contenders) == {models.PEER}
+    assert set(large.contenders) - set(able.contenders) == {ways.PEER}
     assert able.memory == large.memory and "LEFT OUT" in capsys.readouterr().err
 
 
@@ -161,16 +177,16 @@ def rows():
 def test_tables_give_ratios_to_vdm_and_to_the_line_before():
     figures = {(row.case, row.contender, row.metric): row.value for row in rows()}
     case = bench.Plan("tiny", STEPS, 1).case
-    assert figures[case, models.VDM, bench.LATENCY] == 1
-    assert figures[case, models.TWO_PHASE, bench.LATENCY] == pytest.approx(2 / 5)
-    assert figures[case, models.TWO_PHASE, bench.MEMORY] == pytest.approx(96 / 99)
+    assert figures[case, ways.VDM, bench.LATENCY] == 1
+    assert figures[case, ways.TWO_PHASE, bench.LATENCY] == pytest.approx(2 / 5)
+    assert figures[case, ways.TWO_PHASE, bench.MEMORY] == pytest.approx(96 / 99)
     parts = f"{case}: what each part adds"
-    released, kept = models.TWO_PHASE, models.BASE_KEPT
+    released, kept = ways.TWO_PHASE, ways.BASE_KEPT
     labels = {name: label for label, name in bench.ABLATION.items()}
     assert figures[parts, labels[released], "memory / line before"] == pytest.approx(96 / 97)
     assert figures[parts, labels[kept], "time / line before"] == pytest.approx(3 / 4)
-    interleaved = figures[case, models.INTERLEAVED, bench.ARITHMETIC]
-    assert 0 < figures[case, models.SHARED, bench.ARITHMETIC] < interleaved < 1
+    interleaved = figures[case, ways.INTERLEAVED, bench.ARITHMETIC]
+    assert 0 < figures[case, ways.SHARED, bench.ARITHMETIC] < interleaved < 1
 
 
 def test_report_draws_both_pictures(tmp_path):
@@ -178,7 +194,7 @@ def test_report_draws_both_pictures(tmp_path):
     growth = [
         row(f"tiny, growth: {what}", name, metric, value, unit)
         for what, unit in (("per step", "ms"), ("peak memory", "MiB"))
-        for name in (models.VDM, models.TWO_PHASE)
+        for name in (ways.VDM, ways.TWO_PHASE)
         for metric, value in (("N = 8", 1.0), ("N = 16", 2.0), ("exponent", 1.0))
     ]
     file = tmp_path / "table4.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import peak_memory
-from table4_models import INTERLEAVED, TWO_PHASE, VDM
+from table4_ways import INTERLEAVED, TWO_PHASE, VDM
 
 from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
 
@@ -20,7 +20,7 @@ def peak(size: str, name: str, graph: bool) -> peak_memory.Peak:
         "contender": name, "size_name": "tiny" if DRY else size, "dtype": "bfloat16",
         "device": DEVICE, "steps": 2, "capture": graph,
     }  # fmt: skip
-    return peak_memory.measure("table4_models:sampling_probe", arguments, DEVICE)
+    return peak_memory.measure("table4_ways:sampling_probe", arguments, DEVICE)
 
 
 def main() -> None:

@@ -10,18 +10,8 @@ import statistics
 import time
 
 import torch
-from table4_models import (
-    BASE_KEPT,
-    INTERLEAVED,
-    OVERLAPPED,
-    SHARED,
-    SHARING,
-    VDM,
-    Networks,
-    Noise,
-    kept,
-    size,
-)
+from table4_models import SHARING, Networks, Noise, size
+from table4_ways import BASE_KEPT, INTERLEAVED, OVERLAPPED, SHARED, VDM, kept
 
 from gpu_sections import DEVICE, DRY, emit, guarded
 from vfengine.decompose import decomposed_noise
