@@ -1,6 +1,9 @@
-"""What several test files share: a decomposed model small enough to sample in milliseconds."""
+"""What several test files share: a model that samples in milliseconds; files of benchmarks/."""
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,10 +18,20 @@ from vfengine.checkpoint import (
 from vfengine.models import UNetConfig, vdm_config
 from vfengine.schedule import NoiseSchedule
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY_LABELS = ("cartwheel", "jump", "walk")
 
 # Of a pipeline whose pixels are compared: what "auto" chooses depends on the machine.
 ON_CPU = {"device": "cpu", "dtype": torch.float32}
+
+
+def benchmark_file(name: str) -> ModuleType:
+    """A file of benchmarks/, which is a folder of scripts and no package."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
 def tiny_config(**changes) -> CheckpointConfig:

@@ -1,10 +1,8 @@
 """What benches take for a right result, before they time it."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import benchmark_file
 
 
 @pytest.fixture(params=["clips", "network_cases"])
@@ -13,10 +11,9 @@ def name(request):
 
 
 @pytest.fixture
-def problem(name, monkeypatch):
+def problem(name):
     """A function of result, exact value and PyTorch's own result: what is wrong, or None."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    module = importlib.import_module(name)
+    module = benchmark_file(name)
     if name == "network_cases":
         return module.error_of
 
@@ -44,18 +41,16 @@ def test_one_wrong_element_is_enough(problem, value):
     assert "is off by" in problem(out, exact, exact.float())
 
 
-def test_nan_of_a_peer_is_wrong(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    error_of = importlib.import_module("network_cases").error_of
+def test_nan_of_a_peer_is_wrong():
+    error_of = benchmark_file("network_cases").error_of
     exact = torch.ones(3, dtype=torch.float64)
     assert error_of(torch.full((3,), float("nan")), exact, None) is not None
     assert error_of(torch.full((3,), 1.001), exact, None) is None
     assert error_of(torch.full((3,), 1.5), exact, None) is not None
 
 
-def test_ours_may_err_twice_as_much_as_pytorch_and_not_more(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    error_of = importlib.import_module("network_cases").error_of
+def test_ours_may_err_twice_as_much_as_pytorch_and_not_more():
+    error_of = benchmark_file("network_cases").error_of
     exact = torch.ones(3, dtype=torch.float64)
     eager = (exact + 1e-5).float()
     assert error_of((exact + 1.9e-5).float(), exact, eager) is None

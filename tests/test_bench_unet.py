@@ -1,6 +1,5 @@
 """benchmarks/bench_unet.py: what it counts, how it judges, what it says when it cannot measure."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,21 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def module(name: str):
-    """A file of benchmarks/, which is a folder of scripts and no package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
+from conftest import BENCHMARKS, benchmark_file
 
 contenders, unet_ops, clip_turns, harness, bench = map(
-    module, ("unet_contenders", "unet_ops", "clip_turns", "harness", "bench_unet")
+    benchmark_file, ("unet_contenders", "unet_ops", "clip_turns", "harness", "bench_unet")
 )
 OURS, EAGER, OPENVINO = contenders.OURS, contenders.EAGER, contenders.OPENVINO
 ERRORS = {OURS: 0.016, EAGER: 0.019, OPENVINO: 0.03}

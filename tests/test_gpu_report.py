@@ -1,6 +1,5 @@
 """benchmarks/gpu_results.py and gpu_report.py: pages of whole, killed and several runs."""
 
-import importlib
 import json
 import random
 import re
@@ -10,22 +9,13 @@ from pathlib import Path
 
 import gpu_lines
 import pytest
+from conftest import BENCHMARKS, benchmark_file
 from gpu_lines import CARD, done, head, line, tail, text, whole_run
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
 
 
-def module(name: str):
-    """A file of benchmarks/, which is a folder of scripts and no package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-results, report, findings = map(module, ("gpu_results", "gpu_report", "gpu_findings"))
+results, report, findings = map(benchmark_file, ("gpu_results", "gpu_report", "gpu_findings"))
 
 
 @pytest.fixture
@@ -289,7 +279,7 @@ def test_command_draws_and_needs_no_torch(tmp_path):
 
 
 def test_pictures_leave_out_what_was_not_read():
-    plots = module("gpu_plots")
+    plots = benchmark_file("gpu_plots")
     kept = [x for x in gpu_lines.clips() if x["contender"] == findings.VDM]
     kept += [x for x in gpu_lines.profile() if "residual" not in x["case"]]
     kept += [x for x in gpu_lines.kernels() if x["contender"] == "triton"][:3]
@@ -303,6 +293,6 @@ def test_pictures_leave_out_what_was_not_read():
 
 
 def test_contenders_have_the_names_of_table_4():
-    ways = module("table4_ways")
+    ways = benchmark_file("table4_ways")
     names = ways.VDM, ways.TWO_PHASE, ways.BASE_KEPT
     assert names == (findings.VDM, findings.TWO_PHASE, findings.BASE_KEPT)

@@ -1,28 +1,13 @@
 """benchmarks/bench_table4.py at a tiny size: what its contenders compute, and how it measures."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import benchmark_file
 
 from vfengine.models import PlannedUNet, UNet
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def module(name: str):
-    """A file of benchmarks/, which is a folder of scripts and no package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-models, ways = map(module, ("table4_models", "table4_ways"))
-bench, peak_memory = map(module, ("bench_table4", "peak_memory"))
+models, ways = map(benchmark_file, ("table4_models", "table4_ways"))
+bench, peak_memory = map(benchmark_file, ("bench_table4", "peak_memory"))
 STEPS = 4
 
 
@@ -190,7 +175,7 @@ def test_tables_give_ratios_to_vdm_and_to_the_line_before():
 
 
 def test_report_draws_both_pictures(tmp_path):
-    report, row = module("report"), module("harness").Row
+    report, row = benchmark_file("report"), benchmark_file("harness").Row
     growth = [
         row(f"tiny, growth: {what}", name, metric, value, unit)
         for what, unit in (("per step", "ms"), ("peak memory", "MiB"))
@@ -198,7 +183,7 @@ def test_report_draws_both_pictures(tmp_path):
         for metric, value in (("N = 8", 1.0), ("N = 16", 2.0), ("exponent", 1.0))
     ]
     file = tmp_path / "table4.json"
-    module("harness").write_json(file, [*rows(), *growth])
+    benchmark_file("harness").write_json(file, [*rows(), *growth])
     pictures = report.draw(file, tmp_path)
     assert [picture.name for picture in pictures] == ["table4.png", "growth.png"]
     for picture in pictures:
