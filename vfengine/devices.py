@@ -50,11 +50,11 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
     CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
     CPU:  where plans multiply it with AVX512_BF16 (vfengine/models/planned.py): both phases of the
-          default clip take 2.5 s instead of 4.3 on one core of a busy AMD EPYC (Zen 4). Not on
-          Intel's CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead
-          of 2.5. For plans that use AMX this must be measured again.
+          default clip take 0.9 s instead of 1.5 on two cores of an AMD EPYC (Zen 5). Not on Intel's
+          CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead of 2.5.
+          For plans that use AMX this must be measured again.
 
-    (`OMP_NUM_THREADS=1 python -m vfengine.generate --label walk --dtype ...`, medians of 3)
+    (`python benchmarks/bench_generate.py`, medians of 3)
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
