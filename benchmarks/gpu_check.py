@@ -296,8 +296,10 @@ def chosen(only: str | None, until: str | None, folder: Path, module: Path | Non
         names.discard("build")
     else:
         names.add("build")
-    wanted = [s for s in SECTIONS if s.stage <= last]
-    return [s for s in wanted if s.name in names or (s.prepares and s.prepares in names)]
+    wanted = [s for s in SECTIONS if s.stage <= last and s.name in names]
+    # To compile ahead saves time only beside what runs anyway.
+    ahead = [s for s in SECTIONS if s.prepares in names and s.stage in {w.stage for w in wanted}]
+    return [s for s in SECTIONS if s in wanted or (s in ahead and s.stage <= last)]
 
 
 def _unfinished(folder: Path) -> set[str]:
@@ -360,9 +362,9 @@ def _passed(journal: Journal, section: str) -> bool:
 
 
 def _native_failed(journal: Journal) -> bool:
-    """Whether smoke found a kernel in CUDA C++ wrong."""
+    """Whether smoke found a kernel in CUDA C++ wrong, or broke off, as only those can make it."""
     lines = journal.found.get("smoke", [])
-    return any(line["status"] == "failed" and line["contender"] == "cuda" for line in lines)
+    return any(line["status"] == "failed" and line["contender"] in ("cuda", "") for line in lines)
 
 
 def main() -> int:

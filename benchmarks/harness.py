@@ -243,8 +243,8 @@ def _graph_clock(contender: Contender) -> Callable[[], float]:
 
     A contender may use other buffers at every call: the graph holds all of its calls.
     """
-    graph_of = _capture(contender, 1)
-    calls = max(1, min(64, round(1e-3 / max(_replay_seconds(graph_of), 1e-7))))
+    one = _replay_seconds(_capture(contender, 1))
+    calls = max(1, min(64, round(1e-3 / max(one, 1e-7))))
     graph = _capture(contender, calls)
     _replay_seconds(graph)
     return lambda: _replay_seconds(graph) / calls

@@ -158,7 +158,8 @@ def test_only_and_until_choose_sections(gpu_check, tmp_path):
 
     assert names() == list(gpu_check.NAMES)
     assert names(until="smoke") == ["build", "ceilings", "smoke"]
-    assert names("kernels,peers") == ["build", "prepare peers", "kernels", "peers"]
+    assert names("kernels,peers") == ["build", "kernels", "peers"]  # nothing to compile beside
+    assert names("tests,peers") == ["build", "tests", "prepare peers", "peers"]
     assert names("kernels", module=tmp_path) == ["kernels"]
     assert "build" not in names(dry=True)
 
@@ -271,6 +272,6 @@ def test_two_runs_do_not_write_to_one_file(fakes, tmp_path):
 def test_a_wrong_kernel_in_cuda_leaves_triton(fakes, gpu_check):
     """What smoke finds decides which kernels the later sections run."""
     journal = type("Journal", (), {})()
-    for contender, expected in (("cuda", True), ("triton", False)):
+    for contender, expected in (("cuda", True), ("", True), ("triton", False)):
         journal.found = {"smoke": [{"status": "failed", "contender": contender}]}
         assert gpu_check._native_failed(journal) is expected

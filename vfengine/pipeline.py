@@ -104,10 +104,10 @@ class VideoFusionPipeline:
                  noise, seeds (where η = 0) and labels differ; it goes with its network
                  (offload_base). Has no meaning on a CPU
         base_unet: an image UNet that walks the base path in place of the checkpoint's own network:
-                 a source of `models.load_unet`, or a UNet of this device and dtype (which "auto"
-                 then stands for). It must fit the
-                 clips' channels and the noise schedule; one that needs a context (a prompt) is
-                 refused, and one without classes leaves labels to the residual network
+                 a source of `models.load_unet`, or a UNet of this device and dtype, which "auto"
+                 then stands for. It must fit the clips' channels and the noise schedule; one that
+                 needs a context (a prompt) is refused, and one without classes leaves labels to the
+                 residual network
         base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
                  scheduler of its pipeline says, or "epsilon"
 
