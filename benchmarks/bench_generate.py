@@ -17,7 +17,7 @@ import torch
 from harness import Row, main
 
 from vfengine import VideoFusionPipeline
-from vfengine.pipeline import to_uint8
+from vfengine.pipelines.videofusion import to_uint8
 
 LABEL = "cartwheel"
 

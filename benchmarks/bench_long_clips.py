@@ -1,7 +1,7 @@
 """Long clips of the shipped model in windows: whether they show, what they cost, how memory grows.
 
 The model was trained on 16 frames. Clips of more, in bf16, DDIM; every way gets the same base path
-and the same noise, frame by frame (vfengine/windows.py):
+and the same noise, frame by frame (vfengine/sampling/windows.py):
 
 windows, 9 of 16  the default: windows of 16 frames, of which neighbours share 9
 windows, ...      a wider overlap; longer windows
@@ -57,13 +57,13 @@ from harness import Row, Target, main, table, verdicts
 from torch import Tensor
 
 from vfengine import VideoFusionPipeline
-from vfengine.checkpoint import DEFAULT, load_residual
-from vfengine.decompose import frame_weights, residual_noise
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.diffusion.decompose import frame_weights, residual_noise
+from vfengine.formats.checkpoint import DEFAULT, load_residual
+from vfengine.media.pictures import to_frames, to_uint8
 from vfengine.models import for_inference
-from vfengine.pictures import to_frames, to_uint8
-from vfengine.sampling import sample_residual
-from vfengine.trajectory import BaseTrajectory
-from vfengine.windows import plan_windows
+from vfengine.sampling.api import sample_residual
+from vfengine.sampling.windows import plan_windows
 
 LABELS = ("walk", "cartwheel", "run")
 FRAMES = 16  # of training

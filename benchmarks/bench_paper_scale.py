@@ -29,7 +29,7 @@ Training     forward, backward and AdamW of one joint loss (VDM*: its ε loss), 
 Memory       live bytes of tensors, in 1e9 bytes: no CUDA context, no kernel's own workspace, no
              fragmentation. Attention over more than 64 keys is one fused kernel that writes no
              logits; over at most 64 (8 x 8 pixels, frames) two batched products with a softmax in
-             fp32 between, as vfengine.models.attention runs it
+             fp32 between, as vfengine.ops.attention runs it
 Time         a roofline: Σ over launches of max(FLOPs / peak, bytes / bandwidth), with nothing
              fused, nothing overlapped, no cache between launches, every kernel at its ceiling.
              Ceilings (data sheets): A100 80 GB SXM 312 TFLOP/s dense bf16 and 2.039 TB/s, H100 SXM
@@ -59,7 +59,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from vfengine import NoiseSchedule, ops
-from vfengine.decompose import add_noise, base_index, joint_loss
+from vfengine.diffusion.decompose import add_noise, base_index, joint_loss
 from vfengine.models import (
     BaseGenerator,
     ResidualGenerator,

@@ -16,7 +16,7 @@ from harness import Row, main, table
 from torch import Tensor
 
 from vfengine import VideoFusionPipeline
-from vfengine.trajectory import BASE_PATHS
+from vfengine.diffusion.base_path import BASE_PATHS
 
 LABELS = ("cartwheel", "kick", "walk")
 FEW = (10, 15, 20)

@@ -9,8 +9,8 @@ import torch
 from harness import Row, Target, main
 from network_cases import DTYPES, measure_op, normal
 
-from vfengine.models.attention import attend
 from vfengine.ops import spatial_attention, spatial_attention_reference
+from vfengine.ops.attention import attend
 
 # F, Sq, Sk (0: q's own rows), H, D
 SHAPES = {

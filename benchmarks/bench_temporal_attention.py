@@ -1,6 +1,6 @@
 """temporal_attention: one read of qkv and one write, beside what the networks did before.
 
-That is a permutation to [B, P, H, N, D], attention ("math" of vfengine/models/attention.py, or
+That is a permutation to [B, P, H, N, D], attention ("math" of vfengine/ops/attention.py, or
 torch's SDPA) and a permutation back. Frames of 16 x 16 and 32 x 32 pixels, with a bias.
 """
 
@@ -9,8 +9,8 @@ import torch
 from harness import Row, Target, main
 from network_cases import DEVICE, DTYPES, measure_op, normal
 
-from vfengine.models.attention import attend
 from vfengine.ops import temporal_attention, temporal_attention_reference
+from vfengine.ops.attention import attend
 
 # B, N, P, H, D
 SHAPES = {

@@ -18,11 +18,11 @@ from judge_actions import ACTIONS, HELD_OUT_CLIPS, HELD_OUT_SEED, Judge, read, t
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vfengine.checkpoint import load_base, load_residual, read_config
-from vfengine.data.mocap import render_clips
-from vfengine.decompose import add_noise, decomposed_noise, remove_base
-from vfengine.sampling import sample_residual
-from vfengine.trajectory import BaseTrajectory
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.diffusion.decompose import add_noise, decomposed_noise, remove_base
+from vfengine.formats.checkpoint import load_base, load_residual, read_config
+from vfengine.sampling.api import sample_residual
+from vfengine.training.mocap import render_clips
 
 
 def to_pixels(clips: Tensor) -> np.ndarray:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vfengine import VideoFusionPipeline
-from vfengine.data.mocap import ACTIONS, render_clips
-from vfengine.trajectory import BaseTrajectory
-from vfengine.video_io import write_video
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.media.video import write_video
+from vfengine.training.mocap import ACTIONS, render_clips
 
 HELD_OUT_SEED, HELD_OUT_CLIPS = 1_000_003, 600
 

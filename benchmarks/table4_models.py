@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vfengine.checkpoint import read_config
-from vfengine.decompose import decomposed_noise
+from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.formats.checkpoint import read_config
 from vfengine.models import (
     BaseGenerator,
     ResidualGenerator,
@@ -28,7 +29,6 @@ from vfengine.models import (
     for_inference,
     vdm_config,
 )
-from vfengine.schedule import NoiseSchedule
 
 LAM = 0.5
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)

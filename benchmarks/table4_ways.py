@@ -12,11 +12,11 @@ import torch
 from table4_models import LAM, SCHEDULE, SHARING, Networks, Noise, make_noise, size
 from torch import Tensor, nn
 
-from vfengine.decompose import add_noise, joint_loss
-from vfengine.loops import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
-from vfengine.overlap import run_overlapped
-from vfengine.sampling import sample, sample_base, sample_residual, sample_video
-from vfengine.solvers import solver_table
+from vfengine.diffusion.decompose import add_noise, joint_loss
+from vfengine.diffusion.solvers import solver_table
+from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
+from vfengine.sampling.loop import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
+from vfengine.sampling.overlap import run_overlapped
 
 PLAIN, VDM = "VDM*, plain PyTorch", "VDM*, our kernels"
 INTERLEAVED = "VideoFusion, interleaved"

@@ -37,7 +37,7 @@ T* at(uintptr_t address) {
 
 vf::PhiloxKey key_of(uint64_t seed) { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 
-// In the order that vfengine/ops/_frames.py gives them.
+// In the order that vfengine/ops/_frame_ops.py gives them.
 vf::FrameArgs frame_args(uintptr_t x, uintptr_t g, uintptr_t r, uintptr_t r_uncond, uintptr_t xi,
                          uintptr_t lam, uintptr_t coeffs, uintptr_t step, uintptr_t out,
                          int64_t batch, int64_t frames, int64_t pixels, int64_t num_steps,
@@ -143,7 +143,7 @@ vf::TemporalAttentionArgs temporal_attention_args(uintptr_t qkv, uintptr_t bias,
 
 // ---- the short way -----------------------------------------------------------------------------
 //
-// vfengine/ops/_frames.py checks arguments in Python, which takes longer than the kernel of a small
+// vfengine/ops/_frame_ops.py checks arguments in Python, which takes longer than the kernel of a small
 // clip. The same checks here, of plain CPU tensors alone, take a tenth. They only ever say yes to
 // what Python would accept; where they do not, Python looks again and finds the words. Where torch
 // is too old to say what a tensor is (common/dlpack_exchange.h), they always say no.

@@ -1,4 +1,4 @@
-// What the CPU kernels of networks take (vfengine/ops, vfengine/models/program.py): rows of one
+// What the CPU kernels of networks take (vfengine/ops, vfengine/plan/program.py): rows of one
 // dtype, statistics and parameters of norms in fp32. A null pointer is an absent one. Products and
 // whole transformers take fp32 and bf16, the others fp16 as well.
 #pragma once

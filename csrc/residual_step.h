@@ -1,6 +1,6 @@
 // u_i <- c1 u_i + sqrt(lam_i) g + sqrt(1 - lam_i) (c2 r_i + sigma xi_i)
 //
-// The two-phase step of all frames (vfengine/sampling.py; VideoFusion, Algorithm 2), as a rule of
+// The two-phase step of all frames (vfengine/sampling/api.py; VideoFusion, Algorithm 2), as a rule of
 // common/frames.h: x = u, a row of coeffs is (c1, c2, sigma).
 #pragma once
 #include "common/frames.h"

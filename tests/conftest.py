@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from vfengine.checkpoint import (
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.formats.checkpoint import (
     CheckpointConfig,
     build_base,
     build_residual,
@@ -16,7 +17,6 @@ from vfengine.checkpoint import (
     save_checkpoint,
 )
 from vfengine.models import UNetConfig, vdm_config
-from vfengine.schedule import NoiseSchedule
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY_LABELS = ("cartwheel", "jump", "walk")

@@ -13,10 +13,10 @@ from test_peers import normal
 from torch import Tensor
 from triton_tools import guarded
 
-from vfengine.models import taps as tables
-from vfengine.models.packed import pack
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES as NUMBERS
+from vfengine.plan import gather as tables
+from vfengine.plan.packing import pack
 
 DTYPES = (torch.float32, torch.bfloat16)
 KEYS = {"keys": (2, 5, 33, 1, 8), "odd_head": (1, 19, 7, 1, 24), "one": (1, 1, 1, 1, 8)}

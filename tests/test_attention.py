@@ -19,8 +19,8 @@ from fake_cuda import audit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vfengine.models import attention
-from vfengine.models.attention import attend, choose_backend
+from vfengine.ops import attention
+from vfengine.ops.attention import attend, choose_backend
 
 VARIABLE = "VFENGINE_ATTENTION_BACKEND"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -344,7 +344,7 @@ def test_importing_vfengine_leaves_flash_attn_alone(tmp_path):
     (tmp_path / "flash_attn.py").write_text("raise RuntimeError('imported')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import torch, vfengine.models.attention as a\n"
+        "import torch, vfengine.ops.attention as a\n"
         "assert a._flash_installed()\n"
         "a.attend(*[torch.ones(1, 1, 80, 8, dtype=torch.float16)] * 3)\n"
         "assert 'flash_attn' not in sys.modules\n"

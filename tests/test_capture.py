@@ -1,4 +1,4 @@
-"""The loops of vfengine/loops.py can be captured: audited whole, with the shipped networks."""
+"""The loops of vfengine/sampling can be captured: audited whole, with the shipped networks."""
 
 import fake_cuda
 import pytest
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vfengine.checkpoint import build_video, load_base, load_residual, read_config
-from vfengine.decompose import decomposed_noise
-from vfengine.loops import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
+from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.diffusion.solvers import SOLVERS, solver_table
+from vfengine.formats.checkpoint import build_video, load_base, load_residual, read_config
 from vfengine.models import vdm_config
 from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
-from vfengine.schedule import NoiseSchedule
-from vfengine.solvers import SOLVERS, solver_table
-from vfengine.windows import windowed
+from vfengine.sampling.loop import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
+from vfengine.sampling.windows import windowed
 
 STEPS = 5
 FRAMES = 6
@@ -67,7 +67,7 @@ def networks():
 
 
 class Guided:
-    """(z, t) -> ε_u + s (ε_c - ε_u), as vfengine/engine.py has it."""
+    """(z, t) -> ε_u + s (ε_c - ε_u), as vfengine/pipelines/session.py has it."""
 
     def __init__(self, network, **conditions):
         self.network, self.conditions = network, conditions

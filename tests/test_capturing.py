@@ -1,4 +1,4 @@
-"""What vfengine/capture.py asks of torch.cuda, of which a stub writes down every call.
+"""What vfengine/sampling/cuda_graph.py asks of torch.cuda, of which a stub writes down every call.
 
 Nothing runs on a device: "captured" and replayed steps run on the CPU, so that clips can be
 compared with plain ones.
@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vfengine import VideoFusionPipeline, capture, overlap
-from vfengine.loops import Loop
+from vfengine import VideoFusionPipeline
+from vfengine.sampling import cuda_graph as capture
+from vfengine.sampling import overlap
+from vfengine.sampling.loop import Loop
 
 CUDA = torch.device("cuda", 0)
 WAIT = 60.0  # seconds after which a thread that never comes fails the test

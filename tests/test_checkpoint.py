@@ -1,4 +1,4 @@
-"""vfengine/checkpoint.py: what it writes comes back; what is not whole or not ours is refused."""
+"""formats/checkpoint.py: what it writes comes back; what is not whole or not ours is refused."""
 
 import json
 import math
@@ -14,8 +14,8 @@ import torch
 from conftest import TINY_LABELS, save_tiny, tiny_config
 from safetensors.torch import load_file
 
-from vfengine import checkpoint
-from vfengine.checkpoint import (
+from vfengine.formats import checkpoint
+from vfengine.formats.checkpoint import (
     CheckpointConfig,
     build_base,
     build_residual,

@@ -1,4 +1,4 @@
-"""vfengine/noise.py and decompose.py: noise law, placement, forward process, loss."""
+"""vfengine/diffusion/noise.py and decompose.py: noise law, placement, forward process, loss."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfengine.decompose import (
+from vfengine.diffusion.decompose import (
     add_noise,
     base_index,
     base_noise,
@@ -19,7 +19,7 @@ from vfengine.decompose import (
     remove_base,
     residual_noise,
 )
-from vfengine.schedule import NoiseSchedule
+from vfengine.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
 

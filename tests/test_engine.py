@@ -14,9 +14,9 @@ from conftest import ON_CPU, TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
-from vfengine.pictures import read_picture, to_network, to_uint8
-from vfengine.pipeline import VideoFusionPipeline
-from vfengine.sampling import sample_video
+from vfengine.media.pictures import read_picture, to_network, to_uint8
+from vfengine.pipelines.videofusion import VideoFusionPipeline
+from vfengine.sampling.api import sample_video
 
 STEPS = 4
 

@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from vfengine.data.folder import read_folder
-from vfengine.video_io import write_video
+from vfengine.media.video import write_video
+from vfengine.training.folder import read_folder
 
 
 def numbered(num_frames, height=16, width=16):

@@ -19,7 +19,8 @@ from test_winograd import convolve
 from torch import Tensor
 
 from vfengine import ops
-from vfengine.models import UNet, taps
+from vfengine.models import UNet
+from vfengine.plan import gather as taps
 
 EPS = torch.finfo(torch.float32).eps
 DEPTHS = (128, 129, 1024, 9216, 20480)

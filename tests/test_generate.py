@@ -15,11 +15,15 @@ import torch
 from conftest import ON_CPU, save_tiny
 
 import vfengine as vf
-from vfengine import generate, generate_settings, solvers, trajectory, video_io
-from vfengine.generate import main
-from vfengine.generate_settings import DEFAULTS, read_settings
-from vfengine.pipeline import to_uint8
-from vfengine.video_io import read_video
+from vfengine.cli import generate
+from vfengine.cli import settings as generate_settings
+from vfengine.cli.generate import main
+from vfengine.cli.settings import DEFAULTS, read_settings
+from vfengine.diffusion import base_path as trajectory
+from vfengine.diffusion import solvers
+from vfengine.media import video as video_io
+from vfengine.media.video import read_video
+from vfengine.pipelines.videofusion import to_uint8
 
 STEPS = "4"
 
@@ -476,7 +480,7 @@ def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
 COMMAND = [sys.executable, "-m", "vfengine.generate"]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(Path(generate.__file__).parents[1]),
+    "PYTHONPATH": str(Path(generate.__file__).parents[2]),
     "OMP_NUM_THREADS": "1",  # two threads on one busy core would wait for each other for minutes
 }
 

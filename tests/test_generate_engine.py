@@ -14,10 +14,11 @@ from conftest import ON_CPU
 from PIL import Image
 
 import vfengine as vf
-from vfengine import base_cache, generate_settings
-from vfengine.generate_settings import read_settings
-from vfengine.pipeline import to_uint8
-from vfengine.video_io import read_video
+from vfengine.cli import settings as generate_settings
+from vfengine.cli.settings import read_settings
+from vfengine.media.video import read_video
+from vfengine.pipelines import base_cache
+from vfengine.pipelines.videofusion import to_uint8
 
 cli, refused, STEPS = test_generate.cli, test_generate.refused, test_generate.STEPS
 clean_checkpoint = test_engine.clean_checkpoint
@@ -192,7 +193,7 @@ def test_base_cache_folders_are_checked_first(cli, monkeypatch):
     for folder in ("file", "file/cache"):
         assert refused(cli(*WALK, "--base-cache", folder), "file: not a folder")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr("vfengine.generate._open_pipeline", None)
+    monkeypatch.setattr("vfengine.cli.generate._open_pipeline", None)
     assert refused(cli(*WALK, "--base-cache", "no/cache"), "folder is not writable")
     assert os.listdir() == ["file"]
 
@@ -527,7 +528,7 @@ def test_names_in_the_tables_are_flags():
     ],
 )
 def test_flags_that_cannot_go_together(cli, monkeypatch, flag, other):
-    monkeypatch.setattr("vfengine.generate._open_pipeline", None)  # found before a model is opened
+    monkeypatch.setattr("vfengine.cli.generate._open_pipeline", None)  # found before a model is opened
     result = cli(*WALK, *flag.split(), *other.split())
     assert refused(result, f"{flag.split()[0]} cannot go with {other.split()[0]}")
     assert os.listdir() == []
@@ -564,8 +565,8 @@ def test_flags_that_can(cli, clean_checkpoint, picture):
     ],
 )
 def test_refused_before_sampling(cli, clean_checkpoint, monkeypatch, flags, words):
-    monkeypatch.setattr("vfengine.engine.Engine._run", None)
-    monkeypatch.setattr("vfengine.engine.Engine.overlapped", None)
+    monkeypatch.setattr("vfengine.pipelines.session.Engine._run", None)
+    monkeypatch.setattr("vfengine.pipelines.session.Engine.overlapped", None)
     many = [] if "--preview" in flags or "--num-residuals" in flags else ["--num-residuals", 2]
     assert refused(cli(*WALK, *many, *flags, model=clean_checkpoint), *words)
     assert os.listdir() == []

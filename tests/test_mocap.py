@@ -1,11 +1,11 @@
-"""vfengine/data/mocap.py: every action moves, a seed gives one clip, kept clips are safe."""
+"""vfengine/training/mocap.py: every action moves, a seed gives one clip, kept clips are safe."""
 
 import os
 
 import numpy as np
 import pytest
 
-from vfengine.data.mocap import ACTIONS, SECONDS, MocapRenderer, render_clips
+from vfengine.training.mocap import ACTIONS, SECONDS, MocapRenderer, render_clips
 
 SMALL = {"size": 16, "num_frames": 2}
 

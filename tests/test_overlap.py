@@ -7,11 +7,11 @@ import torch
 from diffusers import DDIMScheduler
 from test_sampling import SCHEDULE, WALK, base_model, noise_of, residual_model
 
-from vfengine.decompose import residual_noise
-from vfengine.loops import BaseLoop, ResidualLoop
-from vfengine.overlap import run_overlapped
-from vfengine.sampling import sample, sample_video
-from vfengine.solvers import solver_table
+from vfengine.diffusion.decompose import residual_noise
+from vfengine.diffusion.solvers import solver_table
+from vfengine.sampling.api import sample, sample_video
+from vfengine.sampling.loop import BaseLoop, ResidualLoop
+from vfengine.sampling.overlap import run_overlapped
 
 # -- both phases at once ---------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from vfengine.formats.load import fingerprint
 from vfengine.models import PlannedUNet, UNet, load_unet, read_unet
-from vfengine.models.peers import fingerprint
 
 SHAPE_2D = {
     "sample_size": 8,

@@ -9,9 +9,15 @@ from conftest import ON_CPU, TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
-from vfengine import engine
-from vfengine.checkpoint import build_base, build_residual, load_base, load_residual, read_config
-from vfengine.pipeline import VideoFusionPipeline, to_uint8
+from vfengine.formats.checkpoint import (
+    build_base,
+    build_residual,
+    load_base,
+    load_residual,
+    read_config,
+)
+from vfengine.pipelines import session as engine
+from vfengine.pipelines.videofusion import VideoFusionPipeline, to_uint8
 
 STEPS = 4
 

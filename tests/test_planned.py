@@ -9,9 +9,10 @@ import torch
 from test_peers import filled, normal
 from torch import Tensor
 
-from vfengine.models import PlannedUNet, UNet, UNetConfig, for_inference, planned, vdm_config
-from vfengine.models.planned import inference_dtype
+from vfengine.models import PlannedUNet, UNet, UNetConfig, for_inference, vdm_config
 from vfengine.native import vfengine_native
+from vfengine.plan import network as planned
+from vfengine.plan.network import inference_dtype
 
 IMAGE = UNetConfig(
     block_out_channels=(16, 24),

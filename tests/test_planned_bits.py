@@ -7,7 +7,7 @@ import torch
 from test_peers import normal
 from test_planned import FORMS, all_dtypes, distance, inputs, network, plan, some_cases
 
-from vfengine.models import planned
+from vfengine.plan import network as planned
 
 
 @pytest.fixture

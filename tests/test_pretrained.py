@@ -9,7 +9,7 @@ import torch
 from conftest import ON_CPU, tiny_config
 
 import vfengine as vf
-from vfengine.generate_settings import UsageError, read_settings
+from vfengine.cli.settings import UsageError, read_settings
 from vfengine.models import PretrainedGenerator, UNet, UNetConfig, load_unet
 
 SHAPE = {
@@ -166,7 +166,7 @@ def test_refuses_what_is_no_network(tiny_checkpoint, tmp_path):
 
 
 def test_command_line_names_a_base_network(tiny_checkpoint, tmp_path, capsys):
-    from vfengine.generate import main
+    from vfengine.cli.generate import main
 
     base = save_peer(tmp_path)
     asked = [

@@ -20,9 +20,9 @@ from kernel_cases import (
     placed,
 )
 
-from vfengine import decompose
+from vfengine.diffusion import decompose
+from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.ops import remove_base, remove_base_reference
-from vfengine.schedule import NoiseSchedule
 
 
 def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=1, device="cpu"):

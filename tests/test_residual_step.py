@@ -20,8 +20,8 @@ from kernel_cases import (
     placed,
 )
 
+from vfengine.diffusion.noise import residual_noise
 from vfengine.native import vfengine_native
-from vfengine.noise import residual_noise
 from vfengine.ops import residual_step, residual_step_reference
 
 STEP = 2  # the row of COEFFS with sigma > 0; row 1 has sigma = 0

@@ -1,4 +1,4 @@
-"""Products of rows (csrc/cpu/row_matmul.cpp) and programs' memory (vfengine/models/program.py).
+"""Products of rows (csrc/cpu/row_matmul.cpp) and programs' memory (vfengine/plan/program.py).
 
 Every case runs on every instruction set of this machine, in fp32 and bf16.
 """
@@ -20,10 +20,11 @@ from kernel_cases import SMALL, as_it_is, assert_as_close_as_pytorch
 from test_peers import normal
 from torch import Tensor
 
-from vfengine.models import packed, taps
-from vfengine.models.packed import pack
-from vfengine.models.program import Builder, Program, Rows, Source
 from vfengine.native import vfengine_native
+from vfengine.plan import gather as taps
+from vfengine.plan import packing as packed
+from vfengine.plan.packing import pack
+from vfengine.plan.program import Builder, Program, Rows, Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW_OPS = ("group_norm_silu", "geglu", "spatial_attention", "temporal_attention")

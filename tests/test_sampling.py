@@ -1,4 +1,4 @@
-"""vfengine/sampling.py: both forms against a plain float64 Algorithm 2, and what follows."""
+"""vfengine/sampling/api.py: both forms against a plain float64 Algorithm 2, and what follows."""
 
 import math
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from vfengine.decompose import base_noise, decomposed_noise, frame_weights, residual_noise
-from vfengine.sampling import sample, sample_base, sample_residual, sample_video
-from vfengine.schedule import NoiseSchedule
-from vfengine.solvers import SOLVERS
-from vfengine.trajectory import BaseTrajectory
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.diffusion.decompose import base_noise, decomposed_noise, frame_weights, residual_noise
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.diffusion.solvers import SOLVERS
+from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
 WALK = {"schedule": SCHEDULE, "num_inference_steps": 8}

@@ -1,4 +1,4 @@
-"""vfengine/schedule.py: ᾱ and timesteps against diffusers, identity, refusals."""
+"""vfengine/diffusion/schedule.py: ᾱ and timesteps against diffusers, identity, refusals."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from vfengine.schedule import SPACINGS, NoiseSchedule
+from vfengine.diffusion.schedule import SPACINGS, NoiseSchedule
 
 NAMED = {
     "linear": NoiseSchedule.linear(1000, 1e-4, 2e-2),

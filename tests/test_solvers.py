@@ -1,4 +1,4 @@
-"""vfengine/solvers.py: the tables against the textbook updates and against diffusers."""
+"""vfengine/diffusion/solvers.py: the tables against the textbook updates and against diffusers."""
 
 import math
 
@@ -8,8 +8,14 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfengine.schedule import SPACINGS, NoiseSchedule
-from vfengine.solvers import NUM_HISTORY, SOLVERS, SolverTable, corrector_weights, solver_table
+from vfengine.diffusion.schedule import SPACINGS, NoiseSchedule
+from vfengine.diffusion.solvers import (
+    NUM_HISTORY,
+    SOLVERS,
+    SolverTable,
+    corrector_weights,
+    solver_table,
+)
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
 MULTISTEP = ("dpmsolver", "dpmsolver++", "unipc")

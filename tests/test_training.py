@@ -1,4 +1,4 @@
-"""vfengine/training.py and vfengine/train.py: it learns, it repeats, it goes on where it was."""
+"""training/trainer.py and vfengine/train.py: it learns, it repeats, it goes on where it was."""
 
 import json
 import os
@@ -14,11 +14,12 @@ from conftest import ON_CPU, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from vfengine import objectives, train
-from vfengine.checkpoint import load_base, read_config
-from vfengine.pipeline import VideoFusionPipeline
-from vfengine.training import Trainer, TrainingOptions
-from vfengine.video_io import write_video
+from vfengine.cli import train
+from vfengine.formats.checkpoint import load_base, read_config
+from vfengine.media.video import write_video
+from vfengine.pipelines.videofusion import VideoFusionPipeline
+from vfengine.training import objectives
+from vfengine.training.trainer import Trainer, TrainingOptions
 
 FAST = {"steps": 100, "batch_size": 2, "extra_images": 2, "warmup": 2, "precision": "fp32"}
 

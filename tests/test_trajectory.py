@@ -1,4 +1,4 @@
-"""vfengine/trajectory.py: the states it holds, the file it writes, the files it refuses."""
+"""diffusion/base_path.py: the states it holds, the file it writes, the files it refuses."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vfengine.decompose import base_noise, residual_noise
-from vfengine.sampling import sample_base, sample_residual
-from vfengine.schedule import NoiseSchedule
-from vfengine.solvers import SOLVERS, solver_table
-from vfengine.trajectory import BaseTrajectory
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.diffusion.decompose import base_noise, residual_noise
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.diffusion.solvers import SOLVERS, solver_table
+from vfengine.sampling.api import sample_base, sample_residual
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
 WALK = {"schedule": SCHEDULE, "num_inference_steps": 6}

@@ -10,7 +10,7 @@ from conftest import save_tiny, tiny_config
 from test_checkpoint import contents, edit_config
 from test_models import normal, randomise
 
-from vfengine.checkpoint import (
+from vfengine.formats.checkpoint import (
     CheckpointConfig,
     build_base,
     build_video,

@@ -15,11 +15,11 @@ from test_models import randomise
 from test_training import assert_equal_states, new_trainer, random_clips, state_of, weights_of
 from test_vdm import vdm
 
-from vfengine import train
-from vfengine.checkpoint import build_video, read_config, save_checkpoint
+from vfengine.cli import train
+from vfengine.formats.checkpoint import build_video, read_config, save_checkpoint
+from vfengine.media.video import write_video
 from vfengine.models import vdm_config
-from vfengine.training import Trainer
-from vfengine.video_io import write_video
+from vfengine.training.trainer import Trainer
 
 BASE = tiny_config().base
 SCHEDULE = tiny_config().noise_schedule()

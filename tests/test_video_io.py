@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vfengine import video_io
-from vfengine.video_io import (
+from vfengine.media import video as video_io
+from vfengine.media.video import (
     SUFFIXES,
     VideoReader,
     check_target,

@@ -1,4 +1,4 @@
-"""vfengine/windows.py: where windows lie, what the network sees, and the clips that come of it."""
+"""sampling/windows.py: where windows lie, what the network sees, and the clips that come of it."""
 
 from itertools import pairwise
 
@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfengine import VideoFusionPipeline
-from vfengine.checkpoint import load_residual, read_config
-from vfengine.decompose import decomposed_noise, frame_weights
+from vfengine.diffusion.decompose import decomposed_noise, frame_weights
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.formats.checkpoint import load_residual, read_config
 from vfengine.models import for_inference
-from vfengine.sampling import sample_base, sample_residual
-from vfengine.schedule import NoiseSchedule
-from vfengine.windows import choose_windows, largest_stride, plan_windows, windowed
+from vfengine.sampling.api import sample_base, sample_residual
+from vfengine.sampling.windows import choose_windows, largest_stride, plan_windows, windowed
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
 WALK = {"schedule": SCHEDULE, "num_inference_steps": 6}

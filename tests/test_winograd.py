@@ -8,10 +8,10 @@ from test_row_kernels import all_dtypes, isa, threads  # noqa: F401  fixtures
 from torch import Tensor, nn
 from triton_tools import guarded
 
-from vfengine.models.packed import pack_winograd, takes_winograd
-from vfengine.models.program import Builder
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES as NUMBERS
+from vfengine.plan.packing import pack_winograd, takes_winograd
+from vfengine.plan.program import Builder
 
 SHAPES = {  # items, height, width, channels, columns
     "3x3": (2, 8, 6, 64, 96, False),

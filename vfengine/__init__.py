@@ -7,41 +7,33 @@ the package costs nothing.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vfengine import _moved
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vfengine import models, ops
-    from vfengine.decompose import decomposed_noise
-    from vfengine.pipeline import VideoFusionPipeline
-    from vfengine.sampling import sample, sample_base, sample_residual, sample_video
-    from vfengine.schedule import NoiseSchedule
-    from vfengine.trajectory import BaseTrajectory
+    from vfengine.diffusion.base_path import BaseTrajectory
+    from vfengine.diffusion.decompose import decomposed_noise
+    from vfengine.diffusion.schedule import NoiseSchedule
+    from vfengine.pipelines.videofusion import VideoFusionPipeline
+    from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
 
 _HOME = {
-    "BaseTrajectory": "vfengine.trajectory",
-    "NoiseSchedule": "vfengine.schedule",
-    "VideoFusionPipeline": "vfengine.pipeline",
-    "decomposed_noise": "vfengine.decompose",
-    "sample": "vfengine.sampling",
-    "sample_base": "vfengine.sampling",
-    "sample_residual": "vfengine.sampling",
-    "sample_video": "vfengine.sampling",
+    "BaseTrajectory": "vfengine.diffusion.base_path",
+    "NoiseSchedule": "vfengine.diffusion.schedule",
+    "VideoFusionPipeline": "vfengine.pipelines.videofusion",
+    "decomposed_noise": "vfengine.diffusion.decompose",
+    "sample": "vfengine.sampling.api",
+    "sample_base": "vfengine.sampling.api",
+    "sample_residual": "vfengine.sampling.api",
+    "sample_video": "vfengine.sampling.api",
 }
 _SUBPACKAGES = ("models", "ops")
 
-__all__ = [
-    "BaseTrajectory",
-    "NoiseSchedule",
-    "VideoFusionPipeline",
-    "__version__",
-    "decomposed_noise",
-    "models",
-    "ops",
-    "sample",
-    "sample_base",
-    "sample_residual",
-    "sample_video",
-]
+__all__ = ["__version__", *_HOME, *_SUBPACKAGES]
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

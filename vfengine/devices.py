@@ -49,7 +49,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the networks of this device are faster in bfloat16 than in float32.
 
     CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
-    CPU:  where plans multiply it with AVX512_BF16 (vfengine/models/planned.py): both phases of the
+    CPU:  where plans multiply it with AVX512_BF16 (vfengine/plan/network.py): both phases of the
           default clip take 0.9 s instead of 1.5 on two cores of an AMD EPYC (Zen 5). Not on Intel's
           CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead of 2.5.
           For plans that use AMX this must be measured again.

@@ -13,8 +13,8 @@ from table4_models import LAM, SCHEDULE, Networks, make_noise, size
 from torch.profiler import ProfilerActivity
 
 from gpu_sections import DEVICE, DRY, emit, guarded
-from vfengine.loops import BaseLoop, Loop, ResidualLoop, VideoLoop
-from vfengine.solvers import solver_table
+from vfengine.diffusion.solvers import solver_table
+from vfengine.sampling.loop import BaseLoop, Loop, ResidualLoop, VideoLoop
 
 SIZES = ("default", "large", "paper")
 STEPS = 5 if DRY else 20

@@ -12,7 +12,7 @@ from table4_models import Networks, size
 from gpu_sections import BACKENDS, DEVICE, DRY, emit, guarded
 from gpu_sections.profile import loops
 from gpu_sections.table4 import seconds
-from vfengine.loops import Loop
+from vfengine.sampling.loop import Loop
 
 SIZES = ("default", "large")
 ROUNDS = 5

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_attention import SHAPES, VARIABLE, check_accuracy, forget, inputs
 
-from vfengine.models.attention import _MAX_BATCH, attend
+from vfengine.ops.attention import _MAX_BATCH, attend
 
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 BEYOND = (5, _MAX_BATCH // 5 + 1, 1, 2, 8)  # more than fused kernels count

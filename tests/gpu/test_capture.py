@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfengine.checkpoint import load_base, load_residual, load_video, read_config
-from vfengine.decompose import decomposed_noise
-from vfengine.loops import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
+from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.solvers import solver_table
+from vfengine.formats.checkpoint import load_base, load_residual, load_video, read_config
 from vfengine.ops import residual_step
-from vfengine.pipeline import VideoFusionPipeline
-from vfengine.solvers import solver_table
-from vfengine.windows import windowed
+from vfengine.pipelines.videofusion import VideoFusionPipeline
+from vfengine.sampling.loop import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
+from vfengine.sampling.windows import windowed
 
 from .graphs import assert_same, in_a_graph
 
@@ -78,7 +78,7 @@ def test_one_captured_step_is_all_of_them(backend, device):
     assert (plain.cpu() - on_cpu.run(on_cpu.advance)).abs().max() < 1e-3
 
 
-# -- loops of vfengine/loops.py --------------------------------------------------------------------
+# -- loops of vfengine/sampling/loop.py ----------------------------------------------------------
 
 
 def load(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:

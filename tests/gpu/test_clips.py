@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import vfengine as vf
-from vfengine.checkpoint import load_base, load_residual, read_config
-from vfengine.pipeline import VideoFusionOutput, VideoFusionPipeline
-from vfengine.trajectory import BaseTrajectory
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.formats.checkpoint import load_base, load_residual, read_config
+from vfengine.pipelines.videofusion import VideoFusionOutput, VideoFusionPipeline
 
 from .graphs import assert_same, distance
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfengine.checkpoint import load_base, load_residual, read_config
+from vfengine.diffusion.noise import base_noise, residual_noise
+from vfengine.formats.checkpoint import load_base, load_residual, read_config
 from vfengine.models import layers
-from vfengine.noise import base_noise, residual_noise
 
 from .graphs import distance
 

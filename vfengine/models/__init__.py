@@ -1,10 +1,25 @@
-"""One UNet family for the base generator, the residual generator and plain video diffusion."""
+"""Networks: one UNet family for base generators, residual generators and plain video models.
+
+Names of other folders are loaded when first used: models know nothing of plans and files.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .config import UNetConfig, vdm_config
-from .generators import BaseGenerator, PretrainedGenerator, ResidualGenerator, VideoGenerator
-from .peers import load_unet, read_unet
-from .planned import PlannedUNet, for_inference
+from .denoisers import BaseGenerator, PretrainedGenerator, ResidualGenerator, VideoGenerator
 from .unet import UNet
+
+if TYPE_CHECKING:
+    from vfengine.formats.load import load_unet, read_unet
+    from vfengine.plan.network import PlannedUNet, for_inference
+
+_ELSEWHERE = {
+    "PlannedUNet": "vfengine.plan.network",
+    "for_inference": "vfengine.plan.network",
+    "load_unet": "vfengine.formats.load",
+    "read_unet": "vfengine.formats.load",
+}
 
 __all__ = [
     "BaseGenerator",
@@ -19,3 +34,11 @@ __all__ = [
     "read_unet",
     "vdm_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        value = getattr(importlib.import_module(_ELSEWHERE[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
 from vfengine.ops._dispatch import DTYPES
 from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
 
-from .attention import attend
+from ..ops.attention import attend
 
 
 def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:

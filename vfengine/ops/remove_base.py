@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import register, unobserved
-from vfengine.ops._frames import FramesOp, row_of, shares
+from vfengine.ops._frame_ops import FramesOp, row_of, shares
 
 _NAME = "remove_base"
 

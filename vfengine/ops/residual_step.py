@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import register, unobserved
-from vfengine.ops._frames import FramesOp, guided, row_of, shares
+from vfengine.ops._frame_ops import FramesOp, guided, row_of, shares
 from vfengine.ops.decomposed_noise import (
     check_place,
     check_seed,

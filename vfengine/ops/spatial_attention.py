@@ -3,7 +3,7 @@
     y_s = Σ_t softmax_t(q_s · k_t / √D) v_t      of each frame and head
 
 Kernels: csrc/network.h, csrc/cpu/spatial_attention.cpp, kernels/spatial_attention.py. On
-CUDA, torch's SDPA and flash-attn (vfengine/models/attention.py) are the ones that were measured.
+CUDA, torch's SDPA and flash-attn (vfengine/ops/attention.py) are the ones that were measured.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .trajectory import BaseTrajectory
+from ..diffusion.base_path import BaseTrajectory
 
 
 def cached_path(

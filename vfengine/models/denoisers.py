@@ -8,8 +8,8 @@ have trained predict ε or v (PretrainedGenerator).
 import torch
 from torch import Tensor, nn
 
-from ..decompose import Lam, frame_weights
-from ..schedule import NoiseSchedule
+from ..diffusion.decompose import Lam, frame_weights
+from ..diffusion.schedule import NoiseSchedule
 from .unet import UNet
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decompose import Lam, Model, base_index
+from ..diffusion.decompose import Lam, Model, base_index
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointConfig, build_base, build_residual, build_video
-from .decompose import add_noise, decomposed_noise, joint_loss, residual_noise
-from .sampling import sample, sample_video
-from .schedule import NoiseSchedule
+from ..diffusion.decompose import add_noise, decomposed_noise, joint_loss, residual_noise
+from ..diffusion.schedule import NoiseSchedule
+from ..formats.checkpoint import CheckpointConfig, build_base, build_residual, build_video
+from ..sampling.api import sample, sample_video
 
 if TYPE_CHECKING:
-    from .training import TrainingOptions
+    from .trainer import TrainingOptions
 
 Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, and its timestep
 

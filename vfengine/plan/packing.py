@@ -19,9 +19,9 @@ from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES
 from vfengine.ops.temporal_attention import MAX_HEAD_DIM
 
-from .layers import Attention, ResBlock, TemporalConv, Transformer
-from .taps import QUARTERS
-from .unet import UNet
+from ..models.layers import Attention, ResBlock, TemporalConv, Transformer
+from ..models.unet import UNet
+from .gather import QUARTERS
 
 # Input times output channels, above which a convolution keeps the form of fewest weights.
 _LIGHT = 640 * 640

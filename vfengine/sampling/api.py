@@ -6,8 +6,8 @@ image. In u_i = z'_i, the residual network's own input, what is left is one line
 
     u_i <- c1 u_i + √λ_i g_t + √(1-λ_i) (c2 r̂_i + σ ξ_i),     g_t = d_p - c1 d_t
 
-with d_t the base path of vfengine/trajectory.py. The two forms are equal for every solver that is a
-table (vfengine/solvers.py), up to rounding; the base frame is equal bit for bit. vfengine/loops.py
+with d_t the base path of diffusion/base_path.py. The two forms are equal for every solver that is a
+table (diffusion/solvers.py), up to rounding; the base frame is equal bit for bit. sampling/loop.py
 holds the steps; here they are started and run: one phase after the other, overlapped, or captured.
 """
 
@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .decompose import Lam, Model, frame_weights
-from .loops import BaseLoop, Callback, InterleavedLoop, ResidualLoop, VideoLoop
-from .noise import check_seed
+from ..diffusion.base_path import BASE_PATHS, BaseTrajectory
+from ..diffusion.decompose import Lam, Model, frame_weights
+from ..diffusion.noise import check_seed
+from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.solvers import solver_table
+from .loop import BaseLoop, Callback, InterleavedLoop, ResidualLoop, VideoLoop
 from .overlap import run_overlapped
-from .schedule import NoiseSchedule
-from .solvers import solver_table
-from .trajectory import BASE_PATHS, BaseTrajectory
 from .windows import windowed
 
 METHODS = ("two_phase", "interleaved")
@@ -70,7 +70,7 @@ def sample(
     overlap_phases: the residual phase follows the base phase a step behind, which runs in a thread
                     of its own on a CPU, on a stream of its own on CUDA, or on another device if
                     base_noise lies there; the same bits (stepwise, two-phase only)
-    capture:        on CUDA, replay each phase's step from a graph (vfengine/capture.py)
+    capture:        on CUDA, replay each phase's step from a graph (vfengine/sampling/cuda_graph.py)
     backend:        of the ops that step (vfengine/ops); float64 runs their references
     callback:       called as callback(phase, steps done, steps in all), for progress bars; phase is
                     "base" or "residual", or "interleaved"
@@ -189,7 +189,7 @@ def sample_residual(
     sample_offset, frame_offset: place of the first sample and frame, where the clips are part of
                     a larger batch or a longer clip (η > 0)
     window, window_overlap: call the network on so many frames at a time, for clips longer than it
-                    was trained on (vfengine/windows.py)
+                    was trained on (vfengine/sampling/windows.py)
     schedule:       refuse a path of any other schedule
 
     Frame m = N // 2 of the result is path.final, cast. All else as in `sample`, errors included.

@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import UNetConfig
+from ..models.config import UNetConfig
+from ..models.unet import UNet, empty_unet
+from ..plan.network import PlannedUNet, for_inference, inference_dtype
 from .peer_configs import diffusers_config, model_cfg_of, modelscope_config
-from .planned import PlannedUNet, for_inference, inference_dtype
-from .unet import UNet, empty_unet
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DIFFUSERS = "diffusion_pytorch_model"

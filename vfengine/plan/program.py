@@ -20,7 +20,7 @@ from torch import Tensor
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES
 
-from .packed import Weights
+from .packing import Weights
 
 _ALIGNMENT = 64
 _EPILOGUES = {None: 0, "geglu": 1}

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import (
+from ..formats.checkpoint import (
     CheckpointConfig,
     read_config,
     read_weights,

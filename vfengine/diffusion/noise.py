@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops.decomposed_noise import check_place, check_seed, philox4x32_10
-from .ops.decomposed_noise import decomposed_noise as fill
+from ..ops.decomposed_noise import check_place, check_seed, philox4x32_10
+from ..ops.decomposed_noise import decomposed_noise as fill
 
 __all__ = ["base_noise", "check_seed", "philox4x32_10", "residual_noise"]
 

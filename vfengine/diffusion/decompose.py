@@ -114,7 +114,7 @@ def decomposed_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> DecomposedNoise:
-    """b and r_i for a clip of shape [B, N, C, H, W], each N(0, I) (see vfengine/noise.py).
+    """b and r_i for a clip of shape [B, N, C, H, W], each N(0, I) (see diffusion/noise.py).
 
     A frame's noise depends on seed, stream, step, sample, frame and element only: never on B, N,
     chunking, thread count or device. Parts of a larger batch or of a longer clip are drawn with

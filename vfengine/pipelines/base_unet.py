@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointConfig
-from .models.config import UNetConfig
-from .models.generators import PREDICTION_TYPES, PretrainedGenerator
-from .models.peers import fingerprint, read_scheduler, read_unet, read_unet_config
-from .models.planned import PlannedUNet
-from .models.unet import UNet
-from .schedule import NoiseSchedule
+from ..diffusion.schedule import NoiseSchedule
+from ..formats.checkpoint import CheckpointConfig
+from ..formats.load import fingerprint, read_scheduler, read_unet, read_unet_config
+from ..models.config import UNetConfig
+from ..models.denoisers import PREDICTION_TYPES, PretrainedGenerator
+from ..models.unet import UNet
+from ..plan.network import PlannedUNet
 
 _SCHEDULES = {"linear": NoiseSchedule.linear, "scaled_linear": NoiseSchedule.scaled_linear}
 

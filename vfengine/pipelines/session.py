@@ -19,17 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .capture import empty_cache, surroundings_key, weights_key
-from .checkpoint import CheckpointConfig, load_base, load_residual, load_video
-from .decompose import Lam, Model, frame_weights
-from .loops import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
-from .models import UNet, for_inference
-from .models.packed import return_memory
-from .overlap import run_overlapped
-from .pretrained import PretrainedBase
-from .solvers import SolverTable
-from .trajectory import BaseTrajectory
-from .windows import windowed
+from ..diffusion.base_path import BaseTrajectory
+from ..diffusion.decompose import Lam, Model, frame_weights
+from ..diffusion.solvers import SolverTable
+from ..formats.checkpoint import CheckpointConfig, load_base, load_residual, load_video
+from ..models import UNet, for_inference
+from ..plan.packing import return_memory
+from ..sampling.cuda_graph import empty_cache, surroundings_key, weights_key
+from ..sampling.loop import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
+from ..sampling.overlap import run_overlapped
+from ..sampling.windows import windowed
+from .base_unet import PretrainedBase
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Engine:
     ) -> Tensor:
         """The residual phase on r [B, N, C, H, W] along a path: the clips.
 
-        windows: (window, overlap) of vfengine/windows.py, or None
+        windows: (window, overlap) of vfengine/sampling/windows.py, or None
         """
         states = path.states.to(self.device)
         motion = {"lam": lam, "windows": windows, "clean": path.base_path == "clean"}

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
 
-from . import taps
-from .layers import Attention, ResBlock, TemporalConv, Transformer
-from .packed import PackedLayers, Weights, is_light, joins_output, return_memory, takes_winograd
+from ..models.layers import Attention, ResBlock, TemporalConv, Transformer
+from ..models.unet import Stage, UNet
+from . import gather as taps
+from .packing import PackedLayers, Weights, is_light, joins_output, return_memory, takes_winograd
 from .program import Builder, Program, Rows, Source
-from .unet import Stage, UNet
 
 _PROGRAMS = 4  # shapes whose programs are kept
 _TILED = 128  # rows, from which on transformers run in tiles: fewer do not occupy all threads

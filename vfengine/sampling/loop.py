@@ -4,7 +4,7 @@ A loop allocates its buffers once. `start` fills them, every `step` moves them o
 solver's table; the row is a counter on the device, so all steps are the same list of operations on
 the same memory. Loops can be started again, with other noise.
 
-The mathematics is that of vfengine/sampling.py, which drives them.
+The mathematics is that of vfengine/sampling/api.py, which drives them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .capture import Step, captured
-from .decompose import Lam, Model, base_index, combine, frame_weights
-from .solvers import SolverTable
+from .. import ops
+from ..diffusion.decompose import Lam, Model, base_index, combine, frame_weights
+from ..diffusion.solvers import SolverTable
+from .cuda_graph import Step, captured
 
 Callback = Callable[[str, int, int], None]
 

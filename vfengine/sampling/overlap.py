@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .capture import Step, side_stream
-from .loops import BaseLoop, Callback, ResidualLoop
+from .cuda_graph import Step, side_stream
+from .loop import BaseLoop, Callback, ResidualLoop
 
 Wait = Callable[[int], None]
 

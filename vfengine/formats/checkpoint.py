@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from .models import BaseGenerator, ResidualGenerator, UNet, UNetConfig, VideoGenerator
-from .models.unet import empty_unet
-from .schedule import NoiseSchedule
-from .trajectory import BASE_PATHS
+from ..diffusion.base_path import BASE_PATHS
+from ..diffusion.schedule import NoiseSchedule
+from ..models import BaseGenerator, ResidualGenerator, UNet, UNetConfig, VideoGenerator
+from ..models.unet import empty_unet
 
 FORMATS = {"decomposed": "vfengine-decomposed-1", "vdm": "vfengine-vdm-1"}  # by objective
-DEFAULT = Path(__file__).parent / "assets" / "default"
+DEFAULT = Path(__file__).parent.parent / "assets" / "default"
 
 # by objective: a model's networks, and the entries of the other that it has no place for
 NETWORKS = {"decomposed": ("base", "residual"), "vdm": ("video",)}

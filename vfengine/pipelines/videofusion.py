@@ -1,12 +1,12 @@
 """VideoFusionPipeline: from a checkpoint and a label to the frames of a clip.
 
-Two phases (vfengine/sampling.py): the base generator walks the base frame's path, at the cost of
+Two phases (vfengine/sampling): the base generator walks the base frame's path, at the cost of
 one image; then the residual generator makes all frames along that path. Each network's weights are
 read when its phase first needs them, and on a CPU the base network leaves memory between the
 phases, so that the peak is the larger of the two and not their sum (`offload_base`).
 
 States are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
-seeds and on k alone (vfengine/noise.py), never on the batch it is made in.
+seeds and on k alone (vfengine/diffusion/noise.py), never on the batch it is made in.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..devices import AUTO, chosen_device, chosen_dtype, usable_device
+from ..diffusion.base_path import BASE_PATHS, BaseTrajectory
+from ..diffusion.decompose import Lam, base_noise, frame_weights, residual_noise
+from ..diffusion.noise import check_seed
+from ..diffusion.solvers import SolverTable, solver_table
+from ..formats.checkpoint import DEFAULT, CheckpointConfig, read_config
+from ..media.pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
+from ..models import PlannedUNet, UNet
+from ..sampling.loop import Callback
+from ..sampling.windows import choose_windows
 from .base_cache import cached_path
-from .checkpoint import DEFAULT, CheckpointConfig, read_config
-from .decompose import Lam, base_noise, frame_weights, residual_noise
-from .devices import AUTO, chosen_device, chosen_dtype, usable_device
-from .engine import Asked, Engine, no_time
-from .loops import Callback
-from .models import PlannedUNet, UNet
-from .noise import check_seed
-from .pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
-from .pretrained import PretrainedBase, pretrained_base
-from .solvers import SolverTable, solver_table
-from .trajectory import BASE_PATHS, BaseTrajectory
-from .windows import choose_windows
+from .base_unet import PretrainedBase, pretrained_base
+from .session import Asked, Engine, no_time
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
@@ -176,9 +176,9 @@ class VideoFusionPipeline:
                         `check_trajectory`
         image:          a picture to animate, cropped and resized to the model's size; it becomes
                         the base frame. For models whose `config.animates_pictures` says so
-        base_cache:     a folder where base paths are looked up, and kept (vfengine/base_cache.py)
+        base_cache:     a folder where base paths are looked up, and kept (pipelines/base_cache.py)
         window, window_overlap: frames that the residual network sees at a time, and how many of
-                        them two neighbouring windows share (vfengine/windows.py). None: windows of
+                        them two neighbouring windows share (sampling/windows.py). None: windows of
                         the trained length where num_frames is larger; window=0: none
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
         offload_base:   let the base network's weights go before the residual phase, and read them

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import UNetConfig
+from ..models.config import UNetConfig
 
 # -- diffusers -------------------------------------------------------------------------------------
 

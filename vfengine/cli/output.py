@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generate_settings import DEFAULTS, UsageError, one_line
+from .settings import DEFAULTS, UsageError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .pipeline import VideoFusionPipeline
-    from .trajectory import BaseTrajectory
+    from ..diffusion.base_path import BaseTrajectory
+    from ..pipelines.videofusion import VideoFusionPipeline
 
 
 class Failure(RuntimeError):
@@ -52,7 +52,7 @@ class Run:
 
 def targets(output: Path, count: int) -> list[Path]:
     """The files to be written, name-000.mp4 … when there are several, each found possible."""
-    from .video_io import check_target
+    from ..media.video import check_target
 
     if count == 1:
         return [check_target(output)]
@@ -63,7 +63,7 @@ def targets(output: Path, count: int) -> list[Path]:
 
 def check_base_files(settings: argparse.Namespace) -> None:
     """Finds out whether base paths can be kept where they are asked to be."""
-    from .video_io import check_writable
+    from ..media.video import check_writable
 
     if settings.base_trajectory is not None:
         file = Path(settings.base_trajectory)
@@ -80,7 +80,7 @@ def check_base_files(settings: argparse.Namespace) -> None:
 def write_clip(target: Path, frames: np.ndarray, settings: argparse.Namespace) -> None:
     import av
 
-    from .video_io import enlarge, write_video
+    from ..media.video import enlarge, write_video
 
     try:
         write_video(target, enlarge(frames, settings.scale, settings.scale_filter), settings.fps)
@@ -181,7 +181,7 @@ def record(
     """The line of --json; times in seconds, memory in bytes."""
     import torch
 
-    from . import __version__
+    from .. import __version__
 
     said_elsewhere = ("list_labels", "json", "quiet", "base_seed", "residual_seed")
     asked = {name: getattr(settings, name) for name in DEFAULTS if name not in said_elsewhere}

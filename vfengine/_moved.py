@@ -1,0 +1,48 @@
+"""Import paths of earlier releases: `vfengine.schedule` is `vfengine.diffusion.schedule`."""
+
+import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "vfengine.base_cache": "vfengine.pipelines.base_cache",
+    "vfengine.capture": "vfengine.sampling.cuda_graph",
+    "vfengine.checkpoint": "vfengine.formats.checkpoint",
+    "vfengine.decompose": "vfengine.diffusion.decompose",
+    "vfengine.models.attention": "vfengine.ops.attention",
+    "vfengine.models.generators": "vfengine.models.denoisers",
+    "vfengine.models.peers": "vfengine.formats.load",
+    "vfengine.models.planned": "vfengine.plan.network",
+    "vfengine.noise": "vfengine.diffusion.noise",
+    "vfengine.overlap": "vfengine.sampling.overlap",
+    "vfengine.pictures": "vfengine.media.pictures",
+    "vfengine.pipeline": "vfengine.pipelines.videofusion",
+    "vfengine.pretrained": "vfengine.pipelines.base_unet",
+    "vfengine.schedule": "vfengine.diffusion.schedule",
+    "vfengine.solvers": "vfengine.diffusion.solvers",
+    "vfengine.trajectory": "vfengine.diffusion.base_path",
+    "vfengine.video_io": "vfengine.media.video",
+    "vfengine.windows": "vfengine.sampling.windows",
+}
+
+
+class _OldPaths(MetaPathFinder, Loader):
+    """Imports an old path as the module that took its place: one module under two names."""
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(MOVED[spec.name])
+        spec.loader_state = module.__spec__  # importing it under the old name replaces this
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state
+
+
+def install() -> None:
+    """From now on the old paths can be imported."""
+    sys.meta_path.append(_OldPaths())

@@ -1,0 +1,1 @@
+"""The mathematics of decomposed diffusion: noise, schedule, solvers, base paths."""
