@@ -528,7 +528,9 @@ def test_names_in_the_tables_are_flags():
     ],
 )
 def test_flags_that_cannot_go_together(cli, monkeypatch, flag, other):
-    monkeypatch.setattr("vfengine.cli.generate._open_pipeline", None)  # found before a model is opened
+    monkeypatch.setattr(
+        "vfengine.cli.generate._open_pipeline", None
+    )  # found before a model is opened
     result = cli(*WALK, *flag.split(), *other.split())
     assert refused(result, f"{flag.split()[0]} cannot go with {other.split()[0]}")
     assert os.listdir() == []

@@ -12,14 +12,14 @@ from conftest import ON_CPU, tiny_config, tiny_video_config
 from safetensors import safe_open
 from test_training import new_trainer
 
-from vfengine.checkpoint import read_config
+from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.diffusion.solvers import solver_table
+from vfengine.formats.checkpoint import read_config
+from vfengine.formats.load import fingerprint
 from vfengine.models import UNet, UNetConfig, vdm_config
-from vfengine.models.peers import fingerprint
 from vfengine.models.unet import empty_unet
-from vfengine.pipeline import VideoFusionPipeline
-from vfengine.schedule import NoiseSchedule
-from vfengine.solvers import solver_table
-from vfengine.trajectory import BaseTrajectory
+from vfengine.pipelines.videofusion import VideoFusionPipeline
 
 SHIPPED = read_config()
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)

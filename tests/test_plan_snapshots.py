@@ -24,8 +24,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfengine.checkpoint import read_config
-from vfengine.models import PlannedUNet, UNet, UNetConfig, planned, program, vdm_config
+from vfengine.formats.checkpoint import read_config
+from vfengine.models import PlannedUNet, UNet, UNetConfig, vdm_config
+from vfengine.plan import network as planned
+from vfengine.plan import program
 
 FILE = Path(__file__).with_name("plan_snapshots.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32}
