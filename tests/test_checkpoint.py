@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY_LABELS, save_tiny, tiny_config
 from safetensors.torch import load_file
@@ -124,23 +125,28 @@ def test_saving_again_replaces_the_checkpoint(folder):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("failing", ["save_file", "replace"])
-def test_interrupted_save_leaves_the_old_checkpoint(folder, monkeypatch, failing, error):
-    module = {"save_file": checkpoint, "replace": os}[failing]
+@pytest.mark.parametrize(
+    ("module", "failing", "number"),
+    [(safetensors.torch, "save_file", 2), *((os, "replace", number) for number in range(1, 5))],
+)
+def test_interrupted_save_leaves_the_old_checkpoint(
+    folder, monkeypatch, module, failing, number, error
+):
+    """replace: of the two files of weights, of the old folder, of the new one."""
     real, calls = getattr(module, failing), []
 
-    def second_call_fails(*args):
+    def one_call_fails(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == number:
             raise error
         return real(*args)
 
     before = contents(folder.parent)
-    monkeypatch.setattr(module, failing, second_call_fails)
+    monkeypatch.setattr(module, failing, one_call_fails)
     with pytest.raises(type(error)):
         save_checkpoint(folder, tiny_config(), *states(5))
     monkeypatch.undo()
-    assert len(calls) >= 2
+    assert len(calls) >= number
     assert contents(folder.parent) == before
     assert [entry.name for entry in folder.parent.iterdir()] == ["model"]
 

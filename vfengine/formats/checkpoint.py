@@ -11,21 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import stat
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..diffusion.base_path import BASE_PATHS
 from ..diffusion.schedule import NoiseSchedule
+from ..files import parse_tensors, replacing_folder, write_tensors
 from ..models import BaseGenerator, ResidualGenerator, UNet, UNetConfig, VideoGenerator
 from ..models.unet import empty_unet
+from ..names import BASE_PATHS
 
 FORMATS = {"decomposed": "vfengine-decomposed-1", "vdm": "vfengine-vdm-1"}  # by objective
 DEFAULT = Path(__file__).parent.parent / "assets" / "default"
@@ -300,35 +296,15 @@ def save_checkpoint(
     ):
         raise ValueError(f"{folder} exists and is no checkpoint: it is not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    try:
-        fresh.mkdir()
+    with replacing_folder(folder) as fresh:
         digests = {}
         for name, state in zip(config.networks, states, strict=True):
-            tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-            write_safetensors(tensors, fresh / f"{name}.safetensors")
-            digests[name] = hashlib.sha256((fresh / f"{name}.safetensors").read_bytes()).hexdigest()
+            file = fresh / f"{name}.safetensors"
+            write_tensors(file, {key: value.to("cpu", dtype) for key, value in state.items()})
+            digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         config = replace(config, sha256=digests)
         (fresh / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return config
-
-
-def write_safetensors(
-    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """`save_file` with the permissions of any other new file; by itself it makes them 0600."""
-    file.touch()
-    mode = stat.S_IMODE(file.stat().st_mode)
-    save_file(tensors, file, metadata)
-    file.chmod(mode)
 
 
 def _folder(folder: str | Path | None) -> Path:
@@ -349,10 +325,7 @@ def read_weights(
     digest = hashlib.sha256(data).hexdigest()
     if digest != config.sha256.get(name, digest):
         raise ValueError(f"{file} is truncated or not the file its config.json was written with")
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    return parse_tensors(data, file)
 
 
 def _load(folder, config: CheckpointConfig, name: str, device, dtype):

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..formats.checkpoint import (
-    CheckpointConfig,
-    read_config,
-    read_weights,
-    save_checkpoint,
-    write_safetensors,
-)
+from ..files import open_tensors, write_tensors
+from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
 from .objectives import OBJECTIVES, Draw, Losses
 
 # the log shows the losses by fifths of the schedule: where motion is decided, where detail
@@ -217,34 +210,23 @@ class Trainer:
     def save(self, file: Path) -> None:
         """Everything a run continues from, in one .safetensors file that is whole or not there."""
         tensors = {
-            f"{kind}.{i}": value.detach().cpu().contiguous()
+            f"{kind}.{i}": value
             for kind, values in self._state().items()
             for i, value in enumerate(values)
         }
         metadata = {"steps_done": str(self.steps_done), "model": self._identity()}
         metadata["options"] = json.dumps(asdict(self.options))
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            write_safetensors(tensors, temporary, metadata)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(file, tensors, metadata)
 
     def restore(self, file: Path) -> None:
         """Continue from `save`. Raises ValueError for a damaged file or another model's state."""
-        try:
-            with safe_open(file, "pt") as stored:
-                metadata = stored.metadata() or {}
-                if metadata.get("model") != self._identity():
-                    raise ValueError(
-                        f"{file} is the training state of another model or of other data"
-                    )
-                with torch.no_grad():
-                    for kind, values in self._state().items():
-                        for i, value in enumerate(values):
-                            value.copy_(stored.get_tensor(f"{kind}.{i}"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete training state: {error}") from error
+        with open_tensors(file, "training state") as stored, torch.no_grad():
+            metadata = stored.metadata() or {}
+            if metadata.get("model") != self._identity():
+                raise ValueError(f"{file} is the training state of another model or of other data")
+            for kind, values in self._state().items():
+                for i, value in enumerate(values):
+                    value.copy_(stored.get_tensor(f"{kind}.{i}"))
         self.steps_done = int(metadata["steps_done"])
 
     def _state(self) -> dict[str, list[Tensor]]:
