@@ -1,0 +1,162 @@
+"""A command's flags as a table: its parser and its page of documentation are made from one list.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+class UsageError(ValueError):
+    """Bad input, in one line."""
+
+
+def one_line(thing: object) -> str:
+    """An error's reason, or any value, without line breaks."""
+    return " ".join(str(getattr(thing, "strerror", None) or thing).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError, where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+# -- kinds of values -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting may be.
+
+    words:     for the documentation
+    arguments: of `ArgumentParser.add_argument`
+    """
+
+    words: str
+    arguments: Mapping[str, Any]
+
+
+SWITCH = Kind("switch", {"action": "store_true"})
+ON_OFF = Kind("switch", {"action": argparse.BooleanOptionalAction})  # --name or --no-name
+
+
+def text(metavar: str, words: str = "text", convert: Callable[[str], Any] = str) -> Kind:
+    return Kind(words, {"metavar": metavar, "type": convert})
+
+
+def choice(names: Iterable[str]) -> Kind:
+    names = tuple(names)
+    return Kind(", ".join(f"`{name}`" for name in names), {"choices": names})
+
+
+def whole(low: int, high: int, metavar: str = "N") -> Kind:
+    limit = "2^64-1" if high == 2**64 - 1 else high
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {low} to {limit}, got {text!r}"
+            )
+        return value
+
+    return Kind(f"whole number, {low} to {limit}", {"metavar": metavar, "type": convert})
+
+
+def number(low: float, high: float, metavar: str) -> Kind:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:  # also refuses NaN
+            raise argparse.ArgumentTypeError(
+                f"expected a number from {low:g} to {high:g}, got {text!r}"
+            )
+        return value
+
+    return Kind(f"number, {low:g} to {high:g}", {"metavar": metavar, "type": convert})
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag of a command, written with underscores.
+
+    help:     begins with a verb or a noun
+    otherwise: what holds without the flag, where `default` does not say it
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any = None
+    otherwise: str = ""
+    required: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is true or false, without a value after it."""
+        return "action" in self.kind.arguments
+
+    @property
+    def default_words(self) -> str:
+        """Its default as the documentation states it; empty for a switch that is off."""
+        if self.otherwise or self.default is None or self.default is False:
+            return self.otherwise
+        if isinstance(self.default, tuple):
+            return ",".join(map(str, self.default))
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+
+def flag(name: str, value: Any = None) -> str:
+    """A setting as it is written on the command line, with its value where one is passed.
+
+    A switch has none: True and False are --name and --no-name.
+    """
+    words = ("no_" if value is False else "") + name
+    words = "--" + words.replace("_", "-")
+    return words if value is None or isinstance(value, bool) else f"{words} {value}"
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Iterable[Setting]]) -> None:
+    """Adds the flags of each group; argparse's own default for those that are not given stays."""
+    for title, settings in groups.items():
+        group = parser.add_argument_group(title)
+        for setting in settings:
+            words = setting.default_words
+            text = f"{setting.help} (default: {words})" if words else setting.help
+            arguments = dict(setting.kind.arguments)
+            if setting.required:
+                arguments["required"] = True
+            group.add_argument(flag(setting.name), help=text.replace("%", "%%"), **arguments)
+
+
+def markdown(groups: Mapping[str, Iterable[Setting]]) -> str:
+    """One table of flags for each group."""
+    lines = []
+    for title, settings in groups.items():
+        lines += [f"### {title[:1].upper()}{title[1:]}", ""]
+        lines += ["| flag | type | default | what it does |", "|---|---|---|---|"]
+        for setting in settings:
+            names = f"`{flag(setting.name)}`"
+            if setting.kind is ON_OFF:
+                names += f", `{flag(setting.name, False)}`"
+            default = "required" if setting.required else setting.default_words
+            if setting.is_switch:
+                default = default or "off"
+            row = (names, setting.kind.words, default, setting.help)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+        lines.append("")
+    return "\n".join(lines)
