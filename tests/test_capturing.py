@@ -235,7 +235,7 @@ def pretended(checkpoint, label, **settings):
     with pytest.MonkeyPatch.context() as undo:
         undo.setattr(Loop, "stepper", lambda loop, capturing: loop.step)
         clip = pipe(label, offload_base=False, **settings).frames
-    pipe._engine.device = CUDA
+    pipe._session.device = CUDA
     return pipe, clip
 
 
@@ -302,7 +302,7 @@ def test_overlapped_phases_have_streams_of_their_own(stub, tiny_checkpoint, monk
     monkeypatch.setattr(overlap, "_in_thread", overlap._on_stream)  # as for loops on CUDA
     with OnTheCpu():
         assert np.array_equal(pipe("walk", **settings).frames, plain)
-    held = pipe._engine.loops
+    held = pipe._session.loops
     graphs = {held[phase].loop._replay.__self__.stream for phase in ("base", "residual")}
     assert graphs == {"side", "side 2"}
     assert stub.calls.count("side 3 waits for main") == 1  # where the base phase ran ahead

@@ -7,6 +7,7 @@ every device: vfengine/ops/decomposed_noise.py defines them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,23 @@ from torch import Tensor
 from ..ops.decomposed_noise import check_place, check_seed, philox4x32_10
 from ..ops.decomposed_noise import decomposed_noise as fill
 
-__all__ = ["base_noise", "check_seed", "philox4x32_10", "residual_noise"]
+__all__ = ["NoisePlace", "base_noise", "check_seed", "philox4x32_10", "residual_noise"]
 
 NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class NoisePlace:
+    """What the noise of a clip's steps is drawn from.
+
+    seed:                        of the stream, base or residual
+    sample_offset, frame_offset: index of the first sample and of the first frame, where the clips
+                                 are part of a larger batch or of a longer clip
+    """
+
+    seed: int
+    sample_offset: int = 0
+    frame_offset: int = 0
 
 
 def base_noise(

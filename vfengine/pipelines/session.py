@@ -1,4 +1,4 @@
-"""The engine of a pipeline: networks in memory, guidance, and the loops that are used again.
+"""A pipeline's session: its networks in memory, and the phases run with them.
 
 Networks are read when first asked for and can be let go. A loop, with its buffers and on CUDA its
 graph, is kept until a call needs another: for other shapes, scales, solvers or weights, not for
@@ -8,10 +8,9 @@ other noise or labels. One loop a phase, so memory does not grow from call to ca
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..diffusion.base_path import BaseTrajectory
-from ..diffusion.decompose import Lam, Model, frame_weights
+from ..diffusion.decompose import Model, frame_weights
+from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from ..models import UNet, for_inference
 from ..plan.packing import return_memory
 from ..sampling.cuda_graph import empty_cache, surroundings_key, weights_key
-from ..sampling.loop import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
+from ..sampling.guidance import Condition
+from ..sampling.loop import BaseLoop, Loop, ResidualLoop, VideoLoop
 from ..sampling.overlap import run_overlapped
+from ..sampling.run import Run
+from ..sampling.two_phase import Motion
 from ..sampling.windows import windowed
 from .base_unet import PretrainedBase
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the networks are conditioned on: classes int64 [B] on the device, guidance scale."""
-
-    classes: Tensor
-    guidance_scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +44,11 @@ class _Held:
     labels: Tensor
 
 
-class Engine:
-    """Runs the phases of one checkpoint on one device.
+class Session:
+    """The networks of one checkpoint on one device, and the phases that they run.
 
     capture: on CUDA, replay steps from graphs
     base:    in place of the checkpoint's own base network
-
-    Methods take `timings`, {"load", "base", "residual"}, and add their seconds.
     """
 
     def __init__(
@@ -75,123 +68,97 @@ class Engine:
     # -- phases --------------------------------------------------------------------------------
 
     def base(
-        self,
-        noise: Tensor,
-        asked: Asked,
-        table: SolverTable,
-        callback: Callback | None,
-        timings: dict[str, float],
-        **place: int,
+        self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
     ) -> Tensor:
-        """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W].
-
-        place: seed and sample_offset of the noise on the way
-        """
-        with self._base_loop(noise, asked, table, place, timings) as loop:
-            self._run(loop, noise, callback, timings)
+        """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
+        with self._base_loop(noise, condition, table, place, run) as loop:
+            self._run(loop, noise, run)
             return loop.states.clone()
 
     def residual(
         self,
         noise: Tensor,
-        asked: Asked,
+        condition: Condition,
         path: BaseTrajectory,
-        callback: Callback | None,
-        timings: dict[str, float],
-        *,
-        lam: Lam,
-        windows: tuple[int, int] | None,
-        **place: int,
+        motion: Motion,
+        place: NoisePlace,
+        run: Run,
     ) -> Tensor:
-        """The residual phase on r [B, N, C, H, W] along a path: the clips.
-
-        windows: (window, overlap) of vfengine/sampling/windows.py, or None
-        """
+        """The residual phase on r [B, N, C, H, W] along a path, clean or not as it says: clips."""
         states = path.states.to(self.device)
-        motion = {"lam": lam, "windows": windows, "clean": path.base_path == "clean"}
+        motion = replace(motion, clean=path.base_path == "clean")
         with self._residual_loop(
-            noise, asked, path.table, place, timings, states=states, follow=False, **motion
+            noise, condition, path.table, place, run, motion, states=states, follow=False
         ) as loop:
             with torch.inference_mode():
                 loop.states.copy_(states)
-            self._run(loop, noise, callback, timings)
+            self._run(loop, noise, run)
             return loop.u.clone()
 
     def overlapped(
         self,
-        base_noise: Tensor,
-        residual_noise: Tensor,
-        asked: tuple[Asked, Asked],
+        noises: tuple[Tensor, Tensor],
+        conditions: tuple[Condition, Condition],
         table: SolverTable,
-        callback: Callback | None,
-        timings: dict[str, float],
-        *,
-        lam: Lam,
-        windows: tuple[int, int] | None,
-        places: tuple[dict[str, int], dict[str, int]],
+        motion: Motion,
+        places: tuple[NoisePlace, NoisePlace],
+        run: Run,
     ) -> tuple[Tensor, Tensor]:
         """Both phases at once: the clips, and the base path's states.
 
-        asked, places: of the base and of the residual phase
+        noises, conditions, places: of the base and of the residual phase
         """
         with (
-            self._base_loop(base_noise, asked[0], table, places[0], timings) as base,
+            self._base_loop(noises[0], conditions[0], table, places[0], run) as base,
             self._residual_loop(
-                residual_noise, asked[1], table, places[1], timings,
-                lam=lam, windows=windows, clean=False, states=base.states, follow=True,
+                noises[1], conditions[1], table, places[1], run, motion,
+                states=base.states, follow=True,
             ) as residual,
         ):  # fmt: skip
-            with self._timed("residual", timings), torch.inference_mode():
-                if callback is not None:
-                    callback("base", 0, len(table))
-                run_overlapped(base, residual, base_noise, residual_noise, self.capture, callback)
+            with run.timed("residual", self.device), torch.inference_mode():
+                run.report("base", 0, len(table))
+                run_overlapped(base, residual, *noises, self.capture, run.report)
             return residual.u.clone(), base.states.clone()
 
     def video(
-        self,
-        noise: Tensor,
-        asked: Asked,
-        table: SolverTable,
-        callback: Callback | None,
-        timings: dict[str, float],
-        **place: int,
+        self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
     ) -> Tensor:
         """All frames of [B, N, C, H, W] by the one network of a plain video model."""
 
         def build(model: Model) -> Loop:
-            return VideoLoop(model, noise, table, **place)
+            where = {"seed": place.seed, "sample_offset": place.sample_offset}
+            return VideoLoop(model, noise, table, **where)
 
         how = (noise.shape, self._key(table, place))
-        with self._loop("video", asked, how, build, timings) as loop:
-            self._run(loop, noise, callback, timings)
+        with self._loop("video", condition, how, build, run) as loop:
+            self._run(loop, noise, run)
             return loop.u.clone()
 
-    def _run(
-        self, loop: Loop, noise: Tensor, callback: Callback | None, timings: dict[str, float]
-    ) -> None:
-        phase = "base" if loop.phase == "base" else "residual"
-        with self._timed(phase, timings), torch.inference_mode():
+    def _run(self, loop: Loop, noise: Tensor, run: Run) -> None:
+        with (
+            run.phase(loop.phase, len(loop), self.device) as report,
+            torch.inference_mode(),
+        ):
             step = loop.stepper(self.capture)
             loop.start(noise)
-            if callback is not None:
-                callback(loop.phase, 0, len(loop))
-            loop.run(step, callback)
+            report(0)
+            loop.run(step, run.report)
 
     # -- loops ---------------------------------------------------------------------------------
 
-    def _base_loop(self, noise, asked, table, place, timings) -> AbstractContextManager[BaseLoop]:
+    def _base_loop(self, noise, condition, table, place, run) -> AbstractContextManager[BaseLoop]:
         def build(model: Model) -> Loop:
-            return BaseLoop(model, noise, table, **place)
+            where = {"seed": place.seed, "sample_offset": place.sample_offset}
+            return BaseLoop(model, noise, table, **where)
 
         how = (noise.shape, self._key(table, place))
-        return self._loop("base", asked, how, build, timings)
+        return self._loop("base", condition, how, build, run)
 
     def _residual_loop(
-        self, noise, asked, table, place, timings, *, lam: Lam,
-        windows: tuple[int, int] | None, clean: bool, states: Tensor, follow: bool,
-    ) -> AbstractContextManager[ResidualLoop]:  # fmt: skip
+        self, noise, condition, table, place, run, motion: Motion, *, states: Tensor, follow: bool
+    ) -> AbstractContextManager[ResidualLoop]:
         """follow: read the states where they lie, as they come; otherwise in memory of its own."""
-        frames = noise.shape[1]
+        lam, windows, frames = motion.lam, motion.windows, noise.shape[1]
         whole = windows is None or frames <= windows[0]
         seen = frames if whole else windows[0]
         weights = frame_weights(lam if whole else float(torch.as_tensor(lam)), seen)
@@ -200,40 +167,41 @@ class Engine:
             if not whole:
                 model = windowed(model, frames, *windows, lam=lam, device=self.device)
             own = states if follow else torch.empty_like(states)
-            return ResidualLoop(model, noise, own, table, clean=clean, lam=lam, **place)
+            where = {"clean": motion.clean, "lam": lam, **asdict(place)}
+            return ResidualLoop(model, noise, own, table, **where)
 
         how = (
-            noise.shape, states.shape, states.dtype, states.data_ptr() if follow else None, clean,
-            windows, tuple(frame_weights(lam, frames).tolist()), self._key(table, place),
+            noise.shape, states.shape, states.dtype, states.data_ptr() if follow else None, motion,
+            self._key(table, place),
         )  # fmt: skip
         weights = weights.to(self.device)
-        return self._loop("residual", asked, how, build, timings, lam=weights)
+        return self._loop("residual", condition, how, build, run, lam=weights)
 
-    def _key(self, table: SolverTable, place: dict[str, int]) -> tuple:
+    def _key(self, table: SolverTable, place: NoisePlace) -> tuple:
         """What a loop was made for, where shapes do not say it; seeds only if noise is added."""
         rows = (table.timesteps, table.alphas_cumprod, table.coeffs, table.mixing)
         return (
             tuple(row.numpy().tobytes() for row in rows),
-            tuple(place.values()) if table.stochastic else None,
+            place if table.stochastic else None,
             surroundings_key(self.device),
         )
 
     @contextmanager
     def _loop(
-        self, name: str, asked: Asked, how: tuple, build: Callable[[Model], Loop],
-        timings: dict[str, float], **conditions: Any,
+        self, name: str, condition: Condition, how: tuple, build: Callable[[Model], Loop],
+        run: Run, **conditions: Any,
     ) -> Iterator[Any]:  # fmt: skip
         """The phase's loop for one run: the last one if it was made for the same, or a new one.
 
         Meanwhile it is out of reach, so that a call inside a callback or in another thread makes
         its own; after an error it is not used again.
         """
-        network = self._network(name, timings)
-        null = torch.full_like(asked.classes, self.config.null_class)
-        guided = asked.guidance_scale != 1.0 and not torch.equal(asked.classes, null)
+        network = self._network(name, run)
+        null = torch.full_like(condition.classes, self.config.null_class)
+        guided = condition.guidance_scale != 1.0 and not torch.equal(condition.classes, null)
         guided = guided and self.config.labels != () and network.takes_labels
-        scale = asked.guidance_scale if guided else 1.0
-        labels = torch.cat([asked.classes, null]) if guided else asked.classes
+        scale = condition.guidance_scale if guided else 1.0
+        labels = torch.cat([condition.classes, null]) if guided else condition.classes
         key = (how, scale, labels.shape, weights_key(network))
         held = self.loops.pop(name, None)
         if held is None or held.key != key:
@@ -247,10 +215,10 @@ class Engine:
 
     # -- networks ------------------------------------------------------------------------------
 
-    def _network(self, name: str, timings: dict[str, float]) -> nn.Module:
+    def _network(self, name: str, run: Run) -> nn.Module:
         if (network := self.networks.get(name)) is None:
             load = {"base": load_base, "residual": load_residual, "video": load_video}[name]
-            with self._timed("load", timings):
+            with run.timed("load", self.device):
                 if name == "base" and self.pretrained is not None:
                     schedule = self.config.noise_schedule()
                     network = self.pretrained.load(schedule, self.device, self.dtype)
@@ -324,23 +292,3 @@ class Engine:
                 return
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-
-    # -- time ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _timed(self, name: str, timings: dict[str, float]) -> Iterator[None]:
-        """Adds the seconds of the `with` block to timings[name], the device's work included."""
-        started = self._now()
-        yield
-        timings[name] = timings.get(name, 0.0) + self._now() - started
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            # torch.cuda.synchronize would wait for other threads too, and break their captures
-            torch.cuda.current_stream(self.device).synchronize()
-        return time.perf_counter()
-
-
-def no_time() -> dict[str, float]:
-    """Timings of a call that has not begun."""
-    return {"load": 0.0, "base": 0.0, "residual": 0.0}
