@@ -21,6 +21,7 @@ from vfengine.cli.generate import main
 from vfengine.cli.settings import DEFAULTS, read_settings
 from vfengine.diffusion import solvers
 from vfengine.media import video as video_io
+from vfengine.media.pictures import enlarge, sheet
 from vfengine.media.video import read_video
 from vfengine.names import SOLVERS
 from vfengine.pipelines.videofusion import to_uint8
@@ -104,12 +105,12 @@ def test_frames_fps_and_scale(cli):
     assert plain.frames.shape == (7, 16, 16, 3)
     assert plain.fps == pytest.approx(20)
     cli(*arguments, "--scale", 3)
-    assert np.array_equal(read_video("a.webp").frames, video_io.enlarge(plain.frames, 3))
+    assert np.array_equal(read_video("a.webp").frames, enlarge(plain.frames, 3))
     cli(*arguments, "--scale=3", "--scale-filter=lanczos")
-    lanczos = video_io.enlarge(plain.frames, 3, "lanczos")
+    lanczos = enlarge(plain.frames, 3, "lanczos")
     assert np.array_equal(read_video("a.webp").frames, lanczos)
     cli(*arguments[:-1], "a.png")
-    assert np.array_equal(read_video("a.png").frames[0], video_io.sheet(plain.frames))
+    assert np.array_equal(read_video("a.png").frames[0], sheet(plain.frames))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -170,10 +171,10 @@ def test_list_labels(cli):
 
 
 def test_every_flag_takes_underscores():
-    for option in generate_settings._parser()._option_string_actions:
+    for option in generate_settings.generate_parser()._option_string_actions:
         if "-" not in option[2:]:
             continue
-        action = generate_settings._parser()._option_string_actions[option]
+        action = generate_settings.generate_parser()._option_string_actions[option]
         if action.nargs == 0:
             hyphens, underscores = [option], ["--" + option[2:].replace("-", "_")]
         else:
@@ -431,7 +432,7 @@ def test_out_of_memory_is_one_line(cli, monkeypatch):
     def greedy(self, *args, **kwargs):
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", greedy)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", greedy)
     status, out, err = cli("--label", "walk")
     assert (status, out) == (1, "")
     assert err.startswith("vfengine.generate: error: not enough memory: try fewer frames")
@@ -441,7 +442,7 @@ def test_programming_errors_are_not_hidden(cli, monkeypatch):
     def wrong(self, *args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", wrong)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("--label", "walk")
 
@@ -449,14 +450,14 @@ def test_programming_errors_are_not_hidden(cli, monkeypatch):
 @pytest.mark.parametrize("moment", ["sampling", "writing"])
 def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
     if moment == "sampling":
-        call = vf.VideoFusionPipeline.__call__
+        sample = vf.VideoFusionPipeline.sample
 
-        def interrupted(self, *args, **kwargs):
-            if kwargs["sample_offset"] == 1:
+        def interrupted(self, request, callback):
+            if request.sample_offset == 1:
                 raise KeyboardInterrupt
-            return call(self, *args, **kwargs)
+            return sample(self, request, callback)
 
-        monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", interrupted)
+        monkeypatch.setattr(vf.VideoFusionPipeline, "sample", interrupted)
     else:
         write = video_io._WRITERS[".mp4"]
 

@@ -18,6 +18,8 @@ from vfengine.cli import settings as generate_settings
 from vfengine.cli.settings import read_settings
 from vfengine.media.video import read_video
 from vfengine.pipelines import base_cache
+from vfengine.pipelines.request import CONFLICTS
+from vfengine.pipelines.session import Session
 from vfengine.pipelines.videofusion import to_uint8
 
 cli, refused, STEPS = test_generate.cli, test_generate.refused, test_generate.STEPS
@@ -79,13 +81,13 @@ def test_motions_share_the_base_frame_and_begin_with_the_plain_clip(cli, solver)
 
 def test_motions_walk_once(cli, monkeypatch):
     walks = []
-    walk = vf.VideoFusionPipeline.walk_base
+    walk = Session.base
 
-    def counted(self, *args, **kwargs):
-        walks.append(kwargs["sample_offset"])
-        return walk(self, *args, **kwargs)
+    def counted(self, noise, condition, table, place, run):
+        walks.append(place.sample_offset)
+        return walk(self, noise, condition, table, place, run)
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "walk_base", counted)
+    monkeypatch.setattr(Session, "base", counted)
     cli(*WALK, "--num-residuals", 5, "--batch-size", 2)
     assert walks == [0]
     assert len(os.listdir()) == 5
@@ -317,14 +319,14 @@ def test_overlapped_phases_give_the_same_clips(cli, flags):
 )
 def test_base_network_is_let_go_unless_it_is_needed_again(cli, monkeypatch, flags, kept):
     seen = []
-    call = vf.VideoFusionPipeline.__call__
+    sample = vf.VideoFusionPipeline.sample
 
-    def watched(self, *args, **kwargs):
-        out = call(self, *args, **kwargs)
+    def watched(self, request, callback):
+        out = sample(self, request, callback)
         seen.append("base" in self._session.networks)
         return out
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", watched)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", watched)
     assert done(cli(*WALK, *flags, "--json"))["settings"]["offload_base"] is not kept[0]
     assert seen == kept
 
@@ -345,7 +347,7 @@ def test_no_capture(cli, monkeypatch):
     def uncapturable(self, *args, **kwargs):
         raise RuntimeError("this step cannot be captured in a CUDA graph (why); …")
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", uncapturable)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", uncapturable)
     status, _, err = cli(*WALK)
     assert (status, err.endswith(": try --no-capture\n")) == (1, True)
 
@@ -495,11 +497,10 @@ def test_seed_is_not_a_seed_by_name(tmp_path):
 
 
 def test_names_in_the_tables_are_flags():
-    known = generate_settings._parser()._option_string_actions
-    named = [*generate_settings.BASE_FLAGS]
-    for flag, _, others in generate_settings.APART:
-        named += [flag, *others]
-    assert {name.partition(" ")[0] for name in named} <= known.keys()
+    known = generate_settings.generate_parser()._option_string_actions
+    known = {name.removeprefix("--").replace("-", "_") for name in known}
+    named = {name for conflict in CONFLICTS for name in (conflict.setting, conflict.other)}
+    assert named <= known | {"trajectory", "lam"}  # which calls from Python have
 
 
 @pytest.mark.parametrize(

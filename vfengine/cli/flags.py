@@ -92,13 +92,14 @@ def number(low: float, high: float, metavar: str) -> Kind:
 
 @dataclass(frozen=True)
 class Setting:
-    """A flag of a command, written with underscores.
+    """A flag of a command, its name with underscores.
 
-    help:     begins with a verb or a noun
+    help:      begins with a noun or a verb
     otherwise: what holds without the flag, where `default` does not say it
     """
 
     name: str
+    group: str
     kind: Kind
     help: str
     default: Any = None
@@ -108,11 +109,11 @@ class Setting:
     @property
     def is_switch(self) -> bool:
         """Whether it is true or false, without a value after it."""
-        return "action" in self.kind.arguments
+        return self.kind in (SWITCH, ON_OFF)
 
     @property
     def default_words(self) -> str:
-        """Its default as the documentation states it; empty for a switch that is off."""
+        """Its default as --help states it; empty where there is nothing to say."""
         if self.otherwise or self.default is None or self.default is False:
             return self.otherwise
         if isinstance(self.default, tuple):
@@ -121,42 +122,45 @@ class Setting:
 
 
 def flag(name: str, value: Any = None) -> str:
-    """A setting as it is written on the command line, with its value where one is passed.
+    """A setting as the command line writes it, with the value if there is one.
 
     A switch has none: True and False are --name and --no-name.
     """
-    words = ("no_" if value is False else "") + name
-    words = "--" + words.replace("_", "-")
+    words = "--" + (("no_" if value is False else "") + name).replace("_", "-")
     return words if value is None or isinstance(value, bool) else f"{words} {value}"
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Iterable[Setting]]) -> None:
-    """Adds the flags of each group; argparse's own default for those that are not given stays."""
-    for title, settings in groups.items():
+def grouped(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """The settings by group; groups and settings stay in order."""
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(setting.group, []).append(setting)
+    return groups
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Adds the flags, but not their defaults."""
+    for title, members in grouped(settings).items():
         group = parser.add_argument_group(title)
-        for setting in settings:
+        for setting in members:
             words = setting.default_words
-            text = f"{setting.help} (default: {words})" if words else setting.help
-            arguments = dict(setting.kind.arguments)
-            if setting.required:
-                arguments["required"] = True
-            group.add_argument(flag(setting.name), help=text.replace("%", "%%"), **arguments)
+            help = f"{setting.help} (default: {words})" if words else setting.help
+            needed = {"required": True} if setting.required else {}
+            group.add_argument(flag(setting.name), help=help, **setting.kind.arguments, **needed)
 
 
-def markdown(groups: Mapping[str, Iterable[Setting]]) -> str:
-    """One table of flags for each group."""
+def markdown(settings: Iterable[Setting]) -> str:
+    """One table of flags a group."""
     lines = []
-    for title, settings in groups.items():
-        lines += [f"### {title[:1].upper()}{title[1:]}", ""]
-        lines += ["| flag | type | default | what it does |", "|---|---|---|---|"]
-        for setting in settings:
-            names = f"`{flag(setting.name)}`"
+    for title, members in grouped(settings).items():
+        lines += [f"### {title.capitalize()}", ""]
+        lines += ["| flag | what it is | default | values |", "|---|---|---|---|"]
+        for setting in members:
+            name = f"`{flag(setting.name)}`"
             if setting.kind is ON_OFF:
-                names += f", `{flag(setting.name, False)}`"
-            default = "required" if setting.required else setting.default_words
-            if setting.is_switch:
-                default = default or "off"
-            row = (names, setting.kind.words, default, setting.help)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+                name += f", `{flag(setting.name, False)}`"
+            default = setting.default_words or ("off" if setting.is_switch else "none")
+            default = "required" if setting.required else default
+            lines.append(f"| {name} | {setting.help} | {default} | {setting.kind.words} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,15 +1,15 @@
 """A request: what a user wants of a model, and every rule about which settings go together.
 
-A call from Python, the command line and a file of settings build the same frozen dataclass:
-`SamplingRequest(**values)` for a decomposed model, `VideoRequest(**values)` for a plain video model.
-Bad values are refused when a request is made, and again in `dataclasses.replace`. What depends on a
-checkpoint (labels, sizes, steps) is checked by its pipeline. Nothing here imports torch.
+A call from Python and the command line build the same frozen dataclass, `SamplingRequest(**values)`
+for a decomposed model and `VideoRequest(**values)` for a plain video model. Bad values are refused
+when it is made, and again by `dataclasses.replace`. Its pipeline checks what depends on a
+checkpoint, such as labels and sizes. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ _IMAGE = "the picture is the base frame"
 _IMAGE_ERROR = "an image has a base path of its own: {} cannot go with it"
 _STEPWISE_ERROR = _IMAGE_ERROR.format("base_path='stepwise'")
 _PREVIEW = "the base frame is all that is made"
+_PREVIEW_ERROR = "preview makes the base frame alone: {} has no part in it"
 _OVERLAP = "both phases run at once"
 _OVERLAP_ERROR = "overlap_phases runs both phases at once, but {}"
 _CACHED_ERROR = _OVERLAP_ERROR.format("a base cache keeps finished paths")
@@ -59,7 +60,7 @@ _CLEAN_ERROR = _OVERLAP_ERROR.format(
 )
 _OFFLOAD_ERROR = _OVERLAP_ERROR.format("offload_base frees the base network between them")
 
-# base_trajectory, a trajectory's file, and base_unet are settings of the command line
+# base_trajectory, the file of a trajectory, and base_unet are settings of the command line
 CONFLICTS = (
     Conflict("num_residuals", "num_videos", "they share one base path"),
     Conflict("base_cache", "base_trajectory", _CACHE),
@@ -70,21 +71,23 @@ CONFLICTS = (
     Conflict("image", "trajectory", _IMAGE, _IMAGE_ERROR.format("a trajectory")),
     Conflict("image", "base_seed", _IMAGE),
     Conflict("image", "base_path", _IMAGE, _STEPWISE_ERROR, value="stepwise"),
-    Conflict("image", "preview", _IMAGE),
+    Conflict("image", "preview", _IMAGE, _PREVIEW_ERROR.format("an image")),
     Conflict("image", "overlap_phases", _IMAGE, _GIVEN_ERROR),
     Conflict("image", "base_unet", _IMAGE),
-    Conflict("preview", "num_frames", _PREVIEW),
-    Conflict("preview", "num_residuals", _PREVIEW),
+    Conflict("preview", "num_frames", _PREVIEW, _PREVIEW_ERROR.format("num_frames")),
+    Conflict("preview", "num_residuals", _PREVIEW, _PREVIEW_ERROR.format("num_residuals")),
     Conflict("preview", "residual_seed", _PREVIEW),
-    Conflict("preview", "window", _PREVIEW),
-    Conflict("preview", "window_overlap", _PREVIEW),
-    Conflict("preview", "base_path", _PREVIEW),
-    Conflict("preview", "overlap_phases", _PREVIEW),
-    Conflict("preview", "offload_base", _PREVIEW),
+    Conflict("preview", "window", _PREVIEW, _PREVIEW_ERROR.format("window")),
+    Conflict("preview", "window_overlap", _PREVIEW, _PREVIEW_ERROR.format("window_overlap")),
+    Conflict("preview", "base_path", _PREVIEW, _PREVIEW_ERROR.format("base_path")),
+    Conflict("preview", "overlap_phases", _PREVIEW, _PREVIEW_ERROR.format("overlap_phases")),
+    Conflict("preview", "offload_base", _PREVIEW, _PREVIEW_ERROR.format("offload_base")),
+    Conflict("preview", "lam", _PREVIEW, _PREVIEW_ERROR.format("lam")),
     Conflict("overlap_phases", "trajectory", _OVERLAP, _GIVEN_ERROR),
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
 )
+_FIELDS = {"base_trajectory": "trajectory"}  # fields that have another name on the command line
 _WITHOUT_EFFECT = {"num_videos": 1, "num_residuals": 1, "preview": False, "overlap_phases": False}
 
 
@@ -152,11 +155,25 @@ class VideoRequest:
         """B, the number of clips."""
         return len(self.labels) * self.num_videos
 
+    @property
+    def shares_path(self) -> bool:
+        """Whether all clips follow one base path."""
+        return False
+
+    def part(self, first: int, count: int) -> VideoRequest:
+        """The request of clips first … first + count - 1, which stay as they are in the whole."""
+        return replace(self, num_videos=count, sample_offset=self.sample_offset + first)
+
+    def following(self, trajectory: BaseTrajectory | None) -> VideoRequest:
+        """The request whose later parts use the base path of its first, where they share one."""
+        return self
+
     @classmethod
     def foreign(cls, names: Iterable[str]) -> list[str]:
-        """Those of the names that settings of another kind of model have: no field of this one."""
-        own, known = _field_names(cls), {*_field_names(SamplingRequest), "base_trajectory"}
-        return [name for name in names if name in known and name not in own]
+        """Those of the names that are settings of another kind of model: no field of this one."""
+        own, known = field_names(cls), field_names(SamplingRequest)
+        fields = {name: _FIELDS.get(name, name) for name in names}
+        return [name for name, field in fields.items() if field in known - own]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +221,24 @@ class SamplingRequest(VideoRequest):
         """The number of base paths."""
         return super().num_clips
 
+    @property
+    def shares_path(self) -> bool:
+        return self.num_residuals > 1
+
+    def part(self, first: int, count: int) -> SamplingRequest:
+        if self.shares_path:
+            return replace(self, num_residuals=count, sample_offset=self.sample_offset + first)
+        part, path = super().part(first, count), self.trajectory
+        if path is not None and path.final.shape[0] > 1:  # a path of one clip serves them all
+            path = replace(path, states=path.states[:, first : first + count])
+        return replace(part, trajectory=path)
+
+    def following(self, trajectory: BaseTrajectory) -> SamplingRequest:
+        if not self.shares_path:
+            return self
+        given = {"image": None, "base_cache": None, "overlap_phases": False}
+        return replace(self, trajectory=trajectory, **given)
+
 
 def changed(values: Mapping[str, Any]) -> list[str]:
     """The settings of a `SamplingRequest` that are not at their defaults, seeds aside.
@@ -222,7 +257,8 @@ def _same(value: Any, default: Any) -> bool:
     return value is None if default is None else value == default
 
 
-def _field_names(kind: type) -> set[str]:
+def field_names(kind: type[VideoRequest]) -> set[str]:
+    """The settings that requests of this kind have."""
     return {field.name for field in fields(kind)}
 
 
