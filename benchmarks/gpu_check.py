@@ -247,7 +247,8 @@ def _die_with_parent() -> None:
 
 def environment(dry: bool, module: Path | None) -> dict[str, str]:
     """What sections run in: our sources, the module that was built, and nothing to wait for."""
-    paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(ROOT / "tests")]
+    tools = ROOT / "tests" / "tools"
+    paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(tools)]
     if dry:
         paths = [*paths[1:], os.environ.get("PYTHONPATH", "")]
     elif former := os.environ.get("PYTHONPATH"):
@@ -256,12 +257,12 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
     values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
     values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
     if dry:
-        tools = str(ROOT / "tests" / "gpu_tools")  # stand-ins for ncu and compute-sanitizer
+        stand_ins = str(tools / "gpu_tools")  # for ncu and compute-sanitizer
         values |= {
             "VFENGINE_GPU_CHECK": "dry",
             "TRITON_INTERPRET": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "PATH": os.pathsep.join([tools, os.environ["PATH"]]),
+            "PATH": os.pathsep.join([stand_ins, os.environ["PATH"]]),
         }
     return values
 

@@ -1,7 +1,7 @@
 """What the figures of a GPU say: the targets reached or missed, and a paragraph in plain English.
 
 Imports no torch, as gpu_report.py, whose page holds both; so the names of contenders stand here
-once more, and tests/test_gpu_report.py sees to it that they are those of table4_ways.py.
+once more, and tests/benchmarks/test_gpu_report.py sees to it that they are those of table4_ways.py.
 """
 
 from __future__ import annotations

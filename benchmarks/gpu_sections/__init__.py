@@ -19,7 +19,7 @@ DRY = os.environ.get("VFENGINE_GPU_CHECK") == "dry"
 PREPARE = "--prepare" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
 if DRY and os.environ.get("TRITON_INTERPRET") == "1":
-    from triton_tools import compute_bf16_correctly  # of tests/; the interpreter truncates bf16
+    from triton_tools import compute_bf16_correctly  # of tests/tools; Triton truncates here
 
     compute_bf16_correctly()
 BACKENDS = ("cpu", "triton") if DRY else ("cuda", "triton")  # C++ and Triton

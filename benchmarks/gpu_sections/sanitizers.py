@@ -29,8 +29,8 @@ FOUND = 86  # the exit status that says that the tool found something
 def run(tool: str, backend: str, shapes: str) -> None:
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "100000"]
     command += [] if tool == "initcheck" else ["--kernel-regex", f"kns={OURS[backend]}"]
-    command += ["--error-exitcode", str(FOUND), sys.executable, "tests/kernel_cases.py", backend]
-    command += ["--shapes", shapes, "--device", DEVICE]
+    command += ["--error-exitcode", str(FOUND), sys.executable, "tests/ops/kernel_cases.py"]
+    command += [backend, "--shapes", shapes, "--device", DEVICE]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -1,6 +1,6 @@
 """The Triton kernels of the ops that networks use, as compiled for a GPU (triton_tools).
 
-Their values are tested in the interpreter, by tests/test_triton_kernels.py.
+Their values are tested in the interpreter, by tests/triton_kernels/test_triton_kernels.py.
 """
 
 import pytest

@@ -3,7 +3,7 @@
 // There, slicing, expand or copy_ of a fake CUDA tensor raises "PyTorch is not linked with support
 // for cuda devices", because each op first asks for the guard of its device. Fake tensors have no
 // memory and start no kernels, so a guard with one device and one stream is enough for them.
-// tests/fake_cuda.py builds and loads this file.
+// tests/tools/fake_cuda.py builds and loads this file.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {

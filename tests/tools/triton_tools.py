@@ -28,18 +28,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver, interpreter
 
-TESTS = Path(__file__).resolve().parent
 NVIDIA_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 PROT_NONE = 0  # of sys/mman.h; the mmap module does not name it
 
 
 def interpret(script: str, *, returncode: int = 0) -> str:
-    """Run `script` in a child under TRITON_INTERPRET=1, with tests/ importable; return its output.
+    """Run `script` in a child under TRITON_INTERPRET=1, with this sys.path; return its output.
 
     Raises AssertionError with that output where the child ends otherwise than with `returncode`,
     such as -signal.SIGSEGV. Triton reads TRITON_INTERPRET as kernels are defined, hence the child.
     """
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(sys.path)
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     child = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     output = child.stdout + child.stderr

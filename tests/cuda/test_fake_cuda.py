@@ -1,4 +1,4 @@
-"""The audit of tests/fake_cuda.py finds what a CUDA graph cannot replay, and nothing else."""
+"""The audit of tests/tools/fake_cuda.py finds what a CUDA graph cannot replay, and nothing else."""
 
 from collections.abc import Callable
 

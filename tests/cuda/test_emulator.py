@@ -1,6 +1,6 @@
-"""The CUDA emulator itself (tests/emulation): right answers, and every planted bug caught.
+"""The CUDA emulator itself (tests/tools/emulation): right answers, and every planted bug caught.
 
-The kernels are in tests/emulation/planted/planted.cu, one case each.
+The kernels are in tests/tools/emulation/planted/planted.cu, one case each.
 """
 
 import subprocess

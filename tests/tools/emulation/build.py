@@ -26,7 +26,7 @@ import pybind11
 from vfengine import __version__
 
 EMULATION = Path(__file__).resolve().parent
-CSRC = EMULATION.parent.parent / "csrc"
+CSRC = EMULATION.parents[2] / "csrc"
 
 VARIANTS = {
     "plain": ("-O2",),

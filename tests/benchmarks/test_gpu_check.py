@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHECK = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
 LACKING = ("av", "diffusers", "openvino", "flash_attn")  # what a machine with a GPU may not have
 

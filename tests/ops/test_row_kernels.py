@@ -4,6 +4,7 @@ Every case runs on every instruction set of this machine, in fp32 and bf16.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -402,6 +403,7 @@ def test_the_native_product_refuses_more_than_it_has_room_for():
 def test_row_kernels_stay_within_their_memory():
     """Each buffer ends where a page begins that nothing may touch."""
     script = Path(__file__).with_name("guarded_rows.py")
-    child = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert child.returncode == 0, f"returncode {child.returncode}\n{child.stdout}{child.stderr}"
     assert child.stdout.split() == list(vfengine_native.cpu_isas)

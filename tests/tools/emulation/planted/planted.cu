@@ -1,4 +1,4 @@
-// Correct kernels and planted bugs, for tests/test_emulator.py: `planted <case>`.
+// Correct kernels and planted bugs, for tests/cuda/test_emulator.py: `planted <case>`.
 #include <cuda_runtime.h>
 
 #include <chrono>

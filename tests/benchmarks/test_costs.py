@@ -21,7 +21,7 @@ from torch.utils.flop_counter import (
 from vfengine import ops
 from vfengine.models import UNet, UNetConfig, vdm_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 N = 1000  # floats in a vector; 4 N bytes
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_engine
 import test_generate
+import test_session
 import tqdm
 from conftest import ON_CPU
 from PIL import Image
@@ -20,7 +20,7 @@ from vfengine.pipeline import to_uint8
 from vfengine.video_io import read_video
 
 cli, refused, STEPS = test_generate.cli, test_generate.refused, test_generate.STEPS
-clean_checkpoint = test_engine.clean_checkpoint
+clean_checkpoint = test_session.clean_checkpoint
 WALK = ["--label", "walk"]
 
 

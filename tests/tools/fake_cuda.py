@@ -77,7 +77,7 @@ class Audit(TorchDispatchMode):
 
 
 def install(build_dir: Path) -> Callable[[], None]:
-    """Let FakeTensorMode take device="cuda" in a torch built without CUDA (tests/fake_cuda.cpp).
+    """Let FakeTensorMode take device="cuda" in a torch built without CUDA (fake_cuda.cpp).
 
     Compiles into `build_dir`, unless that was done before. Returns a function that undoes it.
     """

@@ -1,4 +1,4 @@
-// fp32 from stdin, twice to stdout: through fp16 and through bf16 (tests/test_emulator.py).
+// fp32 from stdin, twice to stdout: through fp16 and through bf16 (tests/cuda/test_emulator.py).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import BENCHMARKS, benchmark_file
 from gpu_lines import CARD, done, head, line, tail, text, whole_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 results, report, findings = map(benchmark_file, ("gpu_results", "gpu_report", "gpu_findings"))

@@ -1,4 +1,4 @@
-"""The CUDA source, every line of it, on the CPU (tests/emulation), under sanitizers.
+"""The CUDA source, every line of it, on the CPU (tests/tools/emulation), under sanitizers.
 
 What runs is `kernel_cases.run`: every op through its public function, against its reference and,
 where it promises bits, against those of the CPU kernels.
@@ -21,7 +21,7 @@ from emulation.build import (
     environment,
 )
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 DRIVER = EMULATION / "planted" / "residual_step.cu"
 
 REFUSED_DEVICE = """
@@ -54,7 +54,7 @@ assert torch.equal(out, expected)
 
 def run_kernels(variant: str, folder: Path, *options: str, seed: int | None = None) -> str:
     env = environment(variant, folder, seed)
-    script = [str(TESTS / "kernel_cases.py"), "cuda", *options]
+    script = [str(TESTS / "ops" / "kernel_cases.py"), "cuda", *options]
     done = subprocess.run(
         [*command(variant), sys.executable, *script], env=env, capture_output=True, text=True
     )
@@ -75,7 +75,7 @@ def test_kernels_on_all_shapes(plain):
 
 def test_more_clips_than_a_grid_has_rows(plain):
     env = environment("plain", plain)
-    env["PYTHONPATH"] += os.pathsep + str(TESTS)
+    env["PYTHONPATH"] += os.pathsep + str(TESTS / "tools")
     child = [sys.executable, "-c", MANY_CLIPS]
     done = subprocess.run(child, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def run_driver(
     variant: str, folder: Path, frames: int, pixels: int, *, misaligned: int = 0, overlap: int = 0,
     replace: tuple[str, str, str] | None = None,
 ) -> subprocess.CompletedProcess:  # fmt: skip
-    """residual_step.cu of tests/emulation/planted; replace: (file, correct text, planted text)."""
+    """emulation/planted/residual_step.cu; replace: (file, correct text, planted text)."""
     sources = CSRC
     if replace is not None:
         name, correct, planted = replace

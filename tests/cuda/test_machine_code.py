@@ -15,7 +15,7 @@ from triton_tools import NVIDIA_BIN
 
 from vfengine.native import vfengine_native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = vfengine_native.cuda_architectures.split() or ["none"]  # CUDAARCHS picks them
 # Clips and image that may be read; ξ of residual_step is not where it is drawn.
 OPS = {"ResidualStep": 5, "DecomposedStep": 4, "RemoveBase": 2}

@@ -1,9 +1,10 @@
 """What the tests of all kernels share: shapes, places in memory, how close is close enough.
 
 As a script it runs every kernel of one backend over its cases, in whatever environment it is
-started: Triton's interpreter, the CUDA source on the CPU (tests/emulation), a GPU.
+started: Triton's interpreter, the CUDA source on the CPU (tests/tools/emulation), a GPU.
 
-    python tests/kernel_cases.py BACKEND [--shapes all|small|race] [--device cpu|cuda] [--guarded]
+    python tests/ops/kernel_cases.py BACKEND [--shapes all|small|race] [--device cpu|cuda]
+        [--guarded]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The tools of tests/triton_tools.py catch what they are for."""
+"""The tools of tests/tools/triton_tools.py catch what they are for."""
 
 import mmap
 import signal

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 MOST = 120  # Triton builds, of 0.7 s each, are what a run on a GPU waits for
 
 
 def run(*options: str, **variables: str) -> str:
     """pytest tests/gpu where nothing can be imported that a bare GPU machine lacks; its output."""
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    folders = [str(TESTS / "tools"), str(TESTS / "ops")]  # -p imports ahead of pythonpath
+    path = os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
     env = {
         **os.environ,
         "PYTHONPATH": path,
