@@ -7,7 +7,7 @@ Sections that compile or check run beside one another, what is timed runs alone.
 
     python benchmarks/gpu_check.py [--budget SECONDS] [--only NAMES] [--until NAME] [--out FOLDER]
 
-Writes FOLDER/gpu.jsonl (appended to; the format is gpu_results.py's) and FOLDER/gpu.log.
+Writes FOLDER/gpu.jsonl (appended to; the format is gpu_run/results.py's) and FOLDER/gpu.log.
 `python benchmarks/gpu_report.py` makes a page of it. Exit status, which speaks of correctness
 alone: 0 nothing was found wrong, 1 something was, 2 no NVIDIA GPU that torch can use, or bad usage.
 """
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import gpu_results
+from gpu_run import results as gpu_results
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -41,7 +41,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Section:
-    """A program of gpu_sections.
+    """A program of gpu_run.sections.
 
     stage     those of one stage run beside one another, stages after one another
     expected  seconds; a section that does not fit what is left is skipped
@@ -59,7 +59,7 @@ class Section:
 
     @property
     def module(self) -> str:
-        return f"gpu_sections.{self.prepares or self.name}"
+        return f"gpu_run.sections.{self.prepares or self.name}"
 
 
 SECTIONS = (
@@ -268,8 +268,8 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
 
 
 def facts(runner: Runner) -> dict | None:
-    """What the run is on (gpu_sections/facts.py); None: no GPU that torch can use."""
-    process = runner.start([sys.executable, "-m", "gpu_sections.facts"])
+    """What the run is on (gpu_run/sections/facts.py); None: no GPU that torch can use."""
+    process = runner.start([sys.executable, "-m", "gpu_run.sections.facts"])
     out, err = process.communicate()
     runner.kill(process)
     runner.journal.log("facts", err)

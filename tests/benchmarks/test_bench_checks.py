@@ -13,7 +13,7 @@ def name(request):
 @pytest.fixture
 def problem(name):
     """A function of result, exact value and PyTorch's own result: what is wrong, or None."""
-    module = benchmark_file(name)
+    module = benchmark_file(f"lib.{name}")
     if name == "network_cases":
         return module.error_of
 
@@ -42,7 +42,7 @@ def test_one_wrong_element_is_enough(problem, value):
 
 
 def test_nan_of_a_peer_is_wrong():
-    error_of = benchmark_file("network_cases").error_of
+    error_of = benchmark_file("lib.network_cases").error_of
     exact = torch.ones(3, dtype=torch.float64)
     assert error_of(torch.full((3,), float("nan")), exact, None) is not None
     assert error_of(torch.full((3,), 1.001), exact, None) is None
@@ -50,7 +50,7 @@ def test_nan_of_a_peer_is_wrong():
 
 
 def test_ours_may_err_twice_as_much_as_pytorch_and_not_more():
-    error_of = benchmark_file("network_cases").error_of
+    error_of = benchmark_file("lib.network_cases").error_of
     exact = torch.ones(3, dtype=torch.float64)
     eager = (exact + 1e-5).float()
     assert error_of((exact + 1.9e-5).float(), exact, eager) is None

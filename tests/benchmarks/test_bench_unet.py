@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import BENCHMARKS, benchmark_file
 
-contenders, unet_ops, clip_turns, harness, bench = map(
-    benchmark_file, ("unet_contenders", "unet_ops", "clip_turns", "harness", "bench_unet")
-)
+contenders, unet_ops = map(benchmark_file, ("lib.unet_contenders", "lib.unet_ops"))
+clip_turns, harness = map(benchmark_file, ("lib.clip_turns", "lib.harness"))
+bench = benchmark_file("bench_unet")
 OURS, EAGER, OPENVINO = contenders.OURS, contenders.EAGER, contenders.OPENVINO
 ERRORS = {OURS: 0.016, EAGER: 0.019, OPENVINO: 0.03}
 

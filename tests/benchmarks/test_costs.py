@@ -1,4 +1,4 @@
-"""benchmarks/costs.py against counts by hand, torch's own counters, and a real network's memory."""
+"""lib/costs.py against counts by hand, torch's own counters, and a real network's memory."""
 
 import contextlib
 import importlib
@@ -28,7 +28,7 @@ N = 1000  # floats in a vector; 4 N bytes
 @pytest.fixture
 def costs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("costs")
+    return importlib.import_module("lib.costs")
 
 
 @pytest.fixture

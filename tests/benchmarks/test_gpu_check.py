@@ -52,7 +52,7 @@ def gpu_check(monkeypatch):
 
 @pytest.fixture
 def gpu_results(gpu_check):
-    return importlib.import_module("gpu_results")
+    return importlib.import_module("gpu_run.results")
 
 
 @pytest.fixture

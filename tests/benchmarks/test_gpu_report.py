@@ -1,4 +1,4 @@
-"""benchmarks/gpu_results.py and gpu_report.py: pages of whole, killed and several runs."""
+"""benchmarks/gpu_report.py and gpu_run/: pages of whole, killed and several runs."""
 
 import json
 import random
@@ -15,7 +15,8 @@ from gpu_lines import CARD, done, head, line, tail, text, whole_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-results, report, findings = map(benchmark_file, ("gpu_results", "gpu_report", "gpu_findings"))
+results, findings = map(benchmark_file, ("gpu_run.results", "gpu_run.findings"))
+report = benchmark_file("gpu_report")
 
 
 @pytest.fixture
@@ -279,7 +280,7 @@ def test_command_draws_and_needs_no_torch(tmp_path):
 
 
 def test_pictures_leave_out_what_was_not_read():
-    plots = benchmark_file("gpu_plots")
+    plots = benchmark_file("gpu_run.plots")
     kept = [x for x in gpu_lines.clips() if x["contender"] == findings.VDM]
     kept += [x for x in gpu_lines.profile() if "residual" not in x["case"]]
     kept += [x for x in gpu_lines.kernels() if x["contender"] == "triton"][:3]
@@ -293,6 +294,6 @@ def test_pictures_leave_out_what_was_not_read():
 
 
 def test_contenders_have_the_names_of_table_4():
-    ways = benchmark_file("table4_ways")
+    ways = benchmark_file("lib.table4_ways")
     names = ways.VDM, ways.TWO_PHASE, ways.BASE_KEPT
     assert names == (findings.VDM, findings.TWO_PHASE, findings.BASE_KEPT)

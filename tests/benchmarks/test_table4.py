@@ -6,8 +6,8 @@ from conftest import benchmark_file
 
 from vfengine.models import PlannedUNet, UNet
 
-models, ways = map(benchmark_file, ("table4_models", "table4_ways"))
-bench, peak_memory = map(benchmark_file, ("bench_table4", "peak_memory"))
+models, ways = map(benchmark_file, ("lib.table4_models", "lib.table4_ways"))
+bench, peak_memory = map(benchmark_file, ("bench_table4", "lib.peak_memory"))
 STEPS = 4
 
 
@@ -115,14 +115,14 @@ def test_training_step_moves_every_weight(noise, decomposed):
 
 
 def test_probe_sees_a_known_allocation():
-    peak = peak_memory.measure("peak_memory:touch", {"mebibytes": 64})
+    peak = peak_memory.measure("lib.peak_memory:touch", {"mebibytes": 64})
     assert abs(peak.main - 64) < 4
     assert peak.allocated is None and peak.idle > 4
 
 
 def test_probe_says_what_went_wrong():
     with pytest.raises(RuntimeError, match=r"peak_memory:touch .*failed(.|\n)*TypeError"):
-        peak_memory.measure("peak_memory:touch", {"mebibytes": "many"})
+        peak_memory.measure("lib.peak_memory:touch", {"mebibytes": "many"})
 
 
 def test_probe_fits_the_contenders():
@@ -175,7 +175,7 @@ def test_tables_give_ratios_to_vdm_and_to_the_line_before():
 
 
 def test_report_draws_both_pictures(tmp_path):
-    report, row = benchmark_file("report"), benchmark_file("harness").Row
+    report, row = benchmark_file("report"), benchmark_file("lib.harness").Row
     growth = [
         row(f"tiny, growth: {what}", name, metric, value, unit)
         for what, unit in (("per step", "ms"), ("peak memory", "MiB"))
@@ -183,7 +183,7 @@ def test_report_draws_both_pictures(tmp_path):
         for metric, value in (("N = 8", 1.0), ("N = 16", 2.0), ("exponent", 1.0))
     ]
     file = tmp_path / "table4.json"
-    benchmark_file("harness").write_json(file, [*rows(), *growth])
+    benchmark_file("lib.harness").write_json(file, [*rows(), *growth])
     pictures = report.draw(file, tmp_path)
     assert [picture.name for picture in pictures] == ["table4.png", "growth.png"]
     for picture in pictures:

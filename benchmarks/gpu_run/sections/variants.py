@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from table4_models import Networks, size
+from lib.table4_models import Networks, size
 
-from gpu_sections import BACKENDS, DEVICE, DRY, emit, guarded
-from gpu_sections.profile import loops
-from gpu_sections.table4 import seconds
+from gpu_run.sections import BACKENDS, DEVICE, DRY, emit, guarded
+from gpu_run.sections.profile import loops
+from gpu_run.sections.table4 import seconds
 from vfengine.loops import Loop
 
 SIZES = ("default", "large")

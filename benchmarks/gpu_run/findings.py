@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import paper
-from gpu_results import Key, Line, Results, beside
+from lib import paper
+
+from gpu_run.results import Key, Line, Results, beside
 
 VDM, TWO_PHASE, BASE_KEPT = "VDM*, our kernels", "two-phase", "two-phase, base kept"
 OURS = {"cuda": "CUDA C++", "triton": "Triton"}

@@ -28,6 +28,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lib import child_environment
+
 MIB = 2**20
 MALLOC = {  # bytes, and the number of heaps; of glibc (man mallopt)
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -57,12 +59,12 @@ class Peak:
 
 
 def measure(target: str, arguments: dict[str, object], device: str = "cpu") -> Peak:
-    """Runs target(**arguments)() in a new process; target: "module:function" of this folder.
+    """Runs target(**arguments)() in a new process; target: "module:function", as benches import.
 
     Raises RuntimeError with the process's own words if it fails.
     """
     command = [sys.executable, __file__, target, json.dumps(arguments), device]
-    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True)
+    done = subprocess.run(command, env=child_environment() | MALLOC, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"peak_memory: {target} {arguments} failed:\n{done.stderr}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))

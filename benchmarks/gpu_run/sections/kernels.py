@@ -14,10 +14,10 @@ import bench_decomposed_step
 import bench_remove_base
 import torch
 from bench_residual_step import with_randn
-from clips import Clip, algorithm_2, algorithm_2_into, check, clip_of
+from lib.clips import Clip, algorithm_2, algorithm_2_into, check, clip_of
 from torch import Tensor
 
-from gpu_sections import BACKENDS, DEVICE, DRY, guarded, timed
+from gpu_run.sections import BACKENDS, DEVICE, DRY, guarded, timed
 from vfengine import ops
 
 SHAPES = [(1, 4, 3, 8, 8)] if DRY else [(1, 64, 3, 512, 512), (1, 16, 3, 64, 64)]

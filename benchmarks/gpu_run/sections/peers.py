@@ -10,11 +10,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from table4_models import SCHEDULE, Networks, make_noise, size
+from lib.table4_models import SCHEDULE, Networks, make_noise, size
 from torch import Tensor, nn
 
-from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
-from gpu_sections.table4 import seconds
+from gpu_run.sections import DEVICE, DRY, PREPARE, emit, guarded
+from gpu_run.sections.table4 import seconds
 
 Way = Callable[[nn.Module, Tensor], Callable[[], object]]  # network and noise to one step's call
 

@@ -1,4 +1,4 @@
-"""What the pictures of report.py and gpu_plots.py share: size, colours, bars, the paper's marks."""
+"""What the pictures of report.py and gpu_run share: size, colours, bars, the paper's marks."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import Contender, Row, compare
 from torch import Tensor
-from unet_contenders import OURS, relative_error, require_accuracy
 
+from lib.harness import Contender, Row, compare
+from lib.unet_contenders import OURS, relative_error, require_accuracy
 from vfengine import ops
 
 SDPA, TORCH = "SDPA", "PyTorch"

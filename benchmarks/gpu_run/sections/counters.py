@@ -12,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from gpu_sections import BACKENDS, DEVICE, DRY, PREPARE, emit, guarded, verdict
-from gpu_sections.profile import short
+from gpu_run.sections import BACKENDS, DEVICE, DRY, PREPARE, emit, guarded, verdict
+from gpu_run.sections.profile import short
 
 METRICS = {  # ncu's name -> ours, unit
     "gpu__time_duration.sum": ("time", "us"),
@@ -30,8 +30,8 @@ TO_MICROSECONDS |= {"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1
 def launches() -> list[Callable[[], object]]:
     """The kernels that are looked at: of the step and of noise at large, of networks at work."""
     import torch
-    from clips import clip_of
-    from network_cases import normal
+    from lib.clips import clip_of
+    from lib.network_cases import normal
 
     from vfengine import ops
 
@@ -79,7 +79,7 @@ def main() -> None:
     command = [
         *("ncu", "--clock-control", "none", "--profile-from-start", "off"),
         *("--csv", "--page", "raw", "--metrics", ",".join(METRICS)),
-        *(sys.executable, "-m", "gpu_sections.counters", "--launch"),
+        *(sys.executable, "-m", "gpu_run.sections.counters", "--launch"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stderr[-4000:], file=sys.stderr)

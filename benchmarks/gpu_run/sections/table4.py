@@ -10,10 +10,10 @@ import statistics
 import time
 
 import torch
-from table4_models import SHARING, Networks, Noise, size
-from table4_ways import BASE_KEPT, INTERLEAVED, OVERLAPPED, SHARED, VDM, kept
+from lib.table4_models import SHARING, Networks, Noise, size
+from lib.table4_ways import BASE_KEPT, INTERLEAVED, OVERLAPPED, SHARED, VDM, kept
 
-from gpu_sections import DEVICE, DRY, emit, guarded
+from gpu_run.sections import DEVICE, DRY, emit, guarded
 from vfengine.decompose import decomposed_noise
 
 CASES = (  # size, clips, steps with graphs off and on

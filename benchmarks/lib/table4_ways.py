@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from table4_models import LAM, SCHEDULE, SHARING, Networks, Noise, make_noise, size
 from torch import Tensor, nn
 
+from lib.table4_models import LAM, SCHEDULE, SHARING, Networks, Noise, make_noise, size
 from vfengine.decompose import add_noise, joint_loss
 from vfengine.loops import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
 from vfengine.overlap import run_overlapped

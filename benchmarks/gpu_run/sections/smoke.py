@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from clips import check, clip_of
+from lib.clips import check, clip_of
 from torch import Tensor
 
-from gpu_sections import BACKENDS, DEVICE, guarded, verdict
+from gpu_run.sections import BACKENDS, DEVICE, guarded, verdict
 from vfengine import ops
 
 SHAPE = (2, 5, 3, 10, 14)  # no whole number of vectors, frames or blocks

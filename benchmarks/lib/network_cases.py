@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import Row, compare
 from torch import Tensor
+
+from lib.harness import Row, compare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = ("cuda", "triton")  # contenders that are kernels of ours, beside the op's own name

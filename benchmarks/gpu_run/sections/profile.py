@@ -9,10 +9,10 @@ import re
 from collections import defaultdict
 
 import torch
-from table4_models import LAM, SCHEDULE, Networks, make_noise, size
+from lib.table4_models import LAM, SCHEDULE, Networks, make_noise, size
 from torch.profiler import ProfilerActivity
 
-from gpu_sections import DEVICE, DRY, emit, guarded
+from gpu_run.sections import DEVICE, DRY, emit, guarded
 from vfengine.loops import BaseLoop, Loop, ResidualLoop, VideoLoop
 from vfengine.solvers import solver_table
 

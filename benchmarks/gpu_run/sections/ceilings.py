@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from harness import timed_turns
+from lib.harness import timed_turns
 
-from gpu_sections import DEVICE, DRY, emit
+from gpu_run.sections import DEVICE, DRY, emit
 
 COPIES = {"copy 2 GiB": 2**31, "copy 24 MiB": 24 * 2**20}  # bytes read and written
 SIDE = 128 if DRY else 8192

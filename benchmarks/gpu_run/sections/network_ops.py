@@ -13,9 +13,9 @@ import bench_layer_norm
 import bench_spatial_attention
 import bench_temporal_attention
 import torch
-from network_cases import OURS, error_of
+from lib.network_cases import OURS, error_of
 
-from gpu_sections import DRY, guarded, timed
+from gpu_run.sections import DRY, guarded, timed
 
 OPS = {  # and the backend that "auto" takes for it on CUDA
     "group_norm_silu": (bench_group_norm_silu, "cuda"),

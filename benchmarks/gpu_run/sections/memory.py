@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import peak_memory
-from table4_ways import INTERLEAVED, TWO_PHASE, VDM
+from lib import peak_memory
+from lib.table4_ways import INTERLEAVED, TWO_PHASE, VDM
 
-from gpu_sections import DEVICE, DRY, PREPARE, emit, guarded
+from gpu_run.sections import DEVICE, DRY, PREPARE, emit, guarded
 
 SIZES = ("large", "default", "paper")
 NAMES = (VDM, INTERLEAVED, TWO_PHASE)
@@ -20,7 +20,7 @@ def peak(size: str, name: str, graph: bool) -> peak_memory.Peak:
         "contender": name, "size_name": "tiny" if DRY else size, "dtype": "bfloat16",
         "device": DEVICE, "steps": 2, "capture": graph,
     }  # fmt: skip
-    return peak_memory.measure("table4_ways:sampling_probe", arguments, DEVICE)
+    return peak_memory.measure("lib.table4_ways:sampling_probe", arguments, DEVICE)
 
 
 def main() -> None:

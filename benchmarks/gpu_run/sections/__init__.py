@@ -1,6 +1,6 @@
-"""The sections of gpu_check.py, each a program of its own: `python -m gpu_sections.<name>`.
+"""The sections of gpu_check.py, each a program of its own: `python -m gpu_run.sections.<name>`.
 
-A section prints one JSON object a line on stdout, a part of a line of gpu.jsonl (gpu_results.py);
+A section prints one JSON object a line on stdout, a part of a line of gpu.jsonl (results.py);
 gpu_check.py adds the rest and keeps it. Everything else that it prints is its log.
 
 With --prepare it compiles whatever it would compile and measures nothing. With
@@ -39,7 +39,7 @@ def emit(
     status: str = "measured",
     note: str = "",
 ) -> None:
-    """Writes a line; status and the rest as in gpu_results.py. Nothing while preparing."""
+    """Writes a line; status and the rest as in results.py. Nothing while preparing."""
     if PREPARE and status == "measured":
         return
     line = {
@@ -94,7 +94,7 @@ def timed(
     moved_bytes: what the op must read and write; the copy moves as many, in as much memory
     """
     import torch
-    from harness import timed_turns
+    from lib.harness import timed_turns
 
     if PREPARE:
         for name, call in contenders.items():

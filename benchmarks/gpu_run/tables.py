@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from gpu_findings import OURS, number
-from gpu_results import Line
+from gpu_run.findings import OURS, number
+from gpu_run.results import Line
 
 TITLES = {  # section -> heading, and what it shows; in the order of the page
     "ceilings": ("Ceilings", "What this card reaches in what it does best."),

@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from costs import to_fake, trace
-from peak_memory import MIB
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+
+from lib import child_environment
+from lib.costs import to_fake, trace
+from lib.peak_memory import MIB
 
 REFERENCE = "diffusers fp32"
 OURS, EAGER = "vfengine", "diffusers eager"
@@ -287,7 +289,7 @@ def convert(case: Case, root: Path) -> None:
     Raises OutOfMemoryError if that process ran out of memory, RuntimeError if it failed otherwise.
     """
     command = [sys.executable, __file__, case.name, str(root)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if done.returncode == 0:
         return
     out_of_memory = ("MemoryError", "bad_alloc", "can't allocate memory", "not enough memory")

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from gpu_sections import DEVICE, DRY, emit, guarded, verdict
+from gpu_run.sections import DEVICE, DRY, emit, guarded, verdict
 from vfengine import VideoFusionPipeline
 
 CASE = "default clip, 50 steps"

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu_sections import DRY, emit, verdict
+from gpu_run.sections import DRY, emit, verdict
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORKERS = 10
 FAILED = re.compile(  # as xdist's workers say it, and as pytest does without them
     r"^\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (tests/.+)|^(tests/.+) (?:FAILED|ERROR) +\[ *\d+%\]"

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import paper
-from gpu_findings import OURS, VDM, Figures, launches, memory, number, parts, two_phases
-from gpu_results import Line, beside
+from lib import paper
+from lib.plots import COLOURS, WIDTH, bar, finish, footer, headline, mark, not_read, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from plots import COLOURS, WIDTH, bar, finish, footer, headline, mark, not_read, save
+
+from gpu_run.findings import OURS, VDM, Figures, launches, memory, number, parts, two_phases
+from gpu_run.results import Line, beside
 
 FORMS = {False: "graphs off", True: "graphs on"}
 SHARE_LIMIT = 130  # per cent of a copy's bandwidth: longer bars are cut

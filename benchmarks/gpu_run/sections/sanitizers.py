@@ -15,9 +15,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_sections import BACKENDS, DEVICE, DRY, emit, verdict
+from gpu_run.sections import BACKENDS, DEVICE, DRY, emit, verdict
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NATIVE, TRITON = BACKENDS
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 RUNS = [(tool, NATIVE, "race") for tool in TOOLS] + [("memcheck", TRITON, "gpu")]  # of SETS

@@ -1,6 +1,6 @@
 """Builds the package into a folder, for this machine's GPU alone, with what is installed here.
 
-    python -m gpu_sections.build FOLDER
+    python -m gpu_run.sections.build FOLDER
 
 No package registry is asked: a machine with a GPU may have none in reach.
 """
@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from gpu_sections import emit, verdict
+from gpu_run.sections import emit, verdict
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PIP = "pip install -q --no-index --no-deps --no-build-isolation --no-compile --upgrade --target"
 
 

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from harness import Row
-
 import vfengine
+from lib import child_environment
+from lib.harness import Row
 
 LABEL, STEPS, GUIDANCE = "cartwheel", 50, 2.0
 NOW, BEFORE = "vfengine", "vfengine, before"
@@ -37,8 +37,9 @@ class Worker:
     """A process that makes clips with the vfengine found on `path`."""
 
     def __init__(self, path: str, dtype: str) -> None:
-        entries = [*_entries(path), *_entries(os.environ.get("PYTHONPATH", ""))]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entries)}
+        environment = child_environment()
+        entries = [*_entries(path), *_entries(environment["PYTHONPATH"])]
+        environment["PYTHONPATH"] = os.pathsep.join(entries)
         self._process = subprocess.Popen(
             [sys.executable, __file__, dtype],
             env=environment,
