@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vfengine.cli import train
-from vfengine.formats.checkpoint import load_base, read_config
+from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.media.video import write_video
 from vfengine.pipelines.videofusion import VideoFusionPipeline
 from vfengine.training import objectives
@@ -282,7 +282,7 @@ def test_export_writes_the_averaged_weights(tmp_path):
     trainer = new_trainer(ema=0.9)
     trainer.step()
     config = trainer.export(tmp_path / "model")
-    exported = load_base(tmp_path / "model", config).unet.state_dict()
+    exported = load_network(tmp_path / "model", config, "base").unet.state_dict()
     for key, value in trainer.averaged["base"].unet.state_dict().items():
         assert torch.equal(exported[key], value.half().float()), key
 

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_video_config
 from PIL import Image
 from safetensors.torch import load_file
 from test_models import randomise
 from test_training import assert_equal_states, new_trainer, random_clips, state_of, weights_of
-from test_vdm import vdm
 
 from vfengine.cli import train
-from vfengine.formats.checkpoint import build_video, read_config, save_checkpoint
+from vfengine.formats.checkpoint import build_network, read_config, save_checkpoint
 from vfengine.media.video import write_video
 from vfengine.models import vdm_config
 from vfengine.training.trainer import Trainer
@@ -29,7 +28,7 @@ SCHEDULE = tiny_config().noise_schedule()
 
 
 def test_loss_is_the_weighted_error_of_every_frame():
-    trainer = new_trainer(config=vdm(), batch_size=3)
+    trainer = new_trainer(config=tiny_video_config(), batch_size=3)
     randomise(trainer.networks["video"])
     calls = []
     trainer.networks["video"].register_forward_hook(
@@ -61,7 +60,9 @@ def test_vdm_learns_and_every_weight_moves():
     for i in range(4):
         clip[0, i, 4:10, 2 * i + 1 : 2 * i + 7] = (220, 120, 60)  # a square that moves
     options = {"steps": 30, "batch_size": 4, "learning_rate": 5e-3}
-    trainer = new_trainer(config=vdm(), clips=(clip, np.zeros(1, np.int64)), **options)
+    trainer = new_trainer(
+        config=tiny_video_config(), clips=(clip, np.zeros(1, np.int64)), **options
+    )
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     losses = [trainer.step().losses["video"] for _ in range(30)]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
@@ -69,17 +70,17 @@ def test_vdm_learns_and_every_weight_moves():
 
 
 def test_vdm_trains_as_repeatably_as_it_resumes(tmp_path):
-    whole, first = new_trainer(config=vdm()), new_trainer(config=vdm())
+    whole, first = new_trainer(config=tiny_video_config()), new_trainer(config=tiny_video_config())
     assert repr(whole.step()) == repr(first.step())
     first.save(tmp_path / "state")
-    resumed = new_trainer(config=vdm())
+    resumed = new_trainer(config=tiny_video_config())
     resumed.restore(tmp_path / "state")
     assert repr(resumed.step()) == repr(whole.step())
     assert_equal_states(state_of(resumed, tmp_path / "a"), state_of(whole, tmp_path / "b"))
 
 
 def test_states_of_the_other_objective_are_refused(tmp_path):
-    trainers = {"vdm": new_trainer(config=vdm()), "decomposed": new_trainer()}
+    trainers = {"vdm": new_trainer(config=tiny_video_config()), "decomposed": new_trainer()}
     for name, trainer in trainers.items():
         trainer.save(tmp_path / name)
     for name, other in (("vdm", "decomposed"), ("decomposed", "vdm")):
@@ -87,19 +88,19 @@ def test_states_of_the_other_objective_are_refused(tmp_path):
             trainers[name].restore(tmp_path / other)
     feeding = replace(vdm_config(BASE), temporal_feed_forward=True)
     with pytest.raises(ValueError, match="state of another model"):
-        new_trainer(config=vdm(video=feeding)).restore(tmp_path / "vdm")
+        new_trainer(config=tiny_video_config(video=feeding)).restore(tmp_path / "vdm")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A saved VDM* with random weights."""
-    state = randomise(build_video(vdm())).unet.state_dict()
-    save_checkpoint(tmp_path / "model", vdm(), state)
+    state = randomise(build_network(tiny_video_config(), "video")).unet.state_dict()
+    save_checkpoint(tmp_path / "model", tiny_video_config(), state)
     return tmp_path / "model"
 
 
 def test_vdm_starts_from_a_base_network_or_from_its_like(folder, tiny_checkpoint):
-    trainer = new_trainer(config=vdm())
+    trainer = new_trainer(config=tiny_video_config())
     fresh = trainer.warm_start(tiny_checkpoint)
     assert fresh and all(name.startswith("video.") and ".temporal." in name for name in fresh)
     base = load_file(tiny_checkpoint / "base.safetensors")
@@ -187,7 +188,9 @@ def test_command_says_how_large_the_network_is_and_what_is_new_in_it(
     flags = ["--init-from", str(tiny_checkpoint), "--steps", "1", "--sample-every", "0"]
     assert train.main([*command, *flags, "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().err
-    size = sum(p.numel() for p in build_video(read_config(tmp_path / "checkpoint")).parameters())
+    size = sum(
+        p.numel() for p in build_network(read_config(tmp_path / "checkpoint"), "video").parameters()
+    )
     assert f"video {size / 1e6:.2f} M parameters" in said
     assert "video.mid.0.temporal.proj_out.weight" in said
 

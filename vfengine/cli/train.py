@@ -281,7 +281,7 @@ def _data(arguments: argparse.Namespace):
 def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     """The model: attention at the coarsest level, temporal convolutions one above it."""
     from ..diffusion.schedule import NoiseSchedule
-    from ..formats.checkpoint import CheckpointConfig
+    from ..formats.checkpoint import DecomposedConfig, PlainConfig
     from ..models import UNetConfig, vdm_config
 
     levels = len(arguments.layers_per_block)
@@ -308,7 +308,7 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
         "schedule": NoiseSchedule.linear().to_dict(),
     }
     if arguments.objective == "vdm":
-        return CheckpointConfig(**clips, video=vdm_config(base))
+        return PlainConfig(**clips, video=vdm_config(base))
     residual = replace(
         base,
         in_channels=6,
@@ -318,7 +318,7 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
         temporal_conv=tuple(level == levels - 2 for level in range(levels)),
         frame_embedding=True,
     )
-    return CheckpointConfig(
+    return DecomposedConfig(
         **clips,
         lam=arguments.lam,
         base=base,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion.decompose import add_noise, decomposed_noise, joint_loss, residual_noise
 from ..diffusion.schedule import NoiseSchedule
-from ..formats.checkpoint import CheckpointConfig, build_base, build_residual, build_video
+from ..formats.checkpoint import CheckpointConfig, build_network
 from ..sampling.api import sample, sample_video
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _Objective:
     ):
         self.config, self.options = config, options
         self.schedule: NoiseSchedule = config.noise_schedule()
-        self.networks = {name: net.to(device) for name, net in self.build(config).items()}
+        self.networks = {name: net.to(device) for name, net in build_networks(config).items()}
 
     def _eps_loss(
         self, network: nn.Module, x: Tensor, labels: Tensor, draw: Draw
@@ -114,10 +114,6 @@ class Decomposed(_Objective):
 
     def __init__(self, config, options, device):
         super().__init__(replace(config, clean_share=options.clean_share), options, device)
-
-    @staticmethod
-    def build(config: CheckpointConfig) -> dict[str, nn.Module]:
-        return {"base": build_base(config), "residual": build_residual(config)}
 
     @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
@@ -190,10 +186,6 @@ class PlainVideo(_Objective):
     """VDM*: one network of whole clips, each frame with noise of its own."""
 
     @staticmethod
-    def build(config: CheckpointConfig) -> dict[str, nn.Module]:
-        return {"video": build_video(config)}
-
-    @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
         """Which network of a checkpoint of this configuration ours may start from."""
         return {"video": config.networks[0]}  # a base network is one without temporal layers
@@ -213,6 +205,11 @@ class PlainVideo(_Objective):
 
 
 OBJECTIVES = {"decomposed": Decomposed, "vdm": PlainVideo}
+
+
+def build_networks(config: CheckpointConfig) -> dict[str, nn.Module]:
+    """A model's networks by name, with freshly initialised weights."""
+    return {name: build_network(config, name) for name in config.networks}
 
 
 def _clip_shape(config: CheckpointConfig, labels: Tensor) -> tuple[int, ...]:

@@ -17,10 +17,16 @@ from torch import Tensor
 
 from ..files import open_tensors, write_tensors
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
-from .objectives import OBJECTIVES, Draw, Losses
+from .objectives import OBJECTIVES, Draw, Losses, build_networks
 
 # the log shows the losses by fifths of the schedule: where motion is decided, where detail
 TIME_BINS = 5
+
+# entries of decomposed models that plain ones had too when their first states were named
+_ONCE_IN_PLAIN_MODELS = {
+    **{"lam": None, "base": None, "residual": None},
+    **{"base_std": 0.5, "residual_std": 0.35, "base_path": "stepwise"},
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.objective = OBJECTIVES[config.objective](config, options, device)
         self.config, self.networks = self.objective.config, self.objective.networks
-        self.averaged = self.objective.build(config)
+        self.averaged = build_networks(config)
         for name, averaged in self.averaged.items():
             averaged.load_state_dict(self.networks[name].state_dict())
             averaged.to(device).eval().requires_grad_(False)
@@ -248,15 +254,11 @@ class Trainer:
 
     def _identity(self) -> str:
         """Names the model and the amount of data that a state belongs to."""
-        left_out = {"sha256", "clean_share"}
-        if self.config.objective == "decomposed":  # named as before there was another
-            left_out |= {"video", "video_std"}
-        values = {
-            f.name: getattr(self.config, f.name)
-            for f in fields(self.config)
-            if f.name not in left_out
-        }
-        if self.config.video is not None:
-            values["video"] = self.config.video.identity()
+        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        del values["sha256"]
+        if self.config.objective == "decomposed":
+            del values["clean_share"]
+        else:
+            values |= {**_ONCE_IN_PLAIN_MODELS, "video": self.config.video.identity()}
         text = repr((sorted(values.items()), self.clips.shape, self.options.seed))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
