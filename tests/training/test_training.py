@@ -18,8 +18,9 @@ from vfengine.cli import train
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.media.video import write_video
 from vfengine.pipelines.videofusion import VideoFusionPipeline
-from vfengine.training import objectives
-from vfengine.training.trainer import Trainer, TrainingOptions
+from vfengine.training.batch import BatchSampler
+from vfengine.training.options import TrainingOptions
+from vfengine.training.trainer import Trainer
 
 FAST = {"steps": 100, "batch_size": 2, "extra_images": 2, "warmup": 2, "precision": "fp32"}
 
@@ -154,7 +155,7 @@ def losses_with_residual_input(trainer: Trainer, monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(objectives.Draw, "clips")
+    record(BatchSampler, "clips")
     record(trainer.objective, "_jitter")
     residual = trainer.networks["residual"]
     residual.register_forward_pre_hook(lambda _, args: seen.update(z=args[0], t=args[1]))
