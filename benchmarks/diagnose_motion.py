@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Row, write_json
 from judge_actions import ACTIONS, HELD_OUT_CLIPS, HELD_OUT_SEED, Judge, read, to_input
+from lib.harness import Row, write_json
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.decompose import add_noise, decomposed_noise, remove_base
-from vfengine.formats.checkpoint import load_base, load_residual, read_config
+from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.sampling.api import sample_residual
 from vfengine.training.mocap import render_clips
 
@@ -36,7 +36,7 @@ def diagnose(
 ) -> list[Row]:
     """Rows of top-1 accuracy and, for one step, of RMS error over the frames but the base frame."""
     config = read_config(model)
-    base, residual = (load(model, config) for load in (load_base, load_residual))
+    base, residual = (load_network(model, config, name) for name in config.networks)
     schedule, m = config.noise_schedule(), config.num_frames // 2
     x, y = to_input(clips), torch.from_numpy(labels)
     noise = decomposed_noise(x.shape, base_seed=0, residual_seed=1)

@@ -168,7 +168,7 @@ class BaseTrajectory:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 trajectory = _from_file(file.metadata() or {}, tensors)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a base trajectory ({error})") from error
+            raise ValueError(f"{path}: truncated, or not a base trajectory ({error})") from error
         if schedule is not None:
             trajectory.check_schedule(schedule)
         return trajectory.to(device)
