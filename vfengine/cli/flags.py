@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 
 class UsageError(ValueError):
@@ -30,8 +29,7 @@ class Parser(argparse.ArgumentParser):
 # -- kinds of values -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a setting may be.
 
     words:     for the documentation
@@ -90,8 +88,7 @@ def number(low: float, high: float, metavar: str) -> Kind:
 # -- settings --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A flag of a command, its name with underscores.
 
     help:      begins with a noun or a verb

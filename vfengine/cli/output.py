@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .flags import UsageError, one_line
 from .settings import DEFAULTS
@@ -31,8 +31,7 @@ class Failure(RuntimeError):
     """Something that went wrong after all input had been accepted, in one line."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One command line on its model: the settings, complete, and the request made of them."""
 
     settings: argparse.Namespace

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..names import BASE_PATHS, OUTPUT_TYPES
 
@@ -27,8 +27,7 @@ MAX_GUIDANCE_SCALE = 100.0
 # -- what goes together ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Conflict:
+class Conflict(NamedTuple):
     """Two settings of which a request can have one only.
 
     reason: why, as in "--image cannot go with --preview: the picture is the base frame"
@@ -115,7 +114,7 @@ def conflicts(written: Mapping[str, Any]) -> Iterator[Conflict]:
 # -- requests --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class VideoRequest:
     """What a plain video model is asked for; the fields are keywords of `VideoFusionPipeline`.
 
@@ -176,7 +175,7 @@ class VideoRequest:
         return [name for name, field in fields.items() if field in known - own]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SamplingRequest(VideoRequest):
     """What a decomposed model is asked for; the fields are keywords of `VideoFusionPipeline`.
 
