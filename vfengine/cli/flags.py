@@ -44,7 +44,8 @@ SWITCH = Kind("switch", {"action": "store_true"})
 ON_OFF = Kind("switch", {"action": argparse.BooleanOptionalAction})  # --name or --no-name
 
 
-def text(metavar: str, words: str = "text", convert: Callable[[str], Any] = str) -> Kind:
+def text(metavar: str, convert: Callable[[str], Any] = str) -> Kind:
+    words = {"FILE": "file", "DIR": "folder"}.get(metavar, "name")
     return Kind(words, {"metavar": metavar, "type": convert})
 
 
@@ -67,7 +68,8 @@ def whole(low: int, high: int, metavar: str = "N") -> Kind:
             )
         return value
 
-    return Kind(f"whole number, {low} to {limit}", {"metavar": metavar, "type": convert})
+    words = f"2^64-{2**64 - high}" if high > 2**63 else high
+    return Kind(f"whole number, {low} to {words}", {"metavar": metavar, "type": convert})
 
 
 def number(low: float, high: float, metavar: str) -> Kind:

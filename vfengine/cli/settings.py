@@ -1,7 +1,7 @@
 """The settings of `python -m vfengine.generate`: flags over --config FILE over defaults.
 
 `SETTINGS` is the one list of them: flags, entries of a file, defaults, help and docs/settings.md
-come of it. Nothing here imports torch, so that --help and mistyped flags are answered at once.
+(`make settings`) come of it. Nothing here imports torch, so that --help and mistyped flags are answered at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") ->
 SETTINGS = (
     _field("label", "what", text("NAME"), "what to show, one of the names of --list-labels"),
     Setting("list_labels", "what", SWITCH, "print the labels and stop", False),
-    _field("preview", "what", SWITCH, "write the base frame alone, which the clip will have"),
+    _field(
+        "preview", "what", SWITCH, "write the base frame alone; the clip will have the same one"
+    ),
     _field("image", "what", text("FILE"), "animate this picture, cropped to the model's size"),
     _field("num_frames", "what", whole(1, 4096), "frames of a clip", "as the model was trained"),
     _field("num_inference_steps", "how", _COUNT, "steps of the solver"),
@@ -56,7 +58,7 @@ SETTINGS = (
     ),
     _field("base_seed", "what", _SEED, "seed of the base frame"),
     _field("residual_seed", "what", _SEED, "seed of the motion"),
-    _field("solver", "how", choice(SOLVERS), "solver that walks from noise to a clip"),
+    _field("solver", "how", choice(SOLVERS), "solver of the sampling steps"),
     _field("eta", "how", number(0, 1, "ETA"), "share of new noise in each step of ddim"),
     _field("num_videos", "what", _COUNT, "number of clips"),
     _field(
@@ -113,7 +115,7 @@ SETTINGS = (
         "base path",
         choice(BASE_PATHS),
         "follow the base network step by step, or finish the base frame and animate it",
-        "as the checkpoint names it",
+        "the one that the checkpoint names",
     ),
     _field(
         "overlap_phases",
@@ -126,7 +128,7 @@ SETTINGS = (
         "base path",
         ON_OFF,
         "free the base network before the residual phase, or keep it",
-        "keep it where a later batch needs it, or where CUDA has room",
+        "free it, unless a later batch needs it; on CUDA, only where there is too little room",
     ),
     Setting(
         "device",
@@ -257,9 +259,3 @@ def _tokens(entries: dict) -> list[str]:
         elif value or name in _ON_OFF:
             tokens[name] = flag(name, value)
     return list(tokens.values())
-
-
-if __name__ == "__main__":
-    from .settings_page import settings_page
-
-    print(settings_page(), end="")

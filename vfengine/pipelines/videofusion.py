@@ -30,7 +30,7 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, base_noise, frame_weights
 from ..diffusion.noise import NoisePlace, check_seed
 from ..diffusion.solvers import SolverTable, solver_table
-from ..formats.checkpoint import DEFAULT, read_config
+from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
 from ..media.pictures import to_frames, to_network, to_uint8
 from ..models import PlannedUNet, UNet
 from ..names import AUTO
@@ -95,7 +95,7 @@ class VideoFusionPipeline(Pipeline):
         dtype = chosen_dtype(dtype, device)
         folder = DEFAULT if path is None else Path(path)
         config = read_config(folder)
-        kind = {"decomposed": cls, "vdm": PlainVideoPipeline}[config.objective]
+        kind = {DecomposedConfig: cls, PlainConfig: PlainVideoPipeline}[type(config)]
         if base_unet is None:
             if base_prediction_type is not None:
                 raise ValueError("base_prediction_type is that of a base_unet, and none is given")
