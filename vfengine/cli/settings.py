@@ -1,7 +1,8 @@
 """The settings of `python -m vfengine.generate`: flags over --config FILE over defaults.
 
 `SETTINGS` is the one list of them: flags, entries of a file, defaults, help and docs/settings.md
-(`make settings`) come of it. Nothing here imports torch, so that --help and mistyped flags are answered at once.
+(`make settings`) come of it. Nothing here imports torch, so that --help and mistyped flags are
+answered at once.
 """
 
 from __future__ import annotations
