@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS, solver_table
 from vfengine.formats.checkpoint import build_video, load_base, load_residual, read_config

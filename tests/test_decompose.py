@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 from vfengine.diffusion.decompose import (
     add_noise,
     base_index,
-    base_noise,
     combine,
-    decomposed_noise,
     frame_weights,
     joint_loss,
-    philox4x32_10,
     remove_base,
-    residual_noise,
 )
+from vfengine.diffusion.noise import base_noise, decomposed_noise, philox4x32_10, residual_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)

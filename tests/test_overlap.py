@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from test_sampling import SCHEDULE, WALK, base_model, noise_of, residual_model
 
-from vfengine.diffusion.decompose import residual_noise
+from vfengine.diffusion.noise import residual_noise
 from vfengine.diffusion.solvers import solver_table
 from vfengine.sampling.api import sample, sample_video
 from vfengine.sampling.loop import BaseLoop, ResidualLoop

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.solvers import solver_table
 from vfengine.formats.checkpoint import load_base, load_residual, load_video, read_config
 from vfengine.ops import residual_step

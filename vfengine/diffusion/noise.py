@@ -1,4 +1,4 @@
-"""Gaussian noise as new tensors: base noise that all frames share, and each frame's own.
+"""Gaussian noise as new tensors: base noise that all frames share, each frame's own, or both.
 
 The numbers come from a counter and depend on their seed and place alone, bit for bit the same on
 every device: vfengine/ops/decomposed_noise.py defines them.
@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.decomposed_noise import check_place, check_seed, philox4x32_10
 from ..ops.decomposed_noise import decomposed_noise as fill
+from .decompose import Lam, combine
 
-__all__ = ["NoisePlace", "base_noise", "check_seed", "philox4x32_10", "residual_noise"]
+__all__ = [
+    "DecomposedNoise",
+    "NoisePlace",
+    "base_noise",
+    "check_seed",
+    "decomposed_noise",
+    "philox4x32_10",
+    "residual_noise",
+]
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -80,6 +90,45 @@ def residual_noise(
     place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
     out = _empty("residual_noise", shape, 5, dtype, device, **place)
     return fill(out, residual_seed=residual_seed, **place, backend=backend).to(dtype)
+
+
+class DecomposedNoise(NamedTuple):
+    """Noise in its two parts: base [B, C, H, W], shared by the frames, residual [B, N, C, H, W]."""
+
+    base: Tensor
+    residual: Tensor
+
+    def combine(self, lam: Lam) -> Tensor:
+        """Eq. (1): the frames' noise ε_i, [B, N, C, H, W]."""
+        return combine(self.base, self.residual, lam)
+
+
+def decomposed_noise(
+    shape: Sequence[int],
+    base_seed: int,
+    residual_seed: int,
+    *,
+    step: int = 0,
+    sample_offset: int = 0,
+    frame_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> DecomposedNoise:
+    """b and r_i for a clip of shape [B, N, C, H, W], each N(0, I).
+
+    A frame's noise depends on seed, stream, step, sample, frame and element only: never on B, N,
+    chunking, thread count or device. Parts of a larger batch or of a longer clip are drawn with
+    sample_offset and frame_offset.
+
+    Raises TypeError for a seed that is no int, ValueError for a shape or place out of range.
+    """
+    if len(shape) != 5:
+        raise ValueError(f"decomposed_noise: expected [B, N, C, H, W], got {tuple(shape)}")
+    place = {"step": step, "sample_offset": sample_offset, "dtype": dtype, "device": device}
+    return DecomposedNoise(
+        base_noise((shape[0], *shape[2:]), base_seed, **place),
+        residual_noise(shape, residual_seed, frame_offset=frame_offset, **place),
+    )
 
 
 def _empty(name, shape, ndim, dtype, device, **place: int) -> Tensor:

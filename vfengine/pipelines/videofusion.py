@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..devices import AUTO, chosen_device, chosen_dtype, usable_device
 from ..diffusion.base_path import BASE_PATHS, BaseTrajectory
-from ..diffusion.decompose import Lam, base_noise, frame_weights, residual_noise
-from ..diffusion.noise import NoisePlace, check_seed
+from ..diffusion.decompose import Lam, frame_weights
+from ..diffusion.noise import NoisePlace, base_noise, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, CheckpointConfig, read_config
 from ..media.pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8

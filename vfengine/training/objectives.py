@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.decompose import add_noise, decomposed_noise, joint_loss, residual_noise
+from ..diffusion.decompose import add_noise, joint_loss
+from ..diffusion.noise import decomposed_noise, residual_noise
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig, build_base, build_residual, build_video
 from ..sampling.api import sample, sample_video
