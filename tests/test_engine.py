@@ -227,7 +227,7 @@ def test_cache_refuses_what_is_not_its_own(pipe, tmp_path):
 
 
 def loops_of(pipe):
-    return {phase: held.loop for phase, held in pipe._session.loops.items()}
+    return {phase: held.loop for phase, held in pipe._session.loops.kept.items()}
 
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models.layers import tf32_products
+from ..devices import tf32_products
 
 Step = Callable[[], None]
 
