@@ -50,10 +50,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import peak_memory
 import torch
-from clips import DEVICE
-from harness import Row, Target, main, table, verdicts
+from lib import peak_memory
+from lib.clips import DEVICE
+from lib.harness import Row, Target, main, table, verdicts
 from torch import Tensor
 
 from vfengine import VideoFusionPipeline

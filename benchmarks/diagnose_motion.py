@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Row, write_json
 from judge_actions import ACTIONS, HELD_OUT_CLIPS, HELD_OUT_SEED, Judge, read, to_input
+from lib.harness import Row, write_json
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Row, machine, write_json
+from lib.harness import Row, machine, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
