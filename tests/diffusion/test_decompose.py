@@ -366,9 +366,14 @@ def test_loss_is_zero_for_exact_networks():
     x = torch.randn(2, 3, 1, 4, 4)
     noise = decomposed_noise(x.shape, 0, 1)
     base_loss, residual_loss = joint_loss(
-        lambda z, t: noise.base, lambda z, t: noise.residual, x, torch.tensor([5, 800]), *noise,
-        schedule=SCHEDULE, lam=0.5,
-    )  # fmt: skip
+        lambda z, t: noise.base,
+        lambda z, t: noise.residual,
+        x,
+        torch.tensor([5, 800]),
+        *noise,
+        schedule=SCHEDULE,
+        lam=0.5,
+    )
     assert base_loss.abs().max() == 0
     assert residual_loss.abs().max() < 1e-12
 

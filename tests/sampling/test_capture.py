@@ -59,9 +59,15 @@ def networks():
         base = load_base(None, CONFIG, dtype=torch.bfloat16)
         residual = load_residual(None, CONFIG, dtype=torch.bfloat16)
         config = type(CONFIG)(
-            num_frames=FRAMES, height=64, width=64, channels=3, fps=8.0, labels=CONFIG.labels,
-            schedule=CONFIG.schedule, video=vdm_config(CONFIG.base),
-        )  # fmt: skip
+            num_frames=FRAMES,
+            height=64,
+            width=64,
+            channels=3,
+            fps=8.0,
+            labels=CONFIG.labels,
+            schedule=CONFIG.schedule,
+            video=vdm_config(CONFIG.base),
+        )
         video = build_video(config).bfloat16().eval().requires_grad_(False)
         return {"base": base, "residual": residual, "video": video}
 

@@ -125,9 +125,10 @@ class StubCuda:
 def test_captured_warms_up_on_the_side_and_replays(monkeypatch):
     cuda = StubCuda(monkeypatch)
     replay = capture.captured(
-        lambda: cuda.calls.append(f"step on {cuda.here()}"), CUDA,
+        lambda: cuda.calls.append(f"step on {cuda.here()}"),
+        CUDA,
         lambda: cuda.calls.append("rewind"),
-    )  # fmt: skip
+    )
     warm_up = ["rewind", "step on side"] * 2 + ["rewind"]
     recording = ["synchronize", "empty_cache", "capture thread_local", "step on side", "captured"]
     begin = ["synchronize", "side waits for main"]

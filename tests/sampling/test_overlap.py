@@ -102,9 +102,13 @@ def test_overlapped_phases_report_every_step():
     calls = []
     noise = noise_of((1, 2, 1, 4, 4))
     sample(
-        base_model, residual_model, *noise, overlap_phases=True,
-        callback=lambda *call: calls.append(call), **WALK,
-    )  # fmt: skip
+        base_model,
+        residual_model,
+        *noise,
+        overlap_phases=True,
+        callback=lambda *call: calls.append(call),
+        **WALK,
+    )
     for phase in ("base", "residual"):
         assert [c for c in calls if c[0] == phase] == [(phase, k + 1, 8) for k in range(8)]
     for k in range(8):  # a step behind
@@ -140,9 +144,13 @@ def test_loops_can_be_started_again():
 def test_rejects_two_phases_at_once_in_the_interleaved_form():
     with pytest.raises(ValueError, match="overlap_phases"):
         sample(
-            base_model, residual_model, *noise_of((1, 2, 1, 4, 4)),
-            method="interleaved", overlap_phases=True, **WALK,
-        )  # fmt: skip
+            base_model,
+            residual_model,
+            *noise_of((1, 2, 1, 4, 4)),
+            method="interleaved",
+            overlap_phases=True,
+            **WALK,
+        )
 
 
 # -- plain video diffusion -------------------------------------------------------------------------
@@ -162,9 +170,14 @@ def test_video_model_equals_diffusers_ddim(eta):
         z = scheduler.step(eps, int(t), z, eta=eta, variance_noise=xi).prev_sample
     calls = []
     video = sample_video(
-        residual_model, noise, schedule=SCHEDULE, num_inference_steps=20, eta=eta, seed=4,
+        residual_model,
+        noise,
+        schedule=SCHEDULE,
+        num_inference_steps=20,
+        eta=eta,
+        seed=4,
         callback=lambda *call: calls.append(call),
-    )  # fmt: skip
+    )
     assert (video - z).abs().max() <= 1e-10 * z.abs().max()
     assert calls == [("video", k + 1, 20) for k in range(20)]
 

@@ -82,10 +82,10 @@ def combine(base: Tensor, residual: Tensor, lam: Lam) -> Tensor:
 
     base: [B, C, H, W], residual: [B, N, C, H, W]; returns [B, N, C, H, W], frame m equal to base
     """
-    shared, own = _shares(lam, residual)
+    base_share, residual_share = _shares(lam, residual)
     _check_image("base", base, residual)
     dtype = torch.promote_types(base.dtype, residual.dtype)
-    return (shared * base.unsqueeze(1) + own * residual).to(dtype)
+    return (base_share * base.unsqueeze(1) + residual_share * residual).to(dtype)
 
 
 def add_noise(x: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -112,11 +112,11 @@ def remove_base(
 
     z: [B, N, C, H, W], b_hat: [B, C, H, W], t: int64 [B]; returns [B, N, C, H, W]
     """
-    shared, _ = _shares(lam, z)
+    base_share, _ = _shares(lam, z)
     _check_image("b_hat", b_hat, z)
     _, noise = schedule.signal_and_noise(t, z)
     dtype = torch.promote_types(z.dtype, b_hat.dtype)
-    return (z - shared * noise * b_hat.unsqueeze(1)).to(dtype)
+    return (z - base_share * noise * b_hat.unsqueeze(1)).to(dtype)
 
 
 def joint_loss(
@@ -161,14 +161,14 @@ def joint_loss(
     _check_image("the base model's output", b_hat, x)
     base_loss = (base_noise - b_hat).square().flatten(1).mean(1)  # (4)
 
-    given = b_hat.detach() if stop_gradient else b_hat  # sg[b̂]
-    given = _exact_where(exact_base, base_noise, given)
-    r_hat = residual_model(remove_base(z, given, lam, t, schedule), t)  # (3)
+    removed = b_hat.detach() if stop_gradient else b_hat  # sg[b̂]
+    removed = _exact_where(exact_base, base_noise, removed)
+    r_hat = residual_model(remove_base(z, removed, lam, t, schedule), t)  # (3)
     if r_hat.shape != x.shape:
         raise ValueError(
             f"the residual model's output must be {list(x.shape)}, got {list(r_hat.shape)}"
         )
-    error = (eps - combine(given, r_hat, lam)).square().flatten(2).mean(2)  # (5), [B, N]
+    error = (eps - combine(removed, r_hat, lam)).square().flatten(2).mean(2)  # (5), [B, N]
     others = [i for i in range(x.shape[1]) if i != m]
     residual_loss = error[:, others].sum(1) / max(len(others), 1)
 

@@ -63,9 +63,9 @@ def base_noise(
     Raises TypeError for a seed that is no int or a dtype, ValueError for anything out of range.
     """
     check_seed(base_seed, "base_seed")
-    place = {"step": step, "sample_offset": sample_offset}
-    out = _empty("base_noise", shape, 4, dtype, device, **place)
-    return fill(out, base_seed, **place, backend=backend).to(dtype)
+    offsets = {"step": step, "sample_offset": sample_offset}
+    out = _empty("base_noise", shape, 4, dtype, device, **offsets)
+    return fill(out, base_seed, **offsets, backend=backend).to(dtype)
 
 
 def residual_noise(
@@ -87,9 +87,9 @@ def residual_noise(
     Raises TypeError for a seed that is no int or a dtype, ValueError for anything out of range.
     """
     check_seed(residual_seed, "residual_seed")
-    place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
-    out = _empty("residual_noise", shape, 5, dtype, device, **place)
-    return fill(out, residual_seed=residual_seed, **place, backend=backend).to(dtype)
+    offsets = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
+    out = _empty("residual_noise", shape, 5, dtype, device, **offsets)
+    return fill(out, residual_seed=residual_seed, **offsets, backend=backend).to(dtype)
 
 
 class DecomposedNoise(NamedTuple):
@@ -124,19 +124,26 @@ def decomposed_noise(
     """
     if len(shape) != 5:
         raise ValueError(f"decomposed_noise: expected [B, N, C, H, W], got {tuple(shape)}")
-    place = {"step": step, "sample_offset": sample_offset, "dtype": dtype, "device": device}
+    both = {"step": step, "sample_offset": sample_offset, "dtype": dtype, "device": device}
     return DecomposedNoise(
-        base_noise((shape[0], *shape[2:]), base_seed, **place),
-        residual_noise(shape, residual_seed, frame_offset=frame_offset, **place),
+        base_noise((shape[0], *shape[2:]), base_seed, **both),
+        residual_noise(shape, residual_seed, frame_offset=frame_offset, **both),
     )
 
 
-def _empty(name, shape, ndim, dtype, device, **place: int) -> Tensor:
+def _empty(
+    name: str,
+    shape: Sequence[int],
+    ndim: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    **offsets: int,
+) -> Tensor:
     """What the noise is drawn into: of dtype, or fp32 on its way to fp64."""
     if len(shape) != ndim or any(int(n) < 1 for n in shape):
         raise ValueError(f"{name}: expected {ndim} positive sizes, got {tuple(shape)}")
     if dtype not in _FLOAT_DTYPES:
         raise TypeError(f"{name}: dtype must be a floating point one, got {dtype}")
-    check_place(name, **place)
+    check_place(name, **offsets)
     drawn = torch.float32 if dtype == torch.float64 else dtype
     return torch.empty(tuple(shape), dtype=drawn, device=device)

@@ -32,7 +32,7 @@ from .windows import windowed
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSpec(LoopSpec):
-    """What a base loop is made for."""
+    """What a base loop is made from."""
 
     phase = "base"
 
@@ -144,7 +144,10 @@ class PathSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSpec(LoopSpec):
-    """What a residual loop is made for; path: None for a plain video model, which has none."""
+    """What a residual loop is made from.
+
+    motion, path: a plain video model has neither; path is None then
+    """
 
     motion: Motion = Motion(lam=0.0)
     path: PathSpec | None = None
@@ -158,9 +161,9 @@ class ResidualSpec(LoopSpec):
 
         Raises ValueError for λ or windows that do not fit the clips.
         """
-        if self.motion.windows is not None:
-            how = {"lam": self.motion.lam, "device": self.device}
-            model = windowed(model, self.shape[1], *self.motion.windows, **how)
+        frames, lam, windows = self.shape[1], self.motion.lam, self.motion.windows
+        if windows is not None:
+            model = windowed(model, frames, *windows, lam=lam, device=self.device)
         return ResidualLoop(model, self)
 
 
