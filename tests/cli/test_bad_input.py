@@ -116,8 +116,8 @@ def test_broken_checkpoints(cli, tmp_path):
     ],
 )
 def test_refused_before_sampling(cli, clean_checkpoint, monkeypatch, flags, words):
-    monkeypatch.setattr("vfengine.pipelines.session.Session._run", None)
-    monkeypatch.setattr("vfengine.pipelines.session.Session.overlapped", None)
+    monkeypatch.setattr("vfengine.sampling.driver.Driver._run", None)
+    monkeypatch.setattr("vfengine.sampling.driver.Driver.overlapped", None)
     many = [] if "--preview" in flags or "--num-residuals" in flags else ["--num-residuals", 2]
     assert refused(cli(*WALK, *many, *flags, model=clean_checkpoint), *words)
     assert os.listdir() == []

@@ -157,9 +157,15 @@ def test_cache_tells_apart_whatever_a_path_depends_on(tiny_checkpoint, tmp_path)
     half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16, device="cpu")
     other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1), **ON_CPU)
     changes = [
-        {}, {"base_seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 5},
-        {"solver": "dpmsolver++"}, {"eta": 0.5}, {"num_videos": 2}, {"sample_offset": 1},
-    ]  # fmt: skip
+        {},
+        {"base_seed": 1},
+        {"guidance_scale": 3.0},
+        {"num_inference_steps": 5},
+        {"solver": "dpmsolver++"},
+        {"eta": 0.5},
+        {"num_videos": 2},
+        {"sample_offset": 1},
+    ]
     for change in changes:
         pipe.walk_base("walk", **{**base, **change})
     pipe.walk_base("jump", **base)
@@ -222,7 +228,7 @@ def test_cache_refuses_what_is_not_its_own(pipe, tmp_path):
 
 
 def loops_of(pipe):
-    return {phase: held.loop for phase, held in pipe._session.loops.items()}
+    return {phase: held.loop for phase, held in pipe._session.loops.kept.items()}
 
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):
@@ -392,9 +398,11 @@ def test_a_plain_video_model_is_sampled_by_the_same_call(tiny_video_checkpoint):
     network = pipe._session.networks["video"]
     noise = vf.decomposed_noise((1, 4, 3, 16, 16), 0, 1).residual
     video = sample_video(
-        lambda z, t: network(z, t, class_labels=labels), noise, schedule=pipe.schedule,
+        lambda z, t: network(z, t, class_labels=labels),
+        noise,
+        schedule=pipe.schedule,
         num_inference_steps=STEPS,
-    )  # fmt: skip
+    )
     expected = (video / 2 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
     np.testing.assert_allclose(out.frames, expected, atol=1e-6)
     part = call(pipe, sample_offset=1).frames

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusion.base_path import BaseTrajectory
-from ..diffusion.decompose import residual_noise
-from ..diffusion.noise import NoisePlace, check_seed
+from ..diffusion.noise import NoisePlace, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import CheckpointConfig
 from ..sampling.guidance import Condition

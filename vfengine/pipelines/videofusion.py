@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..devices import chosen_device, chosen_dtype, usable_device
 from ..diffusion.base_path import BaseTrajectory
-from ..diffusion.decompose import Lam, base_noise, frame_weights
-from ..diffusion.noise import NoisePlace, check_seed
+from ..diffusion.decompose import Lam, frame_weights
+from ..diffusion.noise import NoisePlace, base_noise, check_seed
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
 from ..media.pictures import to_frames, to_network, to_uint8

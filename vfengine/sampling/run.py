@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -46,14 +46,9 @@ class Run:
         yield
         self.timings[name] = self.timings.get(name, 0.0) + _now(device) - started
 
-    @contextmanager
-    def phase(self, name: str, steps: int, device: torch.device) -> Iterator[Callable[[int], None]]:
-        """A phase, in the `with` block: it is timed, and given what reports its steps done.
-
-        All phases but the base phase are timed as "residual".
-        """
-        with self.timed("base" if name == "base" else "residual", device):
-            yield lambda done: self.report(name, done, steps)
+    def phase(self, name: str, device: torch.device) -> AbstractContextManager[None]:
+        """Times the `with` block: a phase, of which all but the base phase count as "residual"."""
+        return self.timed("base" if name == "base" else "residual", device)
 
 
 def _now(device: torch.device) -> float:
