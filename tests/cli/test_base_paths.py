@@ -46,14 +46,23 @@ def test_trajectory_of_several_clips(cli):
         assert np.array_equal(read_video(f"a-{k:03d}.webp").frames, written[k])
     assert refused(
         cli("--label", "walk", "--num-videos", 2, "--base-trajectory", "t.safetensors"),
-        "t.safetensors: ", "holds 3 clips, neither 1 nor the 2 asked for",
-    )  # fmt: skip
+        "t.safetensors: ",
+        "holds 3 clips, neither 1 nor the 2 asked for",
+    )
 
 
 def test_one_trajectory_serves_several_clips(cli):
     cli("--label", "walk", "--base-trajectory", "t.safetensors", "--output", "a.webp")
-    cli("--label", "walk", "--base-trajectory", "t.safetensors", "--num-videos", 3, "--output",
-        "b.webp")  # fmt: skip
+    cli(
+        "--label",
+        "walk",
+        "--base-trajectory",
+        "t.safetensors",
+        "--num-videos",
+        3,
+        "--output",
+        "b.webp",
+    )
     clips = [read_video(f"b-{k:03d}.webp").frames for k in range(3)]
     assert np.array_equal(clips[0], read_video("a.webp").frames)
     assert np.array_equal(clips[0][2], clips[2][2])

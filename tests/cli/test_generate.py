@@ -200,8 +200,11 @@ ENVIRONMENT = {
 def test_no_progress_bar_in_a_pipe(tiny_checkpoint, tmp_path):
     done = subprocess.run(
         [*COMMAND, "--model", tiny_checkpoint, "--label=walk", "--num_inference_steps=3", "--json"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["timings"]["startup"] > 0.1  # the interpreter and torch count
     assert os.listdir(tmp_path) == ["walk.mp4"]
@@ -246,11 +249,22 @@ def test_a_terminal_shows_progress_and_signals_leave_nothing(
 ):
     terminal, stderr = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, "--model", tiny_checkpoint, "--label=walk", "--num-inference-steps=1000",
-         "--num-videos=100", "--base-trajectory=t.safetensors"],
-        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        [
+            *COMMAND,
+            "--model",
+            tiny_checkpoint,
+            "--label=walk",
+            "--num-inference-steps=1000",
+            "--num-videos=100",
+            "--base-trajectory=t.safetensors",
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
-    )  # fmt: skip
+    )
     os.close(stderr)
     try:
         bar = read_terminal(terminal, until=b"base:")

@@ -49,8 +49,16 @@ def test_values_keep_their_underscores():
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_config_file_and_flags_over_it(tmp_path, suffix):
     file = tmp_path / f"c.{suffix}"
-    values = {"label": "walk", "num-frames": 8, "guidance_scale": 3, "json": True, "quiet": False,
-              "seed": 5, "fps": None, "dtype": "bf16"}  # fmt: skip
+    values = {
+        "label": "walk",
+        "num-frames": 8,
+        "guidance_scale": 3,
+        "json": True,
+        "quiet": False,
+        "seed": 5,
+        "fps": None,
+        "dtype": "bf16",
+    }
     lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
     file.write_text(json.dumps(values) if suffix == "json" else "\n".join(lines))
     settings = read_settings(["--config", str(file), "--num-frames", "2"])

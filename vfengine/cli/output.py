@@ -89,7 +89,7 @@ def check_outputs(output: Path, count: int) -> list[Path]:
 
 
 def check_base_files(settings: argparse.Namespace) -> None:
-    """Finds out whether base paths can be kept where they are asked to be."""
+    """Refuses places where no base path can be written: UsageError or OSError."""
     from ..files import check_writable
 
     if settings.base_trajectory is not None:

@@ -84,7 +84,7 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 
 def to_frames(video: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Image.Image]]:
-    """[B, N, C, H, W] in -1..1 to the asked form, in 0..1 (see `VideoFusionOutput`)."""
+    """[B, N, C, H, W] in -1..1 to frames in 0..1, of an output type of `VideoFusionOutput`."""
     video = (video * 0.5 + 0.5).clamp(0.0, 1.0)
     if output_type == "pt":
         return video

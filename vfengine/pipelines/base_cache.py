@@ -1,6 +1,6 @@
-"""A folder of base paths, so that a look that was walked once is never walked again.
+"""A folder of base paths, so that no path is walked twice.
 
-A path depends on the base weights, what they were asked for, and the solver; the name of its file
+A path depends on the base network, its condition, its noise and the solver; the name of its file
 is a hash of all that, so that another model, label, seed or precision finds another file. Files are
 those of `BaseTrajectory.save`, and can be used by themselves.
 """

@@ -65,7 +65,7 @@ class Batches:
         return Steps("", 0, self._steps_from(0))
 
     def run(self, on_step: Callable[[Steps], None] | None = None) -> Iterator[Batch]:
-        """The batches, each made when it is asked for; raises what the pipeline raises.
+        """The batches, each made when it is needed; raises what the pipeline raises.
 
         on_step: called when a phase begins, and after each of its steps
         """

@@ -116,7 +116,7 @@ def conflicts(written: Mapping[str, Any]) -> Iterator[Conflict]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VideoRequest:
-    """What a plain video model is asked for; the fields are keywords of `VideoFusionPipeline`.
+    """The settings of a plain video model; `VideoFusionPipeline.__call__` says what they mean.
 
     Raises ValueError for what no model can do.
     """
@@ -177,7 +177,7 @@ class VideoRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplingRequest(VideoRequest):
-    """What a decomposed model is asked for; the fields are keywords of `VideoFusionPipeline`.
+    """The settings of a decomposed model; `VideoFusionPipeline.__call__` says what they mean.
 
     preview: make the base frames alone, as clips of one frame
 

@@ -151,7 +151,7 @@ class VideoFusionPipeline(Pipeline):
                         the trained length where num_frames is larger; window=0: none
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
         offload_base:   let the base network's weights go before the residual phase, and read them
-                        again when next needed; None does so on a CPU when one label is asked for,
+                        again when next needed; None does so on a CPU where there is one label,
                         on CUDA only where the residual network would find no room beside them
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
@@ -326,7 +326,7 @@ class VideoFusionPipeline(Pipeline):
         eta: float = 0.0,
         base_path: str | None = None,
     ) -> None:
-        """ValueError, naming both sides, when this model cannot follow a base path as asked.
+        """ValueError, naming both sides, when this model cannot follow a base path.
 
         The path must have been walked by this base network, or come from an image; on this noise
         schedule, with these steps, solver and eta; for 1 or num_clips clips of this size; and a
