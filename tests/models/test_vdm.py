@@ -166,10 +166,10 @@ def test_vdm_config_file_holds_its_own_entries_alone(folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["format"] == "vfengine-vdm-1"
     assert values["video"]["temporal_feed_forward"] is False
-    assert values.keys() == {
+    assert list(values) == [
         *("format", "num_frames", "height", "width", "channels", "labels", "fps", "schedule"),
         *("video", "video_std", "sha256"),
-    }
+    ]
 
 
 def test_saving_a_vdm_replaces_a_decomposed_model_whole(tmp_path):
