@@ -53,6 +53,7 @@ def _train(settings: argparse.Namespace) -> int:
     _check(settings)
     trainer = _trainer(settings, options, state_file)
     settings.output.mkdir(parents=True, exist_ok=True)
+    print(_describe(trainer, settings), file=sys.stderr)
     with (settings.output / "log.jsonl").open("a", encoding="utf-8") as log:
         _run(trainer, settings, log)
     checkpoint = settings.output / "checkpoint"
@@ -71,16 +72,19 @@ def _trainer(settings: argparse.Namespace, options: TrainingOptions, state_file:
     elif settings.init_from:
         fresh = trainer.warm_start(settings.init_from)
         print(f"not in {settings.init_from}: {', '.join(fresh) or 'nothing'}", file=sys.stderr)
+    return trainer
+
+
+def _describe(trainer: Trainer, settings: argparse.Namespace) -> str:
+    """What is trained on what, in one line."""
     sizes = [
         f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
         for name, net in trainer.networks.items()
     ]
-    print(
-        f"{len(clips)} clips of {len(names)} classes; {' and '.join(sizes)} parameters; "
-        f"{options.precision} on {settings.device}",
-        file=sys.stderr,
+    return (
+        f"{len(trainer.clips)} clips of {len(trainer.config.labels)} classes; "
+        f"{' and '.join(sizes)} parameters; {trainer.options.precision} on {settings.device}"
     )
-    return trainer
 
 
 def _run(trainer: Trainer, settings: argparse.Namespace, log: TextIO) -> None:
