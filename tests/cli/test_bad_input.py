@@ -8,8 +8,6 @@ import torch
 from command_line import WALK, refused
 from conftest import save_tiny
 
-from vfengine.cli import generate
-
 
 @pytest.mark.parametrize(
     ("argv", "words"),
@@ -57,7 +55,7 @@ def test_cuda_without_a_device(cli, monkeypatch):
 
 def test_folder_that_cannot_be_written_to_is_found_before_sampling(cli, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr(generate, "_open_pipeline", None)
+    monkeypatch.setattr("vfengine.cli.job._open_pipeline", None)
     assert refused(cli("--label", "walk", "--output", "a.mp4"), "folder is not writable")
     assert refused(
         cli("--label", "walk", "--base-trajectory", "t.safetensors"), "folder is not writable"

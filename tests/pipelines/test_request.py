@@ -152,7 +152,7 @@ def test_settings_that_cannot_go_together(values, error):
 
 @pytest.mark.parametrize(("flags", "error"), [rule[2:] for rule in RULES if rule[2]])
 def test_flags_that_cannot_go_together(cli, monkeypatch, flags, error):
-    monkeypatch.setattr("vfengine.cli.generate._open_pipeline", None)  # found before that
+    monkeypatch.setattr("vfengine.cli.job._open_pipeline", None)  # found before that
     with pytest.raises(UsageError, match=f"^{error}"):
         read_settings(flags.split())
     assert refused(cli(*WALK, *flags.split()), error)

@@ -14,6 +14,10 @@ class UsageError(ValueError):
     """Bad input, in one line."""
 
 
+class Failure(RuntimeError):
+    """Something that went wrong after all input had been accepted, in one line."""
+
+
 def one_line(thing: object) -> str:
     """An error's reason, or any value, without line breaks."""
     return " ".join(str(getattr(thing, "strerror", None) or thing).split())

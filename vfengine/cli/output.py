@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .flags import UsageError, one_line
+from .flags import Failure, UsageError, one_line
 from .settings import DEFAULTS
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from ..pipelines.plain_video import PlainVideoPipeline
     from ..pipelines.request import VideoRequest
     from ..pipelines.videofusion import VideoFusionPipeline
-
-
-class Failure(RuntimeError):
-    """Something that went wrong after all input had been accepted, in one line."""
 
 
 class Job(NamedTuple):

@@ -8,7 +8,6 @@ answered at once.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,6 +219,8 @@ def _with_hyphens(token: str) -> str:
 
 def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[str]]:
     """The file's entries, put through the same checks as flags; as `_parse`."""
+    import json
+
     import yaml
 
     try:
