@@ -60,7 +60,7 @@ from vfengine import VideoFusionPipeline
 from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.decompose import frame_weights
 from vfengine.diffusion.noise import residual_noise
-from vfengine.formats.checkpoint import DEFAULT, load_residual
+from vfengine.formats.checkpoint import DEFAULT, load_network
 from vfengine.media.pictures import to_frames, to_uint8
 from vfengine.models import for_inference
 from vfengine.sampling.api import sample_residual
@@ -124,7 +124,7 @@ class Maker:
         self.pipeline = VideoFusionPipeline.from_pretrained(device=DEVICE, dtype=torch.bfloat16)
         self.config = self.pipeline.config
         place = self.pipeline.device, torch.bfloat16
-        self.network = load_residual(DEFAULT, self.config, *place)
+        self.network = load_network(DEFAULT, self.config, "residual", *place)
         self.network.unet = for_inference(self.network.unet, *place[::-1])  # as the pipeline does
 
     def path(self, label: str) -> BaseTrajectory:

@@ -27,7 +27,7 @@ __all__ = [
     "residual_noise",
 ]
 
-_FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _empty(
     """What the noise is drawn into: of dtype, or fp32 on its way to fp64."""
     if len(shape) != ndim or any(int(n) < 1 for n in shape):
         raise ValueError(f"{name}: expected {ndim} positive sizes, got {tuple(shape)}")
-    if dtype not in _FLOAT_DTYPES:
+    if dtype not in NOISE_DTYPES:
         raise TypeError(f"{name}: dtype must be a floating point one, got {dtype}")
     check_place(name, **offsets)
     drawn = torch.float32 if dtype == torch.float64 else dtype

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion.base_path import BASE_PATHS, BaseTrajectory
+from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, Model, frame_weights
-from ..diffusion.noise import NoisePlace, check_seed
+from ..diffusion.noise import NOISE_DTYPES, NoisePlace, check_seed
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import solver_table
+from ..names import BASE_PATHS
 from .driver import Driver
 from .run import Callback, Run
 from .two_phase import Motion
 
 METHODS = ("two_phase", "interleaved")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IMAGES, _CLIPS = "[B, C, H, W]", "[B, N, C, H, W]"
 
 
@@ -217,8 +217,8 @@ def _check_noise(name: str, noise: Tensor, axes: str) -> None:
     """axes: the shape that the noise must have, such as "[B, C, H, W]"."""
     if noise.ndim != axes.count(",") + 1 or noise.numel() == 0:
         raise ValueError(f"{name} must be {axes}, got {list(noise.shape)}")
-    if noise.dtype not in DTYPES:
-        raise TypeError(f"{name} must be one of {DTYPES}, got {noise.dtype}")
+    if noise.dtype not in NOISE_DTYPES:
+        raise TypeError(f"{name} must be one of {NOISE_DTYPES}, got {noise.dtype}")
 
 
 def _check_pair(name: str, base: Tensor, residual: Tensor, batches: Sequence[int]) -> None:
