@@ -59,9 +59,15 @@ def networks():
         base = load_network(None, CONFIG, "base", dtype=torch.bfloat16)
         residual = load_network(None, CONFIG, "residual", dtype=torch.bfloat16)
         config = PlainConfig(
-            num_frames=FRAMES, height=64, width=64, channels=3, fps=8.0, labels=CONFIG.labels,
-            schedule=CONFIG.schedule, video=vdm_config(CONFIG.base),
-        )  # fmt: skip
+            num_frames=FRAMES,
+            height=64,
+            width=64,
+            channels=3,
+            fps=8.0,
+            labels=CONFIG.labels,
+            schedule=CONFIG.schedule,
+            video=vdm_config(CONFIG.base),
+        )
         video = build_network(config, "video").bfloat16().eval().requires_grad_(False)
         return {"base": base, "residual": residual, "video": video}
 
