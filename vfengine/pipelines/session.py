@@ -24,7 +24,7 @@ from ..diffusion.decompose import Lam, Model, frame_weights
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig, load_base, load_residual, load_video
 from ..models import UNet, for_inference
-from ..plan.packing import return_memory
+from ..plan.memory import return_memory
 from ..sampling.cuda_graph import empty_cache, surroundings_key, weights_key
 from ..sampling.loop import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
 from ..sampling.overlap import run_overlapped

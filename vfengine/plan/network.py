@@ -21,7 +21,8 @@ from vfengine.native import vfengine_native
 from ..models.layers import Attention, ResBlock, TemporalConv, Transformer
 from ..models.unet import Stage, UNet
 from . import gather as taps
-from .packing import PackedLayers, Weights, is_light, joins_output, return_memory, takes_winograd
+from .memory import return_memory
+from .packing import PackedLayers, Weights, is_light, joins_output, takes_winograd
 from .program import Builder, Program, Rows, Source
 
 _PROGRAMS = 4  # shapes whose programs are kept
@@ -169,7 +170,7 @@ class _Forward:
             self.context = build.rows(context_shape[0] * context_shape[1], context_shape[2])
         self.modulation = build.matmul(self.embedding, layers.embedding, out_dtype=torch.float32)
         self.out = self._network()
-        self.program: Program = build.program()
+        self.program: Program = build.program(self.out)
         del self.build
 
     def __call__(
@@ -201,9 +202,8 @@ class _Forward:
     def _network(self) -> Rows:
         layers, build, size = self.layers, self.build, self.size
         h = self._conv([self.x], layers.conv_in, size, taps.same(*size), size)
-        build.free(self.x)
         if layers.transformer_in is not None:
-            h = self._replace(h, self._transformer(layers.transformer_in, h))
+            h = self._transformer(layers.transformer_in, h)
         skips = [(h, size)]
         for level, stages in enumerate(layers.down):
             for stage in stages:
@@ -215,28 +215,19 @@ class _Forward:
                 size = smaller
                 skips.append((h, size))
         for stage in layers.mid:
-            before = h
             h = self._stage(stage, [h], size)
-            if all(before is not kept for kept, _ in skips):
-                build.free(before)
         for level, stages in enumerate(layers.up):
             for stage in stages:
                 skip = skips.pop()[0]
-                out = self._stage(stage, [h, skip], size)
-                build.free(h) if h is skip else build.free(h, skip)
-                h = out
+                h = self._stage(stage, [h, skip], size)
             if level < len(layers.upsamplers):
                 larger = skips[-1][1]
-                h = self._replace(h, self._upsample(layers.upsamplers[level], h, size, larger))
+                h = self._upsample(layers.upsamplers[level], h, size, larger)
                 size = larger
-        h = self._replace(h, build.group_norm([h], layers.norm_out, self.images))
+        h = build.group_norm([h], layers.norm_out, self.images)
         return self._conv(
             [h], layers.conv_out, size, taps.same(*size), size, out_dtype=torch.float32
         )
-
-    def _replace(self, old: Rows, new: Rows) -> Rows:
-        self.build.free(old)
-        return new
 
     def _conv(
         self,
@@ -276,10 +267,10 @@ class _Forward:
     def _stage(self, stage: Stage, sources: list[Rows], size: tuple[int, int]) -> Rows:
         h = self._res_block(stage.resnet, sources, size)
         if stage.temp_conv is not None:
-            h = self._replace(h, self._temporal_conv(stage.temp_conv, h))
+            h = self._temporal_conv(stage.temp_conv, h)
         for transformer in (stage.spatial, stage.temporal):
             if transformer is not None:
-                h = self._replace(h, self._transformer(transformer, h))
+                h = self._transformer(transformer, h)
         return h
 
     def _res_block(self, block: ResBlock, sources: list[Rows], size: tuple[int, int]) -> Rows:
@@ -289,18 +280,16 @@ class _Forward:
         shared = pixels if self.per_frame else pixels * self.frames
         bias = None if block.scale_shift else (self.modulation, column, shared)
         h = self._same_conv(normed, block.conv1, size, bias=bias)
-        build.free(normed)
         modulation = (self.modulation, column, column + channels) if block.scale_shift else None
-        h = self._replace(h, build.group_norm([h], block.norm2, self.images, modulation=modulation))
+        h = build.group_norm([h], block.norm2, self.images, modulation=modulation)
         if not isinstance(block.conv_shortcut, nn.Conv2d):
             out = self._same_conv(h, block.conv2, size, residual=sources[0])
         elif takes_winograd(block.conv2):
             read = [Source(x) for x in sources]
             out = build.matmul(read, self.layers.weights[block.conv_shortcut])
-            self._same_conv(h, block.conv2, size, residual=out, out=out)
+            out = self._same_conv(h, block.conv2, size, residual=out)
         else:
             out = self._conv([h, *sources], block.conv2, size, taps.same(*size), size)
-        build.free(h)
         return out
 
     def _same_conv(self, x: Rows, conv: nn.Conv2d, size: tuple[int, int], **options) -> Rows:
@@ -316,8 +305,6 @@ class _Forward:
         pixels = clip // self.frames
         for norm, conv in zip(block.norms, block.convs, strict=True):
             normed = build.group_norm([h], norm, self.images, num_frames=self.frames)
-            if h is not x:
-                build.free(h)
             weights, residual = self.layers.weights[conv], x if conv is block.convs[-1] else None
             if takes_winograd(conv):
                 shape = (self.batch, self.frames, pixels)
@@ -325,7 +312,6 @@ class _Forward:
             else:
                 source = Source(normed, taps.neighbours(self.frames, pixels), clip)
                 h = build.matmul([source], weights, item_rows=clip, residual=residual)
-            build.free(normed)
         return h
 
     def _transformer(self, transformer: Transformer, x: Rows) -> Rows:
@@ -335,24 +321,20 @@ class _Forward:
         frames = self.frames if transformer.norm_over_frames else 1
         normed = build.group_norm([x], transformer.norm, self.images, num_frames=frames, silu=False)
         h = build.matmul(normed, weights[transformer.proj_in])
-        build.free(normed)
         blocks, gated = (transformer, *transformer.rest), None
         for block in blocks:
             for norm, attention, into, kv, bias in self._attentions(transformer, block):
-                self._attend(norm, attention, into, kv, bias, h, transformer.axis)
+                h = self._attend(norm, attention, into, kv, bias, h, transformer.axis)
             if block.ff is not None:
                 normed = build.layer_norm(h, block.norm3)
                 gated = build.matmul(normed, weights[block.ff.proj])
-                build.free(normed)
                 if block is blocks[-1] and joins_output(transformer):
                     break
-                build.matmul(gated, weights[block.ff.out], residual=h, out=h)
-                build.free(gated)
+                h = build.matmul(gated, weights[block.ff.out], residual=h)
                 gated = None
         read = [h] if gated is None else [h, gated]
         sources = [Source(rows) for rows in read]
         out = build.matmul(sources, weights[transformer.proj_out], residual=x)
-        build.free(*read)
         return out
 
     def _tiled(self, transformer: Transformer, x: Rows) -> Rows:
@@ -379,14 +361,10 @@ class _Forward:
             feed_forward=feed_forward,
             proj_out=weights[transformer.proj_out],
         )
-        build.free(*(kv for _, _, _, kv, _ in attentions if kv is not None))
         return out
 
     def _attentions(self, transformer: Transformer, block: nn.Module):
-        """(norm, attention, weights of q k v or of q, rows of a context's k and v, bias) of each.
-
-        The rows are new; whoever takes them frees them.
-        """
+        """(norm, attention, weights of q k v or of q, rows of a context's k and v, bias) of each."""
         weights, bias = self.layers.weights, None
         if block.bias is not None:
             bias = block.bias(self.frames, torch.device("cpu")).float().contiguous()
@@ -409,22 +387,19 @@ class _Forward:
         bias: Tensor | None,
         h: Rows,
         axis: str,
-    ) -> None:
-        """h += attention(norm(h)), in place."""
+    ) -> Rows:
+        """h + attention(norm(h))"""
         build, heads = self.build, _heads(attention)
         normed = build.layer_norm(h, norm)
         q = build.matmul(normed, into)
-        build.free(normed)
         if axis == "time":
             shape = (self.batch, self.frames, h.count // self.images)
             out = build.temporal_attention(q, shape, heads, bias)
         elif kv is not None:
             out = build.spatial_attention(q, kv, self.images, heads, self.batch)
-            build.free(kv)
         else:
             out = build.spatial_attention(q, q, self.images, heads, self.images)
-        build.matmul(out, self.layers.weights[attention.to_out], residual=h, out=h)
-        build.free(q, out)
+        return build.matmul(out, self.layers.weights[attention.to_out], residual=h)
 
 
 def _heads(attention: Attention) -> tuple[int, int, float]:

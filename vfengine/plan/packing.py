@@ -7,8 +7,6 @@ pixel, convolutions in Winograd's form.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +20,7 @@ from vfengine.ops.temporal_attention import MAX_HEAD_DIM
 from ..models.layers import Attention, ResBlock, TemporalConv, Transformer
 from ..models.unet import UNet
 from .gather import QUARTERS
+from .memory import return_memory
 
 # Input times output channels, above which a convolution keeps the form of fewest weights.
 _LIGHT = 640 * 640
@@ -273,11 +272,3 @@ def _let_go(*layers: nn.Module) -> None:
 def _as_fp32(*norms: nn.Module) -> None:
     for norm in norms:
         norm.float()
-
-
-def return_memory() -> None:
-    """Gives freed memory back to the system, which glibc would keep."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
