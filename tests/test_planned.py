@@ -330,7 +330,8 @@ def test_weights_are_held_once(case, dtype):
     assert sum(p.numel() for p in unet.parameters()) < before / 2
     packed = [b for name, b in made.named_buffers() if name.startswith("packed_")]
     assert packed and all(b.dtype is torch.int32 and b.numel() for b in packed)
-    assert not [name for name, p in unet.named_parameters() if not name.startswith(kept) and len(p)]
+    assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"unet"}
+    assert all(name.startswith(kept) for name, _ in made.unet.named_parameters())
 
 
 def test_modules_around_see_its_embeddings():
