@@ -379,7 +379,7 @@ PYBIND11_MODULE(vfengine_native, m) {
   m.attr("cuda_architectures") = "";
 #endif
 #if defined(VF_CUDA_EMULATED)
-  m.attr("cuda_emulated") = true;  // tests/emulation: the CUDA source, run on the CPU
+  m.attr("cuda_emulated") = true;  // tests/tools/emulation: the CUDA source, run on the CPU
 #else
   m.attr("cuda_emulated") = false;
 #endif

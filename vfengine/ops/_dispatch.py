@@ -3,7 +3,7 @@
 | backend     | tensors  | needs |
 |-------------|----------|-------|
 | "cpu"       | CPU      | vfengine_native |
-| "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/emulation |
+| "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/tools |
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
 | "reference" | both     | nothing: the op's fp32 reference in PyTorch |
 | "auto"      | CPU      | takes "cpu" |
@@ -75,7 +75,7 @@ def choose_backend(
 
 
 def cuda_place(tensor: Tensor) -> tuple[int, int]:
-    """Device index and stream, the last arguments of a CUDA kernel; 0, 0 in tests/emulation."""
+    """Device index and stream, the last arguments of a CUDA kernel; 0, 0 in emulation."""
     if not tensor.is_cuda:
         return 0, 0
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
