@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..diffusion.decompose import base_index
 from .config import UNetConfig
 from .layers import (
     Conv2d,
@@ -122,7 +123,8 @@ class Embeddings(nn.Module):
             embedding = embedding + self.class_embedding(class_labels)
         if self.frame_embedding is not None:
             # 60 a frame: 16 frames span about the 1000 timesteps whose frequencies these are
-            offsets = (torch.arange(num_frames, device=t.device) - num_frames // 2) * 60.0
+            frames = torch.arange(num_frames, device=t.device)
+            offsets = (frames - base_index(num_frames)) * 60.0
             frame = self.frame_embedding(
                 sinusoidal_embedding(offsets, self.time_dim).to(self.dtype)
             )
