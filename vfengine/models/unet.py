@@ -27,9 +27,9 @@ from .layers import (
     TemporalConv,
     Transformer,
     Upsample,
-    sinusoidal_embedding,
     zero_,
 )
+from .positions import sinusoidal_embedding
 from .topology import Step, topology
 
 

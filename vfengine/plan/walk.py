@@ -59,6 +59,7 @@ class Packer:
         """What was packed; the projections of the embedding become one product."""
         if self._projections:
             weight, bias = torch.cat(self._projections), torch.cat(self._biases)
+            self._projections.clear()  # before they are held a third time
             self._made.embedding = pack(weight, bias, self.dtype)
         return self._made
 
@@ -169,7 +170,7 @@ def _free(*layers: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """The activations of all images: buffers side by side, of `height` x `width` rows an image."""
+    """Activations [images, height, width]: buffers of one row a pixel, side by side."""
 
     parts: tuple[Rows, ...]
     height: int
@@ -181,11 +182,11 @@ class Picture:
 
     @property
     def rows(self) -> Rows:
-        """Its only buffer. Raises ValueError where it is several: no kernel takes those here."""
-        (rows,) = self.parts if len(self.parts) == 1 else (None,)
-        if rows is None:
-            raise ValueError("plan: a layer that changes no width cannot take a picture and a skip")
-        return rows
+        """Its only buffer. Raises ValueError where it is several, which few kernels take."""
+        if len(self.parts) > 1:
+            widths = [part.width for part in self.parts]
+            raise ValueError(f"plan: expected one picture, got pictures of {widths} side by side")
+        return self.parts[0]
 
 
 @dataclass
