@@ -32,7 +32,7 @@ QUICK = (
     *("formats/test_checkpoint.py", "models/test_models.py", "models/test_vdm.py"),
     "plan/test_plan_snapshots.py",
 )
-NOT_QUICK = ("sampling/test_capture.py",)
+NOT_QUICK = ("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

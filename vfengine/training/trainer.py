@@ -136,9 +136,9 @@ class Trainer:
     def warm_start(self, folder: Path) -> list[str]:
         """Start from the weights of a checkpoint folder where name and shape are the same.
 
-        A plain model may start from a decomposed model's base network. Returns the names of the weights
-        that keep their fresh initialisation. Raises FileNotFoundError or ValueError for a folder
-        that holds no whole checkpoint, or none that ours can start from.
+        A plain model may start from a decomposed model's base network. Returns the names of the
+        weights that keep their fresh initialisation. Raises FileNotFoundError or ValueError for a
+        folder that holds no whole checkpoint, or none that ours can start from.
         """
         config = read_config(folder)
         fresh = []
