@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from test_sampling import SCHEDULE, WALK, base_model, noise_of, residual_model
+from toy_models import SCHEDULE, WALK, base_model, noise_of, residual_model
 
 from vfengine.diffusion.noise import NoisePlace, residual_noise
 from vfengine.diffusion.solvers import solver_table
