@@ -7,21 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from seeded import filled, normal
+from test_plan_snapshots import IMAGE
 from torch import Tensor
 
-from vfengine.models import PlannedUNet, UNet, UNetConfig, for_inference, vdm_config
+from vfengine.models import PlannedUNet, UNet, for_inference, vdm_config
 from vfengine.native import vfengine_native
 from vfengine.plan import network as planned
 from vfengine.plan.network import inference_dtype
 
-IMAGE = UNetConfig(
-    block_out_channels=(16, 24),
-    layers_per_block=(1, 1),
-    spatial_attention=(False, True),
-    temporal_attention=(False, False),
-    temporal_conv=(False, False),
-    head_dim=8,
-)
 VIDEO = replace(
     IMAGE,
     spatial_attention=(True, True),

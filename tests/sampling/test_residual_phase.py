@@ -3,8 +3,15 @@
 import math
 
 import torch
-from diffusers import DDIMScheduler
-from toy_models import SCHEDULE, WALK, base_model, framewise_model, noise_of, residual_model
+from toy_models import (
+    SCHEDULE,
+    WALK,
+    base_model,
+    diffusers_ddim,
+    framewise_model,
+    noise_of,
+    residual_model,
+)
 
 from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.noise import base_noise, residual_noise
@@ -12,10 +19,7 @@ from vfengine.sampling.api import sample, sample_base, sample_residual
 
 
 def test_lam_zero_is_plain_video_ddim():
-    scheduler = DDIMScheduler(1000, clip_sample=False)
-    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
-    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    scheduler.set_timesteps(20)
+    scheduler = diffusers_ddim(20)
     noise = noise_of((2, 5, 3, 5, 7))
     z = noise.residual
     for t in scheduler.timesteps:

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from toy_models import SCHEDULE, WALK, Counted, base_model, noise_of, residual_model
+from toy_models import SCHEDULE, WALK, Counted, base_model, diffusers_ddim, noise_of, residual_model
 
 from vfengine.diffusion.decompose import frame_weights
 from vfengine.diffusion.noise import base_noise, decomposed_noise, residual_noise
@@ -160,10 +159,7 @@ def test_ddpm_keeps_unit_variance_on_gaussian_data(method):
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_base_frame_equals_diffusers_ddim_on_the_image(eta):
-    scheduler = DDIMScheduler(1000, clip_sample=False)
-    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
-    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    scheduler.set_timesteps(20)
+    scheduler = diffusers_ddim(20)
     noise = noise_of((2, 5, 3, 5, 7))
     z = noise.base
     for k, t in enumerate(scheduler.timesteps):

@@ -1,6 +1,7 @@
 """Smooth networks that stand in for trained ones, their walk and their noise."""
 
 import torch
+from diffusers import DDIMScheduler
 
 from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
@@ -41,3 +42,12 @@ class Counted:
 
 def noise_of(shape, dtype=torch.float64, seeds=(0, 1)):
     return decomposed_noise(shape, *seeds, dtype=dtype)
+
+
+def diffusers_ddim(num_inference_steps: int) -> DDIMScheduler:
+    """The oracle: diffusers' own DDIM on SCHEDULE, down to ᾱ = 1."""
+    scheduler = DDIMScheduler(1000, clip_sample=False)
+    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
+    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
