@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
-from vfengine.ops._dispatch import DTYPES
-from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
+from vfengine.ops._dispatch import DTYPES, MAX_HEAD_DIM
+from vfengine.ops.temporal_attention import MAX_FRAMES
 
 from ..ops.attention import attend
 

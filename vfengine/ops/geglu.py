@@ -1,6 +1,6 @@
 """geglu: y = x₁ gelu(x₂) of the halves of every row, with one read and one write.
 
-Kernels: csrc/network.h, csrc/cpu/geglu.cpp, kernels/geglu.py.
+Kernels: csrc/geglu.h, csrc/cpu/geglu.cpp, kernels/geglu.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vfengine.ops._dispatch import (
     choose_backend,
     native,
     register,
+    run_native,
 )
 
 _NAME = "geglu"
@@ -66,9 +67,14 @@ def _run(x, backend, out):
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
         width = out.shape[-1]
-        sizes = (out.numel() // width, width)
-        threads = torch.get_num_threads()
-        native().geglu_cpu(x.data_ptr(), out.data_ptr(), *sizes, DTYPES[x.dtype], threads)
+        args = native().GegluArgs(
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            rows=out.numel() // width,
+            width=width,
+            dtype=DTYPES[x.dtype],
+        )
+        run_native(_NAME, backend, args, x)
     elif backend == "triton":
         from vfengine.kernels.geglu import launch
 

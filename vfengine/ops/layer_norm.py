@@ -1,6 +1,6 @@
 """layer_norm: y = (x - μ) / √(σ² + ε) weight + bias of every row, with one read and one write.
 
-Kernels: csrc/network.h, csrc/cpu/layer_norm.cpp, kernels/layer_norm.py.
+Kernels: csrc/layer_norm.h, csrc/cpu/layer_norm.cpp, kernels/layer_norm.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vfengine.ops._dispatch import (
     choose_backend,
     native,
     register,
+    run_native,
 )
 
 _NAME = "layer_norm"
@@ -76,11 +77,18 @@ def _run(x, weight, bias, eps, backend, out):
     check_overlap(_NAME, out, {"x": x, "weight": weight, "bias": bias})
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
-        addresses = [address(t) for t in (x, weight, bias, out)]
         channels = x.shape[-1]
-        sizes = (x.numel() // channels, channels)
-        threads = torch.get_num_threads()
-        native().layer_norm_cpu(*addresses, *sizes, eps, DTYPES[x.dtype], threads)
+        args = native().LayerNormArgs(
+            x=x.data_ptr(),
+            weight=address(weight),
+            bias=address(bias),
+            out=out.data_ptr(),
+            rows=x.numel() // channels,
+            channels=channels,
+            eps=eps,
+            dtype=DTYPES[x.dtype],
+        )
+        run_native(_NAME, backend, args, x)
     elif backend == "triton":
         from vfengine.kernels.layer_norm import launch
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES
-from vfengine.ops.temporal_attention import MAX_HEAD_DIM
+from vfengine.ops._dispatch import DTYPES, MAX_HEAD_DIM
 
 from ..models.layers import Attention, ResBlock, TemporalConv, Transformer
 from ..models.unet import UNet
@@ -29,7 +28,7 @@ _LIGHT = 640 * 640
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Packed weights of a product (csrc/cpu/matmul.h) and its bias.
+    """Packed weights of a product (csrc/cpu/gemm/vector.h) and its bias.
 
     packed:  int32 words, in the order that this machine's kernel reads
     bias:    fp32 [columns], with geglu [2 columns]; None: none
@@ -54,9 +53,15 @@ def pack(
         raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
     words = vfengine_native.packed_words(columns, depth, geglu, number)
     packed = torch.empty(words, dtype=torch.int32)
-    vfengine_native.pack_weights(
-        weight.data_ptr(), packed.data_ptr(), columns, depth, geglu, number
+    args = vfengine_native.PackWeightsArgs(
+        weights=weight.data_ptr(),
+        out=packed.data_ptr(),
+        columns=columns,
+        depth=depth,
+        geglu=geglu,
+        dtype=number,
     )
+    vfengine_native.pack_weights_cpu(args, 1)
     bias = None if bias is None else bias.detach().float().contiguous()
     return Weights(packed, bias, columns, epilogue)
 

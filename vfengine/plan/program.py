@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vfengine.native import vfengine_native
+from vfengine.native import vfengine_native as native
 from vfengine.ops._dispatch import DTYPES
 
 from .packing import Weights
 
 _ALIGNMENT = 64
 _EPILOGUES = {None: 0, "geglu": 1}
-_THREADS = object()  # stands in a call's arguments for the number of threads
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,14 @@ class _Place:
 
 
 @dataclass(frozen=True)
+class _Struct:
+    """Arguments of a kernel (csrc/<op>.h), or a part of them, before the arena has an address."""
+
+    kind: type
+    fields: dict[str, object]
+
+
+@dataclass(frozen=True)
 class Source:
     """What a product reads: rows, and for convolutions which row each tap takes.
 
@@ -69,7 +76,7 @@ class Builder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._number = DTYPES[dtype]
-        self._calls: list[tuple[Callable[..., None], tuple]] = []
+        self._calls: list[tuple[Callable[..., None], _Struct]] = []
         self._kept: list[Tensor] = []  # what calls hold addresses of
         self._free: list[tuple[int, int]] = []  # (offset, bytes), by offset
         self._end = 0
@@ -138,23 +145,26 @@ class Builder:
         rows = rows or sources[0].rows.count
         item_rows = item_rows or rows
         out = out or self.rows(rows, weights.columns, out_dtype)
-        read = []
-        for source in sources:
-            taps = 1 if source.table is None else source.table.shape[0]
-            table = 0 if source.table is None else self._keep(source.table)
-            x = source.rows
-            read.append((x, x.width, x.width, table, taps, source.item_rows or x.count))
-        shared = self._bias(weights, bias)
+        residual_stride = 0 if residual is None else residual.width
+        places, item_rows_out = (None, 0) if scatter is None else scatter
         self._call(
-            vfengine_native.row_matmul_cpu,
-            tuple(read),
-            self._keep(weights.packed),
-            *shared,
-            *((0, 0) if residual is None else (residual, residual.width)),
-            *(out, out.width, rows, item_rows, weights.columns),
-            *(_EPILOGUES[weights.epilogue], self._number, out.dtype is not self.dtype),
-            *((0, 0) if scatter is None else (self._keep(scatter[0]), scatter[1])),
-            _THREADS,
+            native.row_matmul_cpu,
+            native.RowMatmulArgs,
+            sources=tuple(self._source(source) for source in sources),
+            weights=self._keep(weights.packed),
+            **self._bias(weights, bias),
+            residual=residual or 0,
+            residual_stride=residual_stride,
+            out=out,
+            out_stride=out.width,
+            rows=rows,
+            item_rows=item_rows,
+            columns=weights.columns,
+            out_table=self._keep(places),
+            item_rows_out=item_rows_out,
+            epilogue=_EPILOGUES[weights.epilogue],
+            out_f32=out.dtype is not self.dtype,
+            dtype=self._number,
         )
         return out
 
@@ -174,11 +184,22 @@ class Builder:
         flat: 3 taps along height; bias, residual, out: as in `matmul`
         """
         out = out or self.rows(x.count, weights.columns)
-        shared = self._bias(weights, bias)
+        items, height, width = shape
         self._call(
-            vfengine_native.winograd_cpu,
-            *(x, self._keep(weights.packed), *shared, residual or 0, out, *shape),
-            *(x.width, weights.columns, flat, self._number, _THREADS),
+            native.winograd_cpu,
+            native.WinogradArgs,
+            x=x,
+            weights=self._keep(weights.packed),
+            **self._bias(weights, bias),
+            residual=residual or 0,
+            out=out,
+            items=items,
+            height=height,
+            width=width,
+            channels=x.width,
+            columns=weights.columns,
+            flat=flat,
+            dtype=self._number,
         )
         return out
 
@@ -198,29 +219,47 @@ class Builder:
         modulation: (fp32 rows [images], column of the scale, of the shift)
         """
         x, second = sources[0], sources[1] if len(sources) > 1 else None
-        width = sum(source.width for source in sources)
-        out = self.rows(x.count, width)
-        scale, shift, stride = 0, 0, 0
+        out = self.rows(x.count, sum(source.width for source in sources))
+        fields = {"x2": 0, "channels2": 0, "scale": 0, "shift": 0, "modulation_stride": 0}
+        if second is not None:
+            fields |= {"x2": second, "channels2": second.width}
         if modulation is not None:
             table, scale, shift = modulation
-            scale, shift, stride = table.at(scale), table.at(shift), table.width
-        self._call(
-            vfengine_native.group_norm_silu_cpu,
-            *(x, self._keep(norm.weight), self._keep(norm.bias), scale, shift, 0, out),
-            *(images, x.count // images, x.width, norm.num_groups, num_frames),
-            *(norm.eps, silu, self._number, _THREADS),
-            *((0, 0) if second is None else (second, second.width)),
-            stride,
-            0,
-        )
+            fields |= {"scale": table.at(scale), "shift": table.at(shift)}
+            fields["modulation_stride"] = table.width
+        self._group_norm(x, norm, images, num_frames, out=out, silu=silu, **fields)
         return out
+
+    def _group_norm(self, x: Rows, norm, images: int, num_frames: int, **fields: object) -> None:
+        self._call(
+            native.group_norm_silu_cpu,
+            native.GroupNormSiluArgs,
+            x=x,
+            weight=self._keep(norm.weight),
+            bias=self._keep(norm.bias),
+            images=images,
+            rows=x.count // images,
+            channels=x.width,
+            groups=norm.num_groups,
+            num_frames=num_frames,
+            eps=norm.eps,
+            dtype=self._number,
+            **fields,
+        )
 
     def layer_norm(self, x: Rows, norm) -> Rows:
         out = self.rows(x.count, x.width)
-        weight, bias = self._keep(norm.weight), self._keep(norm.bias)
         self._call(
-            vfengine_native.layer_norm_cpu,
-            *(x, weight, bias, out, x.count, x.width, norm.eps, self._number, _THREADS),
+            native.layer_norm_cpu,
+            native.LayerNormArgs,
+            x=x,
+            weight=self._keep(norm.weight),
+            bias=self._keep(norm.bias),
+            out=out,
+            rows=x.count,
+            channels=x.width,
+            eps=norm.eps,
+            dtype=self._number,
         )
         return out
 
@@ -233,10 +272,22 @@ class Builder:
         first = inner if q is kv else 0
         out = self.rows(q.count, inner)
         self._call(
-            vfengine_native.spatial_attention_cpu,
-            *(q, kv.at(first), kv.at(first + inner), out),
-            *(frames, q.count // frames, kv.count // kv_frames, number, dim),
-            *(q.width, kv.width, kv_frames, self._number, _THREADS, scale),
+            native.spatial_attention_cpu,
+            native.SpatialAttentionArgs,
+            q=q,
+            k=kv.at(first),
+            v=kv.at(first + inner),
+            out=out,
+            frames=frames,
+            q_len=q.count // frames,
+            k_len=kv.count // kv_frames,
+            heads=number,
+            head_dim=dim,
+            q_stride=q.width,
+            kv_stride=kv.width,
+            kv_frames=kv_frames,
+            scale=scale,
+            dtype=self._number,
         )
         return out
 
@@ -249,11 +300,21 @@ class Builder:
     ) -> Rows:
         """shape: (batch, frames, pixels); bias fp32 [heads, frames, frames]."""
         number, dim, scale = heads
+        batch, frames, pixels = shape
         out = self.rows(qkv.count, number * dim)
         self._call(
-            vfengine_native.temporal_attention_cpu,
-            *(qkv, 0 if bias is None else self._keep(bias), out, *shape),
-            *(number, dim, self._number, _THREADS, scale),
+            native.temporal_attention_cpu,
+            native.TemporalAttentionArgs,
+            qkv=qkv,
+            bias=self._keep(bias),
+            out=out,
+            batch=batch,
+            frames=frames,
+            pixels=pixels,
+            heads=number,
+            head_dim=dim,
+            scale=scale,
+            dtype=self._number,
         )
         return out
 
@@ -281,56 +342,92 @@ class Builder:
         batch, frames, pixels = shape
         inner = proj_in.columns
         coefficients = self.rows(batch * frames, 3 * x.width, torch.float32)
-        self._call(
-            vfengine_native.group_norm_silu_cpu,
-            *(x, self._keep(norm.weight), self._keep(norm.bias), 0, 0, 0, 0),
-            *(batch * frames, pixels, x.width, norm.num_groups, norm_frames),
-            *(norm.eps, False, self._number, _THREADS, 0, 0, 0, coefficients),
+        self._group_norm(
+            x, norm, batch * frames, norm_frames, coefficients=coefficients, silu=False
         )
         own = () if time else (self.rows(x.count, inner), self.rows(x.count, 3 * number * dim))
         out = self.rows(x.count, proj_out.columns)
-        attended = tuple(
-            (
-                self._norm(layer_norm),
-                self._linear(into, inner),
-                self._linear(back, number * dim),
-                *((0, 0) if kv is None else (kv, kv.count // batch)),
-                0 if bias is None else self._keep(bias),
-            )
-            for layer_norm, into, back, kv, bias in attentions
-        )
-        gated = ()
+        fields = {}
         if feed_forward is not None:
-            layer_norm, gate, back = feed_forward
-            last = (0, 0, 0, 0) if back is None else self._linear(back, gate.columns)
-            gated = ((self._norm(layer_norm), self._linear(gate, inner), last),)
+            fields["feed_forward"] = self._feed_forward(inner, *feed_forward)
         self._call(
-            vfengine_native.transformer_cpu,
-            (*shape, x.width, inner, number, dim),
-            *(time, scale, x, coefficients, *(own or (0, 0)), out),
-            *(self._linear(proj_in, x.width), attended, gated, self._linear(proj_out, inner)),
-            *(self._number, _THREADS),
+            native.transformer_cpu,
+            native.TransformerArgs,
+            x=x,
+            coefficients=coefficients,
+            **dict(zip(("h", "qkv"), own, strict=False)),
+            out=out,
+            batch=batch,
+            frames=frames,
+            pixels=pixels,
+            channels=x.width,
+            inner=inner,
+            heads=number,
+            head_dim=dim,
+            scale=scale,
+            time=time,
+            proj_in=self._linear(proj_in, x.width),
+            attentions=tuple(
+                _Struct(
+                    native.TransformerAttention,
+                    {
+                        "norm": self._norm(layer_norm),
+                        "proj_in": self._linear(into, inner),
+                        "proj_out": self._linear(back, number * dim),
+                        "kv": kv or 0,
+                        "kv_len": 0 if kv is None else kv.count // batch,
+                        "bias": self._keep(bias),
+                    },
+                )
+                for layer_norm, into, back, kv, bias in attentions
+            ),
+            proj_out=self._linear(proj_out, inner),
+            dtype=self._number,
+            **fields,
         )
         self.free(coefficients, *own)
         return out
 
-    def _linear(self, weights: Weights, depth: int) -> tuple[int, int, int, int]:
-        bias = 0 if weights.bias is None else self._keep(weights.bias)
-        return self._keep(weights.packed), bias, weights.columns, depth
+    def _feed_forward(self, inner: int, norm, gate: Weights, out: Weights | None) -> _Struct:
+        fields = {"norm": self._norm(norm), "gate": self._linear(gate, inner)}
+        if out is not None:
+            fields["out"] = self._linear(out, gate.columns)
+        return _Struct(native.FeedForward, fields)
 
-    def _norm(self, norm) -> tuple[int, int, float]:
-        return self._keep(norm.weight), self._keep(norm.bias), norm.eps
+    def _linear(self, weights: Weights, depth: int) -> _Struct:
+        fields = {"weights": self._keep(weights.packed), "bias": self._keep(weights.bias)}
+        return _Struct(native.Linear, {**fields, "columns": weights.columns, "depth": depth})
 
-    def _bias(self, weights: Weights, bias: tuple[Rows, int, int] | None) -> tuple:
-        """Address, rows of the result that share one, and stride, as products take them."""
-        if bias is not None:
-            return bias[0].at(bias[1]), bias[2], bias[0].width
-        return (0 if weights.bias is None else self._keep(weights.bias)), 0, 0
+    def _norm(self, norm) -> _Struct:
+        fields = {"weight": self._keep(norm.weight), "bias": self._keep(norm.bias)}
+        return _Struct(native.LayerNormWeights, {**fields, "eps": norm.eps})
 
-    def _call(self, kernel: Callable[..., None], *args: object) -> None:
-        self._calls.append((kernel, args))
+    def _source(self, source: Source) -> _Struct:
+        x, table = source.rows, source.table
+        fields = {
+            "x": x,
+            "stride": x.width,
+            "width": x.width,
+            "table": self._keep(table),
+            "taps": 1 if table is None else table.shape[0],
+            "item_rows": source.item_rows or x.count,
+        }
+        return _Struct(native.RowSource, fields)
 
-    def _keep(self, tensor: Tensor) -> int:
+    def _bias(self, weights: Weights, bias: tuple[Rows, int, int] | None) -> dict[str, object]:
+        """A product's bias, the rows of the result that share one, and their stride."""
+        if bias is None:
+            return {"bias": self._keep(weights.bias), "bias_rows": 0, "bias_stride": 0}
+        rows, column, shared = bias
+        return {"bias": rows.at(column), "bias_rows": shared, "bias_stride": rows.width}
+
+    def _call(self, kernel: Callable[..., None], kind: type, **fields: object) -> None:
+        self._calls.append((kernel, _Struct(kind, fields)))
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        """The tensor's address, which stays good; 0: there is none."""
+        if tensor is None:
+            return 0
         self._kept.append(tensor)
         return tensor.data_ptr()
 
@@ -342,35 +439,30 @@ class Program:
     """Calls with their memory. Not for two threads at once: they would share the arena."""
 
     def __init__(
-        self, calls: list[tuple[Callable[..., None], tuple]], kept: list[Tensor], size: int
+        self, calls: list[tuple[Callable[..., None], _Struct]], kept: list[Tensor], size: int
     ) -> None:
         self._unbound, self._kept = calls, kept
         self.arena = huge_pages(size)
-        self._bound: dict[int, list[tuple[Callable[..., None], tuple]]] = {}
+        base = self.arena.data_ptr()
+
+        def bound(value):
+            if isinstance(value, (Rows, _Place)):
+                return base + value.offset
+            if isinstance(value, _Struct):
+                return value.kind(**{name: bound(part) for name, part in value.fields.items()})
+            return tuple(map(bound, value)) if isinstance(value, tuple) else value
+
+        self.calls = [(kernel, bound(args)) for kernel, args in calls]
 
     def view(self, rows: Rows) -> Tensor:
         """[count, width], the buffer itself."""
         part = self.arena[rows.offset : rows.offset + rows.nbytes]
         return part.view(rows.dtype).view(rows.count, rows.width)
 
-    def calls(self, threads: int) -> list[tuple[Callable[..., None], tuple]]:
-        """The kernel calls, ready to be made in order."""
-        if threads not in self._bound:
-            base = self.arena.data_ptr()
-
-            def bound(value):
-                if isinstance(value, (Rows, _Place)):
-                    return base + value.offset
-                if isinstance(value, tuple):
-                    return tuple(bound(part) for part in value)
-                return threads if value is _THREADS else value
-
-            self._bound = {threads: [(kernel, bound(args)) for kernel, args in self._unbound]}
-        return self._bound[threads]
-
     def run(self) -> None:
-        for kernel, args in self.calls(torch.get_num_threads()):
-            kernel(*args)
+        threads = torch.get_num_threads()
+        for kernel, args in self.calls:
+            kernel(args, threads)
 
 
 def huge_pages(size: int) -> Tensor:
