@@ -14,8 +14,6 @@
 #include "common/half.h"
 #include "cpu/base/simd.h"
 
-#define VF_INLINE static inline __attribute__((always_inline))
-
 namespace vf::VF_ISA {
 
 // ---- vectors of kLanes numbers ----------------------------------------------------------------
@@ -65,13 +63,6 @@ VF_INLINE F32 load_row(const BFloat16* p) {
 VF_INLINE F32 load_row(const Half* p) { return widen(p); }
 
 VF_INLINE void store_row(Half* p, F32 x) { narrow(p, x); }
-
-// bf16 of each lane, in the low half of its word; to nearest even, a NaN stays one.
-VF_INLINE U32 rounded(F32 x) {
-  const U32 bits = reinterpret_cast<U32>(x);
-  const U32 out = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? U32{} + 0x7fc0u : out;
-}
 
 VF_INLINE void store_row(float* p, F32 x) { store(p, x); }
 
