@@ -5,8 +5,8 @@ Residual noise of the default clip and of eight.
 
 import pytest
 import torch
-from clips import DEVICE
-from harness import Row, Target, interleave, main
+from lib.clips import DEVICE
+from lib.harness import Row, Target, interleave, main
 
 from vfengine.native import vfengine_native
 from vfengine.ops import decomposed_noise, decomposed_noise_reference

@@ -5,8 +5,8 @@ Beside the same in eager and compiled PyTorch; with noise of both parts drawn in
 
 import pytest
 import torch
-from clips import CASES, DEVICE, LARGE_CASES, ROWS, Clip, check, make_clip
-from harness import Row, Target, compare, main
+from lib.clips import CASES, DEVICE, LARGE_CASES, ROWS, Clip, check, make_clip
+from lib.harness import Row, Target, compare, main
 
 from vfengine.ops import decomposed_step, decomposed_step_reference
 

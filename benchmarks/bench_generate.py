@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import Row, main
+from lib.harness import Row, main
 
 from vfengine import VideoFusionPipeline
 from vfengine.pipelines.videofusion import to_uint8

@@ -8,8 +8,8 @@ still in L2 when it is read again.
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Row, Target, main
-from network_cases import DEVICE, DTYPES, measure_op, normal
+from lib.harness import Row, Target, main
+from lib.network_cases import DEVICE, DTYPES, measure_op, normal
 
 from vfengine.ops import group_norm_silu, group_norm_silu_reference
 

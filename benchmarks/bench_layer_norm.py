@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Row, Target, main
-from network_cases import DTYPES, measure_op, normal
+from lib.harness import Row, Target, main
+from lib.network_cases import DTYPES, measure_op, normal
 
 from vfengine.ops import layer_norm, layer_norm_reference
 

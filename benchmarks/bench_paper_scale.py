@@ -52,8 +52,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from costs import Costs, Device, bytes_of, to_fake, trace
-from harness import Row, main, table
+from lib.costs import Costs, Device, bytes_of, to_fake, trace
+from lib.harness import Row, main, table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode

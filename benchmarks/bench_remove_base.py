@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from clips import CASES, DEVICE, LARGE_CASES, NOISE_LEVEL, Clip, check, make_clip
-from harness import Row, Target, compare, main
+from lib.clips import CASES, DEVICE, LARGE_CASES, NOISE_LEVEL, Clip, check, make_clip
+from lib.harness import Row, Target, compare, main
 
 from vfengine.ops import remove_base, remove_base_reference
 

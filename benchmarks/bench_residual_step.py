@@ -6,7 +6,7 @@ drawn in the kernel on top. Bytes are those of the plain step in every line, 2 r
 
 import pytest
 import torch
-from clips import (
+from lib.clips import (
     CASES,
     DEFAULT,
     DEVICE,
@@ -17,7 +17,7 @@ from clips import (
     check,
     make_clip,
 )
-from harness import Row, Target, compare, main, warm_microseconds
+from lib.harness import Row, Target, compare, main, warm_microseconds
 
 from vfengine.ops import residual_step, residual_step_reference
 

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 
 import torch
-from harness import Row, main, table
+from lib.harness import Row, main, table
 from torch import Tensor
 
 from vfengine import VideoFusionPipeline

@@ -6,8 +6,8 @@ Bytes are one read of q, k, v and one write.
 
 import pytest
 import torch
-from harness import Row, Target, main
-from network_cases import DTYPES, measure_op, normal
+from lib.harness import Row, Target, main
+from lib.network_cases import DTYPES, measure_op, normal
 
 from vfengine.ops import spatial_attention, spatial_attention_reference
 from vfengine.ops.attention import attend

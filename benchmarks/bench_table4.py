@@ -31,13 +31,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import peak_memory
 import torch
-from clips import DEVICE
-from costs import to_fake, trace
-from harness import Row, Target, main, say, table, verdicts, write_json
-from table4_models import SHARING, Networks, generator, make_noise, size, skeleton
-from table4_ways import (
+from lib import peak_memory
+from lib.clips import DEVICE
+from lib.costs import to_fake, trace
+from lib.harness import Row, Target, main, say, table, verdicts, write_json
+from lib.table4_models import SHARING, Networks, generator, make_noise, size, skeleton
+from lib.table4_ways import (
     BASE_KEPT,
     CALLS,
     CONTENDERS,
@@ -243,7 +243,7 @@ def sampling_peak(plan: Plan, contender: str, frames: int | None = None) -> floa
         "steps": plan.memory_steps,
         "frames": frames,
     }
-    return peak_memory.measure("table4_ways:sampling_probe", arguments, DEVICE).main
+    return peak_memory.measure("lib.table4_ways:sampling_probe", arguments, DEVICE).main
 
 
 def training(plan: Plan) -> list[Row]:
@@ -260,7 +260,7 @@ def training(plan: Plan) -> list[Row]:
     rows, peaks, seconds = [], {}, medians(times)
     for name, decomposed in ways.items():
         arguments = {"decomposed": decomposed, "size_name": plan.size, "device": DEVICE}
-        peaks[name] = peak_memory.measure("table4_ways:training_probe", arguments, DEVICE).main
+        peaks[name] = peak_memory.measure("lib.table4_ways:training_probe", arguments, DEVICE).main
         rows += [
             Row(case, name, "time", seconds[name], "s"),
             Row(case, name, "slowest / fastest", max(times[name]) / min(times[name]), ""),

@@ -6,8 +6,8 @@ torch's SDPA) and a permutation back. Frames of 16 x 16 and 32 x 32 pixels, with
 
 import pytest
 import torch
-from harness import Row, Target, main
-from network_cases import DEVICE, DTYPES, measure_op, normal
+from lib.harness import Row, Target, main
+from lib.network_cases import DEVICE, DTYPES, measure_op, normal
 
 from vfengine.ops import temporal_attention, temporal_attention_reference
 from vfengine.ops.attention import attend

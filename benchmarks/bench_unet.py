@@ -31,11 +31,11 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import peak_memory
 import pytest
-from clip_turns import check_before, clip_rows
-from harness import Contender, Row, Target, machine, say, table, write_json
-from unet_contenders import (
+from lib import peak_memory
+from lib.clip_turns import check_before, clip_rows
+from lib.harness import Contender, Row, Target, machine, say, table, write_json
+from lib.unet_contenders import (
     CASES,
     COMPILED,
     EAGER,
@@ -54,7 +54,7 @@ from unet_contenders import (
     save_network,
     weights_mib,
 )
-from unet_ops import ASKED, BASELINES, DESCRIPTIONS, OPS, convolutions, op_rows
+from lib.unet_ops import ASKED, BASELINES, DESCRIPTIONS, OPS, convolutions, op_rows
 
 FASTER, OF_CEILING = "time / vfengine", "of conv ceiling"
 MEMORY = "peak memory / vfengine"
@@ -235,7 +235,7 @@ def memory_rows(case: Case, root: Path, who: Sequence[str]) -> list[Row]:
     for name in who:
         say(f"{case.name}: memory of {name}")
         arguments = {"contender": name, "case_name": case.name, "root": str(root)}
-        peaks[name] = peak_memory.measure("unet_contenders:probe", arguments).main
+        peaks[name] = peak_memory.measure("lib.unet_contenders:probe", arguments).main
     rows = [
         Row(case.name, "weights on disk", "peak memory", weights_mib(case.network, root), "MiB")
     ]

@@ -7,7 +7,7 @@ Sections that compile or check run beside one another, what is timed runs alone.
 
     python benchmarks/gpu_check.py [--budget SECONDS] [--only NAMES] [--until NAME] [--out FOLDER]
 
-Writes FOLDER/gpu.jsonl (appended to; the format is gpu_results.py's) and FOLDER/gpu.log.
+Writes FOLDER/gpu.jsonl (appended to; the format is gpu_run/results.py's) and FOLDER/gpu.log.
 `python benchmarks/gpu_report.py` makes a page of it. Exit status, which speaks of correctness
 alone: 0 nothing was found wrong, 1 something was, 2 no NVIDIA GPU that torch can use, or bad usage.
 """
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import gpu_results
+from gpu_run import results as gpu_results
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -41,7 +41,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Section:
-    """A program of gpu_sections.
+    """A program of gpu_run.sections.
 
     stage     those of one stage run beside one another, stages after one another
     expected  seconds; a section that does not fit what is left is skipped
@@ -59,7 +59,7 @@ class Section:
 
     @property
     def module(self) -> str:
-        return f"gpu_sections.{self.prepares or self.name}"
+        return f"gpu_run.sections.{self.prepares or self.name}"
 
 
 SECTIONS = (
@@ -247,7 +247,8 @@ def _die_with_parent() -> None:
 
 def environment(dry: bool, module: Path | None) -> dict[str, str]:
     """What sections run in: our sources, the module that was built, and nothing to wait for."""
-    paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(ROOT / "tests")]
+    tools = ROOT / "tests" / "tools"
+    paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(tools)]
     if dry:
         paths = [*paths[1:], os.environ.get("PYTHONPATH", "")]
     elif former := os.environ.get("PYTHONPATH"):
@@ -256,19 +257,19 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
     values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
     values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
     if dry:
-        tools = str(ROOT / "tests" / "gpu_tools")  # stand-ins for ncu and compute-sanitizer
+        stand_ins = str(tools / "gpu_tools")  # for ncu and compute-sanitizer
         values |= {
             "VFENGINE_GPU_CHECK": "dry",
             "TRITON_INTERPRET": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "PATH": os.pathsep.join([tools, os.environ["PATH"]]),
+            "PATH": os.pathsep.join([stand_ins, os.environ["PATH"]]),
         }
     return values
 
 
 def facts(runner: Runner) -> dict | None:
-    """What the run is on (gpu_sections/facts.py); None: no GPU that torch can use."""
-    process = runner.start([sys.executable, "-m", "gpu_sections.facts"])
+    """What the run is on (gpu_run/sections/facts.py); None: no GPU that torch can use."""
+    process = runner.start([sys.executable, "-m", "gpu_run.sections.facts"])
     out, err = process.communicate()
     runner.kill(process)
     runner.journal.log("facts", err)

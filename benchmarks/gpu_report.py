@@ -10,12 +10,12 @@ import argparse
 import os
 from pathlib import Path
 
-from gpu_findings import OURS, summary, verdicts
-from gpu_results import Line, Results, Run, read
-from gpu_tables import LEFT_OUT, TITLES, cell, checks, measured, profile, rows, sentence
+from gpu_run.findings import OURS, summary, verdicts
+from gpu_run.results import Line, Results, Run, read
+from gpu_run.tables import LEFT_OUT, TITLES, cell, checks, measured, profile, rows, sentence
 
 DOCS = Path(__file__).parent.parent / "docs"
-PICTURES = {  # of gpu_plots.DRAWINGS: what it shows, and the sections that it may stand in
+PICTURES = {  # of gpu_run.plots.DRAWINGS: what it shows, and the sections that it may stand in
     "kernels": ("Share of a copy's bandwidth, for every kernel", ("kernels", "network_ops")),
     "table4": ("Time and memory of VDM* and of two phases", ("table4", "memory")),
     "launches": ("Kernels launched in one denoising step", ("profile",)),
@@ -221,17 +221,18 @@ def write(results: Results, out: Path) -> list[Path]:
         mine = results.of_card(card)
         if not mine.figures:
             continue
-        import gpu_plots  # matplotlib takes longer than all the rest: only where there is a use
+        # matplotlib takes longer than all the rest: only where there is a use
+        from gpu_run import plots
 
         suffix = f"-{place}" if place > 1 else ""
-        files = {name: out.with_name(f"gpu-{name}{suffix}.png") for name in gpu_plots.DRAWINGS}
+        files = {name: out.with_name(f"gpu-{name}{suffix}.png") for name in plots.DRAWINGS}
         head = mine.runs[-1].head
         text = ", ".join(
             f"{name} {head[key]}".strip()
             for key, name in (("driver", "driver"), ("torch", "torch"), ("commit", "commit"))
             if head.get(key)
         )
-        names = gpu_plots.draw(mine.figures, f"{card}, {text}".removesuffix(", "), files)
+        names = plots.draw(mine.figures, f"{card}, {text}".removesuffix(", "), files)
         drawn[card] = {name: files[name].name for name in names}
     temporary = out.with_name(f".{out.name}.tmp")
     notes = out.with_name(f"{out.stem}-notes.md")

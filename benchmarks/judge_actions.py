@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Row, machine, write_json
+from lib.harness import Row, machine, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vfengine import VideoFusionPipeline
 from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.media.pictures import pixels_to_network
 from vfengine.media.video import write_video
 from vfengine.training.mocap import ACTIONS, render_clips
 
@@ -59,7 +60,7 @@ class Judge(nn.Module):
 
 def to_input(clips: np.ndarray) -> Tensor:
     """uint8 [B, N, H, W, 3] -> float [B, N, 3, H, W] in -1..1."""
-    return torch.from_numpy(clips).movedim(-1, 2).float().div(127.5).sub(1)
+    return pixels_to_network(torch.from_numpy(clips))
 
 
 def train_judge(

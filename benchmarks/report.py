@@ -10,13 +10,10 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import paper
 from bench_table4 import LATENCY, MEMORY, TARGETS, measure
-from harness import Row, machine, table, verdicts, write_json
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-from plots import (
+from lib import paper
+from lib.harness import Row, machine, table, verdicts, write_json
+from lib.plots import (
     COLOURS,
     WIDTH,
     bar,
@@ -27,6 +24,9 @@ from plots import (
     not_read,
     save,
 )
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAPER = {LATENCY: paper.LATENCY, MEMORY: paper.MEMORY}

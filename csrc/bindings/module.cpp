@@ -86,7 +86,7 @@ void define_facts(py::module_& m) {
   m.attr("cuda_architectures") = "";
 #endif
 #if defined(VF_CUDA_EMULATED)
-  m.attr("cuda_emulated") = true;  // tests/emulation: the CUDA source, run on the CPU
+  m.attr("cuda_emulated") = true;  // tests/tools/emulation: the CUDA source, run on the CPU
 #else
   m.attr("cuda_emulated") = false;
 #endif

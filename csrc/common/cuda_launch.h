@@ -1,7 +1,7 @@
 // What every .cu file needs around its kernel: the launch, its check, the current device.
 //
 // VF_LAUNCH is the only place with <<<>>> and VF_SHARED the only one with __shared__, so that a .cu
-// file can also be compiled as plain C++ against tests/emulation, which defines both itself.
+// file can also be compiled as plain C++ against tests/tools/emulation, which defines both itself.
 #pragma once
 #include <cuda_runtime.h>
 

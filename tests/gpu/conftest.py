@@ -1,8 +1,8 @@
 """All of this folder needs a GPU: without one, every test is skipped, saying "no GPU".
 
 Nothing here may import what a bare GPU machine lacks (av, diffusers, openvino, hypothesis,
-pybullet), nor may what it imports. tests/gpu_dry_run.py runs the bodies on a CPU, to find what is
-wrong with the tests themselves; it alone sets VFENGINE_TEST_DEVICE.
+pybullet), nor may what it imports. tests/tools/gpu_dry_run.py runs the bodies on a CPU, to find
+what is wrong with the tests themselves; it alone sets VFENGINE_TEST_DEVICE.
 """
 
 import os

@@ -50,7 +50,7 @@ every_backend = pytest.mark.parametrize(
 
 
 def tests_of(op: str):
-    """tests/test_<op>.py, which has the op's cases."""
+    """tests/ops/test_<op>.py, which has the op's cases."""
     return importlib.import_module(f"test_{op}")
 
 

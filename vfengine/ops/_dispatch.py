@@ -3,7 +3,7 @@
 | backend     | tensors  | needs |
 |-------------|----------|-------|
 | "cpu"       | CPU      | vfengine_native |
-| "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/emulation |
+| "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/tools |
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
 | "reference" | both     | nothing: the op's fp32 reference in PyTorch |
 | "auto"      | CPU      | takes "cpu" |
@@ -86,7 +86,7 @@ def run_native(op: str, backend: str, args: object, tensor: Tensor) -> None:
     elif tensor.is_cuda:
         stream = torch.cuda.current_stream(tensor.device).cuda_stream
         kernel(args, tensor.device.index, stream)
-    else:  # tests/emulation
+    else:  # tests/tools/emulation
         kernel(args, 0, 0)
 
 

@@ -2,7 +2,7 @@
 
 What can be captured: a step that reads and writes only memory that stays where it is, finds its
 place in the tables from a counter on the device, never waits for the device and never branches on
-its values. The loops of vfengine/sampling/loop.py are such steps (tests/test_capture.py).
+its values. The loops of vfengine/sampling/loop.py are such steps (tests/sampling).
 
 Threads: a process captures one graph at a time, and nothing may wait for the whole device or empty
 torch's cache of memory meanwhile. All of that is done holding `exclusive`; replays never are.

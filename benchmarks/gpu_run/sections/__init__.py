@@ -1,0 +1,112 @@
+"""The sections of gpu_check.py, each a program of its own: `python -m gpu_run.sections.<name>`.
+
+A section prints one JSON object a line on stdout, a part of a line of gpu.jsonl (results.py);
+gpu_check.py adds the rest and keeps it. Everything else that it prints is its log.
+
+With --prepare it compiles whatever it would compile and measures nothing. With
+VFENGINE_GPU_CHECK=dry it runs at tiny sizes on a CPU, where a graph is the plain call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+DRY = os.environ.get("VFENGINE_GPU_CHECK") == "dry"
+PREPARE = "--prepare" in sys.argv
+DEVICE = "cpu" if DRY else "cuda"
+if DRY and os.environ.get("TRITON_INTERPRET") == "1":
+    from triton_tools import compute_bf16_correctly  # of tests/tools; Triton truncates here
+
+    compute_bf16_correctly()
+BACKENDS = ("cpu", "triton") if DRY else ("cuda", "triton")  # C++ and Triton
+
+
+def emit(
+    case: str,
+    contender: str = "",
+    metric: str = "",
+    value: float | None = None,
+    unit: str = "",
+    *,
+    dtype: str = "",
+    graph: bool = False,
+    spread: float | None = None,
+    n: int | None = None,
+    status: str = "measured",
+    note: str = "",
+) -> None:
+    """Writes a line; status and the rest as in results.py. Nothing while preparing."""
+    if PREPARE and status == "measured":
+        return
+    line = {
+        "case": case, "contender": contender, "metric": metric, "value": value, "unit": unit,
+        "dtype": dtype, "graph": graph, "spread": spread, "n": n, "status": status, "note": note,
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+
+
+def verdict(case: str, passed: bool, note: str = "", **place: object) -> None:
+    """A line that says whether something is correct."""
+    emit(case, status="passed" if passed else "failed", note=note, **place)
+
+
+@contextmanager
+def guarded(case: str, **place: object) -> Iterator[None]:
+    """What fails inside costs its own rows: a missing package, or an error that is a verdict.
+
+    After an error that the device itself reports, nothing of this process can be trusted: it ends.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        emit(case, status="unavailable", note=f"{error.name} is not installed", **place)
+    except Exception as error:
+        note = f"{type(error).__name__}: {error}".split("\n\n")[0][:600]
+        verdict(case, False, note, **place)
+        if _of_the_device(error):
+            sys.exit(1)
+        import traceback
+
+        traceback.print_exc()
+
+
+def _of_the_device(error: Exception) -> bool:
+    import torch
+
+    sticky = getattr(torch, "AcceleratorError", ())  # torch >= 2.8 has it
+    return isinstance(error, sticky) or "CUDA error" in str(error)
+
+
+def timed(
+    case: str,
+    contenders: dict[str, Callable[[], object]],
+    *,
+    moved_bytes: int,
+    dtype: str,
+    seconds: float = 0.3,
+) -> None:
+    """Time, GB/s and share of a copy's, of contenders in turns, from graphs of many calls each.
+
+    moved_bytes: what the op must read and write; the copy moves as many, in as much memory
+    """
+    import torch
+    from lib.harness import timed_turns
+
+    if PREPARE:
+        for name, call in contenders.items():
+            with guarded(case, contender=name, dtype=dtype):
+                call()
+        return
+    source = torch.empty(max(moved_bytes // 2, 1), dtype=torch.uint8, device=DEVICE).fill_(1)
+    target = torch.empty_like(source)
+    calls = {**contenders, "copy": lambda: target.copy_(source)}
+    times = timed_turns(calls, seconds, DEVICE)
+    for name, value in times.items():
+        place = {"dtype": dtype, "graph": not DRY, "spread": value.spread, "n": len(value.values)}
+        emit(case, name, "time", value.median * 1e6, "us", **place)
+        emit(case, name, "bandwidth", moved_bytes / value.median / 1e9, "GB/s", **place)
+        emit(case, name, "of copy", 100 * times["copy"].median / value.median, "%", **place)

@@ -1,0 +1,52 @@
+"""The ops of networks beside eager PyTorch, SDPA and torch.compile: the benches' own contenders.
+
+Bytes are those that the bench of each op counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import bench_geglu
+import bench_group_norm_silu
+import bench_layer_norm
+import bench_spatial_attention
+import bench_temporal_attention
+import torch
+from lib.network_cases import OURS, error_of
+
+from gpu_run.sections import DRY, guarded, timed
+
+OPS = {  # and the backend that "auto" takes for it on CUDA
+    "group_norm_silu": (bench_group_norm_silu, "cuda"),
+    "temporal_attention": (bench_temporal_attention, "cuda"),
+    "spatial_attention": (bench_spatial_attention, "triton"),
+    "layer_norm": (bench_layer_norm, "triton"),
+    "geglu": (bench_geglu, "triton"),
+}
+
+
+def main() -> None:
+    for op, (bench, backend) in OPS.items():
+        for case in list(bench.CASES)[: 1 if DRY else None]:
+            shape, dtype = case.rsplit(" ", 1)
+            here = f"{op}, {shape}"
+            with guarded(here, dtype=dtype), torch.inference_mode():
+                calls, exact, moved = bench.contenders(case)
+                if DRY:
+                    calls.pop("compiled", None)
+                right, eager = {}, calls["eager"]()
+                for name, call in calls.items():
+                    name = backend if name == op else name
+                    with guarded(here, contender=name, dtype=dtype):
+                        ours = name in OURS
+                        if problem := error_of(call(), exact, eager if ours else None):
+                            raise ValueError(f"{name} {problem}")
+                        right[name] = call
+                timed(here, right, moved_bytes=moved, dtype=dtype)
+            with contextlib.suppress(AttributeError):
+                torch.compiler.reset()  # other shapes are not other sizes of these
+
+
+if __name__ == "__main__":
+    main()

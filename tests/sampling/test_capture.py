@@ -1,0 +1,252 @@
+"""The loops of vfengine/sampling can be captured: audited whole, with the shipped networks."""
+
+import fake_cuda
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.schedule import NoiseSchedule
+from vfengine.diffusion.solvers import SOLVERS, solver_table
+from vfengine.formats.checkpoint import PlainConfig, build_network, load_network, read_config
+from vfengine.models import vdm_config
+from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
+from vfengine.sampling.loop import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
+from vfengine.sampling.windows import windowed
+
+STEPS = 5
+FRAMES = 6
+CONFIG = read_config()
+SCHEDULE = NoiseSchedule.from_dict(CONFIG.schedule)
+PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
+
+
+PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
+FUSED = {  # our op, and torch's in whose place it runs
+    "group_norm_silu": "aten.native_group_norm.default",
+    "layer_norm": "aten.native_layer_norm.default",
+    "geglu": "aten.gelu.default",
+    "temporal_attention": None,
+}
+
+
+def fused_ops(ops: list[str]) -> dict[str, int]:
+    """How often each of these ops of networks runs."""
+    assert not set(FUSED.values()) & set(ops)
+    return {op: ops.count(f"vfengine.{op}.default") for op in FUSED}
+
+
+def ops_of_layers(network: nn.Module) -> dict[str, int]:
+    """The same, from the layers that it has, each of which runs once."""
+    kinds = {"group_norm_silu": GroupNorm, "layer_norm": LayerNorm, "geglu": FeedForward}
+    layers = list(network.modules())
+    counts = {op: sum(isinstance(layer, kind) for layer in layers) for op, kind in kinds.items()}
+    transformers = [layer for layer in layers if isinstance(layer, Transformer)]
+    return {**counts, "temporal_attention": sum(layer.axis == "time" for layer in transformers)}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """The shipped networks and the VDM* of the base, in bf16, on the CPU; guided like a pipeline's.
+
+    The audit replaces their tensors, so every test takes a fresh call of this.
+    """
+
+    def make() -> dict:
+        base = load_network(None, CONFIG, "base", dtype=torch.bfloat16)
+        residual = load_network(None, CONFIG, "residual", dtype=torch.bfloat16)
+        config = PlainConfig(
+            num_frames=FRAMES, height=64, width=64, channels=3, fps=8.0, labels=CONFIG.labels,
+            schedule=CONFIG.schedule, video=vdm_config(CONFIG.base),
+        )  # fmt: skip
+        video = build_network(config, "video").bfloat16().eval().requires_grad_(False)
+        return {"base": base, "residual": residual, "video": video}
+
+    return make
+
+
+class Guided:
+    """(z, t) -> ε_u + s (ε_c - ε_u), as vfengine/pipelines/session.py has it."""
+
+    def __init__(self, network, **conditions):
+        self.network, self.conditions = network, conditions
+        self.labels = torch.tensor([3, len(CONFIG.labels)])
+        self.device = torch.device("cpu")
+
+    def __call__(self, z, t):
+        conditional, unconditional = self.network(
+            torch.cat([z, z]), torch.cat([t, t]), class_labels=self.labels, **self.conditions
+        ).chunk(2)
+        return torch.lerp(unconditional, conditional, 2.0)
+
+
+def make_loop(phase, networks, table, frames=FRAMES):
+    """A phase's loop on the CPU, and all objects whose tensors it reaches."""
+    noise = decomposed_noise((1, frames, 3, 64, 64), 0, 1)
+    base, residual, video = (Guided(networks[name]) for name in ("base", "residual", "video"))
+    states = torch.zeros(len(table) + 1, 1, 3, 64, 64)
+    with torch.inference_mode():
+        if phase == "base":
+            return BaseLoop(base, noise.base, table, seed=2), [base]
+        if phase == "interleaved":
+            seeds = {"base_seed": 2, "residual_seed": 3}
+            loop = InterleavedLoop(base, residual, *noise, table, lam=0.5, **seeds)
+            return loop, [base, residual]
+        if phase == "video":
+            return VideoLoop(video, noise.residual, table, seed=2), [video]
+        model = windowed(residual, frames, 5, lam=0.5) if phase == "windows" else residual
+        loop = ResidualLoop(
+            model, noise.residual, states, table, clean=phase == "clean", lam=0.5, seed=3
+        )
+        return loop, [residual, model]
+
+
+def fake_loop(phase, networks, table):
+    """The loop on fake CUDA tensors, and the tensors that live across its steps, by name."""
+    loop, parts = make_loop(phase, networks, table)
+    mode, memo = FakeTensorMode(), {}
+    networks = [part.network for part in parts if isinstance(part, Guided)]
+    for part in (loop, *parts, *networks):
+        fake_cuda.to_fake_cuda(part, mode, memo)
+    buffers = dict(vars(loop))
+    for name in ("mix", "mix_base", "mix_residual"):
+        if name in buffers:
+            mixing = buffers.pop(name)
+            buffers |= {f"{name}.{k}": slot for k, slot in enumerate(mixing.history)}
+    return loop, buffers
+
+
+@pytest.fixture(scope="module")
+def cuda_guard(tmp_path_factory):
+    remove = fake_cuda.install(tmp_path_factory.mktemp("fake_cuda"))
+    yield
+    remove()
+
+
+def without_gradients(step):
+    def call():
+        with torch.inference_mode():
+            step()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("phase", "solver"),
+    [
+        *((phase, "ddim") for phase in PHASES),
+        *(("base", solver) for solver in SOLVERS[1:]),
+        *((phase, solver) for phase in PHASES[1:] for solver in ("ddpm", "unipc")),
+    ],
+)
+def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
+    """No wait, no host copy, the same memory, and on every step the same list of ops."""
+    table = solver_table(solver, SCHEDULE, STEPS)
+    networks = networks()
+    loop, buffers = fake_loop(phase, networks, table)
+    report = fake_cuda.audit(without_gradients(loop.step), buffers, calls=STEPS)
+    assert report.clean, report
+    assert len(report.ops) == STEPS
+    assert all(ops == report.ops[0] for ops in report.ops)
+    step_ops = {"base": "decomposed_step", "interleaved": "decomposed_step"}
+    name = step_ops.get(phase, "residual_step")
+    assert report.ops[0].count(f"vfengine.{name}_.default") == 1
+    in_step = PHASE_NETWORKS.get(phase, ("residual",))
+    layers = nn.ModuleList(networks[name] for name in in_step)
+    runs = 2 if phase == "windows" else 1
+    once = ops_of_layers(layers)
+    assert fused_ops(report.ops[0]) == {op: runs * count for op, count in once.items()}
+
+
+def test_step_that_waits_is_reported(networks, cuda_guard):
+    """λ as a list has to be brought from the host in every step."""
+    table = solver_table("ddim", SCHEDULE, STEPS)
+    loop, parts = make_loop("residual", networks(), table)
+    parts[0].conditions["lam"] = [0.5] * FRAMES
+    mode, memo = FakeTensorMode(), {}
+    for part in (loop, parts[0], parts[0].network):
+        fake_cuda.to_fake_cuda(part, mode, memo)
+    report = fake_cuda.audit(without_gradients(loop.step), vars(loop))
+    assert not report.clean
+    assert any("host" in problem for problem in report.problems), report.problems
+
+
+class WholeLoop(torch.nn.Module):
+    """All steps of a loop as one module: its buffers are the loop's, its input the loop's state."""
+
+    def __init__(self, loop, state, networks):
+        super().__init__()
+        self.loop, self.state, self.networks = loop, state, torch.nn.ModuleList(networks)
+        self.places = []
+        for part in [loop, *(v for v in vars(loop).values() if type(v).__name__ == "_Mixing")]:
+            for name, value in vars(part).items():
+                for k, tensor in enumerate(value if isinstance(value, tuple) else [value]):
+                    if isinstance(tensor, Tensor):
+                        self.register_buffer(f"buffer_{len(self.places)}", tensor)
+                        self.places.append((part, name, k if isinstance(value, tuple) else None))
+
+    def forward(self, start):
+        gathered = {}
+        for i, (part, name, k) in enumerate(self.places):
+            tensor = getattr(self, f"buffer_{i}")
+            if k is None:
+                setattr(part, name, tensor)
+            else:
+                gathered.setdefault((id(part), name), (part, name, []))[2].append(tensor)
+        for part, name, tensors in gathered.values():
+            setattr(part, name, tuple(tensors))
+        self.loop.counter.zero_()
+        self.loop.mix.clear()
+        getattr(self.loop, self.state).copy_(start)
+        for _ in range(len(self.loop)):
+            self.loop.step()
+        return getattr(self.loop, self.state).clone()
+
+
+@pytest.mark.parametrize(
+    ("phase", "state", "solver"), [("base", "z", "ddim"), ("residual", "u", "unipc")]
+)
+def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint):
+    """torch.export takes all steps at once, and what it wrote returns the loop's bits."""
+    config = read_config(tiny_checkpoint)
+    table = solver_table(solver, config.noise_schedule(), 3)
+    labels = torch.tensor([1])
+    noise = decomposed_noise((1, 4, 3, 16, 16), 0, 1)
+    network = load_network(tiny_checkpoint, config, phase)
+
+    def model(z, t):
+        return network(z, t, class_labels=labels)
+
+    if phase == "base":
+        loop, start = BaseLoop(model, noise.base, table, seed=0), noise.base[:, None]
+    else:
+        states = torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        loop = ResidualLoop(model, noise.residual, states, table, clean=False, lam=0.5, seed=0)
+        start = noise.residual
+    whole = WholeLoop(loop, state, [network])
+    with torch.no_grad():
+        program = torch.export.export(whole, (start,), strict=False)
+        expected = whole(start)
+        result = program.module()(start)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    name = {"base": "decomposed_step", "residual": "residual_step"}[phase]
+    assert sum(name in call for call in calls) == 3
+    assert torch.equal(result, expected)
+
+
+# -- which loops are captured -----------------------------------------------------------
+
+
+def test_on_a_cpu_the_step_itself_runs():
+    loop, _ = make_loop("base", {"base": None, "residual": None, "video": None},
+                        solver_table("ddim", SCHEDULE, 2))  # fmt: skip
+    assert loop.stepper(capture=True) == loop.step
+
+
+def test_float64_cannot_be_captured():
+    loop, _ = make_loop("base", {"base": None, "residual": None, "video": None},
+                        solver_table("ddim", SCHEDULE, 2))  # fmt: skip
+    loop.device, loop.dtype = torch.device("cuda", 0), torch.float64
+    with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
+        loop.stepper(capture=True)

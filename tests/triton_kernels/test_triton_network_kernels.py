@@ -1,0 +1,131 @@
+"""The Triton kernels of the ops that networks use, as compiled for a GPU (triton_tools).
+
+Their values are tested in the interpreter, by tests/triton_kernels/test_triton_kernels.py.
+"""
+
+import pytest
+import torch
+from kernel_cases import DTYPES, all_dtypes
+from test_triton_kernels import ARCHITECTURES, VECTORS, assert_no_local_memory
+from triton_tools import Compiled, specialise
+
+from vfengine.kernels import (
+    attention,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    spatial_attention,
+    temporal_attention,
+)
+from vfengine.ops.group_norm_silu import make_workspace
+
+SHARED = 99 << 10  # bytes a block can have on the smallest of them, sm_120
+
+all_architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+def group_norm(dtype: torch.dtype, arch: int = 90, channels: int = 128) -> list[Compiled]:
+    """The three kernels, for 2 sets of 4 images of 32 x 32 with everything there is."""
+    x = torch.zeros(8, channels, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    tables = torch.zeros(channels), torch.zeros(channels)
+    of_images = torch.zeros(8, channels), torch.zeros(8, channels)
+    launches = group_norm_silu.launches(
+        x, *tables, *of_images, 4, 1e-5, 4, True, x.clone(), make_workspace(x, 4, 4)
+    )
+    return [
+        specialise(kernel, *arguments, arch=arch, grid=grid, **constants)
+        for kernel, grid, arguments, constants in launches
+    ]
+
+
+@all_dtypes
+@all_architectures
+def test_group_norm_moves_16_bytes_an_instruction(dtype, arch):
+    channel, group, apply = group_norm(dtype, arch)
+    tile = 4 * VECTORS[dtype.itemsize]  # of 4096 elements that 128 threads share
+    assert channel.loads[16] >= tile
+    assert channel.loads[2] <= 1  # of the chunk's first row
+    assert apply.loads[16] >= tile
+    assert apply.loads[2] == 0
+    assert apply.stores == {16: tile}
+    for compiled in (channel, group, apply):
+        assert_no_local_memory(compiled, registers=168)
+
+
+@all_dtypes
+def test_group_norm_of_odd_channels_has_no_local_memory(dtype):
+    for compiled in group_norm(dtype, channels=20):
+        assert_no_local_memory(compiled, registers=168)
+
+
+@all_dtypes
+@all_architectures
+@pytest.mark.parametrize("channels", [112, 1280])
+def test_layer_norm_moves_16_bytes_an_instruction(dtype, arch, channels):
+    x = torch.zeros(4096, channels, dtype=dtype)
+    tables = torch.zeros(channels), torch.zeros(channels)
+    grid, arguments, constants = layer_norm.launch_arguments(x, *tables, 1e-5, x.clone())
+    compiled = specialise(
+        layer_norm.layer_norm_kernel, *arguments, arch=arch, grid=grid, **constants
+    )
+    assert compiled.stores[16] == compiled.stores.total() > 0
+    assert compiled.loads[16] >= compiled.stores[16]  # of x, and for some of the tables
+    assert compiled.loads[2] == 0
+    assert_no_local_memory(compiled, registers=168)
+
+
+@all_dtypes
+@all_architectures
+def test_geglu_moves_16_bytes_an_instruction(dtype, arch):
+    x = torch.zeros(4096, 2 * 448, dtype=dtype)
+    out = torch.zeros(4096, 448, dtype=dtype)
+    grid, arguments, constants = geglu.launch_arguments(x, out)
+    compiled = specialise(geglu.geglu_kernel, *arguments, arch=arch, grid=grid, **constants)
+    vectors = VECTORS[dtype.itemsize]
+    assert compiled.loads == {16: 2 * vectors}
+    assert compiled.stores == {16: vectors}
+    assert_no_local_memory(compiled, registers=64)
+
+
+def temporal(dtype: torch.dtype, arch: int, frames: int, head_dim: int) -> Compiled:
+    qkv = torch.zeros(1, frames, 64, 3 * 2 * head_dim, dtype=dtype)
+    out = torch.zeros(1, frames, 64, 2 * head_dim, dtype=dtype)
+    bias = torch.zeros(2, frames, frames)
+    grid, arguments, constants = temporal_attention.launch_arguments(qkv, bias, 2, out)
+    return specialise(attention.attention_kernel, *arguments, arch=arch, grid=grid, **constants)
+
+
+@all_dtypes
+@all_architectures
+@pytest.mark.parametrize(("frames", "head_dim"), [(16, 16), (16, 64), (64, 128), (128, 256)])
+def test_temporal_attention_fits_and_moves_16_bytes_an_instruction(dtype, arch, frames, head_dim):
+    compiled = temporal(dtype, arch, frames, head_dim)
+    assert compiled.shared <= SHARED
+    # Keys come by asynchronous copies where they are pipelined, which are no ld.global.
+    assert compiled.loads[16] > 0
+    assert compiled.loads[2] == 0
+    assert compiled.usage["LOCAL"] == compiled.usage["STACK"] == 0
+
+
+@pytest.mark.parametrize("dtype", [DTYPES["fp16"], DTYPES["bf16"]], ids=["fp16", "bf16"])
+@all_architectures
+def test_products_of_16_bits_run_on_tensor_cores(dtype, arch):
+    compiled = temporal(dtype, arch, 16, 64)
+    products = r"mma.sync", r"wgmma", r"tcgen05.mma"
+    assert any(name in compiled.asm["ptx"] for name in products)
+
+
+def test_products_of_fp32_are_not_rounded_to_tf32():
+    assert "tf32" not in temporal(torch.float32, 90, 16, 64).asm["ptx"]
+
+
+@all_dtypes
+@all_architectures
+def test_spatial_attention_fits(dtype, arch):
+    q, k = torch.zeros(2, 4096, 3 * 160, dtype=dtype), torch.zeros(2, 77, 2 * 160, dtype=dtype)
+    out = torch.zeros(2, 4096, 160, dtype=dtype)
+    arguments = (q[..., :160], k[..., :160], k[..., 160:], 1, out)
+    grid, values, constants = spatial_attention.launch_arguments(*arguments)
+    compiled = specialise(attention.attention_kernel, *values, arch=arch, grid=grid, **constants)
+    assert compiled.shared <= SHARED
+    assert compiled.usage["LOCAL"] == compiled.usage["STACK"] == 0
