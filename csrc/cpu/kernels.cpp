@@ -17,6 +17,6 @@ constexpr bool kHasBf16 = false;
 // A constant that needs no code: what the compiler made of it could not run on every machine.
 extern const CpuKernels kCpuKernels;
 #define VF_OP_ENTRY(name, Args) &name##_cpu,
-const CpuKernels kCpuKernels = {VF_CPU_OPS(VF_OP_ENTRY) & packed_words, kHasBf16};
+const CpuKernels kCpuKernels = {VF_CPU_OPS(VF_OP_ENTRY) packed_words, kHasBf16};
 
 }  // namespace vf::VF_ISA
