@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_tools import guarded
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES as NUMBERS
+from vfengine.ops._dispatch import DTYPE_NUMBERS as NUMBERS
 from vfengine.plan import gather as tables
 from vfengine.plan.packing import pack
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from triton_tools import guarded
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES as NUMBERS
+from vfengine.ops._dispatch import DTYPE_NUMBERS as NUMBERS
 from vfengine.plan.packing import pack_winograd, takes_winograd
 from vfengine.plan.program import Builder
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 KERNELS = ("cuda", "triton", "cpu")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # numbers of csrc/common/dtype.h
+# As csrc/common/dtype.h has them.
+DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_HEAD_DIM = 256  # of attention kernels, as vfengine_native says too
 
 # Names that `unobserved` would otherwise look up at every call.
@@ -148,7 +149,7 @@ def check_table(
 
 def check_dtype(op: str, name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is of a dtype that kernels compute on."""
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPE_NUMBERS:
         raise TypeError(f"{op}: {name} must be fp32, fp16 or bf16, got {tensor.dtype}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
     check_kinds,
@@ -139,7 +139,7 @@ class FrameOp:
             pixels=c * h * w,
             num_steps=num_steps,
             draw=draw,
-            dtype=DTYPES[out.dtype],
+            dtype=DTYPE_NUMBERS[out.dtype],
         )
 
     def _check_call(self, *values: object) -> None:

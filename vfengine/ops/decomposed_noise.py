@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     check_kinds,
     check_no_grad,
     check_tensor,
@@ -47,7 +47,7 @@ RESIDUAL_STREAM = 1
 STEP_BITS = 24
 
 _NAME = "decomposed_noise"
-_OUT_DTYPES = {**DTYPES, torch.int32: 3}
+_OUT_NUMBERS = {**DTYPE_NUMBERS, torch.int32: 3}
 _MASK = 0xFFFFFFFF
 _MUL = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -288,14 +288,14 @@ def _run(out, base_seed, residual_seed, step, sample_offset, frame_offset, backe
             pixels=out.numel() // (batch * frames),
             base=base,
             seed=seed,
-            dtype=_OUT_DTYPES[out.dtype],
+            dtype=_OUT_NUMBERS[out.dtype],
             **place,
         )
         run_native(_NAME, backend, args, out)
 
 
 def _check(out, base_seed, residual_seed, step, sample_offset, frame_offset, backend):
-    if out.dtype not in _OUT_DTYPES:
+    if out.dtype not in _OUT_NUMBERS:
         raise TypeError(f"{_NAME}: out must be fp32, fp16, bf16 or int32, got {out.dtype}")
     axes = "[B, C, H, W]" if residual_seed is None else "[B, N, C, H, W]"
     if out.ndim != axes.count(",") + 1 or out.numel() == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     check_dtype,
     check_kinds,
     check_no_grad,
@@ -72,7 +72,7 @@ def _run(x, backend, out):
             out=out.data_ptr(),
             rows=out.numel() // width,
             width=width,
-            dtype=DTYPES[x.dtype],
+            dtype=DTYPE_NUMBERS[x.dtype],
         )
         run_native(_NAME, backend, args, x)
     elif backend == "triton":

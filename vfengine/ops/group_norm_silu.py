@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
     check_kinds,
@@ -170,7 +170,7 @@ def _run(x, weight, bias, scale, shift, num_groups, eps, num_frames, silu, backe
         num_frames=num_frames,
         eps=eps,
         silu=silu,
-        dtype=DTYPES[x.dtype],
+        dtype=DTYPE_NUMBERS[x.dtype],
         **chunked,
     )
     run_native(_NAME, backend, args, x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
     check_kinds,
@@ -86,7 +86,7 @@ def _run(x, weight, bias, eps, backend, out):
             rows=x.numel() // channels,
             channels=channels,
             eps=eps,
-            dtype=DTYPES[x.dtype],
+            dtype=DTYPE_NUMBERS[x.dtype],
         )
         run_native(_NAME, backend, args, x)
     elif backend == "triton":

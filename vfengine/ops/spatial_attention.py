@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     check_dtype,
     check_head_dim,
     check_kinds,
@@ -102,7 +102,7 @@ def _run(q, k, v, num_heads, backend, out):
             q_stride=row_stride(q),
             kv_stride=row_stride(k),
             kv_frames=k.shape[0],
-            dtype=DTYPES[q.dtype],
+            dtype=DTYPE_NUMBERS[q.dtype],
         )
         run_native(_NAME, backend, args, q)
     elif backend == "triton":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
     check_head_dim,
@@ -109,7 +109,7 @@ def _run(qkv, bias, num_heads, backend, out):
             pixels=pixels,
             heads=num_heads,
             head_dim=width // num_heads,
-            dtype=DTYPES[qkv.dtype],
+            dtype=DTYPE_NUMBERS[qkv.dtype],
         )
         run_native(_NAME, backend, args, qkv)
 

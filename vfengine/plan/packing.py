@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES, MAX_HEAD_DIM
+from vfengine.ops._dispatch import DTYPE_NUMBERS, MAX_HEAD_DIM
 
 from ..models.layers import Attention, ResBlock, TemporalConv, Transformer
 from ..models.unet import UNet
@@ -48,7 +48,7 @@ def pack(
     weight = weight.to(dtype).contiguous()
     geglu = epilogue == "geglu"
     columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
-    number = DTYPES[dtype]
+    number = DTYPE_NUMBERS[dtype]
     if dtype is torch.bfloat16 and depth % 2:
         raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
     words = vfengine_native.packed_words(columns, depth, geglu, number)

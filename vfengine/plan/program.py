@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vfengine.native import vfengine_native as native
-from vfengine.ops._dispatch import DTYPES
+from vfengine.ops._dispatch import DTYPE_NUMBERS
 
 from .packing import Weights
 
@@ -75,7 +75,7 @@ class Builder:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._number = DTYPES[dtype]
+        self._number = DTYPE_NUMBERS[dtype]
         self._calls: list[tuple[Callable[..., None], _Struct]] = []
         self._kept: list[Tensor] = []  # what calls hold addresses of
         self._free: list[tuple[int, int]] = []  # (offset, bytes), by offset
