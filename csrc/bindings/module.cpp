@@ -34,13 +34,16 @@ void define_ops(py::module_& m) {
        {define_args<Linear>, define_args<LayerNormWeights>, define_args<TransformerAttention>,
         define_args<FeedForward>, define_args<RowSource>})
     define(m);
+  py::dict args;  // {op: class of what it takes}
 #define VF_DEFINE_OP(name, Args)                                                                  \
   define_args<Args>(m);                                                                           \
+  args[#name] = m.attr(Args::kName);                                                              \
   m.def(                                                                                          \
       #name "_cpu", [](const Args& args, int64_t threads) { cpu_kernels().name(args, threads); }, \
       Release(), py::arg("args"), py::arg("threads"));
   VF_CPU_OPS(VF_DEFINE_OP)
 #undef VF_DEFINE_OP
+  m.attr("args") = args;
 #if defined(VF_CUDA)
 #define VF_DEFINE_OP(name, Args)                                    \
   m.def(                                                            \

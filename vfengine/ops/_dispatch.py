@@ -76,11 +76,12 @@ def choose_backend(
     return backend
 
 
-def run_native(op: str, backend: str, args: object, tensor: Tensor) -> None:
+def run_native(op: str, backend: str, tensor: Tensor, **fields: object) -> None:
     """Run the op's compiled kernel for "cpu" or "cuda", where `tensor` is.
 
-    args: the op's struct in vfengine_native (csrc/<op>.h), made from fields by name
+    fields: of the op's struct (csrc/<op>.h), by name; TypeError for a missing or unknown one
     """
+    args = native().args[op](**fields)
     kernel = getattr(native(), f"{op}_{backend}")
     if backend == "cpu":
         kernel(args, torch.get_num_threads())

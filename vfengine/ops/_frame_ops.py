@@ -120,10 +120,10 @@ class FrameOp:
             rule = importlib.import_module(f"vfengine.kernels.{self.name}").RULE
             launch_frames(rule, out=out, **given)
         else:
-            run_native(self.name, backend, self._args(given, out), x)
+            run_native(self.name, backend, x, **self._args(given, out))
 
-    def _args(self, given: dict[str, object], out: Tensor) -> object:
-        """What the compiled kernels take; uses `given` up."""
+    def _args(self, given: dict[str, object], out: Tensor) -> dict[str, object]:
+        """The fields of csrc/common/frames.h; uses `given` up."""
         (batch, frames, c, h, w), num_steps = out.shape, given["coeffs"].shape[0]
         for field in self.tensors:
             given[field] = address(given[field])
@@ -131,16 +131,16 @@ class FrameOp:
         for field in self.seeds:
             draw |= given[field] is not None
             given[field] = given[field] or 0
-        return native().FrameArgs(
+        return {
             **given,
-            out=out.data_ptr(),
-            batch=batch,
-            frames=frames,
-            pixels=c * h * w,
-            num_steps=num_steps,
-            draw=draw,
-            dtype=DTYPE_NUMBERS[out.dtype],
-        )
+            "out": out.data_ptr(),
+            "batch": batch,
+            "frames": frames,
+            "pixels": c * h * w,
+            "num_steps": num_steps,
+            "draw": draw,
+            "dtype": DTYPE_NUMBERS[out.dtype],
+        }
 
     def _check_call(self, *values: object) -> None:
         given, _, out = self._named(values)

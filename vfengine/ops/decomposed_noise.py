@@ -36,7 +36,6 @@ from vfengine.ops._dispatch import (
     check_no_grad,
     check_tensor,
     choose_backend,
-    native,
     register,
     run_native,
     unobserved,
@@ -281,7 +280,10 @@ def _run(out, base_seed, residual_seed, step, sample_offset, frame_offset, backe
 
         launch(out.view(batch, frames, -1), seed, base=base, **place)
     else:
-        args = native().DecomposedNoiseArgs(
+        run_native(
+            _NAME,
+            backend,
+            out,
             out=out.data_ptr(),
             batch=batch,
             frames=frames,
@@ -291,7 +293,6 @@ def _run(out, base_seed, residual_seed, step, sample_offset, frame_offset, backe
             dtype=_OUT_NUMBERS[out.dtype],
             **place,
         )
-        run_native(_NAME, backend, args, out)
 
 
 def _check(out, base_seed, residual_seed, step, sample_offset, frame_offset, backend):

@@ -17,7 +17,6 @@ from vfengine.ops._dispatch import (
     check_overlap,
     check_tensor,
     choose_backend,
-    native,
     register,
     run_native,
 )
@@ -67,14 +66,16 @@ def _run(x, backend, out):
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
         width = out.shape[-1]
-        args = native().GegluArgs(
+        run_native(
+            _NAME,
+            backend,
+            x,
             x=x.data_ptr(),
             out=out.data_ptr(),
             rows=out.numel() // width,
             width=width,
             dtype=DTYPE_NUMBERS[x.dtype],
         )
-        run_native(_NAME, backend, args, x)
     elif backend == "triton":
         from vfengine.kernels.geglu import launch
 

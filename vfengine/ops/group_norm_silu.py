@@ -21,7 +21,6 @@ from vfengine.ops._dispatch import (
     check_overlap,
     check_table,
     choose_backend,
-    native,
     register,
     run_native,
 )
@@ -158,7 +157,10 @@ def _run(x, weight, bias, scale, shift, num_groups, eps, num_frames, silu, backe
     if backend == "cuda":
         _, chunk_rows = chunk_plan(images, height * width, num_frames)
         chunked = {"workspace": workspace.data_ptr(), "chunk_rows": chunk_rows}
-    args = native().GroupNormSiluArgs(
+    run_native(
+        _NAME,
+        backend,
+        x,
         x=x.data_ptr(),
         **{name: address(table) for name, table in named.items()},
         modulation_stride=channels,
@@ -173,7 +175,6 @@ def _run(x, weight, bias, scale, shift, num_groups, eps, num_frames, silu, backe
         dtype=DTYPE_NUMBERS[x.dtype],
         **chunked,
     )
-    run_native(_NAME, backend, args, x)
 
 
 def _check(

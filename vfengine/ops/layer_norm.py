@@ -19,7 +19,6 @@ from vfengine.ops._dispatch import (
     check_table,
     check_tensor,
     choose_backend,
-    native,
     register,
     run_native,
 )
@@ -78,7 +77,10 @@ def _run(x, weight, bias, eps, backend, out):
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
         channels = x.shape[-1]
-        args = native().LayerNormArgs(
+        run_native(
+            _NAME,
+            backend,
+            x,
             x=x.data_ptr(),
             weight=address(weight),
             bias=address(bias),
@@ -88,7 +90,6 @@ def _run(x, weight, bias, eps, backend, out):
             eps=eps,
             dtype=DTYPE_NUMBERS[x.dtype],
         )
-        run_native(_NAME, backend, args, x)
     elif backend == "triton":
         from vfengine.kernels.layer_norm import launch
 

@@ -21,7 +21,6 @@ from vfengine.ops._dispatch import (
     check_overlap,
     check_tensor,
     choose_backend,
-    native,
     register,
     run_native,
 )
@@ -89,7 +88,10 @@ def _run(q, k, v, num_heads, backend, out):
     backend = choose_backend(_NAME, backend, q.device, _KERNELS)
     if backend == "cpu":
         frames, length, width = q.shape
-        args = native().SpatialAttentionArgs(
+        run_native(
+            _NAME,
+            backend,
+            q,
             q=q.data_ptr(),
             k=k.data_ptr(),
             v=v.data_ptr(),
@@ -104,7 +106,6 @@ def _run(q, k, v, num_heads, backend, out):
             kv_frames=k.shape[0],
             dtype=DTYPE_NUMBERS[q.dtype],
         )
-        run_native(_NAME, backend, args, q)
     elif backend == "triton":
         from vfengine.kernels.spatial_attention import launch
 

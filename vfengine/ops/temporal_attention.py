@@ -23,7 +23,6 @@ from vfengine.ops._dispatch import (
     check_table,
     check_tensor,
     choose_backend,
-    native,
     register,
     run_native,
 )
@@ -100,7 +99,10 @@ def _run(qkv, bias, num_heads, backend, out):
         launch(qkv, bias, num_heads, out)
     else:
         batch, frames, pixels, width = out.shape
-        args = native().TemporalAttentionArgs(
+        run_native(
+            _NAME,
+            backend,
+            qkv,
             qkv=qkv.data_ptr(),
             bias=address(bias),
             out=out.data_ptr(),
@@ -111,7 +113,6 @@ def _run(qkv, bias, num_heads, backend, out):
             head_dim=width // num_heads,
             dtype=DTYPE_NUMBERS[qkv.dtype],
         )
-        run_native(_NAME, backend, args, qkv)
 
 
 def _check(qkv, bias, num_heads, backend, out):

@@ -49,12 +49,11 @@ class _Place:
     offset: int
 
 
-@dataclass(frozen=True)
 class _Struct:
     """Arguments of a kernel (csrc/<op>.h), or a part of them, before the arena has an address."""
 
-    kind: type
-    fields: dict[str, object]
+    def __init__(self, kind: type, **fields: object) -> None:
+        self.kind, self.fields = kind, fields
 
 
 @dataclass(frozen=True)
@@ -145,16 +144,14 @@ class Builder:
         rows = rows or sources[0].rows.count
         item_rows = item_rows or rows
         out = out or self.rows(rows, weights.columns, out_dtype)
-        residual_stride = 0 if residual is None else residual.width
         places, item_rows_out = (None, 0) if scatter is None else scatter
         self._call(
-            native.row_matmul_cpu,
-            native.RowMatmulArgs,
+            "row_matmul",
             sources=tuple(self._source(source) for source in sources),
             weights=self._keep(weights.packed),
             **self._bias(weights, bias),
             residual=residual or 0,
-            residual_stride=residual_stride,
+            residual_stride=0 if residual is None else residual.width,
             out=out,
             out_stride=out.width,
             rows=rows,
@@ -164,7 +161,6 @@ class Builder:
             item_rows_out=item_rows_out,
             epilogue=_EPILOGUES[weights.epilogue],
             out_f32=out.dtype is not self.dtype,
-            dtype=self._number,
         )
         return out
 
@@ -186,8 +182,7 @@ class Builder:
         out = out or self.rows(x.count, weights.columns)
         items, height, width = shape
         self._call(
-            native.winograd_cpu,
-            native.WinogradArgs,
+            "winograd",
             x=x,
             weights=self._keep(weights.packed),
             **self._bias(weights, bias),
@@ -199,7 +194,6 @@ class Builder:
             channels=x.width,
             columns=weights.columns,
             flat=flat,
-            dtype=self._number,
         )
         return out
 
@@ -220,46 +214,36 @@ class Builder:
         """
         x, second = sources[0], sources[1] if len(sources) > 1 else None
         out = self.rows(x.count, sum(source.width for source in sources))
-        fields = {"x2": 0, "channels2": 0, "scale": 0, "shift": 0, "modulation_stride": 0}
-        if second is not None:
-            fields |= {"x2": second, "channels2": second.width}
+        fields = {} if second is None else {"x2": second, "channels2": second.width}
         if modulation is not None:
             table, scale, shift = modulation
             fields |= {"scale": table.at(scale), "shift": table.at(shift)}
-            fields["modulation_stride"] = table.width
+            fields |= {"modulation_stride": table.width}
         self._group_norm(x, norm, images, num_frames, out=out, silu=silu, **fields)
         return out
 
     def _group_norm(self, x: Rows, norm, images: int, num_frames: int, **fields: object) -> None:
         self._call(
-            native.group_norm_silu_cpu,
-            native.GroupNormSiluArgs,
+            "group_norm_silu",
             x=x,
-            weight=self._keep(norm.weight),
-            bias=self._keep(norm.bias),
+            **self._norm(norm),
             images=images,
             rows=x.count // images,
             channels=x.width,
             groups=norm.num_groups,
             num_frames=num_frames,
-            eps=norm.eps,
-            dtype=self._number,
             **fields,
         )
 
     def layer_norm(self, x: Rows, norm) -> Rows:
         out = self.rows(x.count, x.width)
         self._call(
-            native.layer_norm_cpu,
-            native.LayerNormArgs,
+            "layer_norm",
             x=x,
-            weight=self._keep(norm.weight),
-            bias=self._keep(norm.bias),
+            **self._norm(norm),
             out=out,
             rows=x.count,
             channels=x.width,
-            eps=norm.eps,
-            dtype=self._number,
         )
         return out
 
@@ -272,8 +256,7 @@ class Builder:
         first = inner if q is kv else 0
         out = self.rows(q.count, inner)
         self._call(
-            native.spatial_attention_cpu,
-            native.SpatialAttentionArgs,
+            "spatial_attention",
             q=q,
             k=kv.at(first),
             v=kv.at(first + inner),
@@ -287,7 +270,6 @@ class Builder:
             kv_stride=kv.width,
             kv_frames=kv_frames,
             scale=scale,
-            dtype=self._number,
         )
         return out
 
@@ -299,22 +281,13 @@ class Builder:
         bias: Tensor | None,
     ) -> Rows:
         """shape: (batch, frames, pixels); bias fp32 [heads, frames, frames]."""
-        number, dim, scale = heads
-        batch, frames, pixels = shape
-        out = self.rows(qkv.count, number * dim)
+        out = self.rows(qkv.count, heads[0] * heads[1])
         self._call(
-            native.temporal_attention_cpu,
-            native.TemporalAttentionArgs,
+            "temporal_attention",
             qkv=qkv,
             bias=self._keep(bias),
             out=out,
-            batch=batch,
-            frames=frames,
-            pixels=pixels,
-            heads=number,
-            head_dim=dim,
-            scale=scale,
-            dtype=self._number,
+            **_sizes(shape, heads),
         )
         return out
 
@@ -338,8 +311,7 @@ class Builder:
         attentions: (layer norm, q k v or q, out, rows of a context's k and v, position bias)
         feed_forward: (layer norm, gate, out); out None: multiplied into proj_out
         """
-        number, dim, scale = heads
-        batch, frames, pixels = shape
+        (batch, frames, _), (number, dim, _) = shape, heads
         inner = proj_in.columns
         coefficients = self.rows(batch * frames, 3 * x.width, torch.float32)
         self._group_norm(
@@ -347,72 +319,64 @@ class Builder:
         )
         own = () if time else (self.rows(x.count, inner), self.rows(x.count, 3 * number * dim))
         out = self.rows(x.count, proj_out.columns)
-        fields = {}
-        if feed_forward is not None:
-            fields["feed_forward"] = self._feed_forward(inner, *feed_forward)
         self._call(
-            native.transformer_cpu,
-            native.TransformerArgs,
+            "transformer",
             x=x,
             coefficients=coefficients,
             **dict(zip(("h", "qkv"), own, strict=False)),
+            **({} if feed_forward is None else self._feed_forward(inner, *feed_forward)),
             out=out,
-            batch=batch,
-            frames=frames,
-            pixels=pixels,
+            **_sizes(shape, heads),
             channels=x.width,
             inner=inner,
-            heads=number,
-            head_dim=dim,
-            scale=scale,
             time=time,
             proj_in=self._linear(proj_in, x.width),
             attentions=tuple(
                 _Struct(
                     native.TransformerAttention,
-                    {
-                        "norm": self._norm(layer_norm),
-                        "proj_in": self._linear(into, inner),
-                        "proj_out": self._linear(back, number * dim),
-                        "kv": kv or 0,
-                        "kv_len": 0 if kv is None else kv.count // batch,
-                        "bias": self._keep(bias),
-                    },
+                    norm=_Struct(native.LayerNormWeights, **self._norm(layer_norm)),
+                    proj_in=self._linear(into, inner),
+                    proj_out=self._linear(back, number * dim),
+                    kv=kv or 0,
+                    kv_len=0 if kv is None else kv.count // batch,
+                    bias=self._keep(bias),
                 )
                 for layer_norm, into, back, kv, bias in attentions
             ),
             proj_out=self._linear(proj_out, inner),
-            dtype=self._number,
-            **fields,
         )
         self.free(coefficients, *own)
         return out
 
-    def _feed_forward(self, inner: int, norm, gate: Weights, out: Weights | None) -> _Struct:
-        fields = {"norm": self._norm(norm), "gate": self._linear(gate, inner)}
-        if out is not None:
-            fields["out"] = self._linear(out, gate.columns)
-        return _Struct(native.FeedForward, fields)
+    def _feed_forward(self, inner: int, norm, gate: Weights, out: Weights | None) -> dict:
+        own = {} if out is None else {"out": self._linear(out, gate.columns)}
+        norm = _Struct(native.LayerNormWeights, **self._norm(norm))
+        gated = _Struct(native.FeedForward, norm=norm, gate=self._linear(gate, inner), **own)
+        return {"feed_forward": gated}
 
     def _linear(self, weights: Weights, depth: int) -> _Struct:
-        fields = {"weights": self._keep(weights.packed), "bias": self._keep(weights.bias)}
-        return _Struct(native.Linear, {**fields, "columns": weights.columns, "depth": depth})
+        packed, bias = self._keep(weights.packed), self._keep(weights.bias)
+        sizes = {"columns": weights.columns, "depth": depth}
+        return _Struct(native.Linear, weights=packed, bias=bias, **sizes)
 
-    def _norm(self, norm) -> _Struct:
-        fields = {"weight": self._keep(norm.weight), "bias": self._keep(norm.bias)}
-        return _Struct(native.LayerNormWeights, {**fields, "eps": norm.eps})
+    def _norm(self, norm) -> dict[str, object]:
+        return {
+            "weight": self._keep(norm.weight),
+            "bias": self._keep(norm.bias),
+            "eps": norm.eps,
+        }
 
     def _source(self, source: Source) -> _Struct:
         x, table = source.rows, source.table
-        fields = {
-            "x": x,
-            "stride": x.width,
-            "width": x.width,
-            "table": self._keep(table),
-            "taps": 1 if table is None else table.shape[0],
-            "item_rows": source.item_rows or x.count,
-        }
-        return _Struct(native.RowSource, fields)
+        return _Struct(
+            native.RowSource,
+            x=x,
+            stride=x.width,
+            width=x.width,
+            table=self._keep(table),
+            taps=1 if table is None else table.shape[0],
+            item_rows=source.item_rows or x.count,
+        )
 
     def _bias(self, weights: Weights, bias: tuple[Rows, int, int] | None) -> dict[str, object]:
         """A product's bias, the rows of the result that share one, and their stride."""
@@ -421,8 +385,9 @@ class Builder:
         rows, column, shared = bias
         return {"bias": rows.at(column), "bias_rows": shared, "bias_stride": rows.width}
 
-    def _call(self, kernel: Callable[..., None], kind: type, **fields: object) -> None:
-        self._calls.append((kernel, _Struct(kind, fields)))
+    def _call(self, op: str, **fields: object) -> None:
+        struct = _Struct(native.args[op], **fields, dtype=self._number)
+        self._calls.append((getattr(native, f"{op}_cpu"), struct))
 
     def _keep(self, tensor: Tensor | None) -> int:
         """The tensor's address, which stays good; 0: there is none."""
@@ -433,6 +398,12 @@ class Builder:
 
     def program(self) -> Program:
         return Program(self._calls, self._kept, self._end)
+
+
+def _sizes(shape: tuple[int, int, int], heads: tuple[int, int, float]) -> dict[str, object]:
+    (batch, frames, pixels), (number, dim, scale) = shape, heads
+    sizes = {"batch": batch, "frames": frames, "pixels": pixels}
+    return {**sizes, "heads": number, "head_dim": dim, "scale": scale}
 
 
 class Program:
