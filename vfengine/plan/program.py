@@ -360,11 +360,8 @@ class Builder:
         return _Struct(native.Linear, weights=packed, bias=bias, **sizes)
 
     def _norm(self, norm) -> dict[str, object]:
-        return {
-            "weight": self._keep(norm.weight),
-            "bias": self._keep(norm.bias),
-            "eps": norm.eps,
-        }
+        weight, bias = self._keep(norm.weight), self._keep(norm.bias)
+        return {"weight": weight, "bias": bias, "eps": norm.eps}
 
     def _source(self, source: Source) -> _Struct:
         x, table = source.rows, source.table
