@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfengine.ops.temporal_attention import MAX_HEAD_DIM
+from vfengine.ops._dispatch import MAX_HEAD_DIM
 
 from . import gather
 from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_winograd

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES
+from vfengine.native import vfengine_native as native
+from vfengine.ops._dispatch import DTYPE_NUMBERS
 
 from .memory import Block, arrange, huge_pages
 from .packing import Weights
 
 _EPILOGUES = {None: 0, "geglu": 1}
-_THREADS = object()  # stands in a call's arguments for the number of threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,13 @@ class _Place:
     offset: int  # in bytes, from the first row's beginning
 
 
+class _Struct:
+    """Arguments of a kernel (csrc/<op>.h), or a part of them, before the arena has an address."""
+
+    def __init__(self, kind: type, **fields: object) -> None:
+        self.kind, self.fields = kind, fields
+
+
 @dataclass(frozen=True)
 class Source:
     """What a product reads: rows, and for convolutions which row each tap takes.
@@ -66,8 +72,8 @@ class Builder:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._number = DTYPES[dtype]
-        self._calls: list[tuple[Callable[..., None], tuple]] = []
+        self._number = DTYPE_NUMBERS[dtype]
+        self._calls: list[tuple[Callable[..., None], _Struct]] = []
         self._kept: list[Tensor] = []  # what calls hold addresses of
         self._made: dict[Rows, int] = {}  # buffers, and how many calls came before
         self._over: dict[Rows, Rows] = {}  # what a buffer may be written over, element by element
@@ -118,23 +124,23 @@ class Builder:
         rows = rows or sources[0].rows.count
         item_rows = item_rows or rows
         out = out or self.rows(rows, weights.columns, out_dtype, over=residual)
-        read = []
-        for source in sources:
-            taps = 1 if source.table is None else source.table.shape[0]
-            table = 0 if source.table is None else self._keep(source.table)
-            x = source.rows
-            read.append((x, x.width, x.width, table, taps, source.item_rows or x.count))
-        shared = self._bias(weights, bias)
+        places, item_rows_out = (None, 0) if scatter is None else scatter
         self._call(
-            vfengine_native.row_matmul_cpu,
-            tuple(read),
-            self._keep(weights.packed),
-            *shared,
-            *((0, 0) if residual is None else (residual, residual.width)),
-            *(out, out.width, rows, item_rows, weights.columns),
-            *(_EPILOGUES[weights.epilogue], self._number, out.dtype is not self.dtype),
-            *((0, 0) if scatter is None else (self._keep(scatter[0]), scatter[1])),
-            _THREADS,
+            "row_matmul",
+            sources=tuple(self._source(source) for source in sources),
+            weights=self._keep(weights.packed),
+            **self._bias(weights, bias),
+            residual=residual or 0,
+            residual_stride=0 if residual is None else residual.width,
+            out=out,
+            out_stride=out.width,
+            rows=rows,
+            item_rows=item_rows,
+            columns=weights.columns,
+            out_table=self._keep(places),
+            item_rows_out=item_rows_out,
+            epilogue=_EPILOGUES[weights.epilogue],
+            out_f32=out.dtype is not self.dtype,
         )
         return out
 
@@ -154,11 +160,20 @@ class Builder:
         flat: 3 taps along height; bias, residual, out: as in `matmul`
         """
         out = out or self.rows(x.count, weights.columns, over=residual)
-        shared = self._bias(weights, bias)
+        items, height, width = shape
         self._call(
-            vfengine_native.winograd_cpu,
-            *(x, self._keep(weights.packed), *shared, residual or 0, out, *shape),
-            *(x.width, weights.columns, flat, self._number, _THREADS),
+            "winograd",
+            x=x,
+            weights=self._keep(weights.packed),
+            **self._bias(weights, bias),
+            residual=residual or 0,
+            out=out,
+            items=items,
+            height=height,
+            width=width,
+            channels=x.width,
+            columns=weights.columns,
+            flat=flat,
         )
         return out
 
@@ -178,29 +193,37 @@ class Builder:
         modulation: (fp32 rows [images], column of the scale, of the shift)
         """
         x, second = sources[0], sources[1] if len(sources) > 1 else None
-        width = sum(source.width for source in sources)
-        out = self.rows(x.count, width)
-        scale, shift, stride = 0, 0, 0
+        out = self.rows(x.count, sum(source.width for source in sources))
+        fields = {} if second is None else {"x2": second, "channels2": second.width}
         if modulation is not None:
             table, scale, shift = modulation
-            scale, shift, stride = table.at(scale), table.at(shift), table.width
-        self._call(
-            vfengine_native.group_norm_silu_cpu,
-            *(x, self._keep(norm.weight), self._keep(norm.bias), scale, shift, 0, out),
-            *(images, x.count // images, x.width, norm.num_groups, num_frames),
-            *(norm.eps, silu, self._number, _THREADS),
-            *((0, 0) if second is None else (second, second.width)),
-            stride,
-            0,
-        )
+            fields |= {"scale": table.at(scale), "shift": table.at(shift)}
+            fields |= {"modulation_stride": table.width}
+        self._group_norm(x, norm, images, num_frames, out=out, silu=silu, **fields)
         return out
+
+    def _group_norm(self, x: Rows, norm, images: int, num_frames: int, **fields: object) -> None:
+        self._call(
+            "group_norm_silu",
+            x=x,
+            **self._norm(norm),
+            images=images,
+            rows=x.count // images,
+            channels=x.width,
+            groups=norm.num_groups,
+            num_frames=num_frames,
+            **fields,
+        )
 
     def layer_norm(self, x: Rows, norm) -> Rows:
         out = self.rows(x.count, x.width)
-        weight, bias = self._keep(norm.weight), self._keep(norm.bias)
         self._call(
-            vfengine_native.layer_norm_cpu,
-            *(x, weight, bias, out, x.count, x.width, norm.eps, self._number, _THREADS),
+            "layer_norm",
+            x=x,
+            **self._norm(norm),
+            out=out,
+            rows=x.count,
+            channels=x.width,
         )
         return out
 
@@ -213,10 +236,20 @@ class Builder:
         first = inner if q is kv else 0
         out = self.rows(q.count, inner)
         self._call(
-            vfengine_native.spatial_attention_cpu,
-            *(q, kv.at(first), kv.at(first + inner), out),
-            *(frames, q.count // frames, kv.count // kv_frames, number, dim),
-            *(q.width, kv.width, kv_frames, self._number, _THREADS, scale),
+            "spatial_attention",
+            q=q,
+            k=kv.at(first),
+            v=kv.at(first + inner),
+            out=out,
+            frames=frames,
+            q_len=q.count // frames,
+            k_len=kv.count // kv_frames,
+            heads=number,
+            head_dim=dim,
+            q_stride=q.width,
+            kv_stride=kv.width,
+            kv_frames=kv_frames,
+            scale=scale,
         )
         return out
 
@@ -228,12 +261,13 @@ class Builder:
         bias: Tensor | None,
     ) -> Rows:
         """shape: (batch, frames, pixels); bias fp32 [heads, frames, frames]."""
-        number, dim, scale = heads
-        out = self.rows(qkv.count, number * dim)
+        out = self.rows(qkv.count, heads[0] * heads[1])
         self._call(
-            vfengine_native.temporal_attention_cpu,
-            *(qkv, 0 if bias is None else self._keep(bias), out, *shape),
-            *(number, dim, self._number, _THREADS, scale),
+            "temporal_attention",
+            qkv=qkv,
+            bias=self._keep(bias),
+            out=out,
+            **_sizes(shape, heads),
         )
         return out
 
@@ -257,59 +291,84 @@ class Builder:
         attentions: (layer norm, q k v or q, out, rows of a context's k and v, position bias)
         feed_forward: (layer norm, gate, out); out None: multiplied into proj_out
         """
-        number, dim, scale = heads
-        batch, frames, pixels = shape
+        (batch, frames, _), (number, dim, _) = shape, heads
         inner = proj_in.columns
         coefficients = self.rows(batch * frames, 3 * x.width, torch.float32)
-        self._call(
-            vfengine_native.group_norm_silu_cpu,
-            *(x, self._keep(norm.weight), self._keep(norm.bias), 0, 0, 0, 0),
-            *(batch * frames, pixels, x.width, norm.num_groups, norm_frames),
-            *(norm.eps, False, self._number, _THREADS, 0, 0, 0, coefficients),
+        self._group_norm(
+            x, norm, batch * frames, norm_frames, coefficients=coefficients, silu=False
         )
         own = () if time else (self.rows(x.count, inner), self.rows(x.count, 3 * number * dim))
         out = self.rows(x.count, proj_out.columns)
-        attended = tuple(
-            (
-                self._norm(layer_norm),
-                self._linear(into, inner),
-                self._linear(back, number * dim),
-                *((0, 0) if kv is None else (kv, kv.count // batch)),
-                0 if bias is None else self._keep(bias),
-            )
-            for layer_norm, into, back, kv, bias in attentions
-        )
-        gated = ()
-        if feed_forward is not None:
-            layer_norm, gate, back = feed_forward
-            last = (0, 0, 0, 0) if back is None else self._linear(back, gate.columns)
-            gated = ((self._norm(layer_norm), self._linear(gate, inner), last),)
         self._call(
-            vfengine_native.transformer_cpu,
-            (*shape, x.width, inner, number, dim),
-            *(time, scale, x, coefficients, *(own or (0, 0)), out),
-            *(self._linear(proj_in, x.width), attended, gated, self._linear(proj_out, inner)),
-            *(self._number, _THREADS),
+            "transformer",
+            x=x,
+            coefficients=coefficients,
+            **dict(zip(("h", "qkv"), own, strict=False)),
+            **({} if feed_forward is None else self._feed_forward(inner, *feed_forward)),
+            out=out,
+            **_sizes(shape, heads),
+            channels=x.width,
+            inner=inner,
+            time=time,
+            proj_in=self._linear(proj_in, x.width),
+            attentions=tuple(
+                _Struct(
+                    native.TransformerAttention,
+                    norm=_Struct(native.LayerNormWeights, **self._norm(layer_norm)),
+                    proj_in=self._linear(into, inner),
+                    proj_out=self._linear(back, number * dim),
+                    kv=kv or 0,
+                    kv_len=0 if kv is None else kv.count // batch,
+                    bias=self._keep(bias),
+                )
+                for layer_norm, into, back, kv, bias in attentions
+            ),
+            proj_out=self._linear(proj_out, inner),
         )
         return out
 
-    def _linear(self, weights: Weights, depth: int) -> tuple[int, int, int, int]:
-        bias = 0 if weights.bias is None else self._keep(weights.bias)
-        return self._keep(weights.packed), bias, weights.columns, depth
+    def _feed_forward(self, inner: int, norm, gate: Weights, out: Weights | None) -> dict:
+        own = {} if out is None else {"out": self._linear(out, gate.columns)}
+        norm = _Struct(native.LayerNormWeights, **self._norm(norm))
+        gated = _Struct(native.FeedForward, norm=norm, gate=self._linear(gate, inner), **own)
+        return {"feed_forward": gated}
 
-    def _norm(self, norm) -> tuple[int, int, float]:
-        return self._keep(norm.weight), self._keep(norm.bias), norm.eps
+    def _linear(self, weights: Weights, depth: int) -> _Struct:
+        packed, bias = self._keep(weights.packed), self._keep(weights.bias)
+        sizes = {"columns": weights.columns, "depth": depth}
+        return _Struct(native.Linear, weights=packed, bias=bias, **sizes)
 
-    def _bias(self, weights: Weights, bias: tuple[Rows, int, int] | None) -> tuple:
-        """Address, rows of the result that share one, and stride, as products take them."""
-        if bias is not None:
-            return bias[0].at(bias[1]), bias[2], bias[0].width
-        return (0 if weights.bias is None else self._keep(weights.bias)), 0, 0
+    def _norm(self, norm) -> dict[str, object]:
+        weight, bias = self._keep(norm.weight), self._keep(norm.bias)
+        return {"weight": weight, "bias": bias, "eps": norm.eps}
 
-    def _call(self, kernel: Callable[..., None], *args: object) -> None:
-        self._calls.append((kernel, args))
+    def _source(self, source: Source) -> _Struct:
+        x, table = source.rows, source.table
+        return _Struct(
+            native.RowSource,
+            x=x,
+            stride=x.width,
+            width=x.width,
+            table=self._keep(table),
+            taps=1 if table is None else table.shape[0],
+            item_rows=source.item_rows or x.count,
+        )
 
-    def _keep(self, tensor: Tensor) -> int:
+    def _bias(self, weights: Weights, bias: tuple[Rows, int, int] | None) -> dict[str, object]:
+        """A product's bias, the rows of the result that share one, and their stride."""
+        if bias is None:
+            return {"bias": self._keep(weights.bias), "bias_rows": 0, "bias_stride": 0}
+        rows, column, shared = bias
+        return {"bias": rows.at(column), "bias_rows": shared, "bias_stride": rows.width}
+
+    def _call(self, op: str, **fields: object) -> None:
+        struct = _Struct(native.args[op], **fields, dtype=self._number)
+        self._calls.append((getattr(native, f"{op}_cpu"), struct))
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        """The tensor's address, which stays good; 0: there is none."""
+        if tensor is None:
+            return 0
         self._kept.append(tensor)
         return tensor.data_ptr()
 
@@ -333,19 +392,34 @@ class Builder:
         return Program(self._calls, self._kept, places, size)
 
 
+def _sizes(shape: tuple[int, int, int], heads: tuple[int, int, float]) -> dict[str, object]:
+    (batch, frames, pixels), (number, dim, scale) = shape, heads
+    sizes = {"batch": batch, "frames": frames, "pixels": pixels}
+    return {**sizes, "heads": number, "head_dim": dim, "scale": scale}
+
+
 class Program:
     """Calls with their memory. Not for two threads at once: they would share the arena."""
 
     def __init__(
         self,
-        calls: list[tuple[Callable[..., None], tuple]],
+        calls: list[tuple[Callable[..., None], _Struct]],
         kept: list[Tensor],
         places: dict[Rows, int],
         size: int,
     ) -> None:
         self._unbound, self._kept, self._places = calls, kept, places
         self.arena = huge_pages(size)
-        self._bound: dict[int, list[tuple[Callable[..., None], tuple]]] = {}
+        base = self.arena.data_ptr()
+
+        def bound(value):
+            if isinstance(value, (Rows, _Place)):
+                return base + self.offset(value)
+            if isinstance(value, _Struct):
+                return value.kind(**{name: bound(part) for name, part in value.fields.items()})
+            return tuple(map(bound, value)) if isinstance(value, tuple) else value
+
+        self.calls = [(kernel, bound(args)) for kernel, args in calls]
 
     def offset(self, place: Rows | _Place) -> int:
         """Where it begins in the arena, in bytes."""
@@ -359,24 +433,10 @@ class Program:
         part = self.arena[offset : offset + rows.nbytes]
         return part.view(rows.dtype).view(rows.count, rows.width)
 
-    def calls(self, threads: int) -> list[tuple[Callable[..., None], tuple]]:
-        """The kernel calls, ready to be made in order."""
-        if threads not in self._bound:
-            base = self.arena.data_ptr()
-
-            def bound(value):
-                if isinstance(value, (Rows, _Place)):
-                    return base + self.offset(value)
-                if isinstance(value, tuple):
-                    return tuple(bound(part) for part in value)
-                return threads if value is _THREADS else value
-
-            self._bound = {threads: [(kernel, bound(args)) for kernel, args in self._unbound]}
-        return self._bound[threads]
-
     def run(self) -> None:
-        for kernel, args in self.calls(torch.get_num_threads()):
-            kernel(*args)
+        threads = torch.get_num_threads()
+        for kernel, args in self.calls:
+            kernel(args, threads)
 
 
 def _buffers(value: object) -> Iterator[Rows]:
@@ -385,6 +445,8 @@ def _buffers(value: object) -> Iterator[Rows]:
         yield value
     elif isinstance(value, _Place):
         yield value.rows
+    elif isinstance(value, _Struct):
+        yield from _buffers(tuple(value.fields.values()))
     elif isinstance(value, tuple):
         for part in value:
             yield from _buffers(part)
