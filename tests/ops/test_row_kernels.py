@@ -26,9 +26,10 @@ from torch import Tensor
 from vfengine.native import vfengine_native
 from vfengine.plan import gather as taps
 from vfengine.plan import packing as packed
+from vfengine.plan.builder import Builder, Source
 from vfengine.plan.memory import Block, arrange
 from vfengine.plan.packing import pack
-from vfengine.plan.program import Builder, Program, Rows, Source
+from vfengine.plan.program import Program, Rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW_OPS = ("group_norm_silu", "geglu", "spatial_attention", "temporal_attention")

@@ -10,8 +10,8 @@ from triton_tools import guarded
 
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPE_NUMBERS as NUMBERS
+from vfengine.plan.builder import Builder
 from vfengine.plan.packing import pack_winograd, takes_winograd
-from vfengine.plan.program import Builder
 
 SHAPES = {  # items, height, width, channels, columns
     "3x3": (2, 8, 6, 64, 96, False),

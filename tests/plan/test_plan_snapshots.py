@@ -136,9 +136,9 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
         if isinstance(value, program.Rows):
             offset = forward.program.offset(value)
             return f"{offset}:{value.count}x{value.width}:{NAMES[value.dtype]}"
-        if isinstance(value, program._Place):
+        if isinstance(value, program.Place):
             return f"@{forward.program.offset(value)}"
-        if isinstance(value, program._Struct):
+        if isinstance(value, program.Struct):
             given = {name: part for name, part in value.fields.items() if part != 0}
             return f"({', '.join(f'{name}={text(part)}' for name, part in given.items())})"
         if isinstance(value, tuple):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vfengine.ops._dispatch import MAX_HEAD_DIM
 
 from . import gather
+from .builder import Builder, Source
 from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_winograd
-from .program import Builder, Rows, Source
+from .program import Rows
 
 if TYPE_CHECKING:
     from .walk import Picture, Planner

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
 
+from .builder import Builder
 from .memory import return_memory
 from .packing import Weights
-from .program import Builder, Program, Rows
+from .program import Program, Rows
 from .walk import Packed, Packer, Picture, Planner
 
 _PROGRAMS = 4  # shapes whose programs are kept
