@@ -18,11 +18,29 @@ from vfengine.formats.checkpoint import (
 )
 from vfengine.models import UNetConfig, vdm_config
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TESTS = Path(__file__).resolve().parent
+BENCHMARKS = TESTS.parent / "benchmarks"
 TINY_LABELS = ("cartwheel", "jump", "walk")
 
 # Of a pipeline whose pixels are compared: what "auto" chooses depends on the machine.
 ON_CPU = {"device": "cpu", "dtype": torch.float32}
+
+
+# What `pytest -m quick` runs: folders and files of tests/.
+QUICK = (
+    *("cli/", "diffusion/", "media/", "pipelines/", "sampling/", "test_"),
+    *("formats/test_checkpoint.py", "models/test_models.py", "models/test_vdm.py"),
+    "plan/test_plan_snapshots.py",
+)
+NOT_QUICK = ("sampling/test_capture.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the quick tests by their folders, so that a new file needs no mark."""
+    for item in items:
+        file = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        if file.startswith(QUICK) and file not in NOT_QUICK:
+            item.add_marker(pytest.mark.quick)
 
 
 def benchmark_file(name: str) -> ModuleType:

@@ -81,21 +81,24 @@ def test_more_clips_than_a_grid_has_rows(plain):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_kernels_in_shuffled_order_of_blocks_and_threads(plain, seed):
     run_kernels("plain", plain, "--shapes", "small", seed=seed)
 
 
+@pytest.mark.slow
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     build("address", tmp_path)
     run_kernels("address", tmp_path)
 
 
+@pytest.mark.slow
 def test_kernels_under_thread_sanitizer(tmp_path):
     build("thread", tmp_path)
     run_kernels("thread", tmp_path, "--shapes", "race", seed=1)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_cuda_source_runs(tmp_path, capsys):
     build("coverage", tmp_path)
     run_kernels("coverage", tmp_path, "--shapes", "small")
@@ -146,6 +149,7 @@ def assert_caught(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_driver_is_clean_where_nothing_is_planted(tmp_path):
     for variant, pixels in (("address", 48), ("address", 33), ("thread", 48)):
         result = run_driver(variant, tmp_path, 3, pixels)
@@ -153,6 +157,7 @@ def test_driver_is_clean_where_nothing_is_planted(tmp_path):
     assert run_driver("address", tmp_path, 3, 48, misaligned=1).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("correct", "planted"),
     [
@@ -166,24 +171,28 @@ def test_tail_overrun_is_caught(tmp_path, correct, planted):
     assert_caught(result, "heap-buffer-overflow", "_group")
 
 
+@pytest.mark.slow
 def test_missing_end_of_a_row_is_caught(tmp_path):
     planted = ("cuda/frames.cuh", "if (i >= args.pixels) return;", "")
     result = run_driver("address", tmp_path, 3, 48, replace=planted)
     assert_caught(result, "heap-buffer-overflow", "frames.cuh")
 
 
+@pytest.mark.slow
 def test_misaligned_vector_is_caught(tmp_path):
     planted = ("cuda/frames.cuh", "% 16 != 0) return false;", "% 16 != 0) continue;")
     result = run_driver("address", tmp_path, 3, 48, misaligned=1, replace=planted)
     assert_caught(result, "misaligned address", "16 byte alignment")
 
 
+@pytest.mark.slow
 def test_overlap_of_out_and_input_is_caught(tmp_path):
     """What vfengine.ops refuses: one thread writes what another still reads."""
     result = run_driver("thread", tmp_path, 2, 48, overlap=16)
     assert_caught(result, "data race", "frames.cuh")
 
 
+@pytest.mark.slow
 def test_overlap_of_blocks_is_caught(tmp_path):
     """Two blocks that own the same frame."""
     planted = ("cuda/frames.cuh", "first = tile % runs * run;", "first = tile % runs * run / 2;")
