@@ -59,7 +59,7 @@ from torch import Tensor
 from vfengine import VideoFusionPipeline
 from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.decompose import frame_weights, residual_noise
-from vfengine.formats.checkpoint import DEFAULT, load_residual
+from vfengine.formats.checkpoint import DEFAULT, load_network
 from vfengine.media.pictures import to_frames, to_uint8
 from vfengine.models import for_inference
 from vfengine.sampling.api import sample_residual
@@ -123,7 +123,7 @@ class Maker:
         self.pipeline = VideoFusionPipeline.from_pretrained(device=DEVICE, dtype=torch.bfloat16)
         self.config = self.pipeline.config
         place = self.pipeline.device, torch.bfloat16
-        self.network = load_residual(DEFAULT, self.config, *place)
+        self.network = load_network(DEFAULT, self.config, "residual", *place)
         self.network.unet = for_inference(self.network.unet, *place[::-1])  # as the pipeline does
 
     def path(self, label: str) -> BaseTrajectory:

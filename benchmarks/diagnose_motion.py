@@ -19,15 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vfengine.diffusion.base_path import BaseTrajectory
-from vfengine.diffusion.decompose import add_noise, decomposed_noise, remove_base
-from vfengine.formats.checkpoint import load_base, load_residual, read_config
+from vfengine.diffusion.decompose import add_noise, base_index, decomposed_noise, remove_base
+from vfengine.formats.checkpoint import load_network, read_config
+from vfengine.media.pictures import network_to_pixels
 from vfengine.sampling.api import sample_residual
 from vfengine.training.mocap import render_clips
-
-
-def to_pixels(clips: Tensor) -> np.ndarray:
-    """[B, N, 3, H, W] in -1..1 -> uint8 [B, N, H, W, 3]."""
-    return clips.clamp(-1, 1).add(1).mul(127.5).round().byte().movedim(2, -1).numpy()
 
 
 @torch.inference_mode()
@@ -36,15 +32,15 @@ def diagnose(
 ) -> list[Row]:
     """Rows of top-1 accuracy and, for one step, of RMS error over the frames but the base frame."""
     config = read_config(model)
-    base, residual = (load(model, config) for load in (load_base, load_residual))
-    schedule, m = config.noise_schedule(), config.num_frames // 2
+    base, residual = (load_network(model, config, name) for name in config.networks)
+    schedule, m = config.noise_schedule(), base_index(config.num_frames)
     x, y = to_input(clips), torch.from_numpy(labels)
     noise = decomposed_noise(x.shape, base_seed=0, residual_seed=1)
     others = [i for i in range(config.num_frames) if i != m]
     rows = []
 
     def add(case: str, contender: str, made: Tensor) -> None:
-        accuracy = 100 * float((read(judge, to_pixels(made)) == labels).mean())
+        accuracy = 100 * float((read(judge, network_to_pixels(made).numpy()) == labels).mean())
         error = float((made - x)[:, others].square().mean().sqrt())
         rows.append(Row(case, contender, "top-1", accuracy, "%"))
         rows.append(Row(case, contender, "RMS error", error, "of 2"))

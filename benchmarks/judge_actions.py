@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vfengine import VideoFusionPipeline
 from vfengine.diffusion.base_path import BaseTrajectory
+from vfengine.media.pictures import pixels_to_network
 from vfengine.media.video import write_video
 from vfengine.training.mocap import ACTIONS, render_clips
 
@@ -59,7 +60,7 @@ class Judge(nn.Module):
 
 def to_input(clips: np.ndarray) -> Tensor:
     """uint8 [B, N, H, W, 3] -> float [B, N, 3, H, W] in -1..1."""
-    return torch.from_numpy(clips).movedim(-1, 2).float().div(127.5).sub(1)
+    return pixels_to_network(torch.from_numpy(clips))
 
 
 def train_judge(

@@ -11,9 +11,9 @@ import torch
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.formats.checkpoint import (
     CheckpointConfig,
-    build_base,
-    build_residual,
-    build_video,
+    DecomposedConfig,
+    PlainConfig,
+    build_network,
     save_checkpoint,
 )
 from vfengine.models import UNetConfig, vdm_config
@@ -32,7 +32,7 @@ QUICK = (
     *("formats/test_checkpoint.py", "models/test_models.py", "models/test_vdm.py"),
     "plan/test_plan_snapshots.py",
 )
-NOT_QUICK = ("sampling/test_capture.py",)
+NOT_QUICK = ("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,7 +52,7 @@ def benchmark_file(name: str) -> ModuleType:
         sys.path.remove(str(BENCHMARKS))
 
 
-def tiny_config(**changes) -> CheckpointConfig:
+def tiny_config(**changes) -> DecomposedConfig:
     """4 frames of 16 x 16, three labels; both UNets have two levels of 16 channels."""
     shape = {
         "block_out_channels": (16, 16),
@@ -82,13 +82,15 @@ def tiny_config(**changes) -> CheckpointConfig:
         ),
         "base_path": "stepwise",
     }
-    return CheckpointConfig(**{**values, **changes})
+    return DecomposedConfig(**{**values, **changes})
 
 
-def tiny_video_config() -> CheckpointConfig:
+def tiny_video_config(**changes) -> PlainConfig:
     """The VDM* of the tiny model's base network."""
-    video = vdm_config(tiny_config().base)
-    return tiny_config(base=None, residual=None, lam=None, base_path="stepwise", video=video)
+    tiny = tiny_config()
+    shared = ("num_frames", "height", "width", "channels", "labels", "fps", "schedule")
+    values = {name: getattr(tiny, name) for name in shared}
+    return PlainConfig(**{**values, "video": vdm_config(tiny.base), **changes})
 
 
 def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
@@ -98,11 +100,10 @@ def save_tiny(folder: Path, seed: int = 0, **changes) -> Path:
 
 def save_random(folder: Path, config: CheckpointConfig, seed: int = 0) -> Path:
     """Writes an untrained model of any configuration."""
-    builders = {"base": build_base, "residual": build_residual, "video": build_video}
     generator = torch.Generator().manual_seed(seed)
     states = []
-    for build in (builders[name] for name in config.networks):
-        state = build(config).unet.state_dict()
+    for network in config.networks:
+        state = build_network(config, network).unet.state_dict()
         for name, weight in state.items():
             if weight.ndim > 1:
                 fan_in = weight[0].numel()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AUTO = "auto"
+from .names import AUTO
+
+NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -36,12 +37,12 @@ def chosen_device(device: torch.device | str) -> torch.device:
 def chosen_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """The dtype of networks, where "auto" is bfloat16 if it is faster here, and else float32.
 
-    Raises ValueError for what is neither "auto" nor one of DTYPES.
+    Raises ValueError for what is neither "auto" nor one of NETWORK_DTYPES.
     """
     if dtype == AUTO:
         return torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be 'auto' or one of {DTYPES}, got {dtype!r}")
+    if dtype not in NETWORK_DTYPES:
+        raise ValueError(f"dtype must be 'auto' or one of {NETWORK_DTYPES}, got {dtype!r}")
     return dtype
 
 

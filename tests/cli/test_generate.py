@@ -19,10 +19,10 @@ from vfengine.cli import generate
 from vfengine.cli import settings as generate_settings
 from vfengine.cli.generate import main
 from vfengine.cli.settings import DEFAULTS, read_settings
-from vfengine.diffusion import base_path as trajectory
 from vfengine.diffusion import solvers
 from vfengine.media import video as video_io
 from vfengine.media.video import read_video
+from vfengine.names import SOLVERS
 from vfengine.pipelines.videofusion import to_uint8
 
 STEPS = "4"
@@ -89,8 +89,7 @@ def test_defaults_are_the_pipelines():
     opened = vf.VideoFusionPipeline.from_pretrained.__kwdefaults__
     for name in ("device", "dtype", "base_unet"):
         assert DEFAULTS[name] == opened[name], name
-    assert generate_settings.SOLVERS == solvers.SOLVERS
-    assert generate_settings.BASE_PATHS == trajectory.BASE_PATHS
+    assert tuple(solvers.NUM_HISTORY) == SOLVERS
 
 
 def test_output_is_named_after_the_label(cli):

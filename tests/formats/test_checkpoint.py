@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY_LABELS, save_tiny, tiny_config
 from safetensors.torch import load_file
@@ -17,15 +18,13 @@ from safetensors.torch import load_file
 from vfengine.formats import checkpoint
 from vfengine.formats.checkpoint import (
     CheckpointConfig,
-    build_base,
-    build_residual,
-    load_base,
-    load_residual,
+    build_network,
+    load_network,
     read_config,
     save_checkpoint,
 )
 
-LOADERS = {"base": load_base, "residual": load_residual}
+NETWORKS = ("base", "residual")
 
 
 @pytest.fixture
@@ -37,7 +36,8 @@ def folder(tiny_checkpoint, tmp_path) -> Path:
 def states(seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """State dicts of the two tiny UNets, every weight random."""
     torch.manual_seed(seed)
-    networks = [build(tiny_config()).unet for build in (build_base, build_residual)]
+    config = tiny_config()
+    networks = [build_network(config, name).unet for name in config.networks]
     return [{k: torch.randn_like(v) for k, v in net.state_dict().items()} for net in networks]
 
 
@@ -62,10 +62,10 @@ def test_checkpoint_round_trips_weights_and_config(tmp_path):
     assert replace(config, sha256={}) == tiny_config(lam=0.25, fps=12.5)
     assert config.null_class == len(TINY_LABELS)
     assert config.noise_schedule().fingerprint() == tiny_config().noise_schedule().fingerprint()
-    for (name, load), state in zip(LOADERS.items(), written, strict=True):
+    for name, state in zip(NETWORKS, written, strict=True):
         stored = load_file(tmp_path / "model" / f"{name}.safetensors")
         assert {value.dtype for value in stored.values()} == {torch.float16}
-        generator = load(tmp_path / "model", config)
+        generator = load_network(tmp_path / "model", config, name)
         loaded = generator.unet.state_dict()
         assert loaded.keys() == state.keys()
         for key, value in state.items():
@@ -77,8 +77,8 @@ def test_checkpoint_round_trips_weights_and_config(tmp_path):
 
 def test_checkpoint_loads_into_the_asked_dtype_in_channels_last(tiny_checkpoint):
     config = read_config(tiny_checkpoint)
-    for load in LOADERS.values():
-        unet = load(tiny_checkpoint, config, dtype=torch.bfloat16).unet
+    for name in NETWORKS:
+        unet = load_network(tiny_checkpoint, config, name, dtype=torch.bfloat16).unet
         assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
         assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -86,8 +86,8 @@ def test_checkpoint_loads_into_the_asked_dtype_in_channels_last(tiny_checkpoint)
 def test_checkpoint_gives_the_generators_their_lam_and_scales(tmp_path):
     folder = save_tiny(tmp_path / "model", lam=0.3, base_std=0.6, residual_std=0.2)
     config = read_config(folder)
-    assert load_base(folder, config).data_std == 0.6
-    residual = load_residual(folder, config)
+    assert load_network(folder, config, "base").data_std == 0.6
+    residual = load_network(folder, config, "residual")
     assert (residual.data_std, residual.lam) == (0.2, 0.3)
 
 
@@ -124,23 +124,28 @@ def test_saving_again_replaces_the_checkpoint(folder):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("failing", ["save_file", "replace"])
-def test_interrupted_save_leaves_the_old_checkpoint(folder, monkeypatch, failing, error):
-    module = {"save_file": checkpoint, "replace": os}[failing]
+@pytest.mark.parametrize(
+    ("module", "failing", "number"),
+    [(safetensors.torch, "save_file", 2), *((os, "replace", number) for number in range(1, 5))],
+)
+def test_interrupted_save_leaves_the_old_checkpoint(
+    folder, monkeypatch, module, failing, number, error
+):
+    """replace: of the two files of weights, of the old folder, of the new one."""
     real, calls = getattr(module, failing), []
 
-    def second_call_fails(*args):
+    def one_call_fails(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == number:
             raise error
         return real(*args)
 
     before = contents(folder.parent)
-    monkeypatch.setattr(module, failing, second_call_fails)
+    monkeypatch.setattr(module, failing, one_call_fails)
     with pytest.raises(type(error)):
         save_checkpoint(folder, tiny_config(), *states(5))
     monkeypatch.undo()
-    assert len(calls) >= 2
+    assert len(calls) >= number
     assert contents(folder.parent) == before
     assert [entry.name for entry in folder.parent.iterdir()] == ["model"]
 
@@ -189,15 +194,15 @@ def test_missing_folder_is_refused(tmp_path):
         read_config(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_missing_weights_are_refused(folder, name):
     (folder / f"{name}.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=rf"model has no {name}\.safetensors"):
-        LOADERS[name](folder, read_config(folder))
+        load_network(folder, read_config(folder), name)
 
 
 @pytest.mark.parametrize("known_digest", [True, False])
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_truncated_weights_are_refused(folder, name, known_digest):
     file = folder / f"{name}.safetensors"
     for length in (file.stat().st_size - 1, 100, 4, 0):
@@ -205,38 +210,38 @@ def test_truncated_weights_are_refused(folder, name, known_digest):
         if not known_digest:  # as in a folder that somebody put together by hand
             edit_config(folder, sha256={})
         with pytest.raises(ValueError, match=rf"{name}\.safetensors is (truncated|not a complete)"):
-            LOADERS[name](folder, read_config(folder))
+            load_network(folder, read_config(folder), name)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_swapped_weights_are_refused(folder, name):
     base, residual = folder / "base.safetensors", folder / "residual.safetensors"
     swapped = (residual.read_bytes(), base.read_bytes())
     base.write_bytes(swapped[0])
     residual.write_bytes(swapped[1])
     with pytest.raises(ValueError, match=rf"{name}\.safetensors is .*not the file its config.json"):
-        LOADERS[name](folder, read_config(folder))
+        load_network(folder, read_config(folder), name)
     edit_config(folder, sha256={})
     with pytest.raises(ValueError, match=rf"{name}\.safetensors is of another architecture"):
-        LOADERS[name](folder, read_config(folder))
+        load_network(folder, read_config(folder), name)
 
 
 def test_weights_of_another_training_are_refused(folder, tmp_path):
     other = save_tiny(tmp_path / "other", seed=1)
     shutil.copy(other / "base.safetensors", folder)
     with pytest.raises(ValueError, match=r"base\.safetensors is .*not the file its config.json"):
-        load_base(folder, read_config(folder))
+        load_network(folder, read_config(folder), "base")
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_weights_of_another_architecture_are_refused(folder, name):
     unet = json.loads((folder / "config.json").read_text())[name]
     edit_config(folder, **{name: {**unet, "block_out_channels": [16, 32]}})
     with pytest.raises(ValueError, match=rf"{name}\.safetensors is of another .* should be \["):
-        LOADERS[name](folder, read_config(folder))
+        load_network(folder, read_config(folder), name)
     edit_config(folder, **{name: {**unet, "feed_forward_mult": 0}})
     with pytest.raises(ValueError, match=r"of another architecture .* should be absent, is \["):
-        LOADERS[name](folder, read_config(folder))
+        load_network(folder, read_config(folder), name)
 
 
 @pytest.mark.parametrize(

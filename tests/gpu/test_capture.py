@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vfengine.diffusion.decompose import decomposed_noise
 from vfengine.diffusion.solvers import solver_table
-from vfengine.formats.checkpoint import load_base, load_residual, load_video, read_config
+from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.ops import residual_step
 from vfengine.pipelines.videofusion import VideoFusionPipeline
 from vfengine.sampling.loop import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
@@ -82,8 +82,7 @@ def test_one_captured_step_is_all_of_them(backend, device):
 
 
 def load(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    loaders = {"base": load_base, "residual": load_residual, "video": load_video}
-    return loaders[name](folder, read_config(folder), device, dtype)
+    return load_network(folder, read_config(folder), name, device, dtype)
 
 
 def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Module]]:

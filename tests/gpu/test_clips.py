@@ -7,7 +7,7 @@ import torch
 
 import vfengine as vf
 from vfengine.diffusion.base_path import BaseTrajectory
-from vfengine.formats.checkpoint import load_base, load_residual, read_config
+from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.pipelines.videofusion import VideoFusionOutput, VideoFusionPipeline
 
 from .graphs import assert_same, distance
@@ -66,11 +66,11 @@ def test_base_here_and_residual_on_the_cpu(overlap, capture, device):
     schedule = CONFIG.noise_schedule()
     shape = (1, CONFIG.num_frames, CONFIG.channels, CONFIG.height, CONFIG.width)
     noise = vf.decomposed_noise(shape, 0, 1)
-    residual = load_residual(None, CONFIG)
+    residual = load_network(None, CONFIG, "residual")
     settings = {"schedule": schedule, "num_inference_steps": STEPS, "lam": CONFIG.lam}
 
     def clip(place: str, **options) -> torch.Tensor:
-        base = load_base(None, CONFIG, place)
+        base = load_network(None, CONFIG, "base", place)
         networks = [
             lambda z, t, network=network: network(
                 z, t, class_labels=torch.full_like(t, 3, device=z.device)

@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from vfengine.diffusion.noise import base_noise, residual_noise
-from vfengine.formats.checkpoint import load_base, load_residual, read_config
+from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.models import layers
 
 from .graphs import distance
 
 CONFIG = read_config()
-LOAD = {"base": load_base, "residual": load_residual}
-NETWORKS = list(LOAD)
+NETWORKS = CONFIG.networks
 
 
 def forward(network: torch.nn.Module, name: str, device: str) -> Tensor:
@@ -29,7 +28,7 @@ def forward(network: torch.nn.Module, name: str, device: str) -> Tensor:
 
 
 def load(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    return LOAD[name](None, CONFIG, device, dtype)
+    return load_network(None, CONFIG, name, device, dtype)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

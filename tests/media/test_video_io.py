@@ -15,7 +15,6 @@ from vfengine.media.video import (
     check_target,
     enlarge,
     read_video,
-    replacing,
     sheet,
     write_video,
 )
@@ -137,14 +136,6 @@ def test_a_break_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, suf
         write_video(path, moving_clip(2))
     assert os.listdir(tmp_path) == [path.name]
     assert path.read_bytes() == b"old"
-
-
-def test_replacing_renames_only_a_finished_file(tmp_path):
-    with replacing(tmp_path / "x") as temporary:
-        temporary.write_text("new")
-        assert not (tmp_path / "x").exists()
-    assert (tmp_path / "x").read_text() == "new"
-    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_sheet_places_every_frame():

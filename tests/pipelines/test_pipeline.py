@@ -9,13 +9,7 @@ from conftest import ON_CPU, TINY_LABELS, save_tiny
 from PIL import Image
 
 import vfengine as vf
-from vfengine.formats.checkpoint import (
-    build_base,
-    build_residual,
-    load_base,
-    load_residual,
-    read_config,
-)
+from vfengine.formats.checkpoint import build_network, load_network, read_config
 from vfengine.pipelines import session as engine
 from vfengine.pipelines.videofusion import VideoFusionPipeline, to_uint8
 
@@ -47,8 +41,8 @@ def test_matches_the_samplers_by_hand(pipe, tiny_checkpoint, base_path, scale):
 
     noise = vf.decomposed_noise((1, 4, 3, 16, 16), base_seed=5, residual_seed=6)
     video = vf.sample(
-        guided(load_base(tiny_checkpoint, config)),
-        guided(load_residual(tiny_checkpoint, config)),
+        guided(load_network(tiny_checkpoint, config, "base")),
+        guided(load_network(tiny_checkpoint, config, "residual")),
         noise.base,
         noise.residual,
         schedule=config.noise_schedule(),
@@ -182,16 +176,12 @@ def test_base_path_defaults_to_the_checkpoints_choice(pipe, tmp_path):
 def test_guidance_of_one_asks_for_one_estimate(pipe, monkeypatch):
     sizes = []
 
-    def counting(load):
-        def loader(*args):
-            network = load(*args)
-            network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-            return network
+    def counting(*args):
+        network = load_network(*args)
+        network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        return network
 
-        return loader
-
-    monkeypatch.setattr(engine, "load_base", counting(load_base))
-    monkeypatch.setattr(engine, "load_residual", counting(load_residual))
+    monkeypatch.setattr(engine, "load_network", counting)
     frames_of(pipe, guidance_scale=1.0)
     assert sizes == [1] * 2 * STEPS
     frames_of(pipe, None, guidance_scale=5.0)
@@ -250,8 +240,8 @@ def test_on_cuda_the_base_network_goes_only_for_want_of_room(
     """free, idle: in weights of one network, both are about equally large."""
     pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     base, residual = (
-        sum(weight.numel() for weight in build(pipe.config).unet.parameters())
-        for build in (build_base, build_residual)
+        sum(weight.numel() for weight in build_network(pipe.config, name).unet.parameters())
+        for name in pipe.config.networks
     )
     assert pipe.lets_base_go(needed_again) is not needed_again  # on a CPU
     pipe._engine.device = torch.device("cuda", 0)

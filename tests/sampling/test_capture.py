@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vfengine.diffusion.decompose import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS, solver_table
-from vfengine.formats.checkpoint import build_video, load_base, load_residual, read_config
+from vfengine.formats.checkpoint import PlainConfig, build_network, load_network, read_config
 from vfengine.models import vdm_config
 from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
 from vfengine.sampling.loop import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
@@ -54,13 +54,13 @@ def networks():
     """
 
     def make() -> dict:
-        base = load_base(None, CONFIG, dtype=torch.bfloat16)
-        residual = load_residual(None, CONFIG, dtype=torch.bfloat16)
-        config = type(CONFIG)(
+        base = load_network(None, CONFIG, "base", dtype=torch.bfloat16)
+        residual = load_network(None, CONFIG, "residual", dtype=torch.bfloat16)
+        config = PlainConfig(
             num_frames=FRAMES, height=64, width=64, channels=3, fps=8.0, labels=CONFIG.labels,
             schedule=CONFIG.schedule, video=vdm_config(CONFIG.base),
         )  # fmt: skip
-        video = build_video(config).bfloat16().eval().requires_grad_(False)
+        video = build_network(config, "video").bfloat16().eval().requires_grad_(False)
         return {"base": base, "residual": residual, "video": video}
 
     return make
@@ -213,7 +213,7 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
     table = solver_table(solver, config.noise_schedule(), 3)
     labels = torch.tensor([1])
     noise = decomposed_noise((1, 4, 3, 16, 16), 0, 1)
-    network = {"base": load_base, "residual": load_residual}[phase](tiny_checkpoint, config)
+    network = load_network(tiny_checkpoint, config, phase)
 
     def model(z, t):
         return network(z, t, class_labels=labels)

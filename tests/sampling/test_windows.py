@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vfengine import VideoFusionPipeline
 from vfengine.diffusion.decompose import decomposed_noise, frame_weights
 from vfengine.diffusion.schedule import NoiseSchedule
-from vfengine.formats.checkpoint import load_residual, read_config
+from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.models import for_inference
 from vfengine.sampling.api import sample_base, sample_residual
 from vfengine.sampling.windows import choose_windows, largest_stride, plan_windows, windowed
@@ -357,7 +357,7 @@ def frames_of(pipe, **settings):
 )
 def test_pipeline_is_sample_residual_by_hand(pipe, tiny_checkpoint, asked, window):
     config = read_config(tiny_checkpoint)
-    network = load_residual(tiny_checkpoint, config)
+    network = load_network(tiny_checkpoint, config, "residual")
     network.unet = for_inference(network.unet, torch.float32, "cpu")
     walk = torch.tensor([TINY_LABELS.index("walk")])
     shares = frame_weights(config.lam, window or LONG)

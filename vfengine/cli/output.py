@@ -63,7 +63,7 @@ def targets(output: Path, count: int) -> list[Path]:
 
 def check_base_files(settings: argparse.Namespace) -> None:
     """Finds out whether base paths can be kept where they are asked to be."""
-    from ..media.video import check_writable
+    from ..files import check_writable
 
     if settings.base_trajectory is not None:
         file = Path(settings.base_trajectory)

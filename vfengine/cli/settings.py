@@ -11,14 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-SOLVERS = ("ddim", "ddpm", "dpmsolver", "dpmsolver++", "unipc")
-BASE_PATHS = ("stepwise", "clean")
-FILTERS = ("nearest", "lanczos")
-DTYPES = {
-    "auto": "auto",
-    **{name: name for name in ("float32", "bfloat16", "float16")},
-    **{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
-}
+from ..names import AUTO, BASE_PATHS, DTYPE_NAMES, FILTERS, SOLVERS
+
 DEFAULTS = {
     "label": None,
     "list_labels": False,
@@ -47,8 +41,8 @@ DEFAULTS = {
     "base_path": None,
     "overlap_phases": False,
     "offload_base": None,
-    "device": "auto",
-    "dtype": "auto",
+    "device": AUTO,
+    "dtype": AUTO,
     "no_capture": False,
     "quiet": False,
     "json": False,
@@ -189,7 +183,7 @@ def _parser() -> _Parser:
         help="cpu, cuda, cuda:1 …, or auto, the default: cuda where there is one, else cpu",
     )  # fmt: skip
     how.add_argument(
-        "--dtype", choices=tuple(DTYPES),
+        "--dtype", choices=tuple(DTYPE_NAMES),
         help="of the networks; auto, the default: bfloat16 where that is faster, else float32",
     )  # fmt: skip
     how.add_argument(
@@ -288,7 +282,7 @@ def _parse(parser: _Parser, tokens: Sequence[str]) -> tuple[dict[str, Any], set[
         seed = values.pop("seed")
         values = {"base_seed": seed, "residual_seed": seed + 1, **values}
     if "dtype" in values:
-        values["dtype"] = DTYPES[values["dtype"]]
+        values["dtype"] = DTYPE_NAMES[values["dtype"]]
     return values, given
 
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
+from ..names import AUTO, BASE_PATHS, OBJECTIVES, PRECISIONS
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit status: 2 for bad input, 1 for a loss gone to NaN."""
@@ -39,12 +41,12 @@ _DECOMPOSED_ONLY = "; not with --objective vdm"
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ..training.trainer import TrainingOptions
+    from ..training.options import TrainingOptions
 
     parser = _Parser("python -m vfengine.train", description=__doc__.split(": ", 1)[1])
     parser.add_argument(
         "--objective",
-        choices=("decomposed", "vdm"),
+        choices=OBJECTIVES,
         default="decomposed",
         help="a decomposed model (default), or VDM*, plain video diffusion on the base UNet",
     )
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument(
         "--base-path",
-        choices=("stepwise", "clean"),
+        choices=BASE_PATHS,
         help="default when sampling: clean, or stepwise with --clean-share 0" + _DECOMPOSED_ONLY,
     )
     parser.add_argument("--device", default="cpu")
@@ -103,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         value = getattr(defaults, option.name)
         kind = {"type": type(value), "default": value}
         if option.name == "precision":
-            value = "auto"
-            kind = {"choices": ("auto", "bf16", "fp32"), "default": value}
+            value = AUTO
+            kind = {"choices": (AUTO, *PRECISIONS), "default": value}
         text = f"default {value}"
         if option.name in _DECOMPOSED_OPTIONS:  # filled in by _settle
             kind["default"], text = None, text + _DECOMPOSED_ONLY
@@ -114,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settle(arguments: argparse.Namespace) -> None:
     """Fill in the flags that decomposed models alone have; ValueError where a VDM* is given one."""
-    from ..training.trainer import TrainingOptions
+    from ..training.options import TrainingOptions
 
     vdm = arguments.objective == "vdm"
     defaults = {"lam": 0.5, "residual_channels": (64, 96, 112), "base_path": None}
@@ -140,7 +142,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..pipelines.videofusion import usable_device
-    from ..training.trainer import Trainer, TrainingOptions
+    from ..training.options import TrainingOptions
+    from ..training.trainer import Trainer
 
     output: Path = arguments.output
     state_file = output / "training.safetensors"
@@ -230,7 +233,7 @@ def _precision(arguments: argparse.Namespace) -> str:
     """What "auto" means: bf16 where the device computes in it, fp32 where it would emulate it."""
     import torch
 
-    if arguments.precision != "auto":
+    if arguments.precision != AUTO:
         return arguments.precision
     if arguments.device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -281,7 +284,7 @@ def _data(arguments: argparse.Namespace):
 def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
     """The model: attention at the coarsest level, temporal convolutions one above it."""
     from ..diffusion.schedule import NoiseSchedule
-    from ..formats.checkpoint import CheckpointConfig
+    from ..formats.checkpoint import DecomposedConfig, PlainConfig
     from ..models import UNetConfig, vdm_config
 
     levels = len(arguments.layers_per_block)
@@ -308,7 +311,7 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
         "schedule": NoiseSchedule.linear().to_dict(),
     }
     if arguments.objective == "vdm":
-        return CheckpointConfig(**clips, video=vdm_config(base))
+        return PlainConfig(**clips, video=vdm_config(base))
     residual = replace(
         base,
         in_channels=6,
@@ -318,7 +321,7 @@ def _config(arguments: argparse.Namespace, labels: tuple[str, ...]):
         temporal_conv=tuple(level == levels - 2 for level in range(levels)),
         frame_embedding=True,
     )
-    return CheckpointConfig(
+    return DecomposedConfig(
         **clips,
         lam=arguments.lam,
         base=base,
@@ -353,6 +356,7 @@ def _sample_sheet(trainer, file: Path) -> None:
     """Eight classes, one clip a row, from the averaged weights in 25 steps."""
     import torch
 
+    from ..media.pictures import network_to_pixels
     from ..media.video import sheet, write_video
 
     config = trainer.config
@@ -361,6 +365,6 @@ def _sample_sheet(trainer, file: Path) -> None:
         trainer.device.type, torch.bfloat16, enabled=trainer.options.precision == "bf16"
     ):
         video = trainer.objective.sample(trainer.averaged, labels, steps=25)
-    pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(2, -1).cpu().numpy()
+    pixels = network_to_pixels(video).cpu().numpy()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_video(file, sheet(pixels, columns=config.num_frames)[None])

@@ -12,27 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from ..files import open_tensors, write_tensors
+from ..names import BASE_PATHS, SOLVERS
 from .schedule import NoiseSchedule
-from .solvers import (
-    NUM_HISTORY,
-    SOLVERS,
-    SolverTable,
-    extrapolation_mixing,
-    no_mixing,
-    solver_table,
-)
+from .solvers import NUM_HISTORY, SolverTable, extrapolation_mixing, no_mixing, solver_table
 
-BASE_PATHS = ("stepwise", "clean")
 _FORMAT = "vfengine.base_trajectory.2"
 _FORMAT_1 = "vfengine.base_trajectory.1"  # before solvers with more history than ε_prev
 
@@ -135,7 +126,6 @@ class BaseTrajectory:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a .safetensors file, whole or not at all. Raises OSError when it cannot."""
-        path = Path(path)
         tensors = {
             "states": self.states,
             "timesteps": self.table.timesteps,
@@ -151,13 +141,7 @@ class BaseTrajectory:
             "base_path": self.base_path,
             "metadata": json.dumps(dict(self.metadata)),
         }
-        data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, header)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(
@@ -180,15 +164,11 @@ class BaseTrajectory:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such base trajectory")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
+            with open_tensors(path) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: truncated, or not a base trajectory ({error})") from error
-        try:
-            trajectory = _from_file(header, tensors)
+                trajectory = _from_file(file.metadata() or {}, tensors)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a base trajectory ({error})") from error
+            raise ValueError(f"{path}: truncated, or not a base trajectory ({error})") from error
         if schedule is not None:
             trajectory.check_schedule(schedule)
         return trajectory.to(device)

@@ -16,7 +16,7 @@ from ..ops.decomposed_noise import decomposed_noise as fill
 
 __all__ = ["base_noise", "check_seed", "philox4x32_10", "residual_noise"]
 
-_FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def base_noise(
@@ -71,7 +71,7 @@ def _empty(name, shape, ndim, dtype, device, **place: int) -> Tensor:
     """What the noise is drawn into: of dtype, or fp32 on its way to fp64."""
     if len(shape) != ndim or any(int(n) < 1 for n in shape):
         raise ValueError(f"{name}: expected {ndim} positive sizes, got {tuple(shape)}")
-    if dtype not in _FLOAT_DTYPES:
+    if dtype not in NOISE_DTYPES:
         raise TypeError(f"{name}: dtype must be a floating point one, got {dtype}")
     check_place(name, **place)
     drawn = torch.float32 if dtype == torch.float64 else dtype

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..names import SOLVERS
 from .schedule import NoiseSchedule
 
 NUM_HISTORY = {"ddim": 0, "ddpm": 0, "dpmsolver": 1, "dpmsolver++": 1, "unipc": 2}  # H of each
-SOLVERS = tuple(NUM_HISTORY)
 
 
 @dataclass(frozen=True, eq=False)

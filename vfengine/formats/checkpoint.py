@@ -1,9 +1,9 @@
 """A model on disk: a folder of config.json and one .safetensors file per network.
 
-A decomposed model has base.safetensors and residual.safetensors; a VDM* (plain video diffusion)
-has video.safetensors. The configuration holds everything that sampling needs to know (shapes,
-labels, schedule, λ); the weights are read without executing code, and held against the SHA-256 that
-it records.
+There are two kinds. A decomposed model has base.safetensors and residual.safetensors; plain video
+diffusion, the baseline (VDM* in the paper, "vdm" in files), has video.safetensors. The
+configuration holds everything that sampling needs to know (shapes, labels, schedule, λ); the
+weights are read without executing code, and held against the SHA-256 that it records.
 """
 
 from __future__ import annotations
@@ -11,37 +11,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import stat
-from dataclasses import asdict, dataclass, field, fields, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..diffusion.base_path import BASE_PATHS
 from ..diffusion.schedule import NoiseSchedule
+from ..files import parse_tensors, replacing_folder, write_tensors
 from ..models import BaseGenerator, ResidualGenerator, UNet, UNetConfig, VideoGenerator
 from ..models.unet import empty_unet
+from ..names import BASE_PATHS
 
-FORMATS = {"decomposed": "vfengine-decomposed-1", "vdm": "vfengine-vdm-1"}  # by objective
 DEFAULT = Path(__file__).parent.parent / "assets" / "default"
 
-# by objective: a model's networks, and the entries of the other that it has no place for
-NETWORKS = {"decomposed": ("base", "residual"), "vdm": ("video",)}
-_FOREIGN = {
-    "decomposed": ("video", "video_std"),
-    "vdm": ("lam", "base", "residual", "base_std", "residual_std", "base_path", "clean_share"),
-}
-_PICTURES = {"base": 1, "residual": 2, "video": 1}  # in a network's input, side by side
+Generator = BaseGenerator | ResidualGenerator | VideoGenerator
+
+# the order of the entries in config.json, which is older than the two kinds
+_ENTRIES = (
+    *("num_frames", "height", "width", "channels", "lam", "labels", "fps", "schedule"),
+    *("base", "residual", "base_std", "residual_std", "base_path", "clean_share"),
+    *("video", "video_std", "sha256"),
+)
+
+
+# -- configurations --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """What a model is, apart from its weights.
+class CheckpointConfig(ABC):
+    """What a model is, apart from its weights; `DecomposedConfig` or `PlainConfig`.
 
     num_frames, height, width, channels   of the clips it was trained on; pixels in -1..1
     labels      class names in the order of the class indices; the null class follows them
@@ -49,56 +51,32 @@ class CheckpointConfig:
     schedule    NoiseSchedule.to_dict()
     sha256      of the weight files, filled in by save_checkpoint
 
-    Of a decomposed model alone:
-    lam         λ of the non-base frames in training, and so of sampling
-    base, residual   UNetConfig of the two networks
-    base_std, residual_std   standard deviation of what each network predicts (see
-                models/generators.py)
-    base_path   "stepwise" or "clean": how the base path is walked by default
-    clean_share share of the training clips on which the residual network saw the exact base noise;
-                None: not recorded
-
-    Of a VDM* alone (with a video network the configuration is that of one):
-    video, video_std   as base and base_std, for the network of whole clips
+    Of the kind, not of the model:
+    objective   what it was trained for, as --objective takes it: "decomposed" or "vdm"
+    networks    the names of its networks, and of their files
     """
+
+    objective: ClassVar[str]
+    networks: ClassVar[tuple[str, ...]]
+    _format: ClassVar[str]  # how its files say their kind
+    _kind: ClassVar[str]  # how error texts say it
+    _pictures: ClassVar[tuple[int, ...]]  # in each network's input, side by side
 
     num_frames: int
     height: int
     width: int
     channels: int
-    lam: float | None = None
     labels: tuple[str, ...]
     fps: float
     schedule: dict
-    base: UNetConfig | None = None
-    residual: UNetConfig | None = None
-    base_std: float = 0.5
-    residual_std: float = 0.35
-    base_path: str = "stepwise"
-    clean_share: float | None = None
-    video: UNetConfig | None = None
-    video_std: float = 0.5
     sha256: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self._check_owners()
         for name in ("num_frames", "height", "width", "channels"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 2**16:
                 raise ValueError(f"{name} must be an int from 1 to {2**16}, got {value!r}")
-        for name in ("lam", "fps", "base_std", "residual_std", "video_std", "clean_share"):
-            value = getattr(self, name)
-            if name in _FOREIGN[self.objective] or (name == "clean_share" and value is None):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-            shares = {"lam": 0 <= value < 1, "clean_share": 0 <= value <= 1}
-            if not shares.get(name, 0 < value < math.inf):
-                raise ValueError(f"{name} is out of range: {value!r}")
-        if self.base_path not in BASE_PATHS:
-            raise ValueError(f"base_path must be one of {BASE_PATHS}, got {self.base_path!r}")
-        if self.base_path == "clean" and self.clean_share == 0:
-            raise ValueError('base_path="clean" needs a clean_share above 0 in training')
+        _check_number("fps", self.fps, _positive)
         if not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"labels must be strings, got {self.labels!r}")
         if not isinstance(self.schedule, dict):
@@ -107,43 +85,21 @@ class CheckpointConfig:
             isinstance(digest, str) for digest in self.sha256.values()
         ):
             raise ValueError(f"sha256 must be an object of strings, got {self.sha256!r}")
-        for name in self.networks:
-            unet = getattr(self, name)
-            if unet.in_channels != _PICTURES[name] * self.channels:
+        for name, pictures in zip(self.networks, self._pictures, strict=True):
+            unet = self.unet_config(name)
+            if not isinstance(unet, UNetConfig):
+                raise TypeError(f"{name} must be a UNetConfig, got {unet!r}")
+            if unet.in_channels != pictures * self.channels:
                 raise ValueError(
                     f"{name} takes {unet.in_channels} channels, not those of the clips"
                 )
             if (unet.num_classes or 0) != len(self.labels):
                 raise ValueError(f"{name} has {unet.num_classes} classes, not {len(self.labels)}")
 
-    def _check_owners(self) -> None:
-        """ValueError for a missing network, or for entries of another objective's models."""
-        missing = [name for name in self.networks if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"no {' and no '.join(missing)} network")
-        for f in fields(self):
-            if f.name in _FOREIGN[self.objective] and getattr(self, f.name) != f.default:
-                raise ValueError(f"{f.name} has no place in a {self.objective} model")
-
-    @property
-    def objective(self) -> str:
-        """What it was trained for: "decomposed" (VideoFusion) or "vdm" (plain video diffusion)."""
-        return "decomposed" if self.video is None else "vdm"
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """The names of its networks, and of their files: ("base", "residual") or ("video",)."""
-        return NETWORKS[self.objective]
-
     @property
     def animates_pictures(self) -> bool:
-        """Whether base_path="clean" is open to it: its residual network has seen exact base noise.
-
-        Where the share is not recorded, the base path that was found the better one says so.
-        """
-        if self.objective != "decomposed":
-            return False
-        return self.base_path == "clean" if self.clean_share is None else self.clean_share > 0
+        """Whether it can go on from a given base frame (base_path="clean")."""
+        return False
 
     @property
     def null_class(self) -> int:
@@ -154,81 +110,152 @@ class CheckpointConfig:
         return NoiseSchedule.from_dict(self.schedule)
 
     def fingerprint(self) -> str:
-        """16 hex digits that name the base network: a base path of another one can be refused.
-
-        Those of a VDM* name its video network.
-        """
+        """16 hex digits that name its first network: a base path of another one can be refused."""
         return self.sha256.get(self.networks[0], "")[:16]
 
+    def unet_config(self, name: str) -> UNetConfig:
+        """The configuration of one of its networks; ValueError for a name that is none of them."""
+        if name not in self.networks:
+            own = " and ".join(self.networks)
+            raise ValueError(f"{self._kind} has no {name} network, but {own}")
+        return getattr(self, name)
+
+    @abstractmethod
+    def generator(self, name: str, unet: UNet) -> Generator:
+        """The network of this name around its UNet: what turns the UNet's output into ε."""
+
     def to_json(self) -> str:
-        """Its own objective's entries; what format 1 has gained since only where it says more."""
-        values = asdict(self)
-        for name in _FOREIGN[self.objective]:
-            del values[name]
+        """Its entries; what the format has gained since only where it says more."""
+        names = sorted((f.name for f in fields(self)), key=_ENTRIES.index)
+        values = {name: getattr(self, name) for name in names}
         if values.get("clean_share", 0) is None:
             del values["clean_share"]
         for name in self.networks:
-            values[name] = getattr(self, name).to_dict()
-        return json.dumps({"format": FORMATS[self.objective], **values}, indent=2)
+            values[name] = values[name].to_dict()
+        return json.dumps({"format": self._format, **values}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointConfig:
-        """Raises ValueError for text that is not the configuration of a model."""
+        """Of the kind that its "format" names; ValueError for text that configures no model."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON ({error})") from error
         form = values.pop("format", None) if isinstance(values, dict) else None
-        if form not in FORMATS.values():
-            raise ValueError(f'"format" is not one of {", ".join(FORMATS.values())}')
-        objective = next(name for name in FORMATS if FORMATS[name] == form)
-        known = {f.name for f in fields(cls)} - set(_FOREIGN[objective])
-        unknown = set(values) - known
+        kind = next((kind for kind in KINDS.values() if kind._format == form), None)
+        if kind is None:
+            formats = ", ".join(kind._format for kind in KINDS.values())
+            raise ValueError(f'"format" is not one of {formats}')
+        unknown = set(values) - {f.name for f in fields(kind)}
         if unknown:
             raise ValueError(f"unknown entries: {', '.join(sorted(unknown))}")
         try:
             if not isinstance(values["labels"], list):
                 raise ValueError(f"labels must be a list, got {values['labels']!r}")
             values["labels"] = tuple(values["labels"])
-            for name in NETWORKS[objective]:
+            for name in kind.networks:
                 values[name] = UNetConfig(**values[name])
-            config = cls(**values)
+            config = kind(**values)
             config.noise_schedule()  # refused here, where the file's name is known
             return config
         except (TypeError, KeyError) as error:
             raise ValueError(f"incomplete or of another version ({error})") from error
 
 
-def build_base(config: CheckpointConfig) -> BaseGenerator:
-    """The base generator with freshly initialised weights; ValueError for a VDM*."""
-    return _generator(config, "base", UNet(_unet_config(config, "base")))
+@dataclass(frozen=True, kw_only=True)
+class DecomposedConfig(CheckpointConfig):
+    """A base network for what all frames share, and a residual network for the rest.
+
+    lam         λ of the non-base frames in training, and so of sampling
+    base, residual   UNetConfig of the two networks
+    base_std, residual_std   standard deviation of what each network predicts (see
+                models/denoisers.py)
+    base_path   "stepwise" or "clean": how the base path is walked by default
+    clean_share share of the training clips on which the residual network saw the exact base noise;
+                None: not recorded
+    """
+
+    objective = "decomposed"
+    networks = ("base", "residual")
+    _format = "vfengine-decomposed-1"
+    _kind = "a decomposed model"
+    _pictures = (1, 2)
+
+    lam: float
+    base: UNetConfig
+    residual: UNetConfig
+    base_std: float = 0.5
+    residual_std: float = 0.35
+    base_path: str = "stepwise"
+    clean_share: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("lam", self.lam, lambda lam: 0 <= lam < 1)
+        _check_number("base_std", self.base_std, _positive)
+        _check_number("residual_std", self.residual_std, _positive)
+        if self.clean_share is not None:
+            _check_number("clean_share", self.clean_share, lambda share: 0 <= share <= 1)
+        if self.base_path not in BASE_PATHS:
+            raise ValueError(f"base_path must be one of {BASE_PATHS}, got {self.base_path!r}")
+        if self.base_path == "clean" and self.clean_share == 0:
+            raise ValueError('base_path="clean" needs a clean_share above 0 in training')
+
+    @property
+    def animates_pictures(self) -> bool:
+        """Whether its residual network has seen exact base noise, as base_path="clean" shows it.
+
+        Where the share is not recorded, the base path that was found the better one says so.
+        """
+        return self.base_path == "clean" if self.clean_share is None else self.clean_share > 0
+
+    def generator(self, name: str, unet: UNet) -> Generator:
+        schedule = self.noise_schedule()
+        if name == "base":
+            return BaseGenerator(unet, schedule, self.base_std)
+        return ResidualGenerator(unet, schedule, self.lam, self.residual_std)
 
 
-def build_residual(config: CheckpointConfig) -> ResidualGenerator:
-    """The residual generator with freshly initialised weights; ValueError for a VDM*."""
-    return _generator(config, "residual", UNet(_unet_config(config, "residual")))
+@dataclass(frozen=True, kw_only=True)
+class PlainConfig(CheckpointConfig):
+    """Plain video diffusion: one network of whole clips, each frame with noise of its own.
+
+    video       UNetConfig of the network
+    video_std   standard deviation of what it predicts (see models/denoisers.py)
+    """
+
+    objective = "vdm"
+    networks = ("video",)
+    _format = "vfengine-vdm-1"
+    _kind = "a VDM*"
+    _pictures = (1,)
+
+    video: UNetConfig
+    video_std: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("video_std", self.video_std, _positive)
+
+    def generator(self, name: str, unet: UNet) -> Generator:
+        return VideoGenerator(unet, self.noise_schedule(), self.video_std)
 
 
-def build_video(config: CheckpointConfig) -> VideoGenerator:
-    """The VDM* with freshly initialised weights; ValueError for a decomposed model."""
-    return _generator(config, "video", UNet(_unet_config(config, "video")))
+KINDS = {kind.objective: kind for kind in (DecomposedConfig, PlainConfig)}
 
 
-def _unet_config(config: CheckpointConfig, name: str) -> UNetConfig:
-    if name not in config.networks:
-        kind, own = {"decomposed": "a decomposed model", "vdm": "a VDM*"}, config.networks
-        raise ValueError(f"{kind[config.objective]} has no {name} network, but {' and '.join(own)}")
-    return getattr(config, name)
+def _check_number(name: str, value: object, fits: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not fits(value):
+        raise ValueError(f"{name} is out of range: {value!r}")
 
 
-def _generator(config: CheckpointConfig, name: str, unet: UNet):
-    """The generator around the UNet of this name."""
-    schedule = config.noise_schedule()
-    if name == "base":
-        return BaseGenerator(unet, schedule, config.base_std)
-    if name == "residual":
-        return ResidualGenerator(unet, schedule, config.lam, config.residual_std)
-    return VideoGenerator(unet, schedule, config.video_std)
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def read_config(folder: str | Path | None = None) -> CheckpointConfig:
@@ -246,34 +273,46 @@ def read_config(folder: str | Path | None = None) -> CheckpointConfig:
         raise ValueError(f"{file} is not the configuration of a model: {error}") from error
 
 
-def load_base(
+def build_network(config: CheckpointConfig, name: str) -> Generator:
+    """A network with freshly initialised weights; ValueError for a name that is none of config's.
+
+    name: one of config.networks: "base" or "residual" of a decomposed model, "video" of a plain one
+    """
+    return config.generator(name, UNet(config.unet_config(name)))
+
+
+def load_network(
     folder: str | Path | None,
     config: CheckpointConfig,
+    name: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> BaseGenerator:
-    """The base generator of a checkpoint, in eval mode; faults of its file raise ValueError."""
-    return _load(folder, config, "base", device, dtype)
+) -> Generator:
+    """A network of a checkpoint, in eval mode on `device`, with exactly its file's weights.
 
+    name: as for `build_network`
 
-def load_residual(
-    folder: str | Path | None,
-    config: CheckpointConfig,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ResidualGenerator:
-    """The residual generator of a checkpoint, in eval mode; faults of its file raise ValueError."""
-    return _load(folder, config, "residual", device, dtype)
-
-
-def load_video(
-    folder: str | Path | None,
-    config: CheckpointConfig,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> VideoGenerator:
-    """The VDM* of a checkpoint, in eval mode; faults of its file raise ValueError."""
-    return _load(folder, config, "video", device, dtype)
+    Raises FileNotFoundError without the file, ValueError for a name that is none of the model's and
+    for a file that is damaged, exchanged or of another architecture.
+    """
+    folder = _folder(folder)
+    try:
+        unet_config = config.unet_config(name)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    state = read_weights(folder, name, config)
+    unet = empty_unet(unet_config)
+    expected = {k: v.shape for k, v in unet.state_dict().items()}
+    found = {k: v.shape for k, v in state.items()}
+    if found != expected:
+        odd = next(k for k in sorted({**expected, **found}) if expected.get(k) != found.get(k))
+        raise ValueError(
+            f"{folder / name}.safetensors is of another architecture than its config.json: {odd} "
+            f"should be {_shape(expected.get(odd))}, is {_shape(found.get(odd))}"
+        )
+    unet.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    generator = config.generator(name, unet.to(memory_format=torch.channels_last))
+    return generator.to(device).eval().requires_grad_(False)
 
 
 def save_checkpoint(
@@ -300,39 +339,15 @@ def save_checkpoint(
     ):
         raise ValueError(f"{folder} exists and is no checkpoint: it is not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    try:
-        fresh.mkdir()
+    with replacing_folder(folder) as fresh:
         digests = {}
         for name, state in zip(config.networks, states, strict=True):
-            tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-            write_safetensors(tensors, fresh / f"{name}.safetensors")
-            digests[name] = hashlib.sha256((fresh / f"{name}.safetensors").read_bytes()).hexdigest()
+            file = fresh / f"{name}.safetensors"
+            write_tensors(file, {key: value.to("cpu", dtype) for key, value in state.items()})
+            digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         config = replace(config, sha256=digests)
         (fresh / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return config
-
-
-def write_safetensors(
-    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """`save_file` with the permissions of any other new file; by itself it makes them 0600."""
-    file.touch()
-    mode = stat.S_IMODE(file.stat().st_mode)
-    save_file(tensors, file, metadata)
-    file.chmod(mode)
-
-
-def _folder(folder: str | Path | None) -> Path:
-    return DEFAULT if folder is None else Path(folder)
 
 
 def read_weights(
@@ -349,32 +364,11 @@ def read_weights(
     digest = hashlib.sha256(data).hexdigest()
     if digest != config.sha256.get(name, digest):
         raise ValueError(f"{file} is truncated or not the file its config.json was written with")
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    return parse_tensors(data, file)
 
 
-def _load(folder, config: CheckpointConfig, name: str, device, dtype):
-    """The generator of this name, in eval mode on `device`, with exactly its file's weights."""
-    folder = _folder(folder)
-    try:
-        unet_config = _unet_config(config, name)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    state = read_weights(folder, name, config)
-    unet = empty_unet(unet_config)
-    expected = {k: v.shape for k, v in unet.state_dict().items()}
-    found = {k: v.shape for k, v in state.items()}
-    if found != expected:
-        odd = next(k for k in sorted({**expected, **found}) if expected.get(k) != found.get(k))
-        raise ValueError(
-            f"{folder / name}.safetensors is of another architecture than its config.json: {odd} "
-            f"should be {_shape(expected.get(odd))}, is {_shape(found.get(odd))}"
-        )
-    unet.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
-    generator = _generator(config, name, unet.to(memory_format=torch.channels_last))
-    return generator.to(device).eval().requires_grad_(False)
+def _folder(folder: str | Path | None) -> Path:
+    return DEFAULT if folder is None else Path(folder)
 
 
 def _shape(shape: torch.Size | None) -> str:

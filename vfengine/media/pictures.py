@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-OUTPUT_TYPES = ("np", "pt", "pil")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -48,8 +47,18 @@ def to_network(image: Image.Image, channels: int, height: int, width: int) -> Te
     image = image.convert(modes[channels])
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()).div(127.5).sub(1)[None]
+    pixels = np.array(image).reshape(height, width, channels)
+    return pixels_to_network(torch.from_numpy(pixels))[None].contiguous()
+
+
+def pixels_to_network(pixels: Tensor) -> Tensor:
+    """uint8 [..., H, W, C] to fp32 [..., C, H, W] in -1..1, the networks' range; not contiguous."""
+    return pixels.movedim(-1, -3).float().div(127.5).sub(1)
+
+
+def network_to_pixels(video: Tensor) -> Tensor:
+    """[..., C, H, W] in -1..1, or beyond, to uint8 [..., H, W, C]; not contiguous."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1)
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:

@@ -14,9 +14,7 @@ format decodes to exactly N frames, equal neighbours included.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
 from itertools import pairwise
@@ -30,15 +28,16 @@ from av.filter import Graph
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from ..files import check_writable, replacing
+from ..names import FILTERS
+
 __all__ = [
     "SUFFIXES",
     "Video",
     "VideoReader",
     "check_target",
-    "check_writable",
     "enlarge",
     "read_video",
-    "replacing",
     "sheet",
     "write_video",
 ]
@@ -48,18 +47,6 @@ MAX_FPS = 1000.0
 
 
 # -- writing ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside path; renames it to path on success, removes it otherwise."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_target(path: str | Path) -> Path:
@@ -73,25 +60,6 @@ def check_target(path: str | Path) -> Path:
             f"{path}: unknown suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
         )
     return check_writable(path)
-
-
-def check_writable(path: str | Path) -> Path:
-    """path itself, once a file can be created or replaced there.
-
-    Raises IsADirectoryError for a path that is a folder, FileNotFoundError or NotADirectoryError
-    for its folder, PermissionError for a folder that cannot be written to.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, not a file name")
-    folder = path.parent
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: folder is not writable")
-    return path
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> None:
@@ -282,7 +250,7 @@ def enlarge(frames: np.ndarray, factor: int, filter: str = "nearest") -> np.ndar
     _check_clip("enlarge", frames)
     if type(factor) is not int or factor < 1:
         raise ValueError(f"enlarge: factor must be an int >= 1, got {factor!r}")
-    if filter not in ("nearest", "lanczos"):
+    if filter not in FILTERS:
         raise ValueError(f"enlarge: filter must be 'nearest' or 'lanczos', got {filter!r}")
     if factor == 1:
         return frames

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, Model, frame_weights
 from ..diffusion.solvers import SolverTable
-from ..formats.checkpoint import CheckpointConfig, load_base, load_residual, load_video
+from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
 from ..plan.packing import return_memory
 from ..sampling.cuda_graph import empty_cache, surroundings_key, weights_key
@@ -249,13 +249,12 @@ class Engine:
 
     def _network(self, name: str, timings: dict[str, float]) -> nn.Module:
         if (network := self.networks.get(name)) is None:
-            load = {"base": load_base, "residual": load_residual, "video": load_video}[name]
             with self._timed("load", timings):
                 if name == "base" and self.pretrained is not None:
                     schedule = self.config.noise_schedule()
                     network = self.pretrained.load(schedule, self.device, self.dtype)
                 else:
-                    network = load(self.folder, self.config, self.device, self.dtype)
+                    network = load_network(self.folder, self.config, name, self.device, self.dtype)
                 if isinstance(network.unet, UNet):
                     network.unet = for_inference(network.unet, self.dtype, self.device)
             self.networks[name] = network

@@ -22,14 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..devices import AUTO, chosen_device, chosen_dtype, usable_device
-from ..diffusion.base_path import BASE_PATHS, BaseTrajectory
+from ..devices import chosen_device, chosen_dtype, usable_device
+from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, base_noise, frame_weights, residual_noise
 from ..diffusion.noise import check_seed
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, CheckpointConfig, read_config
-from ..media.pictures import OUTPUT_TYPES, to_frames, to_network, to_uint8
+from ..media.pictures import to_frames, to_network, to_uint8
 from ..models import PlannedUNet, UNet
+from ..names import AUTO, BASE_PATHS, OUTPUT_TYPES
 from ..sampling.loop import Callback
 from ..sampling.windows import choose_windows
 from .base_cache import cached_path

@@ -18,17 +18,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion.base_path import BASE_PATHS, BaseTrajectory
+from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, Model, frame_weights
-from ..diffusion.noise import check_seed
+from ..diffusion.noise import NOISE_DTYPES, check_seed
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import solver_table
+from ..names import BASE_PATHS
 from .loop import BaseLoop, Callback, InterleavedLoop, ResidualLoop, VideoLoop
 from .overlap import run_overlapped
 from .windows import windowed
 
 METHODS = ("two_phase", "interleaved")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @torch.inference_mode()
@@ -262,8 +262,8 @@ def _check_noise(
         if noise.ndim != ndim or noise.numel() == 0:
             axes = "[B, C, H, W]" if ndim == 4 else "[B, N, C, H, W]"
             raise ValueError(f"{name} must be {axes}, got {list(noise.shape)}")
-        if noise.dtype not in DTYPES:
-            raise TypeError(f"{name} must be one of {DTYPES}, got {noise.dtype}")
+        if noise.dtype not in NOISE_DTYPES:
+            raise TypeError(f"{name} must be one of {NOISE_DTYPES}, got {noise.dtype}")
     if base is None or residual is None:
         return
     name = "the base path" if path_batch else "base_noise"

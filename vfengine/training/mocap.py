@@ -13,11 +13,14 @@ import colorsys
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from ..files import replacing
 
 # seconds that one clip of each action spans
 SECONDS = {
@@ -255,28 +258,31 @@ def render_clips(
                 f"{file} holds {clips.dtype} {clips.shape}, expected uint8 {shape}: remove it"
             )
         return clips, labels
-    unfinished = None
-    if file is None:
-        clips = np.empty(shape, np.uint8)
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        clips = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
-    try:
-        chunks = [range(i, min(i + 60, num_clips)) for i in range(0, num_clips, 60)]
-        with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker) as pool:
-            render = partial(_render_chunk, seed=seed, size=size, num_frames=num_frames)
-            for done, part in zip(chunks, pool.map(render, chunks), strict=True):
-                clips[done.start : done.stop] = part
-                if progress is not None:
-                    progress(len(done))
-        if unfinished is not None:
-            clips.flush()
-            os.replace(unfinished, file)
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
+    render = partial(_render_chunk, seed=seed, size=size, num_frames=num_frames)
+    chunks = [range(i, min(i + 60, num_clips)) for i in range(0, num_clips, 60)]
+    workers = workers or os.cpu_count()
+    with (
+        _new_clips(shape, file) as clips,
+        ProcessPoolExecutor(workers, initializer=_start_worker) as pool,
+    ):
+        for done, part in zip(chunks, pool.map(render, chunks), strict=True):
+            clips[done.start : done.stop] = part
+            if progress is not None:
+                progress(len(done))
     return clips, labels
+
+
+@contextlib.contextmanager
+def _new_clips(shape: tuple[int, ...], file: Path | None) -> Iterator[np.ndarray]:
+    """An array to fill, in memory or mapped; the file is there once the block has ended."""
+    if file is None:
+        yield np.empty(shape, np.uint8)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as unfinished:
+        clips = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
+        yield clips
+        clips.flush()
 
 
 _worker: dict[tuple[int, int], MocapRenderer] = {}

@@ -1,76 +1,32 @@
 """What is trained: an objective owns its networks, their loss, and how a clip is sampled from them.
 
-`Decomposed` is VideoFusion (the joint loss of `decompose.py`); `PlainVideo` is VDM*, the plain
-video diffusion that the paper compares with. Everything else about a training is
-`training.Trainer`'s and the same for both; everything random in a step comes from its `Draw`.
+`Decomposed` is VideoFusion (the joint loss of `decompose.py`); `PlainVideo` is plain video
+diffusion, the baseline (VDM* in the paper). Everything else about a training is `Trainer`'s and
+the same for both; everything random in a step comes from its `BatchSampler`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.decompose import add_noise, decomposed_noise, joint_loss, residual_noise
+from ..diffusion.decompose import (
+    add_noise,
+    base_index,
+    decomposed_noise,
+    joint_loss,
+    residual_noise,
+)
 from ..diffusion.schedule import NoiseSchedule
-from ..formats.checkpoint import CheckpointConfig, build_base, build_residual, build_video
+from ..formats.checkpoint import CheckpointConfig, build_network
 from ..sampling.api import sample, sample_video
-
-if TYPE_CHECKING:
-    from .trainer import TrainingOptions
+from .batch import BatchSampler
+from .options import TrainingOptions
 
 Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, and its timestep
-
-
-class Draw:
-    """What is random in one step, in the order that it is asked for: all of it from (seed, step).
-
-    clips uint8 [M, N, H, W, C], labels int64 [M]; class_dropout: share of labels to be null_class
-    """
-
-    def __init__(
-        self,
-        clips: np.ndarray,
-        labels: np.ndarray,
-        seed: tuple[int, int],
-        *,
-        class_dropout: float,
-        null_class: int,
-        num_timesteps: int,
-        device: torch.device,
-    ):
-        self._clips, self._labels = clips, labels
-        self._class_dropout, self._null_class = class_dropout, null_class
-        self._num_timesteps, self._device = num_timesteps, device
-        self._rng = np.random.default_rng(seed)
-        self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
-
-    def clips(self, count: int, only_base: bool = False) -> tuple[Tensor, Tensor]:
-        """`count` clips [B, N, C, H, W] or base frames [B, C, H, W], in -1..1, and their labels."""
-        chosen = self._rng.integers(0, len(self._clips), count)
-        m = self._clips.shape[1] // 2
-        pixels = np.stack([self._clips[i, m] if only_base else self._clips[i] for i in chosen])
-        x = torch.from_numpy(pixels).to(self._device).movedim(-1, -3).float()
-        x = x.div(127.5).sub(1).contiguous()
-        labels = self._labels[chosen].copy()
-        labels[self._rng.uniform(size=count) < self._class_dropout] = self._null_class
-        return x, torch.from_numpy(labels).to(self._device)
-
-    def timesteps(self, count: int) -> Tensor:
-        """One t in each of `count` equal parts of the schedule: int64 [count]."""
-        place = (torch.arange(count) + torch.rand(1, generator=self._generator)) / count
-        t = (place * self._num_timesteps).long().clamp(max=self._num_timesteps - 1)
-        return t.to(self._device)
-
-    def normal(self, shape) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self._device)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self._generator).to(self._device)
 
 
 class _Objective:
@@ -83,13 +39,13 @@ class _Objective:
     ):
         self.config, self.options = config, options
         self.schedule: NoiseSchedule = config.noise_schedule()
-        self.networks = {name: net.to(device) for name, net in self.build(config).items()}
+        self.networks = {name: net.to(device) for name, net in build_networks(config).items()}
 
     def _eps_loss(
-        self, network: nn.Module, x: Tensor, labels: Tensor, draw: Draw
+        self, network: nn.Module, x: Tensor, labels: Tensor, batch: BatchSampler
     ) -> tuple[Tensor, Tensor]:
         """‖ε - ε̂‖² of a network on its own, weighted as `clean_weight`: (loss [B], t [B])."""
-        t, eps = draw.timesteps(len(x)), draw.normal(x.shape)
+        t, eps = batch.timesteps(len(x)), batch.normal(x.shape)
         error = eps - network(add_noise(x, eps, t, self.schedule), t, class_labels=labels)
         weight = self.clean_weight(t, 1.0, network.data_std)
         return error.square().flatten(1).mean(1) * weight, t
@@ -116,26 +72,22 @@ class Decomposed(_Objective):
         super().__init__(replace(config, clean_share=options.clean_share), options, device)
 
     @staticmethod
-    def build(config: CheckpointConfig) -> dict[str, nn.Module]:
-        return {"base": build_base(config), "residual": build_residual(config)}
-
-    @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
         """Which network of a checkpoint of this configuration each of ours may start from."""
         if config.objective != "decomposed":
             raise ValueError("a decomposed model starts from a decomposed model, not from a VDM*")
         return {"base": "base", "residual": "residual"}
 
-    def losses(self, draw: Draw) -> Losses:
+    def losses(self, batch: BatchSampler) -> Losses:
         """Of the base network on B + extra_images samples, of the residual network on B."""
         base, residual = self.networks["base"], self.networks["residual"]
         options, lam = self.options, self.config.lam
-        x, labels = draw.clips(options.batch_size)
-        batch, m = len(x), x.shape[1] // 2
-        t = draw.timesteps(batch)
-        b, r = draw.normal(x[:, m].shape), draw.normal(x.shape)
-        exact = draw.uniform(batch) < options.clean_share
-        jitter = self._jitter(draw, exact, x[:, m].shape)
+        x, labels = batch.clips(options.batch_size)
+        m = base_index(x.shape[1])
+        t = batch.timesteps(len(x))
+        b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
+        exact = batch.uniform(len(x)) < options.clean_share
+        jitter = self._jitter(batch, exact, x[:, m].shape)
         signal, _ = self.schedule.signal_and_noise(t, x[:, m])
 
         def base_model(z, t):
@@ -151,23 +103,31 @@ class Decomposed(_Objective):
             self.clean_weight(t, 1 - lam, residual.data_std),
         )
         base_loss, residual_loss = joint_loss(
-            base_model, residual_model, x, t, b, r,
-            schedule=self.schedule, lam=lam, exact_base=exact, weights=weights,
-        )  # fmt: skip
+            base_model,
+            residual_model,
+            x,
+            t,
+            b,
+            r,
+            schedule=self.schedule,
+            lam=lam,
+            exact_base=exact,
+            weights=weights,
+        )
         base_t = t
         if options.extra_images:  # eq. (4) on further base frames
-            images, labels_of_images = draw.clips(options.extra_images, only_base=True)
-            loss, image_t = self._eps_loss(base, images, labels_of_images, draw)
+            images, labels_of_images = batch.clips(options.extra_images, only_base=True)
+            loss, image_t = self._eps_loss(base, images, labels_of_images, batch)
             base_loss, base_t = torch.cat([base_loss, loss]), torch.cat([t, image_t])
         return {"base": (base_loss, base_t), "residual": (residual_loss, t)}
 
-    def _jitter(self, draw: Draw, exact: Tensor, shape) -> Tensor:
+    def _jitter(self, batch: BatchSampler, exact: Tensor, shape) -> Tensor:
         """Noise [B, C, H, W] on the base frames that the residual network is shown.
 
         Zero where b̂ is the base network's.
         """
-        std = draw.uniform(len(exact), 1, 1, 1) * self.options.base_jitter
-        return draw.normal(shape) * std * exact.view(-1, 1, 1, 1)
+        std = batch.uniform(len(exact), 1, 1, 1) * self.options.base_jitter
+        return batch.normal(shape) * std * exact.view(-1, 1, 1, 1)
 
     def sample(self, networks: Mapping[str, nn.Module], labels: Tensor, steps: int) -> Tensor:
         """One clip [B, N, C, H, W] of each label."""
@@ -187,20 +147,16 @@ class Decomposed(_Objective):
 
 
 class PlainVideo(_Objective):
-    """VDM*: one network of whole clips, each frame with noise of its own."""
-
-    @staticmethod
-    def build(config: CheckpointConfig) -> dict[str, nn.Module]:
-        return {"video": build_video(config)}
+    """Plain video diffusion: one network of whole clips, each frame with noise of its own."""
 
     @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
         """Which network of a checkpoint of this configuration ours may start from."""
         return {"video": config.networks[0]}  # a base network is one without temporal layers
 
-    def losses(self, draw: Draw) -> Losses:
-        x, labels = draw.clips(self.options.batch_size)
-        return {"video": self._eps_loss(self.networks["video"], x, labels, draw)}
+    def losses(self, batch: BatchSampler) -> Losses:
+        x, labels = batch.clips(self.options.batch_size)
+        return {"video": self._eps_loss(self.networks["video"], x, labels, batch)}
 
     def sample(self, networks: Mapping[str, nn.Module], labels: Tensor, steps: int) -> Tensor:
         """One clip [B, N, C, H, W] of each label."""
@@ -213,6 +169,11 @@ class PlainVideo(_Objective):
 
 
 OBJECTIVES = {"decomposed": Decomposed, "vdm": PlainVideo}
+
+
+def build_networks(config: CheckpointConfig) -> dict[str, nn.Module]:
+    """A model's networks by name, with freshly initialised weights."""
+    return {name: build_network(config, name) for name in config.networks}
 
 
 def _clip_shape(config: CheckpointConfig, labels: Tensor) -> tuple[int, ...]:

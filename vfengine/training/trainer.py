@@ -1,92 +1,34 @@
 """Training a model on clips: optimizer steps, averaged weights, state. For losses: objectives.py.
 
-Everything random in step k is drawn from (seed, k), so a run that is stopped and resumed takes, bit
-for bit, the steps of one that was never stopped (same machine, thread count and torch).
+Everything random in step k is drawn from (seed, k), by batch.py. A run that is stopped and resumed
+takes, bit for bit, the steps of one that was never stopped (same machine, thread count and torch).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..formats.checkpoint import (
-    CheckpointConfig,
-    read_config,
-    read_weights,
-    save_checkpoint,
-    write_safetensors,
-)
-from .objectives import OBJECTIVES, Draw, Losses
+from ..files import open_tensors, write_tensors
+from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
+from .batch import BatchSampler
+from .objectives import OBJECTIVES, Losses, build_networks
+from .options import TrainingOptions
 
 # the log shows the losses by fifths of the schedule: where motion is decided, where detail
 TIME_BINS = 5
 
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train; recorded with the weights.
-
-    steps            optimizer steps; the learning rate rises over `warmup` and falls over the last
-                     `decay` share
-    batch_size       clips a step
-    learning_rate, weight_decay, gradient_clip   of AdamW (0.9, 0.99)
-    ema              decay of the averaged weights, which are the ones that are shipped
-    class_dropout    share of samples whose label becomes the null class, for classifier-free
-                     guidance
-    precision        "bf16" (autocast) or "fp32"
-
-    Of no use to a VDM*, every frame of whose clips is a picture with noise of its own:
-    extra_images     base frames of further clips a step, for the base network alone
-    clean_share      share of clips on which the residual network sees the exact base noise
-                     (base_path="clean")
-    base_jitter      noise on the base frame that those clips show it, of a standard deviation
-                     uniform up to this: a generated base frame is not as clean as a real one
-    """
-
-    steps: int = 20_000
-    batch_size: int = 8
-    extra_images: int = 40
-    learning_rate: float = 8e-4
-    warmup: int = 150
-    decay: float = 0.5
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    ema: float = 0.999
-    class_dropout: float = 0.12
-    clean_share: float = 0.85
-    base_jitter: float = 0.1
-    precision: str = "bf16"
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("decay", "ema", "class_dropout", "clean_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        for name in ("extra_images", "warmup", "weight_decay", "base_jitter", "seed"):
-            if not getattr(self, name) >= 0:  # also refuses NaN
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, constant, linear to zero over the last `decay` share of the steps."""
-        rise = min(1.0, (step + 1) / max(self.warmup, 1))
-        fall = min(1.0, (1 - step / self.steps) / max(self.decay, 1e-9))
-        return self.learning_rate * rise * fall
+# entries of decomposed models that plain ones had too when their first states were named
+_ONCE_IN_PLAIN_MODELS = {
+    **{"lam": None, "base": None, "residual": None},
+    **{"base_std": 0.5, "residual_std": 0.35, "base_path": "stepwise"},
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +72,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.objective = OBJECTIVES[config.objective](config, options, device)
         self.config, self.networks = self.objective.config, self.objective.networks
-        self.averaged = self.objective.build(config)
+        self.averaged = build_networks(config)
         for name, averaged in self.averaged.items():
             averaged.load_state_dict(self.networks[name].state_dict())
             averaged.to(device).eval().requires_grad_(False)
@@ -171,11 +113,11 @@ class Trainer:
 
     def losses(self, step: int) -> Losses:
         """Per-sample losses of a step's batch, and their timesteps: name -> (loss [B], t [B])."""
-        return self.objective.losses(self.draw(step))
+        return self.objective.losses(self.batch_sampler(step))
 
-    def draw(self, step: int) -> Draw:
+    def batch_sampler(self, step: int) -> BatchSampler:
         """What is random in a step, from its beginning."""
-        return Draw(
+        return BatchSampler(
             self.clips,
             self.labels,
             (self.options.seed, step),
@@ -194,9 +136,9 @@ class Trainer:
     def warm_start(self, folder: Path) -> list[str]:
         """Start from the weights of a checkpoint folder where name and shape are the same.
 
-        A VDM* may start from a decomposed model's base network. Returns the names of the weights
-        that keep their fresh initialisation. Raises FileNotFoundError or ValueError for a folder
-        that holds no whole checkpoint, or none that ours can start from.
+        A plain model may start from a decomposed model's base network. Returns the names of the
+        weights that keep their fresh initialisation. Raises FileNotFoundError or ValueError for a
+        folder that holds no whole checkpoint, or none that ours can start from.
         """
         config = read_config(folder)
         fresh = []
@@ -217,34 +159,23 @@ class Trainer:
     def save(self, file: Path) -> None:
         """Everything a run continues from, in one .safetensors file that is whole or not there."""
         tensors = {
-            f"{kind}.{i}": value.detach().cpu().contiguous()
+            f"{kind}.{i}": value
             for kind, values in self._state().items()
             for i, value in enumerate(values)
         }
         metadata = {"steps_done": str(self.steps_done), "model": self._identity()}
         metadata["options"] = json.dumps(asdict(self.options))
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            write_safetensors(tensors, temporary, metadata)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(file, tensors, metadata)
 
     def restore(self, file: Path) -> None:
         """Continue from `save`. Raises ValueError for a damaged file or another model's state."""
-        try:
-            with safe_open(file, "pt") as stored:
-                metadata = stored.metadata() or {}
-                if metadata.get("model") != self._identity():
-                    raise ValueError(
-                        f"{file} is the training state of another model or of other data"
-                    )
-                with torch.no_grad():
-                    for kind, values in self._state().items():
-                        for i, value in enumerate(values):
-                            value.copy_(stored.get_tensor(f"{kind}.{i}"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete training state: {error}") from error
+        with open_tensors(file, "training state") as stored, torch.no_grad():
+            metadata = stored.metadata() or {}
+            if metadata.get("model") != self._identity():
+                raise ValueError(f"{file} is the training state of another model or of other data")
+            for kind, values in self._state().items():
+                for i, value in enumerate(values):
+                    value.copy_(stored.get_tensor(f"{kind}.{i}"))
         self.steps_done = int(metadata["steps_done"])
 
     def _state(self) -> dict[str, list[Tensor]]:
@@ -266,15 +197,11 @@ class Trainer:
 
     def _identity(self) -> str:
         """Names the model and the amount of data that a state belongs to."""
-        left_out = {"sha256", "clean_share"}
-        if self.config.objective == "decomposed":  # named as before there was another
-            left_out |= {"video", "video_std"}
-        values = {
-            f.name: getattr(self.config, f.name)
-            for f in fields(self.config)
-            if f.name not in left_out
-        }
-        if self.config.video is not None:
-            values["video"] = self.config.video.identity()
+        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        del values["sha256"]
+        if self.config.objective == "decomposed":
+            del values["clean_share"]
+        else:
+            values |= {**_ONCE_IN_PLAIN_MODELS, "video": self.config.video.identity()}
         text = repr((sorted(values.items()), self.clips.shape, self.options.seed))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

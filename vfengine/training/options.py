@@ -1,0 +1,67 @@
+"""How to train. Imports no torch: the command line lists the options as its flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..names import PRECISIONS
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train; recorded with the weights.
+
+    steps            optimizer steps; the learning rate rises over `warmup` and falls over the last
+                     `decay` share
+    batch_size       clips a step
+    learning_rate, weight_decay, gradient_clip   of AdamW (0.9, 0.99)
+    ema              decay of the averaged weights, which are the ones that are shipped
+    class_dropout    share of samples whose label becomes the null class, for classifier-free
+                     guidance
+    precision        "bf16" (autocast) or "fp32"
+    seed             of all that is random
+
+    Of decomposed models alone; a plain model's frames all have noise of their own:
+    extra_images     base frames of further clips a step, for the base network alone
+    clean_share      share of clips on which the residual network sees the exact base noise
+                     (base_path="clean")
+    base_jitter      noise on the base frame that those clips show it, of a standard deviation
+                     uniform up to this: a generated base frame is not as clean as a real one
+    """
+
+    steps: int = 20_000
+    batch_size: int = 8
+    extra_images: int = 40
+    learning_rate: float = 8e-4
+    warmup: int = 150
+    decay: float = 0.5
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema: float = 0.999
+    class_dropout: float = 0.12
+    clean_share: float = 0.85
+    base_jitter: float = 0.1
+    precision: str = "bf16"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("decay", "ema", "class_dropout", "clean_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("extra_images", "warmup", "weight_decay", "base_jitter", "seed"):
+            if not getattr(self, name) >= 0:  # also refuses NaN
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, constant, linear to zero over the last `decay` share of the steps."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        fall = min(1.0, (1 - step / self.steps) / max(self.decay, 1e-9))
+        return self.learning_rate * rise * fall
