@@ -58,7 +58,8 @@ from torch import Tensor
 
 from vfengine import VideoFusionPipeline
 from vfengine.diffusion.base_path import BaseTrajectory
-from vfengine.diffusion.decompose import frame_weights, residual_noise
+from vfengine.diffusion.decompose import frame_weights
+from vfengine.diffusion.noise import residual_noise
 from vfengine.formats.checkpoint import DEFAULT, load_network
 from vfengine.media.pictures import to_frames, to_uint8
 from vfengine.models import for_inference

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vfengine.diffusion.base_path import BaseTrajectory
-from vfengine.diffusion.decompose import add_noise, base_index, decomposed_noise, remove_base
+from vfengine.diffusion.decompose import add_noise, base_index, remove_base
+from vfengine.diffusion.noise import decomposed_noise
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.media.pictures import network_to_pixels
 from vfengine.sampling.api import sample_residual

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vfengine import models, ops
     from vfengine.diffusion.base_path import BaseTrajectory
-    from vfengine.diffusion.decompose import decomposed_noise
+    from vfengine.diffusion.noise import decomposed_noise
     from vfengine.diffusion.schedule import NoiseSchedule
     from vfengine.pipelines.videofusion import VideoFusionPipeline
     from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
@@ -23,7 +23,7 @@ _HOME = {
     "BaseTrajectory": "vfengine.diffusion.base_path",
     "NoiseSchedule": "vfengine.diffusion.schedule",
     "VideoFusionPipeline": "vfengine.pipelines.videofusion",
-    "decomposed_noise": "vfengine.diffusion.decompose",
+    "decomposed_noise": "vfengine.diffusion.noise",
     "sample": "vfengine.sampling.api",
     "sample_base": "vfengine.sampling.api",
     "sample_residual": "vfengine.sampling.api",

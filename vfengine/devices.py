@@ -1,4 +1,7 @@
-"""Where networks run and in which dtype: what was asked for, or what "auto" stands for here."""
+"""Where networks run, in which dtype and precision.
+
+"auto" stands for what suits this machine.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,13 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     if torch.cpu._is_amx_tile_supported():
         return False
     return vfengine_native.cpu_isa() == "avx512_bf16"
+
+
+def tf32_products() -> bool:
+    """Whether torch multiplies fp32 matrices on CUDA in TF32: a setting of the process.
+
+    Since torch 2.9 a setting that was made the new way cannot be read the old way, and raises.
+    """
+    products = torch.backends.cuda.matmul
+    now = getattr(products, "fp32_precision", None)
+    return products.allow_tf32 if now is None else now == "tf32"

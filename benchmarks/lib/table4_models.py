@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.formats.checkpoint import read_config
 from vfengine.models import (

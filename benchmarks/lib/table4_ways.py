@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from lib.table4_models import LAM, SCHEDULE, SHARING, Networks, Noise, make_noise, size
 from vfengine.diffusion.decompose import add_noise, joint_loss
+from vfengine.diffusion.noise import NoisePlace
 from vfengine.diffusion.solvers import solver_table
 from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
-from vfengine.sampling.loop import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
+from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
+from vfengine.sampling.loop import Loop, LoopSpec
 from vfengine.sampling.overlap import run_overlapped
+from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualLoop, ResidualSpec
 
 PLAIN, VDM = "VDM*, plain PyTorch", "VDM*, our kernels"
 INTERLEAVED = "VideoFusion, interleaved"
@@ -131,18 +134,21 @@ def kept(
     """
     table = solver_table("ddim", SCHEDULE, steps)
     clips = noise.clips
-    motion = {"clean": False, "lam": LAM, "seed": 1}
+    place = NoisePlace(0)  # of no use: η = 0
     if name == VDM:
-        return _run(VideoLoop(networks("video"), clips, table, seed=1), capture, clips)
+        loop = ResidualSpec.of(clips, table, place).build(networks("video"))
+        return _run(loop, capture, clips)
     if name == INTERLEAVED:
-        models = networks("base"), networks("residual")
-        seeds = {"base_seed": 0, "residual_seed": 1}
-        loop = InterleavedLoop(*models, noise.base, clips, table, lam=LAM, **seeds)
+        base = LoopSpec.of(noise.base, table, place)
+        spec = InterleavedSpec.of(clips, table, place, base=base, lam=LAM)
+        loop = InterleavedLoop(networks("base"), networks("residual"), spec)
         return _run(loop, capture, noise.base, clips)
     if name not in (BASE_KEPT, OVERLAPPED, SHARED):
         raise ValueError(f"{name!r} keeps no loops")
-    base = BaseLoop(networks("base"), noise.base, table, seed=0)
-    residual = ResidualLoop(networks("residual"), clips, base.states, table, **motion)
+    base = BaseSpec.of(noise.base, table, place).build(networks("base"))
+    path = PathSpec.of(base.states, shared=True)
+    spec = ResidualSpec.of(clips, table, place, motion=Motion(LAM), path=path)
+    residual = spec.build(networks("residual"))
     if name == OVERLAPPED:
 
         @torch.inference_mode()
@@ -161,7 +167,7 @@ def _run(loop: Loop, capture: bool, *noise: Tensor) -> Callable[[], Tensor]:
         step = loop.stepper(capture)
         loop.start(*noise)
         loop.run(step)
-        return loop.z if isinstance(loop, BaseLoop | InterleavedLoop) else loop.u
+        return loop.u if isinstance(loop, ResidualLoop) else loop.z
 
     return run
 

@@ -321,7 +321,7 @@ def test_base_network_is_let_go_unless_it_is_needed_again(cli, monkeypatch, flag
 
     def watched(self, *args, **kwargs):
         out = call(self, *args, **kwargs)
-        seen.append("base" in self._engine.networks)
+        seen.append("base" in self._session.networks)
         return out
 
     monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", watched)
@@ -567,8 +567,8 @@ def test_flags_that_can(cli, clean_checkpoint, picture):
     ],
 )
 def test_refused_before_sampling(cli, clean_checkpoint, monkeypatch, flags, words):
-    monkeypatch.setattr("vfengine.pipelines.session.Engine._run", None)
-    monkeypatch.setattr("vfengine.pipelines.session.Engine.overlapped", None)
+    monkeypatch.setattr("vfengine.sampling.driver.Driver._run", None)
+    monkeypatch.setattr("vfengine.sampling.driver.Driver.overlapped", None)
     many = [] if "--preview" in flags or "--num-residuals" in flags else ["--num-residuals", 2]
     assert refused(cli(*WALK, *many, *flags, model=clean_checkpoint), *words)
     assert os.listdir() == []

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from vfengine.diffusion.base_path import BaseTrajectory
-from vfengine.diffusion.decompose import base_noise, residual_noise
+from vfengine.diffusion.noise import base_noise, residual_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS, solver_table
 from vfengine.sampling.api import sample_base, sample_residual

@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 from vfengine.diffusion.decompose import (
     add_noise,
     base_index,
-    base_noise,
     combine,
-    decomposed_noise,
     frame_weights,
     joint_loss,
-    philox4x32_10,
     remove_base,
-    residual_noise,
 )
+from vfengine.diffusion.noise import base_noise, decomposed_noise, philox4x32_10, residual_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
@@ -369,9 +366,14 @@ def test_loss_is_zero_for_exact_networks():
     x = torch.randn(2, 3, 1, 4, 4)
     noise = decomposed_noise(x.shape, 0, 1)
     base_loss, residual_loss = joint_loss(
-        lambda z, t: noise.base, lambda z, t: noise.residual, x, torch.tensor([5, 800]), *noise,
-        schedule=SCHEDULE, lam=0.5,
-    )  # fmt: skip
+        lambda z, t: noise.base,
+        lambda z, t: noise.residual,
+        x,
+        torch.tensor([5, 800]),
+        *noise,
+        schedule=SCHEDULE,
+        lam=0.5,
+    )
     assert base_loss.abs().max() == 0
     assert residual_loss.abs().max() < 1e-12
 

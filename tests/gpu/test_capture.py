@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.noise import NoisePlace, decomposed_noise
 from vfengine.diffusion.solvers import solver_table
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.ops import residual_step
 from vfengine.pipelines.videofusion import VideoFusionPipeline
-from vfengine.sampling.loop import BaseLoop, InterleavedLoop, Loop, ResidualLoop, VideoLoop
-from vfengine.sampling.windows import windowed
+from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
+from vfengine.sampling.loop import Loop, LoopSpec
+from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 from .graphs import assert_same, in_a_graph
 
@@ -78,7 +79,7 @@ def test_one_captured_step_is_all_of_them(backend, device):
     assert (plain.cpu() - on_cpu.run(on_cpu.advance)).abs().max() < 1e-3
 
 
-# -- loops of vfengine/sampling/loop.py ----------------------------------------------------------
+# -- loops of vfengine/sampling -------------------------------------------------------------------
 
 
 def load(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
@@ -102,21 +103,20 @@ def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Modu
     ]
     with torch.inference_mode():
         if phase == "base":
-            loop = BaseLoop(*models, noise.base, table, seed=2)
+            loop = BaseSpec.of(noise.base, table, NoisePlace(2)).build(*models)
         elif phase == "video":
-            loop = VideoLoop(*models, noise.residual, table, seed=2)
+            loop = ResidualSpec.of(noise.residual, table, NoisePlace(2)).build(*models)
         elif phase == "interleaved":
-            seeds = {"base_seed": 2, "residual_seed": 3}
-            loop = InterleavedLoop(*models, *noise, table, lam=0.5, **seeds)
+            more = {"base": LoopSpec.of(noise.base, table, NoisePlace(2)), "lam": 0.5}
+            spec = InterleavedSpec.of(noise.residual, table, NoisePlace(3), **more)
+            loop = InterleavedLoop(*models, spec)
         else:
             random = torch.Generator().manual_seed(1)
             states = torch.randn(STEPS + 1, 2, 3, 16, 16, generator=random).to(device)
-            clean = phase == "clean"
-            if phase == "windows":
-                models = [windowed(*models, 4, 3, lam=0.5, device=device)]
-            loop = ResidualLoop(
-                *models, noise.residual, states, table, clean=clean, lam=0.5, seed=3
-            )
+            windows = (3, None) if phase == "windows" else None
+            motion, path = Motion(0.5, windows, phase == "clean"), PathSpec.of(states, shared=True)
+            spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), motion=motion, path=path)
+            loop = spec.build(*models)
     return loop, list(networks.values())
 
 
@@ -173,7 +173,7 @@ def test_float64_cannot_be_captured(device, folders):
         return  # nothing is captured there
     noise = torch.randn(1, 3, 8, 8, device=device, dtype=torch.float64)
     table = solver_table("ddim", read_config(folders[0]).noise_schedule(), 2)
-    loop = BaseLoop(lambda z, t: z, noise, table, seed=0)
+    loop = BaseSpec.of(noise, table, NoisePlace(0)).build(lambda z, t: z)
     with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
         loop.stepper(capture=True)
 
@@ -277,7 +277,7 @@ def test_new_weights_are_never_sampled_with_an_old_graph(device, tiny_checkpoint
     for capture in (False, True):
         pipe = pipeline(device, FP32, capture, tiny_checkpoint)
         first = sample(pipe, 0, "walk")
-        unet = pipe._engine.networks["residual"].unet
+        unet = pipe._session.networks["residual"].unet
         layer = getattr(unet, "unet", unet).time_embedding[-1]  # planned, on a CPU
         layer.bias = nn.Parameter(layer.bias + 0.5, requires_grad=False)
         clips[capture] = sample(pipe, 0, "walk")

@@ -20,7 +20,8 @@ from kernel_cases import (
     placed,
 )
 
-from vfengine.diffusion.decompose import combine, decomposed_noise
+from vfengine.diffusion.decompose import combine
+from vfengine.diffusion.noise import decomposed_noise
 from vfengine.ops import decomposed_step, decomposed_step_reference
 
 STEP = 2  # the row of COEFFS with sigma > 0; row 1 has sigma = 0

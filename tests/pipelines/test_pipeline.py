@@ -191,7 +191,7 @@ def test_guidance_of_one_asks_for_one_estimate(pipe, monkeypatch):
 
 
 def in_memory(pipe):
-    return set(pipe._engine.networks)
+    return set(pipe._session.networks)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offloa
         *(("residual", k, after) for k in range(STEPS + 1)),
     ]
     assert np.array_equal(frames_of(pipe, label, offload_base=offload), clip)  # it is read again
-    assert ("base" in pipe._engine.loops) is not freed
+    assert ("base" in pipe._session.loops.kept) is not freed
 
 
 @pytest.mark.parametrize("needed_again", [False, True])
@@ -244,8 +244,8 @@ def test_on_cuda_the_base_network_goes_only_for_want_of_room(
         for name in pipe.config.networks
     )
     assert pipe.lets_base_go(needed_again) is not needed_again  # on a CPU
-    pipe._engine.device = torch.device("cuda", 0)
-    pipe._engine.networks = dict.fromkeys(loaded)
+    pipe._session.device = torch.device("cuda", 0)
+    pipe._session.networks = dict.fromkeys(loaded)
     size = 4 * (residual if loaded else (base + residual) / 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 2 * free * size))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * size)

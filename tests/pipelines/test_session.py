@@ -78,7 +78,7 @@ def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
     assert np.array_equal(to_uint8(out.frames)[0, 2], pixels)
     assert not np.array_equal(out.frames[0, 1], out.frames[0, 2])
     assert out.trajectory.base_path == "clean"
-    assert set(pipe._engine.networks) == {"residual"}  # no base generator
+    assert set(pipe._session.networks) == {"residual"}  # no base generator
     several = call(pipe, image=Image.fromarray(pixels), num_videos=2)
     assert np.array_equal(several.frames[0, 2], several.frames[1, 2])
     again = call(pipe, trajectory=out.trajectory)
@@ -95,7 +95,7 @@ def test_the_checkpoint_says_whether_it_animates_pictures(tmp_path, clean_share,
     else:
         with pytest.raises(ValueError, match="cannot animate a picture"):
             call(pipe, image=image)
-        assert pipe._engine.networks == {}
+        assert pipe._session.networks == {}
 
 
 def test_pictures_are_cropped_and_resized(tmp_path):
@@ -147,12 +147,12 @@ def test_cached_base_paths_give_the_same_clip_without_the_base_network(tiny_chec
 
     second = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     assert np.array_equal(call(second, **settings).frames, clip)
-    assert set(second._engine.networks) == {"residual"}
+    assert set(second._session.networks) == {"residual"}
     call(second, **{**settings, "residual_seed": 9, "num_frames": 7, "lam": 0.2})
     assert len(list(cache.iterdir())) == 1
     preview = second.preview("walk", num_inference_steps=STEPS, **settings)
     assert np.array_equal(preview.frames[:, 0], clip[:, 2])
-    assert set(second._engine.networks) == {"residual"}
+    assert set(second._session.networks) == {"residual"}
 
 
 def test_cache_tells_apart_whatever_a_path_depends_on(tiny_checkpoint, tmp_path):
@@ -162,9 +162,15 @@ def test_cache_tells_apart_whatever_a_path_depends_on(tiny_checkpoint, tmp_path)
     half = VideoFusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16, device="cpu")
     other = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "other", seed=1), **ON_CPU)
     changes = [
-        {}, {"base_seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 5},
-        {"solver": "dpmsolver++"}, {"eta": 0.5}, {"num_videos": 2}, {"sample_offset": 1},
-    ]  # fmt: skip
+        {},
+        {"base_seed": 1},
+        {"guidance_scale": 3.0},
+        {"num_inference_steps": 5},
+        {"solver": "dpmsolver++"},
+        {"eta": 0.5},
+        {"num_videos": 2},
+        {"sample_offset": 1},
+    ]
     for change in changes:
         pipe.walk_base("walk", **{**base, **change})
     pipe.walk_base("jump", **base)
@@ -227,7 +233,7 @@ def test_cache_refuses_what_is_not_its_own(pipe, tmp_path):
 
 
 def loops_of(pipe):
-    return {phase: held.loop for phase, held in pipe._engine.loops.items()}
+    return {phase: held.loop for phase, held in pipe._session.loops.kept.items()}
 
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):
@@ -317,12 +323,12 @@ def test_threads_may_share_a_pipeline(pipe):
 def test_released_weights_and_replaced_loops_leave_at_once(pipe):
     """Not when the garbage collector comes by: nothing holds them in a cycle."""
     call(pipe, offload_base=False)
-    base = weakref.ref(pipe._engine.networks["base"])
+    base = weakref.ref(pipe._session.networks["base"])
     loop = weakref.ref(loops_of(pipe)["residual"])
     gc.collect()
     gc.disable()
     try:
-        pipe._engine.release("base")
+        pipe._session.release("base")
         assert base() is None
         call(pipe, num_frames=3)
         assert loop() is None
@@ -330,7 +336,7 @@ def test_released_weights_and_replaced_loops_leave_at_once(pipe):
 
         def look(phase, done, total):
             if phase == "base" and done == 0:
-                seen.append(weakref.ref(pipe._engine.networks["base"]))
+                seen.append(weakref.ref(pipe._session.networks["base"]))
             if phase == "residual" and done == 0:
                 seen.append(seen[0]())
 
@@ -357,7 +363,7 @@ def test_a_failed_call_leaves_nothing_behind(pipe):
 def test_new_weights_are_never_sampled_with_an_old_loop(pipe):
     keep = {"offload_base": False}
     clip, first = call(pipe, **keep).frames, loops_of(pipe)
-    network = pipe._engine.networks["residual"]
+    network = pipe._session.networks["residual"]
     with torch.no_grad():
         network.unet.unet.time_embedding[-1].bias.add_(0.5)  # what a planned one leaves unpacked
     changed = call(pipe, **keep).frames
@@ -394,12 +400,14 @@ def test_a_plain_video_model_is_sampled_by_the_same_call(tiny_video_checkpoint):
     assert out.trajectory is None
     assert steps == [("video", k, STEPS) for k in range(STEPS + 1)]
     labels = torch.tensor([TINY_LABELS.index("walk")])
-    network = pipe._engine.networks["video"]
+    network = pipe._session.networks["video"]
     noise = vf.decomposed_noise((1, 4, 3, 16, 16), 0, 1).residual
     video = sample_video(
-        lambda z, t: network(z, t, class_labels=labels), noise, schedule=pipe.schedule,
+        lambda z, t: network(z, t, class_labels=labels),
+        noise,
+        schedule=pipe.schedule,
         num_inference_steps=STEPS,
-    )  # fmt: skip
+    )
     expected = (video / 2 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
     np.testing.assert_allclose(out.frames, expected, atol=1e-6)
     part = call(pipe, sample_offset=1).frames
@@ -426,7 +434,7 @@ def test_a_plain_video_model_refuses_what_needs_a_base_path(tiny_video_checkpoin
         call(pipe, **setting)
     with pytest.raises(ValueError, match="has no base path"):
         pipe.preview("walk")
-    assert pipe._engine.networks == {}
+    assert pipe._session.networks == {}
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -436,7 +444,7 @@ def test_settings_that_do_not_go_together(clean_checkpoint, tmp_path):
     pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     path = pipe.walk_base("walk", num_inference_steps=STEPS)
     image = Image.new("RGB", (16, 16))
-    pipe._engine.release("base")
+    pipe._session.release("base")
     for settings, message in (
         ({"num_residuals": 0}, "num_residuals must be an int of at least 1"),
         ({"num_residuals": 2, "num_videos": 2}, "num_residuals=2 is of one base path, 2 are"),
@@ -463,7 +471,7 @@ def test_settings_that_do_not_go_together(clean_checkpoint, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call(pipe, **settings)
-    assert pipe._engine.networks == {}
+    assert pipe._session.networks == {}
     assert not (tmp_path / "c").exists()
 
 

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.noise import NoisePlace, decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS, solver_table
 from vfengine.formats.checkpoint import PlainConfig, build_network, load_network, read_config
 from vfengine.models import vdm_config
 from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
-from vfengine.sampling.loop import BaseLoop, InterleavedLoop, ResidualLoop, VideoLoop
-from vfengine.sampling.windows import windowed
+from vfengine.sampling.guidance import GuidedModel, ModelSpec
+from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
+from vfengine.sampling.loop import LoopSpec
+from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 STEPS = 5
 FRAMES = 6
@@ -57,56 +59,52 @@ def networks():
         base = load_network(None, CONFIG, "base", dtype=torch.bfloat16)
         residual = load_network(None, CONFIG, "residual", dtype=torch.bfloat16)
         config = PlainConfig(
-            num_frames=FRAMES, height=64, width=64, channels=3, fps=8.0, labels=CONFIG.labels,
-            schedule=CONFIG.schedule, video=vdm_config(CONFIG.base),
-        )  # fmt: skip
+            num_frames=FRAMES,
+            height=64,
+            width=64,
+            channels=3,
+            fps=8.0,
+            labels=CONFIG.labels,
+            schedule=CONFIG.schedule,
+            video=vdm_config(CONFIG.base),
+        )
         video = build_network(config, "video").bfloat16().eval().requires_grad_(False)
         return {"base": base, "residual": residual, "video": video}
 
     return make
 
 
-class Guided:
-    """(z, t) -> ε_u + s (ε_c - ε_u), as vfengine/pipelines/session.py has it."""
-
-    def __init__(self, network, **conditions):
-        self.network, self.conditions = network, conditions
-        self.labels = torch.tensor([3, len(CONFIG.labels)])
-        self.device = torch.device("cpu")
-
-    def __call__(self, z, t):
-        conditional, unconditional = self.network(
-            torch.cat([z, z]), torch.cat([t, t]), class_labels=self.labels, **self.conditions
-        ).chunk(2)
-        return torch.lerp(unconditional, conditional, 2.0)
+def guided(network) -> GuidedModel:
+    labels = torch.tensor([3, len(CONFIG.labels)])
+    return ModelSpec(network, labels, scale=2.0).build(torch.device("cpu"))
 
 
 def make_loop(phase, networks, table, frames=FRAMES):
     """A phase's loop on the CPU, and all objects whose tensors it reaches."""
     noise = decomposed_noise((1, frames, 3, 64, 64), 0, 1)
-    base, residual, video = (Guided(networks[name]) for name in ("base", "residual", "video"))
+    base, residual, video = (guided(networks[name]) for name in ("base", "residual", "video"))
     states = torch.zeros(len(table) + 1, 1, 3, 64, 64)
     with torch.inference_mode():
         if phase == "base":
-            return BaseLoop(base, noise.base, table, seed=2), [base]
+            return BaseSpec.of(noise.base, table, NoisePlace(2)).build(base), [base]
         if phase == "interleaved":
-            seeds = {"base_seed": 2, "residual_seed": 3}
-            loop = InterleavedLoop(base, residual, *noise, table, lam=0.5, **seeds)
-            return loop, [base, residual]
+            more = {"base": LoopSpec.of(noise.base, table, NoisePlace(2)), "lam": 0.5}
+            spec = InterleavedSpec.of(noise.residual, table, NoisePlace(3), **more)
+            return InterleavedLoop(base, residual, spec), [base, residual]
         if phase == "video":
-            return VideoLoop(video, noise.residual, table, seed=2), [video]
-        model = windowed(residual, frames, 5, lam=0.5) if phase == "windows" else residual
-        loop = ResidualLoop(
-            model, noise.residual, states, table, clean=phase == "clean", lam=0.5, seed=3
-        )
-        return loop, [residual, model]
+            return ResidualSpec.of(noise.residual, table, NoisePlace(2)).build(video), [video]
+        windows = (5, None) if phase == "windows" else None
+        motion, path = Motion(0.5, windows, phase == "clean"), PathSpec.of(states, shared=True)
+        spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), motion=motion, path=path)
+        loop = spec.build(residual)
+        return loop, [residual, loop.model]
 
 
 def fake_loop(phase, networks, table):
     """The loop on fake CUDA tensors, and the tensors that live across its steps, by name."""
     loop, parts = make_loop(phase, networks, table)
     mode, memo = FakeTensorMode(), {}
-    networks = [part.network for part in parts if isinstance(part, Guided)]
+    networks = [part.network for part in parts if isinstance(part, GuidedModel)]
     for part in (loop, *parts, *networks):
         fake_cuda.to_fake_cuda(part, mode, memo)
     buffers = dict(vars(loop))
@@ -163,7 +161,7 @@ def test_step_that_waits_is_reported(networks, cuda_guard):
     """λ as a list has to be brought from the host in every step."""
     table = solver_table("ddim", SCHEDULE, STEPS)
     loop, parts = make_loop("residual", networks(), table)
-    parts[0].conditions["lam"] = [0.5] * FRAMES
+    parts[0].lam = [0.5] * FRAMES
     mode, memo = FakeTensorMode(), {}
     for part in (loop, parts[0], parts[0].network):
         fake_cuda.to_fake_cuda(part, mode, memo)
@@ -179,7 +177,7 @@ class WholeLoop(torch.nn.Module):
         super().__init__()
         self.loop, self.state, self.networks = loop, state, torch.nn.ModuleList(networks)
         self.places = []
-        for part in [loop, *(v for v in vars(loop).values() if type(v).__name__ == "_Mixing")]:
+        for part in [loop, *(v for v in vars(loop).values() if type(v).__name__ == "Mixing")]:
             for name, value in vars(part).items():
                 for k, tensor in enumerate(value if isinstance(value, tuple) else [value]):
                     if isinstance(tensor, Tensor):
@@ -219,11 +217,15 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
         return network(z, t, class_labels=labels)
 
     if phase == "base":
-        loop, start = BaseLoop(model, noise.base, table, seed=0), noise.base[:, None]
+        loop, start = (
+            BaseSpec.of(noise.base, table, NoisePlace(0)).build(model),
+            noise.base[:, None],
+        )
     else:
         states = torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        loop = ResidualLoop(model, noise.residual, states, table, clean=False, lam=0.5, seed=0)
-        start = noise.residual
+        path, start = PathSpec.of(states, shared=True), noise.residual
+        spec = ResidualSpec.of(start, table, NoisePlace(0), motion=Motion(0.5), path=path)
+        loop = spec.build(model)
     whole = WholeLoop(loop, state, [network])
     with torch.no_grad():
         program = torch.export.export(whole, (start,), strict=False)
@@ -239,14 +241,14 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
 
 
 def test_on_a_cpu_the_step_itself_runs():
-    loop, _ = make_loop("base", {"base": None, "residual": None, "video": None},
-                        solver_table("ddim", SCHEDULE, 2))  # fmt: skip
+    no_networks = {"base": None, "residual": None, "video": None}
+    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 2))
     assert loop.stepper(capture=True) == loop.step
 
 
 def test_float64_cannot_be_captured():
-    loop, _ = make_loop("base", {"base": None, "residual": None, "video": None},
-                        solver_table("ddim", SCHEDULE, 2))  # fmt: skip
+    no_networks = {"base": None, "residual": None, "video": None}
+    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 2))
     loop.device, loop.dtype = torch.device("cuda", 0), torch.float64
     with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
         loop.stepper(capture=True)

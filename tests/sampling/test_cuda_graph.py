@@ -125,9 +125,10 @@ class StubCuda:
 def test_captured_warms_up_on_the_side_and_replays(monkeypatch):
     cuda = StubCuda(monkeypatch)
     replay = capture.captured(
-        lambda: cuda.calls.append(f"step on {cuda.here()}"), CUDA,
+        lambda: cuda.calls.append(f"step on {cuda.here()}"),
+        CUDA,
         lambda: cuda.calls.append("rewind"),
-    )  # fmt: skip
+    )
     warm_up = ["rewind", "step on side"] * 2 + ["rewind"]
     recording = ["synchronize", "empty_cache", "capture thread_local", "step on side", "captured"]
     begin = ["synchronize", "side waits for main"]
@@ -235,7 +236,7 @@ def pretended(checkpoint, label, **settings):
     with pytest.MonkeyPatch.context() as undo:
         undo.setattr(Loop, "stepper", lambda loop, capturing: loop.step)
         clip = pipe(label, offload_base=False, **settings).frames
-    pipe._engine.device = CUDA
+    pipe._session.device = CUDA
     return pipe, clip
 
 
@@ -302,8 +303,8 @@ def test_overlapped_phases_have_streams_of_their_own(stub, tiny_checkpoint, monk
     monkeypatch.setattr(overlap, "_in_thread", overlap._on_stream)  # as for loops on CUDA
     with OnTheCpu():
         assert np.array_equal(pipe("walk", **settings).frames, plain)
-    held = pipe._engine.loops
-    graphs = {held[phase].loop._replay.__self__.stream for phase in ("base", "residual")}
+    kept = pipe._session.loops.kept
+    graphs = {kept[phase].loop._replay.__self__.stream for phase in ("base", "residual")}
     assert graphs == {"side", "side 2"}
     assert stub.calls.count("side 3 waits for main") == 1  # where the base phase ran ahead
     assert stub.calls[-1] == "main waits for side 3"

@@ -7,11 +7,27 @@ import torch
 from diffusers import DDIMScheduler
 from test_sampling import SCHEDULE, WALK, base_model, noise_of, residual_model
 
-from vfengine.diffusion.decompose import residual_noise
+from vfengine.diffusion.noise import NoisePlace, residual_noise
 from vfengine.diffusion.solvers import solver_table
 from vfengine.sampling.api import sample, sample_video
-from vfengine.sampling.loop import BaseLoop, ResidualLoop
 from vfengine.sampling.overlap import run_overlapped
+from vfengine.sampling.two_phase import (
+    BaseLoop,
+    BaseSpec,
+    Motion,
+    PathSpec,
+    ResidualLoop,
+    ResidualSpec,
+)
+
+
+def loops_of(noise, table, *, shared: bool) -> tuple[BaseLoop, ResidualLoop]:
+    """Both phases' loops; shared: the second reads the path in the memory of the first."""
+    base = BaseSpec.of(noise.base, table, NoisePlace(0)).build(base_model)
+    path = PathSpec.of(base.states, shared=shared)
+    spec = ResidualSpec.of(noise.residual, table, NoisePlace(1), motion=Motion(0.5), path=path)
+    return base, spec.build(residual_model)
+
 
 # -- both phases at once ---------------------------------------------------------------------------
 
@@ -86,9 +102,13 @@ def test_overlapped_phases_report_every_step():
     calls = []
     noise = noise_of((1, 2, 1, 4, 4))
     sample(
-        base_model, residual_model, *noise, overlap_phases=True,
-        callback=lambda *call: calls.append(call), **WALK,
-    )  # fmt: skip
+        base_model,
+        residual_model,
+        *noise,
+        overlap_phases=True,
+        callback=lambda *call: calls.append(call),
+        **WALK,
+    )
     for phase in ("base", "residual"):
         assert [c for c in calls if c[0] == phase] == [(phase, k + 1, 8) for k in range(8)]
     for k in range(8):  # a step behind
@@ -101,11 +121,7 @@ def test_the_path_may_cross_from_one_memory_to_another():
     noise = noise_of((1, 3, 1, 4, 4))
     table = solver_table("ddim", SCHEDULE, 8)
     with torch.inference_mode():
-        base = BaseLoop(base_model, noise.base, table, seed=0)
-        residual = ResidualLoop(
-            residual_model, noise.residual, torch.zeros_like(base.states), table,
-            clean=False, lam=0.5, seed=1,
-        )  # fmt: skip
+        base, residual = loops_of(noise, table, shared=False)
         run_overlapped(base, residual, *noise)
     assert torch.equal(residual.u, sample(base_model, residual_model, *noise, **WALK))
     assert torch.equal(residual.states, base.states)
@@ -117,10 +133,7 @@ def test_loops_can_be_started_again():
     first, second = noise_of((1, 3, 1, 4, 4)), noise_of((1, 3, 1, 4, 4), seeds=(5, 6))
     walk = {**WALK, "solver": "unipc"}
     with torch.inference_mode():
-        base = BaseLoop(base_model, first.base, table, seed=0)
-        residual = ResidualLoop(
-            residual_model, first.residual, base.states, table, clean=False, lam=0.5, seed=1
-        )
+        base, residual = loops_of(first, table, shared=True)
         for noise in (first, second, first):
             for loop, start in ((base, noise.base), (residual, noise.residual)):
                 loop.start(start)
@@ -131,9 +144,13 @@ def test_loops_can_be_started_again():
 def test_rejects_two_phases_at_once_in_the_interleaved_form():
     with pytest.raises(ValueError, match="overlap_phases"):
         sample(
-            base_model, residual_model, *noise_of((1, 2, 1, 4, 4)),
-            method="interleaved", overlap_phases=True, **WALK,
-        )  # fmt: skip
+            base_model,
+            residual_model,
+            *noise_of((1, 2, 1, 4, 4)),
+            method="interleaved",
+            overlap_phases=True,
+            **WALK,
+        )
 
 
 # -- plain video diffusion -------------------------------------------------------------------------
@@ -153,9 +170,14 @@ def test_video_model_equals_diffusers_ddim(eta):
         z = scheduler.step(eps, int(t), z, eta=eta, variance_noise=xi).prev_sample
     calls = []
     video = sample_video(
-        residual_model, noise, schedule=SCHEDULE, num_inference_steps=20, eta=eta, seed=4,
+        residual_model,
+        noise,
+        schedule=SCHEDULE,
+        num_inference_steps=20,
+        eta=eta,
+        seed=4,
         callback=lambda *call: calls.append(call),
-    )  # fmt: skip
+    )
     assert (video - z).abs().max() <= 1e-10 * z.abs().max()
     assert calls == [("video", k + 1, 20) for k in range(20)]
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from vfengine.diffusion.base_path import BaseTrajectory
-from vfengine.diffusion.decompose import base_noise, decomposed_noise, frame_weights, residual_noise
+from vfengine.diffusion.decompose import frame_weights
+from vfengine.diffusion.noise import base_noise, decomposed_noise, residual_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS
 from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video

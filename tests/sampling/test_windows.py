@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vfengine import VideoFusionPipeline
-from vfengine.diffusion.decompose import decomposed_noise, frame_weights
+from vfengine.diffusion.decompose import frame_weights
+from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.models import for_inference

@@ -147,7 +147,7 @@ def to_fake_cuda(thing: object, fake_mode: FakeTensorMode, memo: dict | None = N
             setattr(thing, name, tuple(fake(v) for v in value))
         elif isinstance(value, torch.device):
             setattr(thing, name, torch.device("cuda", 0))
-        elif type(value).__name__ == "_Mixing":
+        elif type(value).__name__ == "Mixing":
             to_fake_cuda(value, fake_mode, memo)
     return thing
 

@@ -13,31 +13,27 @@ the lines of this list; the code below cites them.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import base_noise, philox4x32_10, residual_noise
 from .schedule import NoiseSchedule
-
-__all__ = [
-    "DecomposedNoise",
-    "add_noise",
-    "base_index",
-    "base_noise",
-    "combine",
-    "decomposed_noise",
-    "frame_weights",
-    "joint_loss",
-    "philox4x32_10",
-    "remove_base",
-    "residual_noise",
-]
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (z, t int64 [B]) -> noise of the shape of z
 Lam = float | Sequence[float] | Tensor  # λ: one number, or one per frame
+
+
+_DRAWING = ("DecomposedNoise", "base_noise", "decomposed_noise", "philox4x32_10", "residual_noise")
+
+
+def __getattr__(name: str) -> Any:
+    """Noise is drawn in noise.py; here are its names for imports of earlier releases."""
+    if name in _DRAWING:
+        return getattr(importlib.import_module("vfengine.diffusion.noise"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def base_index(num_frames: int) -> int:
@@ -86,49 +82,10 @@ def combine(base: Tensor, residual: Tensor, lam: Lam) -> Tensor:
 
     base: [B, C, H, W], residual: [B, N, C, H, W]; returns [B, N, C, H, W], frame m equal to base
     """
-    shared, own = _shares(lam, residual)
+    base_share, residual_share = _shares(lam, residual)
     _check_image("base", base, residual)
     dtype = torch.promote_types(base.dtype, residual.dtype)
-    return (shared * base.unsqueeze(1) + own * residual).to(dtype)
-
-
-class DecomposedNoise(NamedTuple):
-    """Noise in its two parts: base [B, C, H, W], shared by the frames, residual [B, N, C, H, W]."""
-
-    base: Tensor
-    residual: Tensor
-
-    def combine(self, lam: Lam) -> Tensor:
-        """Eq. (1): the frames' noise ε_i, [B, N, C, H, W]."""
-        return combine(self.base, self.residual, lam)
-
-
-def decomposed_noise(
-    shape: Sequence[int],
-    base_seed: int,
-    residual_seed: int,
-    *,
-    step: int = 0,
-    sample_offset: int = 0,
-    frame_offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> DecomposedNoise:
-    """b and r_i for a clip of shape [B, N, C, H, W], each N(0, I) (see diffusion/noise.py).
-
-    A frame's noise depends on seed, stream, step, sample, frame and element only: never on B, N,
-    chunking, thread count or device. Parts of a larger batch or of a longer clip are drawn with
-    sample_offset and frame_offset.
-
-    Raises TypeError for a seed that is no int, ValueError for a shape or place out of range.
-    """
-    if len(shape) != 5:
-        raise ValueError(f"decomposed_noise: expected [B, N, C, H, W], got {tuple(shape)}")
-    place = {"step": step, "sample_offset": sample_offset, "dtype": dtype, "device": device}
-    return DecomposedNoise(
-        base_noise((shape[0], *shape[2:]), base_seed, **place),
-        residual_noise(shape, residual_seed, frame_offset=frame_offset, **place),
-    )
+    return (base_share * base.unsqueeze(1) + residual_share * residual).to(dtype)
 
 
 def add_noise(x: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -155,11 +112,11 @@ def remove_base(
 
     z: [B, N, C, H, W], b_hat: [B, C, H, W], t: int64 [B]; returns [B, N, C, H, W]
     """
-    shared, _ = _shares(lam, z)
+    base_share, _ = _shares(lam, z)
     _check_image("b_hat", b_hat, z)
     _, noise = schedule.signal_and_noise(t, z)
     dtype = torch.promote_types(z.dtype, b_hat.dtype)
-    return (z - shared * noise * b_hat.unsqueeze(1)).to(dtype)
+    return (z - base_share * noise * b_hat.unsqueeze(1)).to(dtype)
 
 
 def joint_loss(
@@ -204,14 +161,14 @@ def joint_loss(
     _check_image("the base model's output", b_hat, x)
     base_loss = (base_noise - b_hat).square().flatten(1).mean(1)  # (4)
 
-    given = b_hat.detach() if stop_gradient else b_hat  # sg[b̂]
-    given = _exact_where(exact_base, base_noise, given)
-    r_hat = residual_model(remove_base(z, given, lam, t, schedule), t)  # (3)
+    removed = b_hat.detach() if stop_gradient else b_hat  # sg[b̂]
+    removed = _exact_where(exact_base, base_noise, removed)
+    r_hat = residual_model(remove_base(z, removed, lam, t, schedule), t)  # (3)
     if r_hat.shape != x.shape:
         raise ValueError(
             f"the residual model's output must be {list(x.shape)}, got {list(r_hat.shape)}"
         )
-    error = (eps - combine(given, r_hat, lam)).square().flatten(2).mean(2)  # (5), [B, N]
+    error = (eps - combine(removed, r_hat, lam)).square().flatten(2).mean(2)  # (5), [B, N]
     others = [i for i in range(x.shape[1]) if i != m]
     residual_loss = error[:, others].sum(1) / max(len(others), 1)
 

@@ -13,6 +13,7 @@ sample is predicted as x_t = Z_t - N_t ε_t. Tables are float64 on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,22 @@ class SolverTable:
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return bool((self.coeffs[:, 2] > 0).any())
+
+    def fingerprint(self) -> str:
+        """16 hex digits naming the table: SHA-256 of all that it holds, to the last bit."""
+        tensors = (self.timesteps, self.alphas_cumprod, self.coeffs, self.mixing)
+        digest = hashlib.sha256(f"{self.solver} {self.eta!r} {len(self)}".encode())
+        for tensor in tensors:
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SolverTable):
+            return NotImplemented
+        return self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
 
 
 def solver_table(

@@ -18,6 +18,7 @@ from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
 from vfengine.ops._dispatch import DTYPES
 from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
 
+from ..devices import tf32_products
 from ..ops.attention import attend
 
 
@@ -36,16 +37,6 @@ def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
         return True
     read = (x, *module.parameters(), *(t for t in more if t is not None))
     return not any(t.requires_grad for t in read)
-
-
-def tf32_products() -> bool:
-    """Whether torch multiplies fp32 matrices on CUDA in TF32: a setting of the process.
-
-    Since torch 2.9 a setting that was made the new way cannot be read the old way, and raises.
-    """
-    products = torch.backends.cuda.matmul
-    now = getattr(products, "fp32_precision", None)
-    return products.allow_tf32 if now is None else now == "tf32"
 
 
 def sinusoidal_embedding(

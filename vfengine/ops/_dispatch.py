@@ -96,6 +96,28 @@ def register(schema: str, kernel: Callable[..., None], check: Callable[..., None
     return getattr(torch.ops.vfengine, name).default
 
 
+def step_op(
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    dtype: torch.dtype,
+    backend: str,
+) -> Callable[..., Tensor]:
+    """An op of a solver's step on this backend; for float64, which no kernel takes, its reference.
+
+    The public ops refuse float64. Samplers run it, to have something exact to be compared with.
+    Raises ValueError for float64 on any backend but "auto" and "reference".
+    """
+    if dtype != torch.float64:
+        return functools.partial(op, backend=backend)
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"float64 clips run backend='reference', got {backend!r}")
+
+    def run(*arguments: Tensor, out: Tensor, **options) -> Tensor:
+        return out.copy_(reference(*arguments, **options))
+
+    return run
+
+
 def unobserved(tensor: Tensor) -> bool:
     """Whether a kernel may run without its op: nothing is there that would want to see the op.
 

@@ -1,61 +1,40 @@
-"""The engine of a pipeline: networks in memory, guidance, and the loops that are used again.
+"""A pipeline's session: its networks in memory, and the phases run with them.
 
-Networks are read when first asked for and can be let go. A loop, with its buffers and on CUDA its
-graph, is kept until a call needs another: for other shapes, scales, solvers or weights, not for
-other noise or labels. One loop a phase, so memory does not grow from call to call.
+Networks are read when first asked for and can be let go; their loops stay with them
+(sampling/reuse.py).
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..diffusion.base_path import BaseTrajectory
-from ..diffusion.decompose import Lam, Model, frame_weights
+from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
 from ..plan.packing import return_memory
-from ..sampling.cuda_graph import empty_cache, surroundings_key, weights_key
-from ..sampling.loop import BaseLoop, Callback, Loop, ResidualLoop, VideoLoop
-from ..sampling.overlap import run_overlapped
-from ..sampling.windows import windowed
+from ..sampling.cuda_graph import empty_cache
+from ..sampling.driver import Driver
+from ..sampling.guidance import Condition, ModelSpec, guided
+from ..sampling.reuse import KeptLoops
+from ..sampling.run import Run
+from ..sampling.two_phase import Motion
 from .base_unet import PretrainedBase
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the networks are conditioned on: classes int64 [B] on the device, guidance scale."""
-
-    classes: Tensor
-    guidance_scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """A loop between runs: what it was made for, and where its network reads the labels."""
-
-    key: object
-    loop: Loop
-    labels: Tensor
-
-
-class Engine:
-    """Runs the phases of one checkpoint on one device.
+class Session:
+    """The networks of one checkpoint on one device, and the phases that they run.
 
     capture: on CUDA, replay steps from graphs
     base:    in place of the checkpoint's own base network
 
-    Methods take `timings`, {"load", "base", "residual"}, and add their seconds.
+    Of pairs, the first is the base phase's. Noise is on the device.
     """
 
     def __init__(
@@ -68,188 +47,72 @@ class Engine:
         base: PretrainedBase | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
-        self.dtype, self.capture, self.pretrained = dtype, capture, base
+        self.dtype, self.pretrained = dtype, base
         self.networks: dict[str, nn.Module] = {}
-        self.loops: dict[str, _Held] = {}
+        self.loops = KeptLoops()
+        self.driver = Driver(capture, loops=self.loops)
 
     # -- phases --------------------------------------------------------------------------------
 
     def base(
-        self,
-        noise: Tensor,
-        asked: Asked,
-        table: SolverTable,
-        callback: Callback | None,
-        timings: dict[str, float],
-        **place: int,
+        self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
     ) -> Tensor:
-        """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W].
-
-        place: seed and sample_offset of the noise on the way
-        """
-        with self._base_loop(noise, asked, table, place, timings) as loop:
-            self._run(loop, noise, callback, timings)
-            return loop.states.clone()
+        """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
+        model = self._model("base", condition, run)
+        return self.driver.base(model, noise, table, place, run)
 
     def residual(
         self,
         noise: Tensor,
-        asked: Asked,
+        condition: Condition,
         path: BaseTrajectory,
-        callback: Callback | None,
-        timings: dict[str, float],
-        *,
-        lam: Lam,
-        windows: tuple[int, int] | None,
-        **place: int,
+        motion: Motion,
+        place: NoisePlace,
+        run: Run,
     ) -> Tensor:
-        """The residual phase on r [B, N, C, H, W] along a path: the clips.
-
-        windows: (window, overlap) of vfengine/sampling/windows.py, or None
-        """
-        states = path.states.to(self.device)
-        motion = {"lam": lam, "windows": windows, "clean": path.base_path == "clean"}
-        with self._residual_loop(
-            noise, asked, path.table, place, timings, states=states, follow=False, **motion
-        ) as loop:
-            with torch.inference_mode():
-                loop.states.copy_(states)
-            self._run(loop, noise, callback, timings)
-            return loop.u.clone()
+        """The residual phase on r [B, N, C, H, W] along a path, clean or not as it says: clips."""
+        lam = motion.seen_weights(noise.shape[1])
+        model = self._model("residual", condition, run, lam)
+        return self.driver.residual(model, noise, path, motion, place, run)
 
     def overlapped(
         self,
-        base_noise: Tensor,
-        residual_noise: Tensor,
-        asked: tuple[Asked, Asked],
+        noises: tuple[Tensor, Tensor],
+        conditions: tuple[Condition, Condition],
         table: SolverTable,
-        callback: Callback | None,
-        timings: dict[str, float],
-        *,
-        lam: Lam,
-        windows: tuple[int, int] | None,
-        places: tuple[dict[str, int], dict[str, int]],
+        motion: Motion,
+        places: tuple[NoisePlace, NoisePlace],
+        run: Run,
     ) -> tuple[Tensor, Tensor]:
-        """Both phases at once: the clips, and the base path's states.
-
-        asked, places: of the base and of the residual phase
-        """
-        with (
-            self._base_loop(base_noise, asked[0], table, places[0], timings) as base,
-            self._residual_loop(
-                residual_noise, asked[1], table, places[1], timings,
-                lam=lam, windows=windows, clean=False, states=base.states, follow=True,
-            ) as residual,
-        ):  # fmt: skip
-            with self._timed("residual", timings), torch.inference_mode():
-                if callback is not None:
-                    callback("base", 0, len(table))
-                run_overlapped(base, residual, base_noise, residual_noise, self.capture, callback)
-            return residual.u.clone(), base.states.clone()
+        """Both phases at once: the clips, and the base path's states."""
+        lam = motion.seen_weights(noises[1].shape[1])
+        base = self._model("base", conditions[0], run)
+        residual = self._model("residual", conditions[1], run, lam)
+        return self.driver.overlapped((base, residual), noises, table, motion, places, run)
 
     def video(
-        self,
-        noise: Tensor,
-        asked: Asked,
-        table: SolverTable,
-        callback: Callback | None,
-        timings: dict[str, float],
-        **place: int,
+        self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
     ) -> Tensor:
         """All frames of [B, N, C, H, W] by the one network of a plain video model."""
-
-        def build(model: Model) -> Loop:
-            return VideoLoop(model, noise, table, **place)
-
-        how = (noise.shape, self._key(table, place))
-        with self._loop("video", asked, how, build, timings) as loop:
-            self._run(loop, noise, callback, timings)
-            return loop.u.clone()
-
-    def _run(
-        self, loop: Loop, noise: Tensor, callback: Callback | None, timings: dict[str, float]
-    ) -> None:
-        phase = "base" if loop.phase == "base" else "residual"
-        with self._timed(phase, timings), torch.inference_mode():
-            step = loop.stepper(self.capture)
-            loop.start(noise)
-            if callback is not None:
-                callback(loop.phase, 0, len(loop))
-            loop.run(step, callback)
-
-    # -- loops ---------------------------------------------------------------------------------
-
-    def _base_loop(self, noise, asked, table, place, timings) -> AbstractContextManager[BaseLoop]:
-        def build(model: Model) -> Loop:
-            return BaseLoop(model, noise, table, **place)
-
-        how = (noise.shape, self._key(table, place))
-        return self._loop("base", asked, how, build, timings)
-
-    def _residual_loop(
-        self, noise, asked, table, place, timings, *, lam: Lam,
-        windows: tuple[int, int] | None, clean: bool, states: Tensor, follow: bool,
-    ) -> AbstractContextManager[ResidualLoop]:  # fmt: skip
-        """follow: read the states where they lie, as they come; otherwise in memory of its own."""
-        frames = noise.shape[1]
-        whole = windows is None or frames <= windows[0]
-        seen = frames if whole else windows[0]
-        weights = frame_weights(lam if whole else float(torch.as_tensor(lam)), seen)
-
-        def build(model: Model) -> Loop:
-            if not whole:
-                model = windowed(model, frames, *windows, lam=lam, device=self.device)
-            own = states if follow else torch.empty_like(states)
-            return ResidualLoop(model, noise, own, table, clean=clean, lam=lam, **place)
-
-        how = (
-            noise.shape, states.shape, states.dtype, states.data_ptr() if follow else None, clean,
-            windows, tuple(frame_weights(lam, frames).tolist()), self._key(table, place),
-        )  # fmt: skip
-        weights = weights.to(self.device)
-        return self._loop("residual", asked, how, build, timings, lam=weights)
-
-    def _key(self, table: SolverTable, place: dict[str, int]) -> tuple:
-        """What a loop was made for, where shapes do not say it; seeds only if noise is added."""
-        rows = (table.timesteps, table.alphas_cumprod, table.coeffs, table.mixing)
-        return (
-            tuple(row.numpy().tobytes() for row in rows),
-            tuple(place.values()) if table.stochastic else None,
-            surroundings_key(self.device),
-        )
-
-    @contextmanager
-    def _loop(
-        self, name: str, asked: Asked, how: tuple, build: Callable[[Model], Loop],
-        timings: dict[str, float], **conditions: Any,
-    ) -> Iterator[Any]:  # fmt: skip
-        """The phase's loop for one run: the last one if it was made for the same, or a new one.
-
-        Meanwhile it is out of reach, so that a call inside a callback or in another thread makes
-        its own; after an error it is not used again.
-        """
-        network = self._network(name, timings)
-        null = torch.full_like(asked.classes, self.config.null_class)
-        guided = asked.guidance_scale != 1.0 and not torch.equal(asked.classes, null)
-        guided = guided and self.config.labels != () and network.takes_labels
-        scale = asked.guidance_scale if guided else 1.0
-        labels = torch.cat([asked.classes, null]) if guided else asked.classes
-        key = (how, scale, labels.shape, weights_key(network))
-        held = self.loops.pop(name, None)
-        if held is None or held.key != key:
-            held = None  # its buffers go before the new ones come
-            own = labels.clone()
-            with torch.inference_mode():
-                held = _Held(key, build(self._guided(network, own, scale, **conditions)), own)
-        held.labels.copy_(labels)
-        yield held.loop
-        self.loops[name] = held
+        model = self._model("video", condition, run)
+        return self.driver.video(model, noise, table, place, run)
 
     # -- networks ------------------------------------------------------------------------------
 
-    def _network(self, name: str, timings: dict[str, float]) -> nn.Module:
+    def _model(
+        self, name: str, condition: Condition, run: Run, lam: Tensor | None = None
+    ) -> ModelSpec:
+        """A network under a condition, which one that takes no labels does not see."""
+        network = self._network(name, run)
+        lam = None if lam is None else tuple(lam.tolist())
+        if self.config.labels == () or not network.takes_labels:
+            return ModelSpec(network, lam=lam)
+        return guided(network, condition, self.config.null_class, lam)
+
+    def _network(self, name: str, run: Run) -> nn.Module:
+        """The network, from memory or from its file, as it computes fastest."""
         if (network := self.networks.get(name)) is None:
-            with self._timed("load", timings):
+            with run.timed("load", self.device):
                 if name == "base" and self.pretrained is not None:
                     schedule = self.config.noise_schedule()
                     network = self.pretrained.load(schedule, self.device, self.dtype)
@@ -260,30 +123,11 @@ class Engine:
             self.networks[name] = network
         return network
 
-    def _guided(self, network: nn.Module, labels: Tensor, scale: float, **conditions: Any) -> Model:
-        """The network as (z, t) -> ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
-
-        labels: a buffer, read at every call: [B], or [2 B], with and without condition, where both
-                estimates come from one call on a doubled batch (scale is not 1)
-        """
-        if self.config.labels == ():
-            return lambda z, t: network(z, t, **conditions)
-        if scale == 1.0:
-            return lambda z, t: network(z, t, class_labels=labels, **conditions)
-
-        def guided(z: Tensor, t: Tensor) -> Tensor:
-            conditional, unconditional = network(
-                torch.cat([z, z]), torch.cat([t, t]), class_labels=labels, **conditions
-            ).chunk(2)
-            return torch.lerp(unconditional, conditional, scale)
-
-        return guided
-
     def release(self, name: str) -> None:
         """Lets a network go, with the loop that holds it, and gives its memory back."""
         if self.networks.pop(name, None) is None:
             return
-        self.loops.pop(name, None)
+        self.loops.release(name)
         if self.device.type == "cuda":
             empty_cache()
         else:
@@ -323,23 +167,3 @@ class Engine:
                 return
         except SafetensorError as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-
-    # -- time ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _timed(self, name: str, timings: dict[str, float]) -> Iterator[None]:
-        """Adds the seconds of the `with` block to timings[name], the device's work included."""
-        started = self._now()
-        yield
-        timings[name] = timings.get(name, 0.0) + self._now() - started
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            # torch.cuda.synchronize would wait for other threads too, and break their captures
-            torch.cuda.current_stream(self.device).synchronize()
-        return time.perf_counter()
-
-
-def no_time() -> dict[str, float]:
-    """Timings of a call that has not begun."""
-    return {"load": 0.0, "base": 0.0, "residual": 0.0}

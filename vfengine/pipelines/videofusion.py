@@ -24,18 +24,21 @@ from torch import Tensor
 
 from ..devices import chosen_device, chosen_dtype, usable_device
 from ..diffusion.base_path import BaseTrajectory
-from ..diffusion.decompose import Lam, base_noise, frame_weights, residual_noise
-from ..diffusion.noise import check_seed
+from ..diffusion.decompose import Lam, frame_weights
+from ..diffusion.noise import NoisePlace, base_noise, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, CheckpointConfig, read_config
 from ..media.pictures import to_frames, to_network, to_uint8
 from ..models import PlannedUNet, UNet
 from ..names import AUTO, BASE_PATHS, OUTPUT_TYPES
+from ..sampling.guidance import Condition
 from ..sampling.loop import Callback
+from ..sampling.run import Run, zero_timings
+from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
 from .base_cache import cached_path
 from .base_unet import PretrainedBase, pretrained_base
-from .session import Asked, Engine, no_time
+from .session import Session
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
@@ -81,7 +84,7 @@ class VideoFusionPipeline:
         self.folder = folder
         self.device = device
         self.dtype = dtype
-        self._engine = Engine(config, folder, device, dtype, capture, base)
+        self._session = Session(config, folder, device, dtype, capture, base)
 
     @classmethod
     def from_pretrained(
@@ -209,10 +212,9 @@ class VideoFusionPipeline:
                 overlap_phases=overlap_phases or None,
                 num_residuals=None if num_residuals == 1 else num_residuals,
             )  # fmt: skip
-            place = {"seed": residual_seed, "sample_offset": sample_offset}
-            return self._video(
-                Asked(classes, guidance_scale), num_frames, output_type, callback, place, **walk
-            )
+            place = NoisePlace(residual_seed, sample_offset)
+            condition = Condition(classes, guidance_scale)
+            return self._video(condition, num_frames, output_type, Run(callback), place, **walk)
         lam = config.lam if lam is None else lam
         frame_weights(lam, num_frames)
         windows = choose_windows(num_frames, config.num_frames, window, window_overlap, lam=lam)
@@ -226,37 +228,38 @@ class VideoFusionPipeline:
         clean = (base_path or config.base_path) == "clean"
         if overlap_phases:
             _check_overlap(clean, trajectory, base_cache, offload_base)
-        self._engine.check_complete("residual")
+        self._session.check_complete("residual")
 
-        timings = no_time()
+        run = Run(callback)
         batch = max(len(classes), num_residuals)
         noise = self._residual_noise(batch, num_frames, residual_seed, sample_offset)
-        place = {"seed": residual_seed, "sample_offset": sample_offset}
-        motion = {"lam": lam, "windows": windows}
-        asked = Asked(classes.expand(batch), guidance_scale)
+        place = NoisePlace(residual_seed, sample_offset)
+        motion = Motion(lam, windows)
+        condition = Condition(classes.expand(batch), guidance_scale)
         base_offset = sample_offset if num_residuals == 1 else 0
         if overlap_phases:
             check_seed(base_seed, "base_seed")
             table = solver_table(schedule=self.schedule, **walk)
             drawn = self._base_noise(len(classes), base_seed, base_offset)
-            video, states = self._engine.overlapped(
-                drawn, noise, (Asked(classes, guidance_scale), asked), table, callback, timings,
-                places=({"seed": base_seed, "sample_offset": base_offset}, place), **motion,
-            )  # fmt: skip
+            conditions = Condition(classes, guidance_scale), condition
+            places = NoisePlace(base_seed, base_offset), place
+            video, states = self._session.overlapped(
+                (drawn, noise), conditions, table, motion, places, run
+            )
             trajectory = self._trajectory(states, table, label, guidance_scale, base_seed)
-            return VideoFusionOutput(to_frames(video, output_type), trajectory, timings)
+            return VideoFusionOutput(to_frames(video, output_type), trajectory, run.timings)
         if trajectory is None:
             trajectory = self.walk_base(
                 label, num_videos=num_videos, guidance_scale=guidance_scale, base_seed=base_seed,
                 sample_offset=base_offset, base_cache=base_cache, callback=callback,
-                timings=timings, **walk,
+                timings=run.timings, **walk,
             )  # fmt: skip
         if self.lets_base_go(not _is_one(label)) if offload_base is None else offload_base:
-            self._engine.release("base")
+            self._session.release("base")
         stepwise = trajectory.base_path == "stepwise"
         path = trajectory.clean() if clean and stepwise else trajectory
-        video = self._engine.residual(noise, asked, path, callback, timings, **motion, **place)
-        return VideoFusionOutput(to_frames(video, output_type), trajectory, timings)
+        video = self._session.residual(noise, condition, path, motion, place, run)
+        return VideoFusionOutput(to_frames(video, output_type), trajectory, run.timings)
 
     def walk_base(
         self,
@@ -285,11 +288,10 @@ class VideoFusionPipeline:
 
         def walk() -> BaseTrajectory:
             noise = self._base_noise(len(classes), base_seed, sample_offset)
-            states = self._engine.base(
-                noise, Asked(classes, guidance_scale), table, callback,
-                no_time() if timings is None else timings,
-                seed=base_seed, sample_offset=sample_offset,
-            )  # fmt: skip
+            run = Run(callback, zero_timings() if timings is None else timings)
+            condition = Condition(classes, guidance_scale)
+            place = NoisePlace(base_seed, sample_offset)
+            states = self._session.base(noise, condition, table, place, run)
             return self._trajectory(states, table, label, guidance_scale, base_seed)
 
         if base_cache is None:
@@ -319,7 +321,7 @@ class VideoFusionPipeline:
         settings: of `walk_base`. At the cost of one image; its trajectory goes on to the clips.
         """
         _checked_choice("output_type", output_type, OUTPUT_TYPES)
-        timings = no_time()
+        timings = zero_timings()
         trajectory = self.walk_base(label, timings=timings, **settings)
         frames = to_frames(trajectory.final[:, None], output_type)
         return VideoFusionOutput(frames, trajectory, timings)
@@ -397,8 +399,8 @@ class VideoFusionPipeline:
             raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
 
     def lets_base_go(self, needed_again: bool) -> bool:
-        """What offload_base=None does: `Engine.lets_base_go`."""
-        return self._engine.lets_base_go(needed_again)
+        """What offload_base=None does: `Session.lets_base_go`."""
+        return self._session.lets_base_go(needed_again)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -440,16 +442,16 @@ class VideoFusionPipeline:
         return trajectory
 
     def _video(
-        self, asked: Asked, num_frames: int, output_type: str, callback: Callback | None,
-        place: dict[str, int], **walk: Any,
+        self, condition: Condition, num_frames: int, output_type: str, run: Run,
+        place: NoisePlace, **walk: Any,
     ) -> VideoFusionOutput:  # fmt: skip
         """A call of a plain video model."""
-        timings, table = no_time(), solver_table(schedule=self.schedule, **walk)
+        table = solver_table(schedule=self.schedule, **walk)
         noise = self._residual_noise(
-            len(asked.classes), num_frames, place["seed"], place["sample_offset"]
+            len(condition.classes), num_frames, place.seed, place.sample_offset
         )
-        video = self._engine.video(noise, asked, table, callback, timings, **place)
-        return VideoFusionOutput(to_frames(video, output_type), None, timings)
+        video = self._session.video(noise, condition, table, place, run)
+        return VideoFusionOutput(to_frames(video, output_type), None, run.timings)
 
     def _base_noise(self, batch: int, seed: int, sample_offset: int) -> Tensor:
         config = self.config

@@ -1,14 +1,7 @@
-"""Sampling a decomposed model, in two phases or interleaved (VideoFusion, Algorithms 1 and 2).
+"""vf.sample and its phases: networks and noise to clips (VideoFusion, Algorithms 1 and 2).
 
-Interleaved is the paper: per step, the base network, then the residual network, on one clip z.
-The base frame's path never sees a residual, so it can be walked first and alone, at the cost of one
-image. In u_i = z'_i, the residual network's own input, what is left is one line per step:
-
-    u_i <- c1 u_i + √λ_i g_t + √(1-λ_i) (c2 r̂_i + σ ξ_i),     g_t = d_p - c1 d_t
-
-with d_t the base path of diffusion/base_path.py. The two forms are equal for every solver that is a
-table (diffusion/solvers.py), up to rounding; the base frame is equal bit for bit. sampling/loop.py
-holds the steps; here they are started and run: one phase after the other, overlapped, or captured.
+The arguments are checked here, and resolved to what the driver takes: the solver's table, the place
+of the noise on the way, the motion. two_phase.py says why two phases give the paper's result.
 """
 
 from __future__ import annotations
@@ -20,15 +13,16 @@ from torch import Tensor
 
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, Model, frame_weights
-from ..diffusion.noise import NOISE_DTYPES, check_seed
+from ..diffusion.noise import NOISE_DTYPES, NoisePlace, check_seed
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import solver_table
 from ..names import BASE_PATHS
-from .loop import BaseLoop, Callback, InterleavedLoop, ResidualLoop, VideoLoop
-from .overlap import run_overlapped
-from .windows import windowed
+from .driver import Driver
+from .run import Callback, Run
+from .two_phase import Motion
 
 METHODS = ("two_phase", "interleaved")
+_IMAGES, _CLIPS = "[B, C, H, W]", "[B, N, C, H, W]"
 
 
 @torch.inference_mode()
@@ -80,7 +74,7 @@ def sample(
     """
     _check_choice("method", method, METHODS)
     _check_choice("base_path", base_path, BASE_PATHS)
-    _check_noise(base_noise, residual_noise)
+    _check_pair("base_noise", base_noise, residual_noise, residual_noise.shape[:1])
     frame_weights(lam, residual_noise.shape[1])  # refused here, not after the base phase
     check_seed(base_seed, "base_seed")
     check_seed(residual_seed, "residual_seed")
@@ -89,39 +83,18 @@ def sample(
         raise ValueError(f"base_path='clean' finishes the base frame first: {what}")
     if overlap_phases and method == "interleaved":
         raise ValueError("overlap_phases=True is of two phases: method must be 'two_phase'")
-    walk = {"num_inference_steps": num_inference_steps, "eta": eta, "spacing": spacing}
-    how = {"backend": backend, "callback": callback, "capture": capture}
-    if overlap_phases or method == "interleaved":
-        table = solver_table(solver, schedule, **walk)
+    models, noises = (base_model, residual_model), (base_noise, residual_noise)
+    table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
+    places, motion = (NoisePlace(base_seed), NoisePlace(residual_seed)), Motion(lam)
+    driver, run = Driver(capture, backend), _run(callback)
     if method == "interleaved":
-        loop = InterleavedLoop(
-            base_model, residual_model, base_noise, residual_noise, table,
-            lam=lam, base_seed=base_seed, residual_seed=residual_seed, backend=backend,
-        )  # fmt: skip
-        step = loop.stepper(capture)
-        loop.start(base_noise, residual_noise)
-        loop.run(step, callback)
-        return loop.z.to(residual_noise.dtype)
+        return driver.interleaved(models, noises, table, motion, places, run)
     if overlap_phases:
-        base = BaseLoop(base_model, base_noise, table, seed=base_seed, backend=backend)
-        states = base.states.to(residual_noise.device)
-        residual = ResidualLoop(
-            residual_model, residual_noise, states, table,
-            clean=False, lam=lam, seed=residual_seed, backend=backend,
-        )  # fmt: skip
-        run_overlapped(base, residual, base_noise, residual_noise, capture, callback)
-        return residual.u
-    path = sample_base(
-        base_model, base_noise, schedule=schedule, solver=solver, base_seed=base_seed, **walk, **how
-    )
-    return sample_residual(
-        residual_model,
-        path.clean() if base_path == "clean" else path,
-        residual_noise,
-        lam=lam,
-        residual_seed=residual_seed,
-        **how,
-    )
+        return driver.overlapped(models, noises, table, motion, places, run)[0]
+    states = driver.base(base_model, base_noise, table, places[0], run)
+    path = BaseTrajectory(states, table, schedule.fingerprint())
+    path = path.clean() if base_path == "clean" else path
+    return driver.residual(residual_model, residual_noise, path, motion, places[1], run)
 
 
 @torch.inference_mode()
@@ -150,18 +123,12 @@ def sample_base(
 
     Everything else as in `sample`, and the same errors.
     """
-    _check_noise(base_noise)
+    _check_noise("base_noise", base_noise, _IMAGES)
     check_seed(base_seed, "base_seed")
     table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
-    loop = BaseLoop(
-        base_model, base_noise, table, seed=base_seed, sample_offset=sample_offset, backend=backend
-    )
-    step = loop.stepper(capture)
-    loop.start(base_noise)
-    loop.run(step, callback)
-    return BaseTrajectory(
-        loop.states, table, schedule.fingerprint(), "stepwise", dict(metadata or {})
-    )
+    place = NoisePlace(base_seed, sample_offset)
+    states = Driver(capture, backend).base(base_model, base_noise, table, place, _run(callback))
+    return BaseTrajectory(states, table, schedule.fingerprint(), metadata=dict(metadata or {}))
 
 
 @torch.inference_mode()
@@ -194,24 +161,16 @@ def sample_residual(
 
     Frame m = N // 2 of the result is path.final, cast. All else as in `sample`, errors included.
     """
-    _check_noise(path.final, residual_noise, path_batch=True)
+    batches = (1, *residual_noise.shape[:1])  # one path may serve all samples
+    _check_pair("the base path", path.final, residual_noise, batches)
     check_seed(residual_seed, "residual_seed")
     if schedule is not None:
         path.check_schedule(schedule)
-    if window is not None or window_overlap is not None:
-        residual_model = windowed(
-            residual_model, residual_noise.shape[1], window, window_overlap,
-            lam=lam, device=residual_noise.device,
-        )  # fmt: skip
-    loop = ResidualLoop(
-        residual_model, residual_noise, path.states.to(residual_noise.device), path.table,
-        clean=path.base_path == "clean", lam=lam, seed=residual_seed,
-        sample_offset=sample_offset, frame_offset=frame_offset, backend=backend,
-    )  # fmt: skip
-    step = loop.stepper(capture)
-    loop.start(residual_noise)
-    loop.run(step, callback)
-    return loop.u
+    windows = (window, window_overlap)
+    motion = Motion(lam, None if windows == (None, None) else windows)
+    place = NoisePlace(residual_seed, sample_offset, frame_offset)
+    driver = Driver(capture, backend)
+    return driver.residual(residual_model, residual_noise, path, motion, place, _run(callback))
 
 
 @torch.inference_mode()
@@ -237,14 +196,16 @@ def sample_video(
 
     Everything else as in `sample`, and the same errors.
     """
-    _check_noise(None, noise)
+    _check_noise("residual_noise", noise, _CLIPS)
     check_seed(seed, "seed")
     table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
-    loop = VideoLoop(model, noise, table, seed=seed, sample_offset=sample_offset, backend=backend)
-    step = loop.stepper(capture)
-    loop.start(noise)
-    loop.run(step, callback)
-    return loop.u
+    place = NoisePlace(seed, sample_offset)
+    return Driver(capture, backend).video(model, noise, table, place, _run(callback))
+
+
+def _run(callback: Callback | None) -> Run:
+    """Steps are reported as they are done; nothing is timed."""
+    return Run(callback, timings=None, from_zero=False)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -252,23 +213,22 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def _check_noise(
-    base: Tensor | None, residual: Tensor | None = None, path_batch: bool = False
-) -> None:
-    """base [B, C, H, W] and residual [B, N, C, H, W]; path_batch lets base have one sample only."""
-    for name, noise, ndim in (("base_noise", base, 4), ("residual_noise", residual, 5)):
-        if noise is None:
-            continue
-        if noise.ndim != ndim or noise.numel() == 0:
-            axes = "[B, C, H, W]" if ndim == 4 else "[B, N, C, H, W]"
-            raise ValueError(f"{name} must be {axes}, got {list(noise.shape)}")
-        if noise.dtype not in NOISE_DTYPES:
-            raise TypeError(f"{name} must be one of {NOISE_DTYPES}, got {noise.dtype}")
-    if base is None or residual is None:
-        return
-    name = "the base path" if path_batch else "base_noise"
-    samples = (1, residual.shape[0]) if path_batch else (residual.shape[0],)
-    if base.shape[0] not in samples or base.shape[1:] != residual.shape[2:]:
+def _check_noise(name: str, noise: Tensor, axes: str) -> None:
+    """axes: the shape that the noise must have, such as "[B, C, H, W]"."""
+    if noise.ndim != axes.count(",") + 1 or noise.numel() == 0:
+        raise ValueError(f"{name} must be {axes}, got {list(noise.shape)}")
+    if noise.dtype not in NOISE_DTYPES:
+        raise TypeError(f"{name} must be one of {NOISE_DTYPES}, got {noise.dtype}")
+
+
+def _check_pair(name: str, base: Tensor, residual: Tensor, batches: Sequence[int]) -> None:
+    """Base frames [B, C, H, W], or a path's last, beside residual noise [B, N, C, H, W].
+
+    batches: of the base frames, those that go with the residual noise
+    """
+    _check_noise("base_noise", base, _IMAGES)
+    _check_noise("residual_noise", residual, _CLIPS)
+    if base.shape[0] not in batches or base.shape[1:] != residual.shape[2:]:
         raise ValueError(
             f"{name} is [B, C, H, W] = {list(base.shape)}, which does not fit "
             f"residual_noise [B, N, C, H, W] = {list(residual.shape)}"

@@ -2,7 +2,7 @@
 
 What can be captured: a step that reads and writes only memory that stays where it is, finds its
 place in the tables from a counter on the device, never waits for the device and never branches on
-its values. The loops of vfengine/sampling/loop.py are such steps (tests/sampling).
+its values. The steps of two_phase.py and interleaved.py are such (tests/sampling).
 
 Threads: a process captures one graph at a time, and nothing may wait for the whole device or empty
 torch's cache of memory meanwhile. All of that is done holding `exclusive`; replays never are.
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models.layers import tf32_products
+from ..devices import tf32_products
 
 Step = Callable[[], None]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .cuda_graph import Step, side_stream
-from .loop import BaseLoop, Callback, ResidualLoop
+from .run import Callback
+from .two_phase import BaseLoop, ResidualLoop
 
 Wait = Callable[[int], None]
 

@@ -13,13 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.decompose import (
-    add_noise,
-    base_index,
-    decomposed_noise,
-    joint_loss,
-    residual_noise,
-)
+from ..diffusion.decompose import add_noise, base_index, joint_loss
+from ..diffusion.noise import decomposed_noise, residual_noise
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig, build_network
 from ..sampling.api import sample, sample_video

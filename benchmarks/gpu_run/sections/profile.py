@@ -13,8 +13,10 @@ from lib.table4_models import LAM, SCHEDULE, Networks, make_noise, size
 from torch.profiler import ProfilerActivity
 
 from gpu_run.sections import DEVICE, DRY, emit, guarded
+from vfengine.diffusion.noise import NoisePlace
 from vfengine.diffusion.solvers import solver_table
-from vfengine.sampling.loop import BaseLoop, Loop, ResidualLoop, VideoLoop
+from vfengine.sampling.loop import Loop
+from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 SIZES = ("default", "large", "paper")
 STEPS = 5 if DRY else 20
@@ -24,15 +26,15 @@ SHOWN = 25  # kernels of a step, by time; the others are one row
 def loops(networks: Networks) -> dict[str, tuple[Loop, tuple[torch.Tensor, ...]]]:
     """The loop of each network, and what it starts from."""
     noise, table = make_noise(networks.size, DEVICE, clips=1), solver_table("ddim", SCHEDULE, STEPS)
-    base = BaseLoop(networks("base"), noise.base, table, seed=0)
-    residual = ResidualLoop(
-        networks("residual"), noise.clip, base.states, table, clean=False, lam=LAM, seed=1
-    )
-    video = VideoLoop(networks("video"), noise.clip, table, seed=1)
+    place = NoisePlace(0)
+    base = BaseSpec.of(noise.base, table, place).build(networks("base"))
+    path = PathSpec.of(base.states, shared=True)
+    residual = ResidualSpec.of(noise.clip, table, place, motion=Motion(LAM), path=path)
+    video = ResidualSpec.of(noise.clip, table, place)
     return {
         "base": (base, (noise.base,)),
-        "residual": (residual, (noise.clip,)),
-        "video": (video, (noise.clip,)),
+        "residual": (residual.build(networks("residual")), (noise.clip,)),
+        "video": (video.build(networks("video")), (noise.clip,)),
     }
 
 

@@ -14,7 +14,7 @@ from lib.table4_models import SHARING, Networks, Noise, size
 from lib.table4_ways import BASE_KEPT, INTERLEAVED, OVERLAPPED, SHARED, VDM, kept
 
 from gpu_run.sections import DEVICE, DRY, emit, guarded
-from vfengine.diffusion.decompose import decomposed_noise
+from vfengine.diffusion.noise import decomposed_noise
 
 CASES = (  # size, clips, steps with graphs off and on
     ("default", 1, 10, 50),

@@ -1,0 +1,98 @@
+"""Classifier-free guidance: ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
+
+ε_c is a network's estimate under a condition, ε_u the one without; both come from one call on a
+doubled batch. The labels lie in a buffer that is read at every call, so that one model, and the
+CUDA graph of its step, serves calls of other labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .cuda_graph import weights_key
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What the clips of a call are to show, and how strongly.
+
+    classes:        int64 [B], on the networks' device
+    guidance_scale: s of classifier-free guidance; 1 is off
+    """
+
+    classes: Tensor
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that a model is made from, and the labels that it is called with.
+
+    network: (z, t, class_labels=…, lam=…) -> ε̂, of which the last two are left out if None here
+    labels:  int64 [B]; [2 B], with and without condition, where s is not 1; their values make no
+             difference between specs, only their number
+    scale:   s
+    lam:     λ of the frames that a residual network sees
+    weights: where the network's weights lie and how often they were written to; set here
+    """
+
+    network: Callable[..., Tensor]
+    labels: Tensor | None = field(default=None, compare=False)
+    scale: float = 1.0
+    lam: tuple[float, ...] | None = None
+    num_labels: int = field(init=False)
+    weights: tuple = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_labels", 0 if self.labels is None else len(self.labels))
+        modules = (self.network,) if isinstance(self.network, nn.Module) else ()
+        object.__setattr__(self, "weights", weights_key(*modules))
+
+    def build(self, device: torch.device) -> GuidedModel:
+        """A model of this spec, with buffers on the device."""
+        return GuidedModel(self, device)
+
+
+def guided(
+    network: Callable[..., Tensor],
+    condition: Condition,
+    null_class: int,
+    lam: tuple[float, ...] | None = None,
+) -> ModelSpec:
+    """A network under a condition; guided where that makes a difference.
+
+    null_class: the class that stands for no condition
+    """
+    classes, scale = condition.classes, condition.guidance_scale
+    null = torch.full_like(classes, null_class)
+    if scale == 1.0 or torch.equal(classes, null):
+        return ModelSpec(network, classes, lam=lam)
+    return ModelSpec(network, torch.cat([classes, null]), scale, lam)
+
+
+class GuidedModel:
+    """A network as (z, t) -> ε, with the labels and λ of its spec."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.network, self.scale = spec.network, spec.scale
+        self.labels = None if spec.labels is None else spec.labels.clone()
+        self.lam = None if spec.lam is None else torch.tensor(spec.lam, device=device)
+
+    def set_labels(self, labels: Tensor | None) -> None:
+        """Other labels, as many as before."""
+        if labels is not None:
+            self.labels.copy_(labels)
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        conditions = {"class_labels": self.labels, "lam": self.lam}
+        conditions = {name: value for name, value in conditions.items() if value is not None}
+        if self.scale == 1.0:
+            return self.network(z, t, **conditions)
+        conditional, unconditional = self.network(
+            torch.cat([z, z]), torch.cat([t, t]), **conditions
+        ).chunk(2)
+        return torch.lerp(unconditional, conditional, self.scale)

@@ -1,0 +1,221 @@
+"""Two phases, one network at a time, with the result of the paper's alternation.
+
+Interleaved is the paper (VideoFusion, Algorithms 1 and 2; interleaved.py): per step, the base
+network, then the residual network, on one clip z. The base frame's path never sees a residual, so
+it can be walked first and alone, at the cost of one image. In u_i = z'_i, the residual network's
+own input, what is left is one line per step:
+
+    u_i <- c1 u_i + √λ_i g_t + √(1-λ_i) (c2 r̂_i + σ ξ_i),     g_t = d_p - c1 d_t
+
+with d_t the base path of diffusion/base_path.py. The two forms are equal for every solver that is a
+table (diffusion/solvers.py), up to rounding; the base frame is equal bit for bit.
+
+A plain video diffusion model is the second phase alone: with no base path, g = 0 and λ = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..diffusion.decompose import Lam, Model, base_index, combine, frame_weights
+from ..ops._dispatch import step_op
+from .loop import Loop, LoopSpec, Mixing, estimate, unshared
+from .windows import windowed
+
+# -- the base phase --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSpec(LoopSpec):
+    """What a base loop is made from."""
+
+    phase = "base"
+
+    def build(self, model: Model) -> BaseLoop:
+        """A base loop; model: (z_m [B, C, H, W], t) -> b̂."""
+        return BaseLoop(model, self)
+
+
+class BaseLoop(Loop):
+    """The base phase: image sampling of z_m that keeps d_t = z_m - √(1-ᾱ_t) b̂.
+
+    states: [S+1, B, C, H, W] fp32 (float64 for float64): d_t of the steps done, then z_m
+    """
+
+    def __init__(self, model: Model, spec: BaseSpec) -> None:
+        super().__init__(spec)
+        self.model, table = model, spec.table
+        like = {"dtype": self.state_dtype, "device": self.device}
+        self.noise_levels = (1.0 - table.alphas_cumprod).sqrt().to(**like)
+        self.lam = torch.ones(1, device=self.device)
+        self.z = torch.zeros(spec.shape, **like).unsqueeze(1)  # a clip of one frame, the base's
+        self.d = torch.zeros_like(self.z)
+        self.states = torch.zeros(len(table) + 1, *spec.shape, **like)
+        self.mix = Mixing(table, self.z.shape, **like)
+        kind = (self.dtype, self.backend)
+        self.remove = step_op(ops.remove_base, ops.remove_base_reference, *kind)
+        self.advance = step_op(ops.decomposed_step, ops.decomposed_step_reference, *kind)
+        self.noise: dict[str, int] = {}
+        if (place := spec.place) is not None:
+            self.noise = {"base_seed": place.seed, "residual_seed": 0}
+            self.noise["sample_offset"] = place.sample_offset
+
+    def start(self, noise: Tensor) -> None:
+        """noise: b [B, C, H, W]."""
+        self._rewind()
+        self.mix.clear()
+        self.z[:, 0].copy_(noise)  # z_m <- b
+
+    def step(self) -> None:
+        row, z = self.counter.long(), self.z
+        self._set_timestep(row)
+        z_m = z[:, 0].to(self.dtype)
+        b = estimate("base_model", self.model, z_m, self.t)
+        b = unshared(b.to(z.dtype).unsqueeze(1), z)
+        step = {"lam": self.lam, "step": self.counter}
+        self.remove(z, b[:, 0], noise_levels=self.noise_levels, **step, out=self.d)  # d_t
+        self.states.index_copy_(0, row, self.d.transpose(0, 1))
+        b = self.mix(row, b)
+        step |= {"coeffs": self.coeffs, **self.noise}
+        self.advance(z, b[:, 0], b, **step, out=z)  # λ = 1: ε̂ = b̂
+        self.states.index_copy_(0, row + 1, z.transpose(0, 1))  # the last one stays
+        self.counter.add_(1)
+
+
+# -- the residual phase ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How the frames of a clip follow its base path.
+
+    lam:     λ, a number or [N]; kept as a number or a tuple
+    windows: (window, overlap) of frames that the network sees at a time (windows.py); None: all
+    clean:   whether they follow the path of a finished picture, on which g = 0
+    """
+
+    lam: Lam
+    windows: tuple[int | None, int | None] | None = None
+    clean: bool = False
+
+    def __post_init__(self) -> None:
+        lam = self.lam.tolist() if isinstance(self.lam, Tensor) else self.lam
+        lam = tuple(lam) if isinstance(lam, Iterable) else lam
+        object.__setattr__(self, "lam", lam)  # values, which can be compared and do not change
+
+    def seen_weights(self, num_frames: int) -> Tensor:
+        """λ of the frames that the network sees at a time, fp32: all of a clip's, or a window's."""
+        window = None if self.windows is None else self.windows[0]
+        return frame_weights(self.lam, num_frames if window is None else min(window, num_frames))
+
+
+@dataclass(frozen=True)
+class PathSpec:
+    """Where a residual loop reads its base path, [S+1, B or 1, C, H, W].
+
+    shared:  states that are read where they lie, as they come; None: memory of the loop's own,
+             where a path of this shape is put before each run
+    address: of `shared`, which stays its own while it is held here
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    address: int | None = None
+    shared: Tensor | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, states: Tensor, *, shared: bool) -> PathSpec:
+        """Of these states, or of others like them."""
+        if not shared:
+            return cls(states.shape, states.dtype)
+        return cls(states.shape, states.dtype, states.data_ptr(), states)
+
+    def memory(self, device: torch.device) -> Tensor:
+        """The states themselves, or new memory for them."""
+        if self.shared is not None:
+            return self.shared
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSpec(LoopSpec):
+    """What a residual loop is made from.
+
+    motion, path: a plain video model has neither; path is None then
+    """
+
+    motion: Motion = Motion(lam=0.0)
+    path: PathSpec | None = None
+
+    @property
+    def phase(self) -> str:
+        return "video" if self.path is None else "residual"
+
+    def build(self, model: Model) -> ResidualLoop:
+        """A residual loop; model: (z' [B, N, C, H, W], t) -> r̂, of a window's frames if any.
+
+        Raises ValueError for λ or windows that do not fit the clips.
+        """
+        frames, lam, windows = self.shape[1], self.motion.lam, self.motion.windows
+        if windows is not None:
+            model = windowed(model, frames, *windows, lam=lam, device=self.device)
+        return ResidualLoop(model, self)
+
+
+class ResidualLoop(Loop):
+    """The residual phase: u <- c1 u + √λ g + √(1-λ) (c2 r̂ + σ ξ) for all frames.
+
+    states: [S+1, B or 1, C, H, W], the base path; read where it lies, step by step. None for a
+            plain video model: g and λ are 0, and u <- c1 u + c2 ε̂ + σ ξ
+    u:      [B, N, C, H, W] in noise's dtype: the clip less its base noise, at last the clip
+    """
+
+    def __init__(self, model: Model, spec: ResidualSpec) -> None:
+        super().__init__(spec)
+        batch, frames, *picture = spec.shape
+        like = {"dtype": self.dtype, "device": self.device}
+        self.model, self.clean, self.m = model, spec.motion.clean, base_index(frames)
+        self.estimated = "model" if spec.path is None else "residual_model"
+        if spec.path is None:
+            self.states, self.lam = None, torch.zeros(frames, device=self.device)
+        else:
+            self.states = spec.path.memory(self.device)
+            self.lam = frame_weights(spec.motion.lam, frames, device=self.device)
+        self.c1 = spec.table.coeffs[:, 0].to(self.device)  # float64: g is a small difference
+        self.u = torch.zeros(spec.shape, **like)
+        self.g = torch.zeros(batch, *picture, **like)
+        self.mix = Mixing(spec.table, spec.shape, self.state_dtype, self.device)
+        kind = (self.dtype, self.backend)
+        self.advance = step_op(ops.residual_step, ops.residual_step_reference, *kind)
+        self.noise = {} if spec.place is None else asdict(spec.place)
+
+    def start(self, noise: Tensor) -> None:
+        """noise: r [B, N, C, H, W]; the first state of the path must be there."""
+        self._rewind()
+        self.mix.clear()
+        if self.states is None:
+            self.u.copy_(noise)
+            return
+        # z'_i at z_i = √λ_i b + √(1-λ_i) r_i is √λ_i d + √(1-λ_i) r_i
+        d = self.states[0].expand(noise.shape[0], -1, -1, -1)
+        self.u.copy_(combine(d, noise.to(d.dtype), self.lam))
+
+    def step(self) -> None:
+        row, u, states = self.counter.long(), self.u, self.states
+        if states is not None:
+            d_p = states.index_select(0, row + 1)[0]
+            if not self.clean:  # g = d_p - c1 d_t
+                d_t, c1 = states.index_select(0, row)[0], self.c1.index_select(0, row)
+                self.g.copy_(d_p.double() - c1 * d_t.double())
+        self._set_timestep(row)
+        r = estimate(self.estimated, self.model, u, self.t).to(self.dtype)
+        r = unshared(self.mix(row, r), u)
+        self.advance(u, r, self.g, self.lam, self.coeffs, self.counter, **self.noise, out=u)
+        if states is not None:
+            u[:, self.m].copy_(d_p)  # λ_m = 1 makes it so up to rounding; written, bit for bit
+        self.counter.add_(1)
