@@ -1,4 +1,4 @@
-.PHONY: install test bench report gpu-check gpu-report lint clean
+.PHONY: install test settings bench report gpu-check gpu-report lint clean
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -7,6 +7,10 @@ install:
 
 test:
 	pytest
+
+# Writes docs/settings.md from the tables of settings.
+settings:
+	python -m vfengine.cli.settings_page > docs/settings.md
 
 # On a machine with an NVIDIA GPU, in ten minutes at most: appends to docs/gpu.jsonl.
 gpu-check:

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.formats.checkpoint import (
@@ -125,3 +127,35 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 def tiny_video_checkpoint(tmp_path_factory) -> Path:
     """The folder of a tiny untrained VDM* (`tiny_video_config`)."""
     return save_random(tmp_path_factory.mktemp("models") / "vdm", tiny_video_config())
+
+
+@pytest.fixture(scope="session")
+def clean_checkpoint(tmp_path_factory) -> Path:
+    """The folder of a tiny decomposed model whose base path is clean unless one is named."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "clean", base_path="clean")
+
+
+@pytest.fixture
+def cli(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs a command line of vfengine.generate in an empty folder: (status, stdout, stderr)."""
+    from vfengine.cli.generate import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, model=tiny_checkpoint, steps="4"):
+        fixed = ["--model", str(model), "--num-inference-steps", steps]
+        fixed += ["--device", "cpu", "--dtype", "float32"]  # pixels that no machine changes
+        status = main([*fixed, *map(str, argv)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture of the model's size, outside the folder that tests list; its file and pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = tmp_path.parent / f"{tmp_path.name}.png"
+    Image.fromarray(pixels).save(file)
+    return file, pixels

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import test_generate
 import torch
 from conftest import ON_CPU
 
@@ -12,7 +11,6 @@ from vfengine.models import PlannedUNet, UNet
 from vfengine.native import vfengine_native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-cli = test_generate.cli
 from_pretrained = VideoFusionPipeline.from_pretrained
 
 

@@ -1,4 +1,4 @@
-"""python -m vfengine.generate: what it writes, what it says, and everything it refuses."""
+"""python -m vfengine.generate: what it writes and reports, failures, and signals."""
 
 import json
 import os
@@ -12,51 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, save_tiny
+from command_line import STEPS
+from conftest import ON_CPU
 
 import vfengine as vf
 from vfengine.cli import generate
-from vfengine.cli import settings as generate_settings
-from vfengine.cli.generate import main
-from vfengine.cli.settings import DEFAULTS, read_settings
-from vfengine.diffusion import solvers
 from vfengine.media import video as video_io
+from vfengine.media.pictures import enlarge, sheet
 from vfengine.media.video import read_video
-from vfengine.names import SOLVERS
 from vfengine.pipelines.videofusion import to_uint8
 
-STEPS = "4"
-
-
-@pytest.fixture
-def cli(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder; returns (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv, model=tiny_checkpoint, steps=STEPS):
-        fixed = ["--model", str(model), "--num-inference-steps", steps]
-        fixed += ["--device", "cpu", "--dtype", "float32"]  # pixels that no machine changes
-        status = main([*fixed, *map(str, argv)])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-def refused(result, *words):
-    """Asserts that a run ended in one line on stderr that holds all the words, and status 2."""
-    status, out, err = result
-    assert status == 2
-    assert out == ""
-    assert err.startswith("vfengine.generate: error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err
-    return True
-
-
-# -- what it writes --------------------------------------------------------------------------------
+# -- clips and lines -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".webp"])
@@ -78,20 +44,6 @@ def test_the_pixels_are_the_pipelines(cli, tiny_checkpoint):
     assert np.array_equal(read_video("a.webp").frames, to_uint8(out.frames)[0])
 
 
-def test_defaults_are_the_pipelines():
-    said = vf.VideoFusionPipeline.__call__.__kwdefaults__
-    for name in (
-        *("num_frames", "num_inference_steps", "guidance_scale", "base_seed", "residual_seed"),
-        *("base_path", "num_videos", "solver", "eta", "num_residuals", "image", "base_cache"),
-        *("window", "window_overlap", "overlap_phases", "offload_base"),
-    ):
-        assert DEFAULTS[name] == said[name], name
-    opened = vf.VideoFusionPipeline.from_pretrained.__kwdefaults__
-    for name in ("device", "dtype", "base_unet"):
-        assert DEFAULTS[name] == opened[name], name
-    assert tuple(solvers.NUM_HISTORY) == SOLVERS
-
-
 def test_output_is_named_after_the_label(cli):
     assert cli("--label", "jump")[0] == 0
     assert os.listdir() == ["jump.mp4"]
@@ -104,12 +56,12 @@ def test_frames_fps_and_scale(cli):
     assert plain.frames.shape == (7, 16, 16, 3)
     assert plain.fps == pytest.approx(20)
     cli(*arguments, "--scale", 3)
-    assert np.array_equal(read_video("a.webp").frames, video_io.enlarge(plain.frames, 3))
+    assert np.array_equal(read_video("a.webp").frames, enlarge(plain.frames, 3))
     cli(*arguments, "--scale=3", "--scale-filter=lanczos")
-    lanczos = video_io.enlarge(plain.frames, 3, "lanczos")
+    lanczos = enlarge(plain.frames, 3, "lanczos")
     assert np.array_equal(read_video("a.webp").frames, lanczos)
     cli(*arguments[:-1], "a.png")
-    assert np.array_equal(read_video("a.png").frames[0], video_io.sheet(plain.frames))
+    assert np.array_equal(read_video("a.png").frames[0], sheet(plain.frames))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -166,246 +118,6 @@ def test_list_labels(cli):
     assert os.listdir() == []
 
 
-# -- settings --------------------------------------------------------------------------------------
-
-
-def test_every_flag_takes_underscores():
-    for option in generate_settings._parser()._option_string_actions:
-        if "-" not in option[2:]:
-            continue
-        action = generate_settings._parser()._option_string_actions[option]
-        if action.nargs == 0:
-            hyphens, underscores = [option], ["--" + option[2:].replace("-", "_")]
-        else:
-            value = "clean" if "path" in option else "lanczos" if "filter" in option else "7"
-            hyphens = [option, value]
-            underscores = ["--" + option[2:].replace("-", "_") + "=" + value]
-        assert read_settings(hyphens) == read_settings(underscores) != read_settings([])
-
-
-def test_values_keep_their_underscores():
-    assert read_settings(["--output", "my_file.mp4"]).output == "my_file.mp4"
-    assert read_settings(["--base_trajectory=a_b.safetensors"]).base_trajectory == "a_b.safetensors"
-
-
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_config_file_and_flags_over_it(tmp_path, suffix):
-    file = tmp_path / f"c.{suffix}"
-    values = {"label": "walk", "num-frames": 8, "guidance_scale": 3, "json": True, "quiet": False,
-              "seed": 5, "fps": None, "dtype": "bf16"}  # fmt: skip
-    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
-    file.write_text(json.dumps(values) if suffix == "json" else "\n".join(lines))
-    settings = read_settings(["--config", str(file), "--num-frames", "2"])
-    assert (settings.label, settings.num_frames, settings.guidance_scale) == ("walk", 2, 3.0)
-    assert (settings.json, settings.quiet, settings.fps) == (True, False, None)
-    assert (settings.base_seed, settings.residual_seed) == (5, 6)
-    assert settings.dtype == "bfloat16"
-    assert read_settings(["--config", str(file), "--seed", "9"]).residual_seed == 10
-    assert read_settings(["--config", str(file), "--base-seed", "9"]).residual_seed == 6
-
-
-def test_seed_flags():
-    for argv, expected in (
-        ([], (0, 1)),
-        (["--seed", "0"], (0, 1)),
-        (["--seed", "7"], (7, 8)),
-        (["--seed", "7", "--residual-seed", "3"], (7, 3)),
-        (["--base-seed", "4"], (4, 1)),
-        (["--base-seed", str(2**64 - 1)], (2**64 - 1, 1)),
-    ):
-        settings = read_settings(argv)
-        assert (settings.base_seed, settings.residual_seed) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("labels: walk", ["unknown entry 'labels'", "guidance_scale", "num_videos"]),
-        ("list_labels: true", ["unknown entry 'list_labels'"]),
-        ("config: other.yaml", ["unknown entry 'config'"]),
-        ("num_frames: many", ["--num-frames", "expected a whole number from 1 to 4096", "'many'"]),
-        ("num_frames: [4]", ["num_frames must be one value"]),
-        ("label: yes", ["label must be one value, got True"]),
-        ("quiet: 1", ["quiet must be true or false, got 1"]),
-        ("seed: 1\nnum_frames: 4\nnum-frames: 4", ["num_frames is there twice"]),
-        ("- walk", ["expected names and values"]),
-        ("a: b: c", ["cannot be read"]),
-    ],
-)
-def test_bad_config_files(cli, tmp_path, text, words):
-    (tmp_path / "c.yaml").write_text(text)
-    assert refused(cli("--label", "walk", "--config", "c.yaml"), "--config c.yaml: ", *words)
-    assert os.listdir() == ["c.yaml"]
-
-
-def test_unreadable_config_files(cli, tmp_path):
-    assert refused(cli("--config", "c.yaml"), "--config c.yaml: No such file")
-    (tmp_path / "c.json").write_text('{"label": "walk"')
-    assert refused(cli("--config", "c.json"), "--config c.json: cannot be read")
-    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\xff")
-    assert refused(cli("--config", "c.yaml"), "--config c.yaml: cannot be read")
-
-
-# -- base trajectories -----------------------------------------------------------------------------
-
-
-def test_trajectory_is_written_then_read(cli):
-    arguments = ["--label", "walk", "--base-trajectory", "t.safetensors", "--output", "a.webp"]
-    first = json.loads(cli(*arguments, "--base-seed", 3, "--json")[1])
-    assert sorted(os.listdir()) == ["a.webp", "t.safetensors"]
-    frames, written = read_video("a.webp").frames, Path("t.safetensors").read_bytes()
-    second = json.loads(cli(*arguments, "--json")[1])
-    assert [first["base_trajectory_read"], second["base_trajectory_read"]] == [False, True]
-    assert second["base_seed"] == 3
-    assert second["timings"]["base"] == 0.0
-    assert np.array_equal(read_video("a.webp").frames, frames)
-    assert Path("t.safetensors").read_bytes() == written
-    cli(*arguments, "--residual-seed", 9)
-    assert np.array_equal(read_video("a.webp").frames[2], frames[2])
-    assert not np.array_equal(read_video("a.webp").frames[1], frames[1])
-
-
-def test_trajectory_of_several_clips(cli):
-    many = ["--label", "walk", "--num-videos", 3, "--output", "a.webp"]
-    cli(*many, "--base-trajectory", "t.safetensors", "--batch-size", 2)
-    assert vf.BaseTrajectory.load("t.safetensors").final.shape[0] == 3
-    written = [read_video(f"a-{k:03d}.webp").frames for k in range(3)]
-    cli(*many, "--base-trajectory", "t.safetensors", "--batch-size", 2)
-    for k in range(3):
-        assert np.array_equal(read_video(f"a-{k:03d}.webp").frames, written[k])
-    assert refused(
-        cli("--label", "walk", "--num-videos", 2, "--base-trajectory", "t.safetensors"),
-        "t.safetensors: ", "holds 3 clips, neither 1 nor the 2 asked for",
-    )  # fmt: skip
-
-
-def test_one_trajectory_serves_several_clips(cli):
-    cli("--label", "walk", "--base-trajectory", "t.safetensors", "--output", "a.webp")
-    cli("--label", "walk", "--base-trajectory", "t.safetensors", "--num-videos", 3, "--output",
-        "b.webp")  # fmt: skip
-    clips = [read_video(f"b-{k:03d}.webp").frames for k in range(3)]
-    assert np.array_equal(clips[0], read_video("a.webp").frames)
-    assert np.array_equal(clips[0][2], clips[2][2])
-    assert not np.array_equal(clips[0][1], clips[2][1])
-
-
-def test_foreign_trajectories_are_refused(cli, tmp_path):
-    file = ["--base-trajectory", "t.safetensors"]
-    cli("--label", "walk", *file, "--output", "a.webp")
-    Path("a.webp").unlink()
-    before = os.listdir()
-    other = save_tiny(tmp_path.parent / f"{tmp_path.name}-other", seed=1)
-    walk = ["--label", "walk", *file]
-    assert refused(cli(*walk, model=other), "t.safetensors: ", "made by another model")
-    assert refused(cli(*walk, steps="5"), "num_inference_steps 4, but 5 is asked for")
-    assert refused(cli(*walk, "--solver", "dpmsolver"), "solver ddim, but dpmsolver")
-    assert refused(cli(*walk, "--eta", 1), "eta 0.0, but 1.0")
-    assert refused(cli(*walk, "--base-seed", 5), "made with base seed 0, but 5 is asked for")
-    schedule = vf.NoiseSchedule.linear(1000, 1e-4, 3e-2).to_dict()
-    other = save_tiny(tmp_path.parent / f"{tmp_path.name}-schedule", schedule=schedule)
-    assert refused(cli(*walk, model=other), "made with noise schedule")
-    data = Path("t.safetensors").read_bytes()
-    Path("t.safetensors").write_bytes(data[:-50])
-    assert refused(cli(*walk), "t.safetensors: truncated")
-    Path("t.safetensors").write_bytes(b"")
-    assert refused(cli(*walk), "t.safetensors: ")
-    assert os.listdir() == before
-
-
-def test_trajectory_paths_are_checked(cli):
-    walk = ["--label", "walk"]
-    assert refused(cli(*walk, "--base-trajectory", "t.mp4"), "expected a .safetensors file")
-    assert refused(cli(*walk, "--base-trajectory", "no/t.safetensors"), "no: no such folder")
-    os.mkdir("d.safetensors")
-    assert refused(cli(*walk, "--base-trajectory", "d.safetensors"), "d.safetensors")
-    assert os.listdir() == ["d.safetensors"]
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--label", "fly"], ["unknown label 'fly', expected one of: cartwheel, jump, walk"]),
-        ([], ["no --label, expected one of: cartwheel, jump, walk"]),
-        (["--label", "walk", "--num-frames", "0"], ["--num-frames", "from 1 to 4096, got '0'"]),
-        (["--label", "walk", "--num-frames", "4097"], ["--num-frames", "got '4097'"]),
-        (["--label", "walk", "--num-frames", "4.5"], ["--num-frames", "got '4.5'"]),
-        (["--label", "walk", "--num-inference-steps", "0"], ["--num-inference-steps", "from 1"]),
-        (["--label", "walk", "--num-inference-steps", "1001"], ["num_inference_steps", "1000"]),
-        (["--label", "walk", "--num-videos", "0"], ["--num-videos", "from 1"]),
-        (["--label", "walk", "--batch-size", "0"], ["--batch-size", "from 1"]),
-        (["--label", "walk", "--guidance-scale", "nan"], ["--guidance-scale", "from 0 to 100"]),
-        (["--label", "walk", "--eta", "-0.1"], ["--eta", "from 0 to 1"]),
-        (["--label", "walk", "--eta", "0.5", "--solver", "dpmsolver"], ["eta must be 0"]),
-        (["--label", "walk", "--seed", "-1"], ["--seed", "from 0"]),
-        (["--label", "walk", "--seed", str(2**64 - 1)], ["--seed", "from 0"]),
-        (["--label", "walk", "--base-seed", str(2**64)], ["--base-seed", "2^64-1"]),
-        (["--label", "walk", "--solver", "euler"], ["--solver", "ddim"]),
-        (["--label", "walk", "--base-path", "x"], ["--base-path", "stepwise", "clean"]),
-        (["--label", "walk", "--dtype", "int8"], ["--dtype", "bfloat16"]),
-        (["--label", "walk", "--device", "toaster"], ["unknown device 'toaster'"]),
-        (["--label", "walk", "--fps", "0"], ["--fps", "0.1 to 1000"]),
-        (["--label", "walk", "--scale", "0"], ["--scale", "from 1 to 64"]),
-        (["--label", "walk", "--scale-filter", "cubic"], ["--scale-filter", "lanczos"]),
-        (["--label", "walk", "--output", "a.avi"], ["unknown suffix '.avi'", ".mp4, .webm, .gif"]),
-        (["--label", "walk", "--output", "a"], ["unknown suffix ''"]),
-        (["--label", "walk", "--output", "no/a.mp4"], ["no: no such folder"]),
-        (["--label", "walk", "extra"], ["unrecognized arguments: extra"]),
-        (["--lab", "walk"], ["unrecognized arguments: --lab"]),
-        (["--label"], ["--label", "expected one argument"]),
-    ],
-)
-def test_bad_input_is_refused_in_one_line(cli, argv, words):
-    assert refused(cli(*argv), *words)
-    assert os.listdir() == []
-
-
-def test_cuda_without_a_device(cli, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = cli("--label", "walk", "--device", "cuda")
-    assert refused(result, "device 'cuda' asked for, but torch finds no CUDA device here")
-
-
-def test_folder_that_cannot_be_written_to_is_found_before_sampling(cli, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr(generate, "_open_pipeline", None)
-    assert refused(cli("--label", "walk", "--output", "a.mp4"), "folder is not writable")
-    assert refused(
-        cli("--label", "walk", "--base-trajectory", "t.safetensors"), "folder is not writable"
-    )
-
-
-def test_a_numbered_file_that_is_a_folder(cli):
-    os.mkdir("a-001.mp4")
-    result = cli("--label", "walk", "--num-videos", 2, "--output", "a.mp4")
-    assert refused(result, "a-001.mp4: is a folder")
-    assert os.listdir() == ["a-001.mp4"]
-
-
-def test_broken_checkpoints(cli, tmp_path):
-    model = tmp_path.parent / f"{tmp_path.name}-model"
-    walk = ["--label", "walk"]
-    assert refused(cli(*walk, model=model), "no checkpoint in", str(model))
-    for name in ("base.safetensors", "residual.safetensors"):
-        file = save_tiny(model) / name
-        file.write_bytes(file.read_bytes()[:-20])
-        assert refused(cli(*walk, model=model), name)
-        file.unlink()
-        assert refused(cli(*walk, model=model), f"has no {name}")
-    save_tiny(model)
-    config = json.loads((model / "config.json").read_text())
-    config["base"]["block_out_channels"] = [16, 32]
-    (model / "config.json").write_text(json.dumps(config))
-    assert refused(cli(*walk, model=model), "base.safetensors is of another architecture")
-    (model / "config.json").write_text("{")
-    assert refused(cli(*walk, model=model), "config.json")
-    (model / "config.json").write_text('{"model_type": "other"}')
-    assert refused(cli(*walk, model=model), "config.json")
-    assert os.listdir() == []
-
-
 # -- failures and interrupts -----------------------------------------------------------------------
 
 
@@ -431,7 +143,7 @@ def test_out_of_memory_is_one_line(cli, monkeypatch):
     def greedy(self, *args, **kwargs):
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", greedy)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", greedy)
     status, out, err = cli("--label", "walk")
     assert (status, out) == (1, "")
     assert err.startswith("vfengine.generate: error: not enough memory: try fewer frames")
@@ -441,7 +153,7 @@ def test_programming_errors_are_not_hidden(cli, monkeypatch):
     def wrong(self, *args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", wrong)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("--label", "walk")
 
@@ -449,14 +161,14 @@ def test_programming_errors_are_not_hidden(cli, monkeypatch):
 @pytest.mark.parametrize("moment", ["sampling", "writing"])
 def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
     if moment == "sampling":
-        call = vf.VideoFusionPipeline.__call__
+        sample = vf.VideoFusionPipeline.sample
 
-        def interrupted(self, *args, **kwargs):
-            if kwargs["sample_offset"] == 1:
+        def interrupted(self, request, callback):
+            if request.sample_offset == 1:
                 raise KeyboardInterrupt
-            return call(self, *args, **kwargs)
+            return sample(self, request, callback)
 
-        monkeypatch.setattr(vf.VideoFusionPipeline, "__call__", interrupted)
+        monkeypatch.setattr(vf.VideoFusionPipeline, "sample", interrupted)
     else:
         write = video_io._WRITERS[".mp4"]
 
@@ -476,6 +188,7 @@ def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
 
 # -- as a process ----------------------------------------------------------------------------------
 
+
 COMMAND = [sys.executable, "-m", "vfengine.generate"]
 ENVIRONMENT = {
     **os.environ,
@@ -487,8 +200,11 @@ ENVIRONMENT = {
 def test_no_progress_bar_in_a_pipe(tiny_checkpoint, tmp_path):
     done = subprocess.run(
         [*COMMAND, "--model", tiny_checkpoint, "--label=walk", "--num_inference_steps=3", "--json"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["timings"]["startup"] > 0.1  # the interpreter and torch count
     assert os.listdir(tmp_path) == ["walk.mp4"]
@@ -533,11 +249,22 @@ def test_a_terminal_shows_progress_and_signals_leave_nothing(
 ):
     terminal, stderr = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, "--model", tiny_checkpoint, "--label=walk", "--num-inference-steps=1000",
-         "--num-videos=100", "--base-trajectory=t.safetensors"],
-        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True,
+        [
+            *COMMAND,
+            "--model",
+            tiny_checkpoint,
+            "--label=walk",
+            "--num-inference-steps=1000",
+            "--num-videos=100",
+            "--base-trajectory=t.safetensors",
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
-    )  # fmt: skip
+    )
     os.close(stderr)
     try:
         bar = read_terminal(terminal, until=b"base:")

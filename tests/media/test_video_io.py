@@ -9,13 +9,12 @@ import pytest
 from PIL import Image
 
 from vfengine.media import video as video_io
+from vfengine.media.pictures import enlarge, sheet
 from vfengine.media.video import (
     SUFFIXES,
     VideoReader,
     check_target,
-    enlarge,
     read_video,
-    sheet,
     write_video,
 )
 

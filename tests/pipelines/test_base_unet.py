@@ -23,8 +23,10 @@ SHAPE = {
     "up_block_types": ("UpBlock2D",) * 2,
 }
 CROSS = {
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "cross_attention_dim": 12, "attention_head_dim": 2,
-}  # fmt: skip
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+}
 SCHEDULE = tiny_config().noise_schedule()
 CALL = {"num_inference_steps": 3, "num_frames": 4}
 

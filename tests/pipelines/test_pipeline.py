@@ -51,9 +51,13 @@ def test_matches_the_samplers_by_hand(pipe, tiny_checkpoint, base_path, scale):
         base_path=base_path,
     )
     out = frames_of(
-        pipe, guidance_scale=scale, base_seed=5, residual_seed=6, base_path=base_path,
+        pipe,
+        guidance_scale=scale,
+        base_seed=5,
+        residual_seed=6,
+        base_path=base_path,
         output_type="pt",
-    )  # fmt: skip
+    )
     torch.testing.assert_close(out, (video / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
 
 

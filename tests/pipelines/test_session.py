@@ -26,11 +26,6 @@ def pipe(tiny_checkpoint):
     return VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
 
 
-@pytest.fixture(scope="module")
-def clean_checkpoint(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "clean", base_path="clean")
-
-
 def call(pipe, label="walk", **settings):
     return pipe(label, **{"num_inference_steps": STEPS, **settings})
 
@@ -412,67 +407,6 @@ def test_a_plain_video_model_is_sampled_by_the_same_call(tiny_video_checkpoint):
     np.testing.assert_allclose(out.frames, expected, atol=1e-6)
     part = call(pipe, sample_offset=1).frames
     np.testing.assert_allclose(call(pipe, num_videos=2).frames[1], part[0], atol=2e-4)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"base_path": "clean"},
-        {"image": Image.new("RGB", (16, 16))},
-        {"base_cache": "cache"},
-        {"window": 3},
-        {"window_overlap": 2},
-        {"lam": 0.5},
-        {"offload_base": False},
-        {"overlap_phases": True},
-        {"num_residuals": 2},
-    ],
-)
-def test_a_plain_video_model_refuses_what_needs_a_base_path(tiny_video_checkpoint, setting):
-    pipe = VideoFusionPipeline.from_pretrained(tiny_video_checkpoint, **ON_CPU)
-    with pytest.raises(ValueError, match=f"has no base path, so it takes no {next(iter(setting))}"):
-        call(pipe, **setting)
-    with pytest.raises(ValueError, match="has no base path"):
-        pipe.preview("walk")
-    assert pipe._session.networks == {}
-
-
-# -- refusals --------------------------------------------------------------------------------------
-
-
-def test_settings_that_do_not_go_together(clean_checkpoint, tmp_path):
-    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
-    path = pipe.walk_base("walk", num_inference_steps=STEPS)
-    image = Image.new("RGB", (16, 16))
-    pipe._session.release("base")
-    for settings, message in (
-        ({"num_residuals": 0}, "num_residuals must be an int of at least 1"),
-        ({"num_residuals": 2, "num_videos": 2}, "num_residuals=2 is of one base path, 2 are"),
-        ({"num_residuals": 2, "label": ["walk", "jump"]}, "num_residuals=2 is of one base path"),
-        ({"image": image, "trajectory": path}, "a trajectory cannot go with it"),
-        ({"image": image, "base_path": "stepwise"}, "base_path='stepwise' cannot go with it"),
-        ({"overlap_phases": True}, "finishes the base frame first"),
-        ({"overlap_phases": True, "image": image}, "a given base path is there already"),
-        ({"overlap_phases": True, "trajectory": path}, "a given base path is there already"),
-        (
-            {"overlap_phases": True, "base_path": "stepwise", "base_cache": tmp_path / "c"},
-            "a base cache keeps finished paths",
-        ),
-        (
-            {"overlap_phases": True, "base_path": "stepwise", "offload_base": True},
-            "offload_base frees the base network",
-        ),
-        ({"trajectory": path, "base_cache": tmp_path / "c"}, "but one is given"),
-        ({"image": image, "base_cache": tmp_path / "c"}, "but one is given"),
-        ({"num_frames": 9, "lam": [0.5] * 9}, "windows need one lam"),
-        ({"window": 0, "window_overlap": 2}, "window=0 asks for none"),
-        ({"window": 2}, "window must be at least 3"),
-        ({"window": 4, "window_overlap": 1}, "window_overlap of a window of 4 frames must be"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(pipe, **settings)
-    assert pipe._session.networks == {}
-    assert not (tmp_path / "c").exists()
 
 
 def test_base_paths_say_what_they_are_of(pipe, tmp_path):

@@ -1,4 +1,4 @@
-"""What `python -m vfengine.generate` writes and says: clips, base paths, progress, a summary.
+"""What `python -m vfengine.generate` writes and reports: clips, base paths, progress, a summary.
 
 Nothing here imports torch before it is needed, so that bad names are answered at once.
 """
@@ -12,24 +12,42 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .settings import DEFAULTS, UsageError, one_line
+from .flags import Failure, UsageError, one_line
+from .settings import DEFAULTS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..diffusion.base_path import BaseTrajectory
+    from ..pipelines.batches import Steps
+    from ..pipelines.plain_video import PlainVideoPipeline
+    from ..pipelines.request import VideoRequest
     from ..pipelines.videofusion import VideoFusionPipeline
 
 
-class Failure(RuntimeError):
-    """Something that went wrong after all input had been accepted, in one line."""
+class Job(NamedTuple):
+    """One command line on its model: the settings, complete, and the request made of them."""
+
+    settings: argparse.Namespace
+    pipe: VideoFusionPipeline | PlainVideoPipeline
+    request: VideoRequest
+
+    @property
+    def trajectory(self) -> BaseTrajectory | None:
+        """The base path that was read from a file."""
+        return getattr(self.request, "trajectory", None)
+
+    @property
+    def keeps_paths(self) -> bool:
+        """Whether the base paths go to a file."""
+        return self.settings.base_trajectory is not None and self.trajectory is None
 
 
 @dataclass
-class Run:
-    """What has happened so far: written so that an error or an interrupt can name it.
+class Record:
+    """What has happened so far, so that an error or an interrupt can name it.
 
     timings: seconds; "startup" is there once sampling has begun
     """
@@ -38,19 +56,24 @@ class Run:
     files: list[Path] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether sampling has begun."""
+        return "startup" in self.timings
+
+    def begin(self) -> None:
+        """Sampling has begun, if it had not before."""
+        self.timings.setdefault("startup", time.perf_counter() - self.started)
+
     def add(self, timings: Mapping[str, float]) -> None:
         for name, seconds in timings.items():
             self.timings[name] = self.timings.get(name, 0.0) + seconds
-
-    def sampling(self) -> None:
-        """Sampling has begun, if it had not before."""
-        self.timings.setdefault("startup", time.perf_counter() - self.started)
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def targets(output: Path, count: int) -> list[Path]:
+def check_outputs(output: Path, count: int) -> list[Path]:
     """The files to be written, name-000.mp4 … when there are several, each found possible."""
     from ..media.video import check_target
 
@@ -62,7 +85,7 @@ def targets(output: Path, count: int) -> list[Path]:
 
 
 def check_base_files(settings: argparse.Namespace) -> None:
-    """Finds out whether base paths can be kept where they are asked to be."""
+    """Refuses places where no base path can be written: UsageError or OSError."""
     from ..files import check_writable
 
     if settings.base_trajectory is not None:
@@ -80,7 +103,8 @@ def check_base_files(settings: argparse.Namespace) -> None:
 def write_clip(target: Path, frames: np.ndarray, settings: argparse.Namespace) -> None:
     import av
 
-    from ..media.video import enlarge, write_video
+    from ..media.pictures import enlarge
+    from ..media.video import write_video
 
     try:
         write_video(target, enlarge(frames, settings.scale, settings.scale_filter), settings.fps)
@@ -105,18 +129,16 @@ def write_trajectory(file: Path, walked: Sequence[BaseTrajectory]) -> None:
 class Progress:
     """One bar over all batches and phases; on a terminal only.
 
-    phases: of each batch, how many are to come. A base path that is found in the cache takes no
-            steps: the bar is then shorter than it was said to be.
+    total: steps that are to come
     """
 
-    def __init__(self, settings: argparse.Namespace, phases: Sequence[int], run: Run) -> None:
+    def __init__(self, total: int, quiet: bool, record: Record) -> None:
         from tqdm import tqdm
 
-        self.steps, self.run = settings.num_inference_steps, run
-        self.left = [*phases]
+        self.record = record
         self.bar = tqdm(
-            total=sum(self.left) * self.steps,
-            disable=True if settings.quiet else None,  # None: shown if stderr is a terminal
+            total=total,
+            disable=True if quiet else None,  # None: shown if stderr is a terminal
             ncols=_terminal_columns(),
             nrows=20,  # as with columns, a terminal that states 0 would show nothing
             leave=False,
@@ -129,21 +151,15 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        """The callback of a pipeline."""
-        self.run.sampling()
-        if done == 0 and phase != "base":
-            self._expect(1)
-        self.bar.set_description(phase, refresh=False)
-        self.bar.update(1 if done else 0)
+    def __call__(self, steps: Steps) -> None:
+        self.record.begin()
+        self.bar.total = steps.total
+        self.bar.set_description(steps.phase, refresh=False)
+        self.bar.update(steps.done - self.bar.n)
 
-    def end_batch(self) -> None:
-        self._expect(0)
-        self.left.pop(0)
-
-    def _expect(self, phases: int) -> None:
-        """So many phases are left of this batch."""
-        self.bar.total = self.bar.n + (phases + sum(self.left[1:])) * self.steps
+    def expect(self, total: int) -> None:
+        """So many steps there are after all: a base path found in the cache takes none."""
+        self.bar.total = total
 
 
 def _terminal_columns() -> int:
@@ -154,57 +170,82 @@ def _terminal_columns() -> int:
         return 80
 
 
-# -- what is said about it -------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
 
 
-def summary(settings: argparse.Namespace, pipe: VideoFusionPipeline, run: Run) -> str:
-    files = [str(file) for file in run.files]
+def summary(job: Job, record: Record) -> str:
+    """The line on stdout of a run that went well."""
+    settings, request = job.settings, job.request
+    files = [str(file) for file in record.files]
     kind = "pictures" if settings.preview else "clips"
     names = files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}: {len(files)} {kind}"
-    frames = "base frame" if settings.preview else f"{settings.num_frames} frames"
-    times = {"start": "startup", "base": "base", "residual": "residual"}
-    if settings.preview:
-        del times["residual"]
-    elif settings.overlap_phases or pipe.config.objective == "vdm":
-        del times["base"], times["residual"]
-        times["both phases" if settings.overlap_phases else "sampling"] = "residual"
-    seconds = ", ".join(f"{said} {run.timings[name]:.1f} s" for said, name in times.items())
+    frames = "base frame" if settings.preview else f"{request.num_frames} frames"
+    seconds = ", ".join(
+        f"{words} {record.timings[name]:.1f} s"
+        for words, name in {"start": "startup", **_timed_phases(job)}.items()
+    )
     return (
         f"{names}: {frames}, {settings.num_inference_steps} steps, "
-        f"{settings.dtype} on {settings.device}, {run.timings['total']:.1f} s ({seconds})"
+        f"{settings.dtype} on {settings.device}, {record.timings['total']:.1f} s ({seconds})"
     )
 
 
-def record(
-    settings: argparse.Namespace, pipe: VideoFusionPipeline, trajectory_read: bool, run: Run
-) -> dict[str, Any]:
+def _timed_phases(job: Job) -> dict[str, str]:
+    """The names of the timings of the phases, by how the summary calls them."""
+    if job.settings.preview:
+        return {"base": "base"}
+    if job.settings.overlap_phases:
+        return {"both phases": "residual"}
+    if job.pipe.phases(job.request) == ("video",):
+        return {"sampling": "residual"}
+    return {"base": "base", "residual": "residual"}
+
+
+def json_line(job: Job, record: Record) -> dict[str, Any]:
     """The line of --json; times in seconds, memory in bytes."""
     import torch
 
     from .. import __version__
 
-    said_elsewhere = ("list_labels", "json", "quiet", "base_seed", "residual_seed")
-    asked = {name: getattr(settings, name) for name in DEFAULTS if name not in said_elsewhere}
+    pipe, cached = job.pipe, job.settings.base_cache is not None
     cuda = pipe.device.type == "cuda"
-    cached = settings.base_cache is not None
     return {
-        "files": [str(file) for file in run.files],
-        "base_seed": settings.base_seed,
-        "residual_seed": settings.residual_seed,
-        "timings": {name: round(seconds, 4) for name, seconds in run.timings.items()},
+        "files": [str(file) for file in record.files],
+        "base_seed": _base_seed(job),
+        "residual_seed": None if job.settings.preview else job.request.residual_seed,
+        "timings": {name: round(seconds, 4) for name, seconds in record.timings.items()},
         "peak_memory": {
             "process": _peak_process_memory(),
             "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
             # what graphs keep for themselves counts here alone
             "cuda_reserved": torch.cuda.max_memory_reserved(pipe.device) if cuda else None,
         },
-        "base_trajectory_read": trajectory_read,
-        "base_cache_hit": run.timings["base"] == 0.0 if cached else None,  # for every batch
+        "base_trajectory_read": job.trajectory is not None,
+        "base_cache_hit": record.timings["base"] == 0.0 if cached else None,  # for every batch
         "model_fingerprint": pipe.config.fingerprint(),
         "threads": torch.get_num_threads(),
         "version": __version__,
-        "settings": {**asked, "model": str(pipe.folder)},
+        "settings": _settings_in_use(job),
     }
+
+
+def _base_seed(job: Job) -> int | None:
+    """The seed of the base frame; None where none is drawn, or a file does not name it."""
+    if job.trajectory is not None:
+        seed = str(job.trajectory.metadata.get("base_seed"))
+        return int(seed) if seed.isdecimal() else None
+    return job.request.base_seed if "base" in job.pipe.phases(job.request) else None
+
+
+def _settings_in_use(job: Job) -> dict[str, Any]:
+    """The settings, with what the request has filled in."""
+    elsewhere = ("list_labels", "json", "quiet", "base_seed", "residual_seed")
+    values = {name: getattr(job.settings, name) for name in DEFAULTS if name not in elsewhere}
+    for name in ("num_frames", "base_path", "window", "window_overlap", "offload_base"):
+        values[name] = getattr(job.request, name, None)
+    if job.settings.preview:
+        values["num_frames"] = 1
+    return values
 
 
 def _peak_process_memory() -> int | None:

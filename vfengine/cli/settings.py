@@ -1,240 +1,173 @@
 """The settings of `python -m vfengine.generate`: flags over --config FILE over defaults.
 
-Nothing here imports torch, so that --help and mistyped flags are answered at once.
+`SETTINGS` is the one list of them: flags, entries of a file, defaults, help and docs/settings.md
+(`make settings`) come of it. Nothing here imports torch, so that --help and mistyped flags are
+answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..names import AUTO, BASE_PATHS, DTYPE_NAMES, FILTERS, SOLVERS
-
-DEFAULTS = {
-    "label": None,
-    "list_labels": False,
-    "preview": False,
-    "image": None,
-    "num_frames": None,
-    "num_inference_steps": 50,
-    "guidance_scale": 2.0,
-    "base_seed": 0,
-    "residual_seed": 1,
-    "solver": "ddim",
-    "eta": 0.0,
-    "num_videos": 1,
-    "num_residuals": 1,
-    "batch_size": 1,
-    "window": None,
-    "window_overlap": None,
-    "fps": None,
-    "output": None,
-    "scale": 1,
-    "scale_filter": "nearest",
-    "model": None,
-    "base_unet": None,
-    "base_trajectory": None,
-    "base_cache": None,
-    "base_path": None,
-    "overlap_phases": False,
-    "offload_base": None,
-    "device": AUTO,
-    "dtype": AUTO,
-    "no_capture": False,
-    "quiet": False,
-    "json": False,
-}
-EITHER_WAY = ("offload_base",)  # true, false, or left to the rest of the settings
-
-# a flag, why it cannot go with some others, and which; a flag alone stands for any value of it
-APART = (
-    ("--num-residuals", "they share one base path", ["--num-videos"]),
-    (
-        "--base-cache", "a cache finds base paths by seed and settings",
-        ["--base-trajectory", "--image", "--overlap-phases"],
-    ),
-    (
-        "--image", "the picture is the base frame",
-        ["--base-trajectory", "--base-seed", "--base-path stepwise", "--preview",
-         "--overlap-phases", "--base-unet"],
-    ),
-    (
-        "--preview", "the base frame is all that is made",
-        ["--num-frames", "--num-residuals", "--residual-seed", "--window", "--window-overlap",
-         "--base-path", "--overlap-phases", "--offload-base", "--no-offload-base"],
-    ),
-    ("--overlap-phases", "both phases run at once", ["--base-path clean", "--offload-base"]),
-)  # fmt: skip
-# what a plain video model has no use for
-BASE_FLAGS = (
-    *("--base-seed", "--base-path", "--base-trajectory", "--base-cache", "--image", "--preview"),
-    *("--num-residuals", "--window", "--window-overlap", "--overlap-phases"),
-    *("--offload-base", "--no-offload-base"),
+from ..pipelines.request import SamplingRequest, conflicts, effective
+from .flags import (
+    ON_OFF,
+    SWITCH,
+    Kind,
+    Parser,
+    Setting,
+    UsageError,
+    add_flags,
+    choice,
+    flag,
+    number,
+    one_line,
+    text,
+    whole,
 )
 
+# -- the settings ----------------------------------------------------------------------------------
 
-class UsageError(ValueError):
-    """Bad input, in one line."""
-
-
-def one_line(thing: object) -> str:
-    """An error's reason, or any value, without line breaks."""
-    return " ".join(str(getattr(thing, "strerror", None) or thing).split())
+_COUNT = whole(1, 100_000)
+_SEED = whole(0, 2**64 - 1, "S")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") -> Setting:
+    """A setting that is a field of the request, with the request's default."""
+    return Setting(name, group, kind, help, getattr(SamplingRequest, name), otherwise)
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            limit = "2^64-1" if high == 2**64 - 1 else high
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number from {low} to {limit}, got {text!r}"
-            )
-        return value
+SETTINGS = (
+    _field("label", "what", text("NAME"), "what to show, one of the names of --list-labels"),
+    Setting("list_labels", "what", SWITCH, "print the labels and stop", False),
+    _field(
+        "preview", "what", SWITCH, "write the base frame alone; the clip will have the same one"
+    ),
+    _field("image", "what", text("FILE"), "animate this picture, cropped to the model's size"),
+    _field("num_frames", "what", whole(1, 4096), "frames of a clip", "as the model was trained"),
+    _field("num_inference_steps", "how", _COUNT, "steps of the solver"),
+    _field(
+        "guidance_scale", "how", number(0, 100, "S"), "scale of classifier-free guidance; 1 is off"
+    ),
+    Setting(
+        "seed", "what", whole(0, 2**64 - 2, "S"), "short for --base-seed S --residual-seed S+1"
+    ),
+    _field("base_seed", "what", _SEED, "seed of the base frame"),
+    _field("residual_seed", "what", _SEED, "seed of the motion"),
+    _field("solver", "how", choice(SOLVERS), "solver of the sampling steps"),
+    _field("eta", "how", number(0, 1, "ETA"), "share of new noise in each step of ddim"),
+    _field("num_videos", "what", _COUNT, "number of clips"),
+    _field(
+        "num_residuals", "what", whole(1, 100_000, "K"), "motions of one base frame, a clip each"
+    ),
+    Setting("batch_size", "how", whole(1, 4096), "clips that are made at a time", 1),
+    _field(
+        "window",
+        "how",
+        whole(0, 4096),
+        "frames that the residual network sees at a time; 0 is all of them",
+        "the trained length, for clips that are longer",
+    ),
+    _field(
+        "window_overlap",
+        "how",
+        whole(1, 4096),
+        "frames that two neighbouring windows share",
+        "the least possible",
+    ),
+    Setting("fps", "where to", number(0.1, 1000, "FPS"), "frames a second", None, "the model's"),
+    Setting(
+        "output",
+        "where to",
+        text("FILE"),
+        "file to write: .mp4, .webm, .gif, .webp, or .png for a sheet of all frames; several clips "
+        "are numbered",
+        None,
+        "LABEL.mp4, or LABEL.png with --preview",
+    ),
+    Setting("scale", "where to", whole(1, 64), "enlarge the pictures N times", 1),
+    Setting("scale_filter", "where to", choice(FILTERS), "filter that enlarges them", "nearest"),
+    Setting("model", "how", text("DIR"), "checkpoint folder", None, "the shipped model"),
+    Setting(
+        "base_unet",
+        "base path",
+        text("DIR"),
+        "use this image UNet, in diffusers' format, in place of the base network",
+    ),
+    Setting(
+        "base_trajectory",
+        "base path",
+        text("FILE"),
+        "read the base path from this .safetensors file; write it there if there is no such file",
+    ),
+    _field(
+        "base_cache",
+        "base path",
+        text("DIR"),
+        "look up the base path in this folder; add it if it is not there",
+    ),
+    _field(
+        "base_path",
+        "base path",
+        choice(BASE_PATHS),
+        "follow the base network step by step, or finish the base frame and animate it",
+        "the one that the checkpoint names",
+    ),
+    _field(
+        "overlap_phases",
+        "base path",
+        SWITCH,
+        "run both phases at once, the residual phase a step behind; needs --base-path stepwise",
+    ),
+    _field(
+        "offload_base",
+        "base path",
+        ON_OFF,
+        "free the base network before the residual phase, or keep it",
+        "free it, unless a later batch needs it; on CUDA, only where there is too little room",
+    ),
+    Setting(
+        "device",
+        "how",
+        text("NAME"),
+        "device to compute on: cpu, cuda, cuda:1 …; auto is cuda where there is one, else cpu",
+        AUTO,
+    ),
+    Setting(
+        "dtype",
+        "how",
+        choice(DTYPE_NAMES),
+        "precision of the networks; auto is bfloat16 where that is faster, else float32",
+        AUTO,
+    ),
+    Setting("no_capture", "how", SWITCH, "run each step without a graph, on CUDA", False),
+    Setting("config", "how", text("FILE"), "read settings from this YAML or JSON file"),
+    Setting("quiet", "where to", SWITCH, "print nothing but errors", False),
+    Setting("json", "where to", SWITCH, "print one machine-readable line", False),
+)
+_SHORT = ("seed", "config")  # they stand for other settings
+DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.name not in _SHORT}
+_SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
+_ON_OFF = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}
 
-    return convert
+
+# -- reading them ----------------------------------------------------------------------------------
 
 
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:  # also refuses NaN
-            raise argparse.ArgumentTypeError(
-                f"expected a number from {low:g} to {high:g}, got {text!r}"
-            )
-        return value
-
-    return convert
-
-
-def _parser() -> _Parser:
-    """All flags, each absent from the result unless given."""
-    parser = _Parser(
+def generate_parser() -> Parser:
+    """All flags, each absent from the result unless it is used."""
+    parser = Parser(
         prog="python -m vfengine.generate",
         description="Generate clips with a decomposed video diffusion model (VideoFusion).",
         epilog="Flags may be written with hyphens or underscores.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    seed = _whole(0, 2**64 - 1)
-
-    what = parser.add_argument_group("what")
-    what.add_argument("--label", metavar="NAME", help="what to show; see --list-labels")
-    what.add_argument("--list-labels", action="store_true", help="print the labels and stop")
-    what.add_argument(
-        "--image", metavar="FILE",
-        help="a picture to animate, cropped and resized to the model's size",
-    )  # fmt: skip
-    what.add_argument(
-        "--preview", action="store_true",
-        help="write the base frame alone, bit for bit that of the clip, and stop",
-    )  # fmt: skip
-    what.add_argument(
-        "--num-frames", type=_whole(1, 4096), metavar="N", help="default: as the model was trained"
-    )
-    what.add_argument("--num-videos", type=_whole(1, 100_000), metavar="N", help="default: 1")
-    what.add_argument(
-        "--num-residuals", type=_whole(1, 100_000), metavar="K",
-        help="motions of one base frame, whose path is walked once; default: 1",
-    )  # fmt: skip
-    what.add_argument(
-        "--seed", type=_whole(0, 2**64 - 2), metavar="S",
-        help="short for --base-seed S --residual-seed S+1",
-    )  # fmt: skip
-    what.add_argument("--base-seed", type=seed, metavar="S", help="of the base frame; default: 0")
-    what.add_argument("--residual-seed", type=seed, metavar="S", help="of the motion; default: 1")
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--model", metavar="DIR", help="checkpoint folder; default: the shipped one")
-    how.add_argument(
-        "--num-inference-steps", type=_whole(1, 100_000), metavar="N", help="default: 50"
-    )
-    how.add_argument(
-        "--guidance-scale", type=_number(0, 100), metavar="S",
-        help="of classifier-free guidance, 1 is off; default: 2",
-    )  # fmt: skip
-    how.add_argument("--solver", choices=SOLVERS, help="default: ddim")
-    how.add_argument("--eta", type=_number(0, 1), help="noise that ddim adds; default: 0")
-    how.add_argument(
-        "--window", type=_whole(0, 4096), metavar="N",
-        help="frames that the residual network sees at a time, 0 for all; default: as the model "
-        "was trained, where --num-frames is larger",
-    )  # fmt: skip
-    how.add_argument(
-        "--window-overlap", type=_whole(1, 4096), metavar="N",
-        help="frames that neighbouring windows share; default: the least possible",
-    )  # fmt: skip
-    how.add_argument(
-        "--device", metavar="NAME",
-        help="cpu, cuda, cuda:1 …, or auto, the default: cuda where there is one, else cpu",
-    )  # fmt: skip
-    how.add_argument(
-        "--dtype", choices=tuple(DTYPE_NAMES),
-        help="of the networks; auto, the default: bfloat16 where that is faster, else float32",
-    )  # fmt: skip
-    how.add_argument(
-        "--batch-size", type=_whole(1, 4096), metavar="N", help="clips at a time; default: 1"
-    )
-    how.add_argument(
-        "--no-capture", action="store_true", help="on CUDA, run each step without a graph"
-    )
-    how.add_argument("--config", metavar="FILE", help="YAML or JSON of these settings")
-
-    path = parser.add_argument_group("base path")
-    path.add_argument(
-        "--base-path", choices=BASE_PATHS,
-        help="follow the base network step by step, or finish the base frame and animate it; "
-        "default: what the checkpoint names",
-    )  # fmt: skip
-    path.add_argument(
-        "--base-unet", metavar="DIR",
-        help="a published image UNet, in diffusers' format, in place of the base network",
-    )  # fmt: skip
-    path.add_argument(
-        "--base-trajectory", metavar="FILE",
-        help="a .safetensors file: read the base path if it exists, write it otherwise",
-    )  # fmt: skip
-    path.add_argument(
-        "--base-cache", metavar="DIR",
-        help="a folder: read the base path if one of these settings is there, add it otherwise",
-    )  # fmt: skip
-    path.add_argument(
-        "--overlap-phases", action="store_true",
-        help="run the residual phase a step behind the base phase; needs --base-path stepwise",
-    )  # fmt: skip
-    path.add_argument(
-        "--offload-base", action=argparse.BooleanOptionalAction,
-        help="let the base network go before the residual phase, or keep it; default: keep it "
-        "where a later batch needs it, on CUDA where there is room",
-    )  # fmt: skip
-
-    where = parser.add_argument_group("where to")
-    where.add_argument(
-        "--output", metavar="FILE",
-        help=".mp4, .webm, .gif, .webp, or .png for a sheet of all frames; several clips are "
-        "numbered; default: LABEL.mp4, with --preview LABEL.png",
-    )  # fmt: skip
-    where.add_argument("--fps", type=_number(0.1, 1000), help="default: the model's")
-    where.add_argument(
-        "--scale", type=_whole(1, 64), metavar="N", help="enlarge N times; default: 1"
-    )
-    where.add_argument("--scale-filter", choices=FILTERS, help="default: nearest")
-    where.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    where.add_argument("--json", action="store_true", help="print one machine-readable line")
+    add_flags(parser, SETTINGS)
     return parser
 
 
@@ -244,38 +177,30 @@ def read_settings(argv: Sequence[str]) -> argparse.Namespace:
     Its `given` names those that flags or the file set; --seed sets none of the two by name. Raises
     UsageError for whatever is not understood, or cannot go together.
     """
-    parser = _parser()
+    parser = generate_parser()
     flags, given = _parse(parser, argv)
     file = flags.pop("config", None)
     config, in_file = ({}, set()) if file is None else _read_config_file(parser, Path(file))
     given = frozenset(given | (in_file - flags.keys())) & DEFAULTS.keys()
     settings = argparse.Namespace(**{**DEFAULTS, **config, **flags}, given=given)
-    asked = asked_for(settings)
-    for flag, reason, others in APART:
-        for other in others:
-            if flag in asked and other in asked:
-                raise UsageError(f"{flag} cannot go with {other}: {reason}")
+    written = written_settings(settings)
+    for conflict in conflicts(written):
+        value = written[conflict.other]
+        shown = value if isinstance(value, bool) else conflict.value
+        raise UsageError(
+            f"{flag(conflict.setting)} cannot go with {flag(conflict.other, shown)}: "
+            f"{conflict.reason}"
+        )
     return settings
 
 
-def asked_for(settings: argparse.Namespace) -> list[str]:
-    """What was given, as flags: for --base-path clean both this and "--base-path".
-
-    One video, or one motion, is what there is without asking.
-    """
-    flags = []
-    for name in DEFAULTS:
-        value = getattr(settings, name)
-        if name not in settings.given or (name in ("num_videos", "num_residuals") and value == 1):
-            continue
-        flag = ("no_" if value is False else "") + name
-        flag = "--" + flag.replace("_", "-")
-        flags += [flag] if isinstance(value, bool) else [flag, f"{flag} {value}"]
-    return flags
+def written_settings(settings: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags or the file set, by name, without those that ask for nothing."""
+    return effective({name: vars(settings)[name] for name in DEFAULTS if name in settings.given})
 
 
-def _parse(parser: _Parser, tokens: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """What the tokens ask for, and nothing else; --seed already in two. And the names they use."""
+def _parse(parser: Parser, tokens: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """The settings in the tokens, --seed already in two, and the names that the tokens use."""
     values = vars(parser.parse_args([_with_hyphens(token) for token in tokens]))
     given = set(values)
     if "seed" in values:
@@ -292,13 +217,15 @@ def _with_hyphens(token: str) -> str:
     return name.replace("_", "-") + equals + value if token.startswith("--") else token
 
 
-def _read_config_file(parser: _Parser, file: Path) -> tuple[dict[str, Any], set[str]]:
+def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[str]]:
     """The file's entries, put through the same checks as flags; as `_parse`."""
+    import json
+
     import yaml
 
     try:
-        text = file.read_text(encoding="utf-8")
-        entries = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+        content = file.read_text(encoding="utf-8")
+        entries = json.loads(content) if file.suffix.lower() == ".json" else yaml.safe_load(content)
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:  # ValueError: of JSON, or text that is not UTF-8
@@ -307,28 +234,30 @@ def _read_config_file(parser: _Parser, file: Path) -> tuple[dict[str, Any], set[
         entries = {}
     if not isinstance(entries, dict):
         raise UsageError(f"--config {file}: expected names and values, got {one_line(entries)}")
+    try:
+        return _parse(parser, _tokens(entries))
+    except UsageError as error:
+        raise UsageError(f"--config {file}: {error}") from error
+
+
+def _tokens(entries: dict) -> list[str]:
+    """A file's entries as flags; UsageError for a name or a kind of value that there is not."""
     known = {*DEFAULTS, "seed"} - {"list_labels"}
     tokens = {}
     for key, value in entries.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UsageError(
-                f"--config {file}: unknown entry {key!r}, expected some of "
-                f"{', '.join(sorted(known))}"
-            )
+            raise UsageError(f"unknown entry {key!r}, expected some of {', '.join(sorted(known))}")
         if name in tokens:
-            raise UsageError(f"--config {file}: {name} is there twice")
-        switch = DEFAULTS.get(name) is False or name in EITHER_WAY
-        if value is None and (not switch or name in EITHER_WAY):
+            raise UsageError(f"{name} is there twice")
+        switch = name in _SWITCHES
+        if value is None and (not switch or name in _ON_OFF):
             continue  # as if it were not there
         if switch is not isinstance(value, bool) or isinstance(value, (dict, list)):
             wanted = "true or false" if switch else "one value"
-            raise UsageError(f"--config {file}: {name} must be {wanted}, got {one_line(value)}")
+            raise UsageError(f"{name} must be {wanted}, got {one_line(value)}")
         if not switch:
             tokens[name] = f"--{name}={value}"
-        elif value or name in EITHER_WAY:
-            tokens[name] = f"--{name}" if value else f"--no-{name}"
-    try:
-        return _parse(parser, list(tokens.values()))
-    except UsageError as error:
-        raise UsageError(f"--config {file}: {error}") from error
+        elif value or name in _ON_OFF:
+            tokens[name] = flag(name, value)
+    return list(tokens.values())

@@ -29,20 +29,17 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from ..files import check_writable, replacing
-from ..names import FILTERS
+from .pictures import check_clip, sheet
 
 __all__ = [
     "SUFFIXES",
     "Video",
     "VideoReader",
     "check_target",
-    "enlarge",
     "read_video",
-    "sheet",
     "write_video",
 ]
 
-SHEET_COLUMNS = 16
 MAX_FPS = 1000.0
 
 
@@ -72,19 +69,11 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> None:
     cannot be written. Only a complete file ever appears under path.
     """
     path = check_target(path)
-    _check_clip("write_video", frames)
+    check_clip("write_video", frames)
     if not 0.0 < fps <= MAX_FPS:
         raise ValueError(f"write_video: fps must be in (0, {MAX_FPS:g}], got {fps!r}")
     with replacing(path) as temporary:
         _WRITERS[path.suffix.lower()](temporary, np.ascontiguousarray(frames), float(fps))
-
-
-def _check_clip(name: str, frames: np.ndarray) -> None:
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
-        kind = getattr(frames, "dtype", type(frames).__name__)
-        raise TypeError(f"{name}: frames must be a uint8 array, got {kind}")
-    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"{name}: frames must be [N, H, W, 3], got {list(frames.shape)}")
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -204,61 +193,6 @@ _WRITERS: dict[str, Callable[[Path, np.ndarray, float], None]] = {
     ".png": _write_png,
 }
 SUFFIXES = tuple(_WRITERS)
-
-
-# -- pictures --------------------------------------------------------------------------------------
-
-
-def sheet(frames: np.ndarray, columns: int = SHEET_COLUMNS, gap: int = 1) -> np.ndarray:
-    """All frames in one picture, uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 3].
-
-    frames:  uint8 [N, H, W, 3], or several clips [B, N, H, W, 3], each starting a row
-    columns: frames in a row at most; a longer clip goes on in the next row
-    gap:     black pixels between neighbours
-
-    Raises TypeError for another dtype, ValueError for a shape, columns < 1 or gap < 0.
-    """
-    clips = frames[None] if getattr(frames, "ndim", 0) == 4 else frames
-    if getattr(clips, "ndim", 0) != 5 or len(clips) == 0:
-        shape = list(getattr(frames, "shape", ()))
-        raise ValueError(f"sheet: frames must be [N, H, W, 3] or [B, N, H, W, 3], got {shape}")
-    _check_clip("sheet", clips[0])
-    if columns < 1 or gap < 0:
-        raise ValueError(f"sheet: expected columns >= 1 and gap >= 0, got {columns} and {gap}")
-    batch, count, height, width, _ = clips.shape
-    columns = min(columns, count)
-    rows_per_clip = -(-count // columns)
-    picture = np.zeros(
-        (batch * rows_per_clip * (height + gap) - gap, columns * (width + gap) - gap, 3), np.uint8
-    )
-    for b in range(batch):
-        for i in range(count):
-            top = (b * rows_per_clip + i // columns) * (height + gap)
-            left = i % columns * (width + gap)
-            picture[top : top + height, left : left + width] = clips[b, i]
-    return picture
-
-
-def enlarge(frames: np.ndarray, factor: int, filter: str = "nearest") -> np.ndarray:
-    """The clip for viewing, uint8 [N, H factor, W factor, 3].
-
-    frames: uint8 [N, H, W, 3];  factor: int >= 1
-    filter: "nearest" keeps every pixel a square, "lanczos" smooths
-
-    Raises TypeError for another dtype, ValueError for a shape, factor or filter.
-    """
-    _check_clip("enlarge", frames)
-    if type(factor) is not int or factor < 1:
-        raise ValueError(f"enlarge: factor must be an int >= 1, got {factor!r}")
-    if filter not in FILTERS:
-        raise ValueError(f"enlarge: filter must be 'nearest' or 'lanczos', got {filter!r}")
-    if factor == 1:
-        return frames
-    if filter == "nearest":
-        return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    size = (frames.shape[2] * factor, frames.shape[1] * factor)
-    resample = Image.Resampling.LANCZOS
-    return np.stack([np.asarray(Image.fromarray(f).resize(size, resample)) for f in frames])
 
 
 # -- reading ---------------------------------------------------------------------------------------

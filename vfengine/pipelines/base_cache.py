@@ -1,6 +1,6 @@
-"""A folder of base paths, so that a look that was walked once is never walked again.
+"""A folder of base paths, so that no path is walked twice.
 
-A path depends on the base weights, what they were asked for, and the solver; the name of its file
+A path depends on the base network, its condition, its noise and the solver; the name of its file
 is a hash of all that, so that another model, label, seed or precision finds another file. Files are
 those of `BaseTrajectory.save`, and can be used by themselves.
 """
@@ -13,7 +13,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..diffusion.base_path import BaseTrajectory
+from ..diffusion.noise import NoisePlace
+from ..diffusion.solvers import SolverTable
+from ..formats.checkpoint import CheckpointConfig
+from ..sampling.guidance import Condition
+
+
+def cache_key(
+    config: CheckpointConfig,
+    notes: Mapping[str, str],
+    table: SolverTable,
+    condition: Condition,
+    place: NoisePlace,
+    dtype: torch.dtype,
+) -> dict[str, object]:
+    """All that a base path depends on, as JSON values; a changed one loses every cached path.
+
+    notes: the path's metadata: model, labels, seed, guidance scale
+    dtype: of the base network
+    """
+    return {
+        **notes,
+        "network": config.base.identity(),
+        "base_std": config.base_std,
+        "shape": [len(condition.classes), config.channels, config.height, config.width],
+        "classes": condition.classes.tolist(),
+        "sample_offset": place.sample_offset,
+        "schedule": config.noise_schedule().fingerprint(),
+        "timesteps": table.timesteps.tolist(),
+        "solver": table.solver,
+        "eta": table.eta,
+        "dtype": str(dtype),
+    }
 
 
 def cached_path(
@@ -23,7 +57,7 @@ def cached_path(
 ) -> BaseTrajectory:
     """The path of this key, read from the folder, or walked and written there.
 
-    key: all that the path depends on, as JSON values; kept in the file's metadata under "cache_key"
+    key: of `cache_key`; kept in the file's metadata under "cache_key"
 
     Raises ValueError, before anything is walked, for a folder that cannot be one or a file in it
     that is no whole base path of this key; OSError, after the walk, where it cannot be written.

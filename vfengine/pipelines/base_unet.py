@@ -89,9 +89,9 @@ def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
     """ValueError unless the network makes such pictures from what there is to condition it on."""
     channels = (unet.in_channels, unet.out_channels)
     labels = len(config.labels)
-    known = None if unet.num_classes is None else unet.num_classes - (
-        unet.class_embedding == "table"  # its last class stands for no label
-    )  # fmt: skip
+    known = unet.num_classes
+    if known is not None and unet.class_embedding == "table":
+        known -= 1  # the last class stands for no label
     size = (config.height, config.width)
     for wrong, problem in (
         (unet.is_video, "is a video UNet, the base network makes images"),

@@ -5,6 +5,10 @@ one image; then the residual generator makes all frames along that path. Each ne
 read when its phase first needs them, and on a CPU the base network leaves memory between the
 phases, so that the peak is the larger of the two and not their sum (`offload_base`).
 
+A call becomes a request (request.py), which checks it. `sample` resolves the request into the four
+values that alone travel below: the solver's table, and for each phase a condition, the place of its
+noise, and for the residual phase its motion.
+
 States are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
 seeds and on k alone (vfengine/diffusion/noise.py), never on the batch it is made in.
 """
@@ -13,11 +17,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,66 +28,29 @@ from torch import Tensor
 from ..devices import chosen_device, chosen_dtype, usable_device
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, frame_weights
-from ..diffusion.noise import NoisePlace, base_noise, check_seed, residual_noise
+from ..diffusion.noise import NoisePlace, base_noise, check_seed
 from ..diffusion.solvers import SolverTable, solver_table
-from ..formats.checkpoint import DEFAULT, CheckpointConfig, read_config
+from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
 from ..media.pictures import to_frames, to_network, to_uint8
 from ..models import PlannedUNet, UNet
-from ..names import AUTO, BASE_PATHS, OUTPUT_TYPES
+from ..names import AUTO
 from ..sampling.guidance import Condition
-from ..sampling.loop import Callback
-from ..sampling.run import Run, zero_timings
+from ..sampling.run import Callback, Run, zero_timings
 from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
-from .base_cache import cached_path
-from .base_unet import PretrainedBase, pretrained_base
-from .session import Session
+from .base_cache import cache_key, cached_path
+from .base_unet import pretrained_base
+from .pipeline import Pipeline, VideoFusionOutput
+from .plain_video import PlainVideoPipeline
+from .request import SamplingRequest, field_names
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
-MAX_GUIDANCE_SCALE = 100.0
 
+class VideoFusionPipeline(Pipeline):
+    """A decomposed video diffusion model, ready to sample; made by `from_pretrained`."""
 
-@dataclass(frozen=True, eq=False)
-class VideoFusionOutput:
-    """What a call of the pipeline returns.
-
-    frames:     "np": float32 [B, N, H, W, C] in 0..1; "pt": float32 tensor [B, N, C, H, W] in 0..1
-                on the pipeline's device; "pil": B clips, each a list of N PIL images
-    trajectory: the base path, to save and to use again; None for a plain video model
-    timings:    seconds, {"load", "base", "residual"}: reading weights, and the two phases; phases
-                that overlap count as "residual", and so do all steps of a plain video model
-    """
-
-    frames: np.ndarray | Tensor | list[list[Image.Image]]
-    trajectory: BaseTrajectory | None
-    timings: dict[str, float]
-
-
-class VideoFusionPipeline:
-    """A decomposed video diffusion model, ready to sample; made by `from_pretrained`.
-
-    A VDM*, the plain video model that decomposed ones are compared with, is sampled by the same
-    call, without what only a base path allows.
-    """
-
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        folder: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        capture: bool,
-        base: PretrainedBase | None = None,
-    ) -> None:
-        if base is not None:  # paths and caches name the network that walks
-            config = replace(config, sha256={**config.sha256, "base": base.fingerprint})
-        self.config = config
-        self.schedule = config.noise_schedule()
-        self.folder = folder
-        self.device = device
-        self.dtype = dtype
-        self._session = Session(config, folder, device, dtype, capture, base)
+    request_type = SamplingRequest
 
     @classmethod
     def from_pretrained(
@@ -96,8 +62,11 @@ class VideoFusionPipeline:
         capture: bool = True,
         base_unet: str | Path | UNet | PlannedUNet | None = None,
         base_prediction_type: str | None = None,
-    ) -> VideoFusionPipeline:
+    ) -> VideoFusionPipeline | PlainVideoPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
+
+        A plain video model has a `PlainVideoPipeline`, which takes the same call, without what only
+        a base path allows.
 
         device:  "cpu", "cuda" or "cuda:<index>"; "auto" is CUDA where torch can use it, else the
                  CPU
@@ -126,17 +95,13 @@ class VideoFusionPipeline:
         dtype = chosen_dtype(dtype, device)
         folder = DEFAULT if path is None else Path(path)
         config = read_config(folder)
+        kind = {DecomposedConfig: cls, PlainConfig: PlainVideoPipeline}[type(config)]
         if base_unet is None:
             if base_prediction_type is not None:
                 raise ValueError("base_prediction_type is that of a base_unet, and none is given")
-            return cls(config, folder, device, dtype, capture)
+            return kind(config, folder, device, dtype, capture)
         base = pretrained_base(base_unet, config, device, dtype, base_prediction_type)
-        return cls(config, folder, device, dtype, capture, base)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels that the model knows."""
-        return self.config.labels
+        return kind(config, folder, device, dtype, capture, base)
 
     def __call__(
         self,
@@ -186,80 +151,93 @@ class VideoFusionPipeline:
                         the trained length where num_frames is larger; window=0: none
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
         offload_base:   let the base network's weights go before the residual phase, and read them
-                        again when next needed; None does so on a CPU when one label is asked for,
+                        again when next needed; None does so on a CPU where there is one label,
                         on CUDA only where the residual network would find no room beside them
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
-                        phase is "base", then "residual"; "video" for a plain video model
+                        phase is "base", then "residual"
 
         Raises ValueError for an unknown label and for anything out of range or of no use together,
         TypeError for a seed that is no int, for the checkpoint's files what `from_pretrained`
         raises, and RuntimeError for a step that cannot be captured.
         """
-        config = self.config
-        num_frames = config.num_frames if num_frames is None else num_frames
-        _checked_choice("base_path", base_path, (None, *BASE_PATHS))
-        _checked_choice("output_type", output_type, OUTPUT_TYPES)
-        _check_count("num_frames", num_frames)
-        _check_count("num_residuals", num_residuals)
-        check_seed(residual_seed, "residual_seed")
-        classes = self._classes(label, num_videos, guidance_scale)
-        walk = {"num_inference_steps": num_inference_steps, "solver": solver, "eta": eta}
-        if config.objective == "vdm":
-            self._refuse(
-                base_path=base_path, trajectory=trajectory, image=image, base_cache=base_cache,
-                window=window, window_overlap=window_overlap, lam=lam, offload_base=offload_base,
-                overlap_phases=overlap_phases or None,
-                num_residuals=None if num_residuals == 1 else num_residuals,
-            )  # fmt: skip
-            place = NoisePlace(residual_seed, sample_offset)
-            condition = Condition(classes, guidance_scale)
-            return self._video(condition, num_frames, output_type, Run(callback), place, **walk)
-        lam = config.lam if lam is None else lam
-        frame_weights(lam, num_frames)
-        windows = choose_windows(num_frames, config.num_frames, window, window_overlap, lam=lam)
-        if num_residuals > 1 and len(classes) > 1:
-            raise ValueError(
-                f"num_residuals={num_residuals} is of one base path, {len(classes)} are asked for"
-            )
-        trajectory = self._given(trajectory, image, base_path, base_cache, walk)
-        if trajectory is not None:
-            self.check_trajectory(trajectory, len(classes), base_path=base_path, **walk)
-        clean = (base_path or config.base_path) == "clean"
-        if overlap_phases:
-            _check_overlap(clean, trajectory, base_cache, offload_base)
-        self._session.check_complete("residual")
+        fields = field_names(SamplingRequest)  # the keywords, but for the callback
+        settings = {name: value for name, value in locals().items() if name in fields}
+        return self.sample(SamplingRequest(**settings), callback)
 
-        run = Run(callback)
-        batch = max(len(classes), num_residuals)
-        noise = self._residual_noise(batch, num_frames, residual_seed, sample_offset)
-        place = NoisePlace(residual_seed, sample_offset)
-        motion = Motion(lam, windows)
-        condition = Condition(classes.expand(batch), guidance_scale)
-        base_offset = sample_offset if num_residuals == 1 else 0
-        if overlap_phases:
-            check_seed(base_seed, "base_seed")
-            table = solver_table(schedule=self.schedule, **walk)
-            drawn = self._base_noise(len(classes), base_seed, base_offset)
-            conditions = Condition(classes, guidance_scale), condition
-            places = NoisePlace(base_seed, base_offset), place
-            video, states = self._session.overlapped(
-                (drawn, noise), conditions, table, motion, places, run
-            )
-            trajectory = self._trajectory(states, table, label, guidance_scale, base_seed)
-            return VideoFusionOutput(to_frames(video, output_type), trajectory, run.timings)
-        if trajectory is None:
-            trajectory = self.walk_base(
-                label, num_videos=num_videos, guidance_scale=guidance_scale, base_seed=base_seed,
-                sample_offset=base_offset, base_cache=base_cache, callback=callback,
-                timings=run.timings, **walk,
-            )  # fmt: skip
-        if self.lets_base_go(not _is_one(label)) if offload_base is None else offload_base:
+    def sample(
+        self, request: SamplingRequest, callback: Callback | None = None
+    ) -> VideoFusionOutput:
+        """Does what a request asks for; `__call__` makes one of its keywords.
+
+        With request.preview the frames are the base frames alone, as clips of one frame.
+        """
+        request, table = self.fill_defaults(request), self._table(request)
+        path, run = self._given_path(request, table), Run(callback)
+        if request.preview:
+            path = self._walk(request, table, run) if path is None else path
+            video = path.final[:, None].expand(request.num_clips, -1, -1, -1, -1)
+            return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
+        condition, place = self._clip_condition(request), self._clip_place(request)
+        motion = self._motion(request)
+        self._session.check_complete("residual")
+        noise = self._clip_noise(request, place)
+        if request.overlap_phases:
+            conditions = (self._base_condition(request), condition)
+            places = (self._base_place(request), place)
+            noises = (self._base_noise(request, places[0]), noise)
+            both = self._session.overlapped(noises, conditions, table, motion, places, run)
+            video, path = both[0], self._path(request, both[1], table)
+            return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
+        path = self._walk(request, table, run) if path is None else path
+        offload = request.offload_base
+        if offload is None:
+            offload = self.lets_base_go(len(request.labels) > 1)
+        if offload:
             self._session.release("base")
-        stepwise = trajectory.base_path == "stepwise"
-        path = trajectory.clean() if clean and stepwise else trajectory
-        video = self._session.residual(noise, condition, path, motion, place, run)
-        return VideoFusionOutput(to_frames(video, output_type), trajectory, run.timings)
+        followed = path.clean() if motion.clean and path.base_path == "stepwise" else path
+        video = self._session.residual(noise, condition, followed, motion, place, run)
+        return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
+
+    def fill_defaults(
+        self, request: SamplingRequest, base_needed_again: bool | None = None
+    ) -> SamplingRequest:
+        """The request, with what it leaves to the checkpoint.
+
+        base_needed_again: whether calls that follow need the base network; this settles
+                           offload_base, which None leaves open until the base path is walked
+
+        Raises ValueError for λ or windows that do not fit, and for what the checkpoint's own
+        base_path cannot go with.
+        """
+        if request.preview:
+            return request
+        config, offload = self.config, request.offload_base
+        lam = config.lam if request.lam is None else request.lam
+        num_frames = config.num_frames if request.num_frames is None else request.num_frames
+        frame_weights(lam, num_frames)
+        window, overlap = request.window, request.window_overlap
+        windows = choose_windows(num_frames, config.num_frames, window, overlap, lam=lam)
+        window, overlap = windows or (0, None)
+        given = request.trajectory
+        picture = request.image is not None or (given is not None and given.base_path == "clean")
+        base_path = request.base_path or ("clean" if picture else config.base_path)
+        if offload is None and base_needed_again is not None:
+            offload = not request.overlap_phases and self.lets_base_go(base_needed_again)
+        return replace(
+            request,
+            num_frames=num_frames,
+            lam=lam,
+            window=window,
+            window_overlap=overlap,
+            base_path=base_path,
+            offload_base=offload,
+        )
+
+    def phases(self, request: SamplingRequest) -> tuple[str, ...]:
+        """The phases that a request has, as its callback names them."""
+        walked = request.trajectory is None and request.image is None
+        return (("base",) if walked else ()) + (() if request.preview else ("residual",))
 
     def walk_base(
         self,
@@ -280,34 +258,19 @@ class VideoFusionPipeline:
 
         timings: a dict to add the seconds to ("load", "base"); the rest as in `__call__`.
         """
-        if self.config.objective == "vdm":
-            raise ValueError(f"{self.folder}: a plain video model has no base path")
-        classes = self._classes(label, num_videos, guidance_scale)
-        check_seed(base_seed, "base_seed")
-        table = solver_table(solver, self.schedule, num_inference_steps, eta)
-
-        def walk() -> BaseTrajectory:
-            noise = self._base_noise(len(classes), base_seed, sample_offset)
-            run = Run(callback, zero_timings() if timings is None else timings)
-            condition = Condition(classes, guidance_scale)
-            place = NoisePlace(base_seed, sample_offset)
-            states = self._session.base(noise, condition, table, place, run)
-            return self._trajectory(states, table, label, guidance_scale, base_seed)
-
-        if base_cache is None:
-            return walk()
-        config = self.config
-        if not config.fingerprint():
-            raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
-        key = {
-            **self._notes(label, guidance_scale, base_seed),
-            "network": config.base.identity(), "base_std": config.base_std,
-            "shape": [len(classes), config.channels, config.height, config.width],
-            "classes": classes.tolist(), "sample_offset": sample_offset,
-            "schedule": self.schedule.fingerprint(), "timesteps": table.timesteps.tolist(),
-            "solver": solver, "eta": table.eta, "dtype": str(self.dtype),
-        }  # fmt: skip
-        return cached_path(base_cache, key, walk).to(self.device)
+        request = SamplingRequest(
+            label=label,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            base_seed=base_seed,
+            num_videos=num_videos,
+            solver=solver,
+            eta=eta,
+            sample_offset=sample_offset,
+            base_cache=base_cache,
+        )
+        run = Run(callback, zero_timings() if timings is None else timings)
+        return self._walk(request, self._table(request), run)
 
     def preview(
         self,
@@ -320,11 +283,10 @@ class VideoFusionPipeline:
 
         settings: of `walk_base`. At the cost of one image; its trajectory goes on to the clips.
         """
-        _checked_choice("output_type", output_type, OUTPUT_TYPES)
+        SamplingRequest(output_type=output_type)  # refuses an unknown one before a path is walked
         timings = zero_timings()
-        trajectory = self.walk_base(label, timings=timings, **settings)
-        frames = to_frames(trajectory.final[:, None], output_type)
-        return VideoFusionOutput(frames, trajectory, timings)
+        path = self.walk_base(label, timings=timings, **settings)
+        return VideoFusionOutput(to_frames(path.final[:, None], output_type), path, timings)
 
     def image_path(
         self,
@@ -344,11 +306,15 @@ class VideoFusionPipeline:
                 f"{self.folder}: this model cannot animate a picture: its residual network was not "
                 "trained for base_path='clean'"
             )
+        pixels = to_network(image, config.channels, config.height, config.width)
         return BaseTrajectory.from_image(
-            to_network(image, config.channels, config.height, config.width).to(self.device),
-            schedule=self.schedule, num_inference_steps=num_inference_steps, solver=solver,
-            eta=eta, metadata={"model": config.fingerprint()},
-        )  # fmt: skip
+            pixels.to(self.device),
+            schedule=self.schedule,
+            num_inference_steps=num_inference_steps,
+            solver=solver,
+            eta=eta,
+            metadata={"model": config.fingerprint()},
+        )
 
     def check_trajectory(
         self,
@@ -360,12 +326,35 @@ class VideoFusionPipeline:
         eta: float = 0.0,
         base_path: str | None = None,
     ) -> None:
-        """ValueError, naming both sides, when this model cannot follow a base path as asked.
+        """ValueError, naming both sides, when this model cannot follow a base path.
 
         The path must have been walked by this base network, or come from an image; on this noise
         schedule, with these steps, solver and eta; for 1 or num_clips clips of this size; and a
         clean one (of an image) cannot be followed stepwise.
         """
+        table = solver_table(solver, self.schedule, num_inference_steps, eta)
+        self._check_path(trajectory, table, num_clips, base_path)
+
+    def lets_base_go(self, needed_again: bool) -> bool:
+        """What offload_base=None does: `Session.lets_base_go`."""
+        return self._session.lets_base_go(needed_again)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _given_path(self, request: SamplingRequest, table: SolverTable) -> BaseTrajectory | None:
+        """The base path that a request brings along, its own or its picture's, once it fits."""
+        path = request.trajectory
+        if request.image is not None:
+            steps, solver, eta = request.num_inference_steps, request.solver, request.eta
+            path = self.image_path(request.image, num_inference_steps=steps, solver=solver, eta=eta)
+        if path is not None:
+            self._check_path(path, table, request.num_paths, request.base_path)
+        return path
+
+    def _check_path(
+        self, trajectory: BaseTrajectory, table: SolverTable, num_clips: int, base_path: str | None
+    ) -> None:
+        """`check_trajectory`, by the solver's table."""
         config = self.config
         maker = trajectory.metadata.get("model", config.fingerprint())
         if maker != config.fingerprint():
@@ -374,13 +363,12 @@ class VideoFusionPipeline:
                 f"{config.fingerprint()})"
             )
         trajectory.check_schedule(self.schedule)
-        table = solver_table(solver, self.schedule, num_inference_steps, eta)
-        made, asked = trajectory.table, table
+        made = trajectory.table
         for name, theirs, ours in (
-            ("num_inference_steps", len(made), len(asked)),
-            ("solver", made.solver, asked.solver),
-            ("eta", made.eta, asked.eta),
-            ("timesteps", made.timesteps.tolist(), asked.timesteps.tolist()),
+            ("num_inference_steps", len(made), len(table)),
+            ("solver", made.solver, table.solver),
+            ("eta", made.eta, table.eta),
+            ("timesteps", made.timesteps.tolist(), table.timesteps.tolist()),
         ):
             if theirs != ours:
                 raise ValueError(
@@ -398,118 +386,50 @@ class VideoFusionPipeline:
             wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
             raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
 
-    def lets_base_go(self, needed_again: bool) -> bool:
-        """What offload_base=None does: `Session.lets_base_go`."""
-        return self._session.lets_base_go(needed_again)
+    def _motion(self, request: SamplingRequest) -> Motion:
+        windows = (request.window, request.window_overlap) if request.window else None
+        return Motion(request.lam, windows, clean=request.base_path == "clean")
 
-    # -- inside ------------------------------------------------------------------------------------
+    def _walk(self, request: SamplingRequest, table: SolverTable, run: Run) -> BaseTrajectory:
+        """The base phase: its path, found in the request's cache or walked."""
+        condition, place = self._base_condition(request), self._base_place(request)
 
-    def _classes(
-        self, label: str | Sequence[str] | None, num_videos: int, guidance_scale: float
-    ) -> Tensor:
-        """The class index of every clip, int64 [B]; checks what conditions both phases."""
-        _check_count("num_videos", num_videos)
-        if not 0.0 <= guidance_scale <= MAX_GUIDANCE_SCALE:  # also refuses NaN
-            limit = f"[0, {MAX_GUIDANCE_SCALE:g}]"
-            raise ValueError(f"guidance_scale must be in {limit}, got {guidance_scale!r}")
-        names = [label] if label is None or isinstance(label, str) else list(label)
-        if not names:
-            raise ValueError("label is an empty list")
-        for name in names:
-            if name is not None and name not in self.labels:
-                known = ", ".join(self.labels) or "none: this model takes no label"
-                raise ValueError(f"unknown label {name!r}, expected one of: {known}")
-        null = self.config.null_class
-        indices = [null if name is None else self.labels.index(name) for name in names]
-        return torch.tensor(indices, device=self.device).repeat_interleave(num_videos)
+        def walk() -> BaseTrajectory:
+            noise = self._base_noise(request, place)
+            states = self._session.base(noise, condition, table, place, run)
+            return self._path(request, states, table)
 
-    def _given(
-        self,
-        trajectory: BaseTrajectory | None,
-        image: Image.Image | None,
-        base_path: str | None,
-        base_cache: str | Path | None,
-        walk: dict[str, Any],
-    ) -> BaseTrajectory | None:
-        """The base path that the call brings along, its own or a picture's; None: it is walked."""
-        if image is not None:
-            if trajectory is not None or base_path == "stepwise":
-                other = "a trajectory" if trajectory is not None else "base_path='stepwise'"
-                raise ValueError(f"an image has a base path of its own: {other} cannot go with it")
-            trajectory = self.image_path(image, **walk)
-        if trajectory is not None and base_cache is not None:
-            raise ValueError("base_cache keeps paths that are walked, but one is given")
-        return trajectory
+        if request.base_cache is None:
+            return walk()
+        if not self.config.fingerprint():
+            raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
+        key = cache_key(self.config, self._notes(request), table, condition, place, self.dtype)
+        return cached_path(request.base_cache, key, walk).to(self.device)
 
-    def _video(
-        self, condition: Condition, num_frames: int, output_type: str, run: Run,
-        place: NoisePlace, **walk: Any,
-    ) -> VideoFusionOutput:  # fmt: skip
-        """A call of a plain video model."""
-        table = solver_table(schedule=self.schedule, **walk)
-        noise = self._residual_noise(
-            len(condition.classes), num_frames, place.seed, place.sample_offset
-        )
-        video = self._session.video(noise, condition, table, place, run)
-        return VideoFusionOutput(to_frames(video, output_type), None, run.timings)
+    def _base_condition(self, request: SamplingRequest) -> Condition:
+        return Condition(self._classes(request), request.guidance_scale)
 
-    def _base_noise(self, batch: int, seed: int, sample_offset: int) -> Tensor:
-        config = self.config
-        shape = (batch, config.channels, config.height, config.width)
-        return base_noise(shape, seed, sample_offset=sample_offset, device=self.device)
+    def _base_place(self, request: SamplingRequest) -> NoisePlace:
+        """Where the base frames' noise is from; motions of one path have that of sample 0."""
+        check_seed(request.base_seed, "base_seed")
+        offset = request.sample_offset if request.num_residuals == 1 else 0
+        return NoisePlace(request.base_seed, offset)
 
-    def _residual_noise(self, batch: int, frames: int, seed: int, sample_offset: int) -> Tensor:
-        config = self.config
-        shape = (batch, frames, config.channels, config.height, config.width)
-        return residual_noise(shape, seed, sample_offset=sample_offset, device=self.device)
+    def _base_noise(self, request: SamplingRequest, place: NoisePlace) -> Tensor:
+        """The noise that base frames begin with, [B, C, H, W]."""
+        config, offset = self.config, place.sample_offset
+        shape = (request.num_paths, config.channels, config.height, config.width)
+        return base_noise(shape, place.seed, sample_offset=offset, device=self.device)
 
-    def _trajectory(
-        self, states: Tensor, table: SolverTable, label, guidance_scale: float, base_seed: int
-    ) -> BaseTrajectory:
-        notes = self._notes(label, guidance_scale, base_seed)
+    def _path(self, request: SamplingRequest, states: Tensor, table: SolverTable) -> BaseTrajectory:
+        notes = self._notes(request)
         return BaseTrajectory(states, table, self.schedule.fingerprint(), metadata=notes)
 
-    def _notes(self, label, guidance_scale: float, base_seed: int) -> dict[str, str]:
+    def _notes(self, request: SamplingRequest) -> dict[str, str]:
         """What is kept in a base path's metadata."""
         return {
             "model": self.config.fingerprint(),
-            "labels": json.dumps([label] if label is None or isinstance(label, str) else [*label]),
-            "base_seed": str(base_seed),
-            "guidance_scale": repr(float(guidance_scale)),
+            "labels": json.dumps(request.labels),
+            "base_seed": str(request.base_seed),
+            "guidance_scale": repr(float(request.guidance_scale)),
         }
-
-    def _refuse(self, **settings: Any) -> None:
-        """ValueError for settings that a plain video model has no use for; None is not given."""
-        given = [name for name, value in settings.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"{self.folder}: a plain video model has no base path, so it takes no "
-                f"{', '.join(given)}"
-            )
-
-
-def _check_overlap(clean: bool, trajectory, base_cache, offload_base) -> None:
-    """ValueError for what two phases at once cannot go with."""
-    for asked, problem in (
-        (trajectory is not None, "a given base path is there already"),
-        (clean, "base_path='clean' finishes the base frame first; take 'stepwise'"),
-        (base_cache is not None, "a base cache keeps finished paths"),
-        (bool(offload_base), "offload_base frees the base network between them"),
-    ):
-        if asked:
-            raise ValueError(f"overlap_phases runs both phases at once, but {problem}")
-
-
-def _check_count(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-
-
-def _checked_choice(name: str, value: str | None, choices: Sequence[str | None]) -> str | None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
-
-
-def _is_one(label: str | Sequence[str] | None) -> bool:
-    return label is None or isinstance(label, str) or len(label) == 1

@@ -1,0 +1,220 @@
+"""One job of `python -m vfengine.generate`: settings to a request, its batches to files.
+
+Everything is checked before sampling begins; torch is imported once the command line has been
+understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..pipelines.request import VideoRequest, field_names
+from .flags import Failure, UsageError, flag, one_line
+from .output import (
+    Job,
+    Progress,
+    Record,
+    check_base_files,
+    check_outputs,
+    json_line,
+    summary,
+    write_clip,
+    write_trajectory,
+)
+from .settings import written_settings
+
+if TYPE_CHECKING:
+    from ..diffusion.base_path import BaseTrajectory
+    from ..pipelines.batches import Batch
+    from ..pipelines.plain_video import PlainVideoPipeline
+    from ..pipelines.videofusion import VideoFusionPipeline
+
+    Pipe = VideoFusionPipeline | PlainVideoPipeline
+
+
+def generate(settings: argparse.Namespace, started: float, files: list[Path]) -> None:
+    """Makes the clips and reports them.
+
+    started: `time.perf_counter()` at the moment that times count from
+    files:   the files that are complete are added to it
+
+    Raises ValueError or OSError for bad input, Failure for what goes wrong later.
+    """
+    record = Record(started, files)
+    count = max(settings.num_videos, settings.num_residuals)
+    if settings.output is not None:
+        check_outputs(Path(settings.output), count)  # before torch is imported
+    check_base_files(settings)
+
+    pipe = _open_pipeline(settings)
+    if settings.list_labels:
+        print(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
+        return
+    _check_model(settings, pipe)
+    settings = _complete(settings, pipe)
+    targets = check_outputs(Path(settings.output), count)
+    path = _read_trajectory(settings, pipe)
+    request = _request(settings, pipe, path)
+
+    job = _sample_and_write(settings, pipe, request, targets, record)
+    record.timings["total"] = time.perf_counter() - record.started
+    if settings.json:
+        print(json.dumps(json_line(job, record)))
+    elif not settings.quiet:
+        print(summary(job, record))
+
+
+# -- from settings to a request --------------------------------------------------------------------
+
+
+def _open_pipeline(settings: argparse.Namespace) -> Pipe:
+    import torch
+
+    from ..pipelines.videofusion import VideoFusionPipeline
+
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return VideoFusionPipeline.from_pretrained(
+        settings.model,
+        device=settings.device,
+        dtype=dtype,
+        capture=not settings.no_capture,
+        base_unet=settings.base_unet,
+    )
+
+
+def _check_model(settings: argparse.Namespace, pipe: Pipe) -> None:
+    """ValueError for what this model cannot do; what the pipeline refuses is not repeated here."""
+    if settings.label not in pipe.labels:
+        problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
+        raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
+    if pipe.config.channels != 3:
+        raise UsageError(f"{pipe.folder}: clips of {pipe.config.channels} channels are not RGB")
+    written = written_settings(settings)
+
+    def spell(name: str) -> str:
+        return flag(name, False if written[name] is False else None)
+
+    pipe.check_fields(written, spell)
+
+
+def _complete(settings: argparse.Namespace, pipe: Pipe) -> argparse.Namespace:
+    """The settings with what they leave to the model and the machine, but for what samples."""
+    ending = ".png" if settings.preview else ".mp4"
+    filled = {
+        "output": settings.label + ending if settings.output is None else settings.output,
+        "fps": pipe.config.fps if settings.fps is None else settings.fps,
+        "model": str(pipe.folder),
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    return argparse.Namespace(**{**vars(settings), **filled})
+
+
+def _read_trajectory(settings: argparse.Namespace, pipe: Pipe) -> BaseTrajectory | None:
+    """The base path in --base-trajectory, if the file exists and this run can follow it."""
+    if settings.base_trajectory is None or not Path(settings.base_trajectory).exists():
+        return None
+    from ..diffusion.base_path import BaseTrajectory
+
+    file = Path(settings.base_trajectory)
+    path = BaseTrajectory.load(file, device=pipe.device)
+    try:
+        pipe.check_trajectory(
+            path,
+            settings.num_videos,
+            num_inference_steps=settings.num_inference_steps,
+            solver=settings.solver,
+            eta=settings.eta,
+            base_path=settings.base_path,
+        )
+    except ValueError as error:
+        raise UsageError(f"{file}: {error}") from error
+    wanted = {"labels": json.dumps([settings.label])}
+    if "base_seed" in settings.given:
+        wanted["base_seed"] = str(settings.base_seed)
+    if "guidance_scale" in settings.given:
+        wanted["guidance_scale"] = repr(float(settings.guidance_scale))
+    for name, value in wanted.items():
+        if path.metadata.get(name, value) != value:
+            raise UsageError(
+                f"{file}: the base trajectory was made with {name.replace('_', ' ')} "
+                f"{one_line(path.metadata[name])}, but {value} is asked for"
+            )
+    return path
+
+
+def _request(settings: argparse.Namespace, pipe: Pipe, path: BaseTrajectory | None) -> VideoRequest:
+    """The request that the settings make, with the files that they name read."""
+    from ..media.pictures import read_picture
+
+    values = {**vars(settings), "trajectory": path}
+    if settings.image is not None:
+        values["image"] = read_picture(settings.image)
+    names = field_names(pipe.request_type) & values.keys()
+    return pipe.request_type(**{name: values[name] for name in names})
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+def _sample_and_write(
+    settings: argparse.Namespace,
+    pipe: Pipe,
+    request: VideoRequest,
+    targets: Sequence[Path],
+    record: Record,
+) -> Job:
+    """Batch after batch, and the base paths, where they are to be kept."""
+    from ..media.pictures import to_uint8
+    from ..pipelines.batches import Batches
+
+    batches = Batches(pipe, request, settings.batch_size)
+    job = Job(settings, pipe, batches.request)
+    walked = []
+    with Progress(batches.steps.total, settings.quiet, record) as progress:
+        for batch in _explained(batches.run(progress), settings, record):
+            record.begin()
+            record.add(batch.output.timings)
+            progress.expect(batch.steps.total)
+            if job.keeps_paths and not (walked and job.request.shares_path):
+                walked.append(batch.output.trajectory)
+            started = time.perf_counter()
+            for number, frames in enumerate(to_uint8(batch.output.frames), batch.first):
+                write_clip(targets[number], frames, settings)
+                record.files.append(targets[number])
+            record.add({"write": time.perf_counter() - started})
+    if walked:
+        write_trajectory(Path(settings.base_trajectory), walked)
+    return job
+
+
+def _explained(
+    batches: Iterable[Batch], settings: argparse.Namespace, record: Record
+) -> Iterator[Batch]:
+    """The batches; Failure for what may go wrong once sampling has begun."""
+    try:
+        yield from batches
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise Failure(
+                "not enough memory: try fewer frames, a smaller --batch-size or --dtype bf16"
+            ) from error
+        if "cannot be captured" in str(error):
+            raise Failure(f"{one_line(error)}: try --no-capture") from error
+        raise
+    except (ValueError, OSError) as error:
+        if not record.has_begun:
+            raise  # an error before the first step is the input's
+        cache = isinstance(error, OSError) and settings.base_cache is not None
+        where = f"--base-cache {settings.base_cache}: " if cache else ""
+        raise Failure(where + one_line(error)) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -1,0 +1,97 @@
+"""A request in batches: as many clips as are wanted, of which so many are made at a time.
+
+Whoever takes requests iterates over `Batches.run()`: the command line writes each batch to files,
+and draws a bar of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .pipeline import VideoFusionOutput
+from .plain_video import PlainVideoPipeline
+from .request import VideoRequest
+from .videofusion import VideoFusionPipeline
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How far a request has come.
+
+    phase: the one that runs; empty between batches
+    done:  steps taken
+    total: steps of all phases of all batches; fewer once a base path is found in a cache
+    """
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some of the clips: output holds clips first, first + 1, …; steps, how far they are."""
+
+    first: int
+    output: VideoFusionOutput
+    steps: Steps
+
+
+class Batches:
+    """The clips of a request, a batch at a time.
+
+    request:    of one label and from sample 0 on; as an attribute, with its defaults filled in
+    batch_size: clips of a batch, at most; the clips do not depend on it
+
+    Raises ValueError for another request, and for what does not fit the model.
+    """
+
+    def __init__(
+        self,
+        pipe: VideoFusionPipeline | PlainVideoPipeline,
+        request: VideoRequest,
+        batch_size: int = 1,
+    ) -> None:
+        if len(request.labels) > 1 or request.sample_offset:
+            raise ValueError("batches are of one label, and count their clips from 0")
+        self.pipe, self.batch_size = pipe, batch_size
+        self.request = pipe.fill_defaults(request, request.num_videos > batch_size)
+        self.firsts = range(0, self.request.num_clips, batch_size)
+
+    @property
+    def steps(self) -> Steps:
+        """How far the request is before its first batch."""
+        return Steps("", 0, self._steps_from(0))
+
+    def run(self, on_step: Callable[[Steps], None] | None = None) -> Iterator[Batch]:
+        """The batches, each made when it is needed; raises what the pipeline raises.
+
+        on_step: called when a phase begins, and after each of its steps
+        """
+        request, steps = self.request, self.steps
+        for index, first in enumerate(self.firsts):
+            later = self._steps_from(index + 1)
+
+            def report(phase: str, done: int, total: int, later: int = later) -> None:
+                nonlocal steps
+                total_steps = steps.total
+                if done == 0 and phase != "base":  # a cached base path took no steps
+                    total_steps = steps.done + total + later
+                steps = Steps(phase, steps.done + (done > 0), total_steps)
+                if on_step is not None:
+                    on_step(steps)
+
+            count = min(self.batch_size, request.num_clips - first)
+            output = self.pipe.sample(request.part(first, count), report)
+            request = request.following(output.trajectory)
+            steps = Steps("", steps.done, steps.done + later)
+            yield Batch(first, output, steps)
+
+    def _steps_from(self, index: int) -> int:
+        """The steps of batch number `index` and of those after it."""
+        phases = self.pipe.phases(self.request)
+        again = [phase for phase in phases if phase != "base" or not self.request.shares_path]
+        count = (len(self.firsts) - index) * len(again)
+        count += len(phases) - len(again) if index == 0 else 0  # a shared path is walked once
+        return count * self.request.num_inference_steps

@@ -1,0 +1,67 @@
+"""PlainVideoPipeline: clips of a plain video diffusion model, in one phase.
+
+Such a model (VDM* in the paper) is the baseline that decomposed models are compared with: one
+network estimates the noise of all frames, and no base path is walked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from ..media.pictures import to_frames
+from ..sampling.run import Callback, Run
+from .pipeline import Pipeline, VideoFusionOutput
+from .request import VideoRequest, changed
+
+
+class PlainVideoPipeline(Pipeline):
+    """A plain video model, ready to sample; `VideoFusionPipeline.from_pretrained` makes it."""
+
+    request_type = VideoRequest
+    lacks = "a plain video model has no base path"
+
+    def __call__(
+        self, label: Any = None, *, callback: Callback | None = None, **settings: Any
+    ) -> VideoFusionOutput:
+        """Makes num_videos clips of each label.
+
+        settings: the fields of `VideoRequest`; they mean what they mean in
+                  `VideoFusionPipeline.__call__`, of which all other keywords but base_seed are
+                  refused, unless they are at their defaults
+        callback: called as callback("video", steps done, steps in all), first with 0 done
+
+        Raises ValueError for these, and what `VideoFusionPipeline.__call__` raises.
+        """
+        self.check_fields(changed(settings))
+        without_effect = self.request_type.foreign(settings)
+        own = {name: value for name, value in settings.items() if name not in without_effect}
+        return self.sample(VideoRequest(label=label, **own), callback)
+
+    def sample(self, request: VideoRequest, callback: Callback | None = None) -> VideoFusionOutput:
+        """Does what a request asks for; `__call__` makes one of its keywords."""
+        request = self.fill_defaults(request)
+        table, condition = self._table(request), self._clip_condition(request)
+        place = self._clip_place(request)
+        noise = self._clip_noise(request, place)
+        run = Run(callback)
+        video = self._session.video(noise, condition, table, place, run)
+        return VideoFusionOutput(to_frames(video, request.output_type), None, run.timings)
+
+    def fill_defaults(
+        self, request: VideoRequest, base_needed_again: bool | None = None
+    ) -> VideoRequest:
+        """The request, with what it leaves to the checkpoint."""
+        if request.num_frames is not None:
+            return request
+        return replace(request, num_frames=self.config.num_frames)
+
+    def phases(self, request: VideoRequest) -> tuple[str, ...]:
+        """The phases that a request has, as its callback names them."""
+        return ("video",)
+
+    def _no_base_path(self, *_: Any, **__: Any) -> NoReturn:
+        """ValueError: a plain video model has none."""
+        raise ValueError(f"{self.folder}: {self.lacks}")
+
+    walk_base = preview = image_path = check_trajectory = _no_base_path

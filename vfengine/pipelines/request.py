@@ -1,0 +1,271 @@
+"""A request: what a user wants of a model, and every rule about which settings go together.
+
+A call from Python and the command line build the same frozen dataclass, `SamplingRequest(**values)`
+for a decomposed model and `VideoRequest(**values)` for a plain video model. Bad values are refused
+when it is made, and again by `dataclasses.replace`. Its pipeline checks what depends on a
+checkpoint, such as labels and sizes. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..names import BASE_PATHS, OUTPUT_TYPES
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..diffusion.base_path import BaseTrajectory
+    from ..diffusion.decompose import Lam
+
+MAX_GUIDANCE_SCALE = 100.0
+
+
+# -- what goes together ----------------------------------------------------------------------------
+
+
+class Conflict(NamedTuple):
+    """Two settings of which a request can have one only.
+
+    reason: why, as in "--image cannot go with --preview: the picture is the base frame"
+    error:  what a request says that is made with both. Empty: only a caller who knows what was
+            written down can tell, since a default that is spelled out is no mistake elsewhere
+    value:  of the other setting, where no other value is in the way
+    """
+
+    setting: str
+    other: str
+    reason: str
+    error: str = ""
+    value: Any = None
+
+
+_CACHE = "a cache finds base paths by seed and settings"
+_CACHE_ERROR = "base_cache keeps paths that are walked, but one is given"
+_IMAGE = "the picture is the base frame"
+_IMAGE_ERROR = "an image has a base path of its own: {} cannot go with it"
+_STEPWISE_ERROR = _IMAGE_ERROR.format("base_path='stepwise'")
+_PREVIEW = "the base frame is all that is made"
+_PREVIEW_ERROR = "preview makes the base frame alone: {} has no part in it"
+_OVERLAP = "both phases run at once"
+_OVERLAP_ERROR = "overlap_phases runs both phases at once, but {}"
+_CACHED_ERROR = _OVERLAP_ERROR.format("a base cache keeps finished paths")
+_GIVEN_ERROR = _OVERLAP_ERROR.format("a given base path is there already")
+_CLEAN_ERROR = _OVERLAP_ERROR.format(
+    "base_path='clean' finishes the base frame first; take 'stepwise'"
+)
+_OFFLOAD_ERROR = _OVERLAP_ERROR.format("offload_base frees the base network between them")
+
+# base_trajectory, the file of a trajectory, and base_unet are settings of the command line
+CONFLICTS = (
+    Conflict("num_residuals", "num_videos", "they share one base path"),
+    Conflict("base_cache", "base_trajectory", _CACHE),
+    Conflict("base_cache", "trajectory", _CACHE, _CACHE_ERROR),
+    Conflict("base_cache", "image", _CACHE, _CACHE_ERROR),
+    Conflict("base_cache", "overlap_phases", _CACHE, _CACHED_ERROR),
+    Conflict("image", "base_trajectory", _IMAGE),
+    Conflict("image", "trajectory", _IMAGE, _IMAGE_ERROR.format("a trajectory")),
+    Conflict("image", "base_seed", _IMAGE),
+    Conflict("image", "base_path", _IMAGE, _STEPWISE_ERROR, value="stepwise"),
+    Conflict("image", "preview", _IMAGE, _PREVIEW_ERROR.format("an image")),
+    Conflict("image", "overlap_phases", _IMAGE, _GIVEN_ERROR),
+    Conflict("image", "base_unet", _IMAGE),
+    Conflict("preview", "num_frames", _PREVIEW, _PREVIEW_ERROR.format("num_frames")),
+    Conflict("preview", "num_residuals", _PREVIEW, _PREVIEW_ERROR.format("num_residuals")),
+    Conflict("preview", "residual_seed", _PREVIEW),
+    Conflict("preview", "window", _PREVIEW, _PREVIEW_ERROR.format("window")),
+    Conflict("preview", "window_overlap", _PREVIEW, _PREVIEW_ERROR.format("window_overlap")),
+    Conflict("preview", "base_path", _PREVIEW, _PREVIEW_ERROR.format("base_path")),
+    Conflict("preview", "overlap_phases", _PREVIEW, _PREVIEW_ERROR.format("overlap_phases")),
+    Conflict("preview", "offload_base", _PREVIEW, _PREVIEW_ERROR.format("offload_base")),
+    Conflict("preview", "lam", _PREVIEW, _PREVIEW_ERROR.format("lam")),
+    Conflict("overlap_phases", "trajectory", _OVERLAP, _GIVEN_ERROR),
+    Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
+    Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
+)
+_FIELDS = {"base_trajectory": "trajectory"}  # fields that have another name on the command line
+_WITHOUT_EFFECT = {"num_videos": 1, "num_residuals": 1, "preview": False, "overlap_phases": False}
+
+
+def effective(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were written down, by name, without those that ask for nothing.
+
+    Those are None, one video or one motion, which is what there is anyway, and a switch left off.
+    """
+    return {
+        name: value
+        for name, value in written.items()
+        if value is not None and not (name in _WITHOUT_EFFECT and value == _WITHOUT_EFFECT[name])
+    }
+
+
+def conflicts(written: Mapping[str, Any]) -> Iterator[Conflict]:
+    """The conflicts among the settings that were written down, by name."""
+    values = effective(written)
+    for conflict in CONFLICTS:
+        if conflict.setting in values and conflict.other in values:
+            if conflict.value is None or values[conflict.other] == conflict.value:
+                yield conflict
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoRequest:
+    """The settings of a plain video model; `VideoFusionPipeline.__call__` says what they mean.
+
+    Raises ValueError for what no model can do.
+    """
+
+    label: str | Sequence[str] | None = None
+    num_frames: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 2.0
+    residual_seed: int = 1
+    output_type: str = "np"
+    num_videos: int = 1
+    solver: str = "ddim"
+    eta: float = 0.0
+    sample_offset: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        if self.num_frames is not None:
+            _check_count("num_frames", self.num_frames)
+        _check_count("num_videos", self.num_videos)
+        if not 0.0 <= self.guidance_scale <= MAX_GUIDANCE_SCALE:  # also refuses NaN
+            limit = f"[0, {MAX_GUIDANCE_SCALE:g}]"
+            raise ValueError(f"guidance_scale must be in {limit}, got {self.guidance_scale!r}")
+        if not self.labels:
+            raise ValueError("label is an empty list")
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The label, or the labels, as a list; None is no condition."""
+        label = self.label
+        return [label] if label is None or isinstance(label, str) else list(label)
+
+    @property
+    def num_clips(self) -> int:
+        """B, the number of clips."""
+        return len(self.labels) * self.num_videos
+
+    @property
+    def shares_path(self) -> bool:
+        """Whether all clips follow one base path."""
+        return False
+
+    def part(self, first: int, count: int) -> VideoRequest:
+        """The request of clips first … first + count - 1, which stay as they are in the whole."""
+        return replace(self, num_videos=count, sample_offset=self.sample_offset + first)
+
+    def following(self, trajectory: BaseTrajectory | None) -> VideoRequest:
+        """The request whose later parts use the base path of its first, where they share one."""
+        return self
+
+    @classmethod
+    def foreign(cls, names: Iterable[str]) -> list[str]:
+        """Those of the names that are settings of another kind of model: no field of this one."""
+        own, known = field_names(cls), field_names(SamplingRequest)
+        fields = {name: _FIELDS.get(name, name) for name in names}
+        return [name for name, field in fields.items() if field in known - own]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SamplingRequest(VideoRequest):
+    """The settings of a decomposed model; `VideoFusionPipeline.__call__` says what they mean.
+
+    preview: make the base frames alone, as clips of one frame
+
+    Raises ValueError for what no model can do, and for settings that cannot go together.
+    """
+
+    base_seed: int = 0
+    base_path: str | None = None
+    num_residuals: int = 1
+    lam: Lam | None = None
+    trajectory: BaseTrajectory | None = None
+    image: Image.Image | None = None
+    base_cache: str | Path | None = None
+    window: int | None = None
+    window_overlap: int | None = None
+    overlap_phases: bool = False
+    offload_base: bool | None = None
+    preview: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("base_path", self.base_path, (None, *BASE_PATHS))
+        super().__post_init__()
+        _check_count("num_residuals", self.num_residuals)
+        if self.num_residuals > 1 and self.num_paths > 1:
+            raise ValueError(
+                f"num_residuals={self.num_residuals} is of one base path, {self.num_paths} are "
+                "asked for"
+            )
+        for conflict in conflicts(vars(self)):
+            if conflict.error:
+                raise ValueError(conflict.error)
+
+    @property
+    def num_clips(self) -> int:
+        """B, the number of clips; motions of one base path are clips, too."""
+        return max(super().num_clips, self.num_residuals)
+
+    @property
+    def num_paths(self) -> int:
+        """The number of base paths."""
+        return super().num_clips
+
+    @property
+    def shares_path(self) -> bool:
+        return self.num_residuals > 1
+
+    def part(self, first: int, count: int) -> SamplingRequest:
+        if self.shares_path:
+            return replace(self, num_residuals=count, sample_offset=self.sample_offset + first)
+        part, path = super().part(first, count), self.trajectory
+        if path is not None and path.final.shape[0] > 1:  # a path of one clip serves them all
+            path = replace(path, states=path.states[:, first : first + count])
+        return replace(part, trajectory=path)
+
+    def following(self, trajectory: BaseTrajectory) -> SamplingRequest:
+        if not self.shares_path:
+            return self
+        given = {"image": None, "base_cache": None, "overlap_phases": False}
+        return replace(self, trajectory=trajectory, **given)
+
+
+def changed(values: Mapping[str, Any]) -> list[str]:
+    """The settings of a `SamplingRequest` that are not at their defaults, seeds aside.
+
+    A seed of noise that is not drawn changes nothing, so that a call may always name both.
+    """
+    defaults = {field.name: field.default for field in fields(SamplingRequest)}
+    return [
+        name
+        for name, value in values.items()
+        if name in defaults and not name.endswith("_seed") and not _same(value, defaults[name])
+    ]
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is None if default is None else value == default
+
+
+def field_names(kind: type[VideoRequest]) -> set[str]:
+    """The settings that requests of this kind have."""
+    return {field.name for field in fields(kind)}
+
+
+def _check_count(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+
+
+def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
