@@ -135,9 +135,15 @@ class Maker:
     ) -> tuple[np.ndarray, float]:
         """window: 0 makes the clip whole."""
         made = self.pipeline(
-            label, trajectory=path, num_frames=frames, window=window, window_overlap=overlap,
-            residual_seed=RESIDUAL_SEED, offload_base=False, **self.how,
-        )  # fmt: skip
+            label,
+            trajectory=path,
+            num_frames=frames,
+            window=window,
+            window_overlap=overlap,
+            residual_seed=RESIDUAL_SEED,
+            offload_base=False,
+            **self.how,
+        )
         return to_uint8(made.frames)[0], made.timings["residual"]
 
     def cuts(self, label: str, path: BaseTrajectory, frames: int) -> tuple[np.ndarray, float]:

@@ -104,10 +104,15 @@ FULL = (
 REDUCED = (
     Plan("default", steps=5, rounds=2, training=1, memory_steps=2, seconds=60),
     Plan(
-        "large", 1, 1, (VDM, INTERLEAVED, TWO_PHASE, PEER), (VDM, INTERLEAVED, TWO_PHASE), 1,
+        "large",
+        1,
+        1,
+        (VDM, INTERLEAVED, TWO_PHASE, PEER),
+        (VDM, INTERLEAVED, TWO_PHASE),
+        1,
         seconds=60,
     ),
-)  # fmt: skip
+)
 LEAST = (Plan("tiny", 2, 1, (*OURS, PEER), memory=(), training=1),)  # the growth reads memory
 LEAST_GROWTH = (2, 4)
 GROWTH = (8, 16, 32, 64, 128)  # frames

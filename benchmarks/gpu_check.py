@@ -108,12 +108,24 @@ class Journal:
     def write(self, section: str, **line: object) -> None:
         """A line; what is not given is empty."""
         empty = {
-            "case": "", "contender": "", "metric": "", "value": None, "unit": "", "spread": None,
-            "n": None, "graph": False, "dtype": "", "status": "measured", "note": "",
-        }  # fmt: skip
+            "case": "",
+            "contender": "",
+            "metric": "",
+            "value": None,
+            "unit": "",
+            "spread": None,
+            "n": None,
+            "graph": False,
+            "dtype": "",
+            "status": "measured",
+            "note": "",
+        }
         place = {
-            "section": section, "gpu": self.gpu, "time": round(self.seconds, 3), "run": self.run
-        }  # fmt: skip
+            "section": section,
+            "gpu": self.gpu,
+            "time": round(self.seconds, 3),
+            "run": self.run,
+        }
         whole = empty | line | place
         try:
             gpu_results.validate(whole)

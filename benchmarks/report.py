@@ -101,9 +101,15 @@ def draw_growth(facts: dict, figures: Figures) -> Figure:
             axis.plot(frames, values, "o-", color=colour, linewidth=2, markersize=5)
             power = f"~ N$^{{{metrics['exponent'][0]:.2f}}}$"
             axis.annotate(
-                f"{name}\n{values[-1]:,.0f} {unit}, {power}", (frames[-1], values[-1]), (8, rise),
-                textcoords="offset points", va="center", fontsize=9, color=colour, weight="bold",
-            )  # fmt: skip
+                f"{name}\n{values[-1]:,.0f} {unit}, {power}",
+                (frames[-1], values[-1]),
+                (8, rise),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=colour,
+                weight="bold",
+            )
         size, what = case.split(", growth: ")
         axis.set_title(f"{what}, {size} size", fontsize=10)
         axis.set_xscale("log", base=2)

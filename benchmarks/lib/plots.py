@@ -66,9 +66,15 @@ def mark(axis: Axes, value: float, text: str) -> None:
 def headline(axis: Axes, text: str) -> None:
     """Above a row of panels, at the picture's left edge; `axis` is the row's first."""
     axis.annotate(
-        text, (0.01, 1), (0, 20), ("figure fraction", "axes fraction"), "offset points",
-        fontsize=11, weight="bold", va="bottom",
-    )  # fmt: skip
+        text,
+        (0.01, 1),
+        (0, 20),
+        ("figure fraction", "axes fraction"),
+        "offset points",
+        fontsize=11,
+        weight="bold",
+        va="bottom",
+    )
 
 
 def footer(figure: Figure, text: str) -> None:

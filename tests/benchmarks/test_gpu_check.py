@@ -188,8 +188,9 @@ def test_a_section_that_fails_costs_the_others_nothing(fakes, tmp_path, gpu_resu
     assert statuses(lines, "passes") == ["passed", "done"]
     assert statuses(lines, "fails") == ["failed", "done"]
     assert statuses(lines, "crashes") == ["measured", "failed", "done"]
-    assert "no kernel image" in next(x["note"] for x in lines if x["status"] == "failed"
-                                     and x["section"] == "crashes")  # fmt: skip
+    assert "no kernel image" in next(
+        x["note"] for x in lines if x["status"] == "failed" and x["section"] == "crashes"
+    )
     assert statuses(lines, "mumbles") == ["failed", "failed", "done"]  # NaN, and an unknown key
     assert statuses(lines, "late") == ["passed", "done"]
     for line in lines:

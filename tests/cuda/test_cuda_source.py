@@ -122,9 +122,15 @@ def test_every_line_of_the_cuda_source_runs(tmp_path, capsys):
 
 
 def run_driver(
-    variant: str, folder: Path, frames: int, pixels: int, *, misaligned: int = 0, overlap: int = 0,
+    variant: str,
+    folder: Path,
+    frames: int,
+    pixels: int,
+    *,
+    misaligned: int = 0,
+    overlap: int = 0,
     replace: tuple[str, str, str] | None = None,
-) -> subprocess.CompletedProcess:  # fmt: skip
+) -> subprocess.CompletedProcess:
     """emulation/planted/residual_step.cu; replace: (file, correct text, planted text)."""
     sources = CSRC
     if replace is not None:

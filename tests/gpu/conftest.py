@@ -39,8 +39,12 @@ def pytest_pyfunc_call(pyfuncitem):
     env = {"PYTHONPATH": path, "VFENGINE_TEST_ALONE": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"{ROOT}/{pyfuncitem.nodeid}"],
-        cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return True
 

@@ -66,10 +66,17 @@ def unet(config, **conditions):
 
 
 EVERYTHING = replace(
-    CLIP, temporal_conv=(True, True), temporal_conv_depth=2, temporal_self_attentions=2,
-    norm_over_frames=True, scale_shift=False, context_dim=20, transformer_in_heads=3,
-    transformer_depths=(1, 2), feed_forward_mult=4,
-)  # fmt: skip
+    CLIP,
+    temporal_conv=(True, True),
+    temporal_conv_depth=2,
+    temporal_self_attentions=2,
+    norm_over_frames=True,
+    scale_shift=False,
+    context_dim=20,
+    transformer_in_heads=3,
+    transformer_depths=(1, 2),
+    feed_forward_mult=4,
+)
 # A module with its arguments, and the ops that it calls, in order (None: too many to list):
 PAIR = [GROUP_NORM] * 2
 CASES = {
@@ -114,7 +121,7 @@ CASES = {
     "image network": (lambda: unet(IMAGE), None),
     "video network": (lambda: unet(CLIP), None),
     "video network, everything": (lambda: unet(EVERYTHING, context=normal(2, 5, 20)), None),
-}  # fmt: skip
+}
 PLAIN = ("aten.native_group_norm", "aten.native_layer_norm", "aten.gelu")
 
 

@@ -269,14 +269,23 @@ def test_spatial_transformer_takes_weights_of_diffusers():
 
     peer = randomise(
         Transformer2DModel(
-            num_attention_heads=4, attention_head_dim=16, in_channels=64, num_layers=1,
-            cross_attention_dim=24, norm_num_groups=32, use_linear_projection=True,
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=64,
+            num_layers=1,
+            cross_attention_dim=24,
+            norm_num_groups=32,
+            use_linear_projection=True,
         )
-    )  # fmt: skip
+    )
     config = replace(
-        IMAGE, block_out_channels=(64, 64), head_dim=16, norm_groups=32, context_dim=24,
+        IMAGE,
+        block_out_channels=(64, 64),
+        head_dim=16,
+        norm_groups=32,
+        context_dim=24,
         feed_forward_mult=4,
-    )  # fmt: skip
+    )
     ours = Transformer(64, "space", config)
     names = {"to_out.0.": "to_out.", "ff.net.0.proj.": "ff.proj.", "ff.net.2.": "ff.out."}
     state = {}

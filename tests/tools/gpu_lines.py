@@ -185,12 +185,23 @@ def rest() -> list[dict]:
         line("sanitizers", case="initcheck", status="skipped", note="10 s left of 560"),
         done("sanitizers", 21),
         line(
-            "capture", case="default clip, 50 steps", contender="plain", metric="per step",
-            value=8.4, unit="ms", dtype="bf16",
+            "capture",
+            case="default clip, 50 steps",
+            contender="plain",
+            metric="per step",
+            value=8.4,
+            unit="ms",
+            dtype="bf16",
         ),
         line(
-            "capture", case="default clip, 50 steps", contender="captured", metric="per step",
-            value=1.94, unit="ms", dtype="bf16", graph=True,
+            "capture",
+            case="default clip, 50 steps",
+            contender="captured",
+            metric="per step",
+            value=1.94,
+            unit="ms",
+            dtype="bf16",
+            graph=True,
         ),
         done("capture", 22),
         line("peers", status="unavailable", contender="diffusers", note="not installed"),
@@ -198,7 +209,7 @@ def rest() -> list[dict]:
         line("ncu", status="skipped", note="no time left"),
         line("warp shuffles", case="a new idea", contender="x", metric="turns", value=12345),
         done("warp shuffles", 2),
-    ]  # fmt: skip
+    ]
 
 
 def whole_run(**facts: object) -> list[dict]:

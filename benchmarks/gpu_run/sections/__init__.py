@@ -25,28 +25,27 @@ if DRY and os.environ.get("TRITON_INTERPRET") == "1":
 BACKENDS = ("cpu", "triton") if DRY else ("cuda", "triton")  # C++ and Triton
 
 
+_DETAILS = {"dtype", "graph", "spread", "n", "status", "note"}
+
+
 def emit(
     case: str,
     contender: str = "",
     metric: str = "",
     value: float | None = None,
     unit: str = "",
-    *,
-    dtype: str = "",
-    graph: bool = False,
-    spread: float | None = None,
-    n: int | None = None,
-    status: str = "measured",
-    note: str = "",
+    **details: object,
 ) -> None:
-    """Writes a line; status and the rest as in results.py. Nothing while preparing."""
-    if PREPARE and status == "measured":
+    """Writes a line; details: dtype, graph, spread, n, status, note, as in results.py.
+
+    What is left out is empty, and the status "measured". Nothing is written while preparing.
+    """
+    if unknown := details.keys() - _DETAILS:
+        raise TypeError(f"emit: expected details of {sorted(_DETAILS)}, got {sorted(unknown)}")
+    if PREPARE and details.get("status", "measured") == "measured":
         return
-    line = {
-        "case": case, "contender": contender, "metric": metric, "value": value, "unit": unit,
-        "dtype": dtype, "graph": graph, "spread": spread, "n": n, "status": status, "note": note,
-    }  # fmt: skip
-    print(json.dumps(line), flush=True)
+    line = {"case": case, "contender": contender, "metric": metric, "value": value, "unit": unit}
+    print(json.dumps({**line, **details}), flush=True)
 
 
 def verdict(case: str, passed: bool, note: str = "", **place: object) -> None:

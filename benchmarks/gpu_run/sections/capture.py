@@ -41,9 +41,13 @@ def main() -> None:
             for seed in (3, 0, 3):  # the third uses the graphs of the first again
                 start = time.perf_counter()
                 frames = pipe(
-                    "cartwheel", base_seed=seed, base_path="stepwise", offload_base=False,
-                    num_inference_steps=STEPS, **options,
-                ).frames  # fmt: skip
+                    "cartwheel",
+                    base_seed=seed,
+                    base_path="stepwise",
+                    offload_base=False,
+                    num_inference_steps=STEPS,
+                    **options,
+                ).frames
                 times.append(time.perf_counter() - start)
                 clips[form, seed] = frames
             share = options.get("num_residuals", 1)

@@ -78,9 +78,12 @@ def residual_steps(case: str, clips: list[Clip], dtype: str) -> None:
     }
     for kind, result in results.items():
         here = case.format(f"residual_step, {kind}")
-        calls = checked(here, dtype, result, {
-            backend: [step(clip, backend, kind) for clip in clips] for backend in BACKENDS
-        })  # fmt: skip
+        calls = checked(
+            here,
+            dtype,
+            result,
+            {backend: [step(clip, backend, kind) for clip in clips] for backend in BACKENDS},
+        )
         if kind == "plain":
             calls |= written(here, dtype, clips)
         if kind == "drawn":

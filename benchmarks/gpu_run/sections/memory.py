@@ -17,9 +17,13 @@ GIB = 1024  # MiB
 
 def peak(size: str, name: str, graph: bool) -> peak_memory.Peak:
     arguments = {
-        "contender": name, "size_name": "tiny" if DRY else size, "dtype": "bfloat16",
-        "device": DEVICE, "steps": 2, "capture": graph,
-    }  # fmt: skip
+        "contender": name,
+        "size_name": "tiny" if DRY else size,
+        "dtype": "bfloat16",
+        "device": DEVICE,
+        "steps": 2,
+        "capture": graph,
+    }
     return peak_memory.measure("lib.table4_ways:sampling_probe", arguments, DEVICE)
 
 

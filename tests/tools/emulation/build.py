@@ -38,8 +38,14 @@ VARIANTS = {
 ENGINE_DEFINES = {"address": ("-DEMULATION_ASAN",), "thread": ("-DEMULATION_TSAN",)}
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
-COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall",
-          "-Wno-unknown-pragmas")  # fmt: skip
+COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
 # nvcc's device compiler does not reason from types either, and kernels move bytes as uint4.
 CUDA = ("-x", "c++", "-fno-strict-aliasing", f"-I{EMULATION / 'include'}")
 
