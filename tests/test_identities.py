@@ -17,8 +17,9 @@ from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import solver_table
 from vfengine.formats.checkpoint import read_config
 from vfengine.formats.load import fingerprint
-from vfengine.models import UNet, UNetConfig, vdm_config
+from vfengine.models import PlannedUNet, UNet, UNetConfig, vdm_config
 from vfengine.models.unet import empty_unet
+from vfengine.native import vfengine_native
 from vfengine.pipelines.videofusion import VideoFusionPipeline
 
 SHIPPED = read_config()
@@ -102,6 +103,29 @@ def test_fingerprint_of_a_network_in_memory_is_as_ever(notes, expected):
         for index, tensor in enumerate(unet.state_dict().values()):
             tensor.fill_(index / 8)
     assert fingerprint(unet, *notes) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LATER, "a2e0bdf4ec27e921"),
+        (UNetConfig(spatial_attention=(False, True, True), context_dim=12), "9584fdae81bcee82"),
+        (SHIPPED.residual, "57ba743883d2551e"),
+    ],
+    ids=["later", "image", "residual"],
+)
+def test_fingerprint_of_a_planned_network_is_as_ever(config, expected):
+    """Paths were walked by planned networks; weights are packed as on any machine."""
+    unet = UNet(config)
+    with torch.no_grad():
+        for index, tensor in enumerate(unet.state_dict().values()):
+            tensor.fill_(index / 8)
+    isa = vfengine_native.cpu_isa()
+    vfengine_native.set_cpu_isa("baseline")
+    try:
+        assert fingerprint(PlannedUNet(unet, torch.float32)) == expected
+    finally:
+        vfengine_native.set_cpu_isa(isa)
 
 
 def test_fingerprint_of_a_networks_files_is_as_ever(tmp_path):

@@ -4,6 +4,8 @@ Every case runs on every instruction set of this machine, in fp32 and bf16.
 """
 
 import importlib
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from torch import Tensor
 from vfengine.native import vfengine_native
 from vfengine.plan import gather as taps
 from vfengine.plan import packing as packed
+from vfengine.plan.memory import Block, arrange
 from vfengine.plan.packing import pack
 from vfengine.plan.program import Builder, Program, Rows, Source
 
@@ -331,50 +334,84 @@ def test_layer_norm_matches_its_reference(shape, dtype, isa):
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def overlap(a: Rows, b: Rows) -> bool:
-    return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
-
-
-sizes = st.tuples(
-    st.integers(1, 40),
-    st.integers(1, 40),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+blocks = st.builds(
+    lambda nbytes, first, calls: Block(nbytes, first, first + calls),
+    st.integers(1, 5000),
+    st.integers(0, 12),
+    st.one_of(st.integers(0, 6), st.just(math.inf)),
 )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.one_of(sizes, st.integers(0, 100)), max_size=40))
-def test_live_buffers_of_an_arena_are_disjoint_and_aligned(actions):
-    """A size makes a buffer, a number frees one."""
-    build, live = Builder(torch.float32), []
-    for action in actions:
-        if isinstance(action, int):
-            if live:
-                build.free(live.pop(action % len(live)))
-            continue
-        new = build.rows(*action)
-        assert (new.count, new.width, new.dtype) == action
-        assert new.offset >= 0 and new.offset % 64 == 0
-        assert not any(overlap(new, other) for other in live), (new, live)
-        live.append(new)
-    arena = build.program().arena
-    assert all(rows.offset + rows.nbytes <= len(arena) for rows in live)
-    build.free(*live)
-    if len(arena):  # all of it is one gap again
-        assert build.rows(len(arena) // 4, 1).offset == 0
-        assert len(build.program().arena) == len(arena)
+@given(st.lists(blocks, max_size=40))
+def test_blocks_that_a_call_needs_at_once_are_disjoint_and_aligned(made):
+    offsets, size = arrange(made)
+    places = list(zip(offsets, made, strict=True))
+    for offset, block in places:
+        assert offset >= 0 and offset % 64 == 0 and offset + block.nbytes <= size
+    for (a, one), (b, other) in itertools.combinations(places, 2):
+        if one.first <= other.last and other.first <= one.last:
+            assert a + one.nbytes <= b or b + other.nbytes <= a
 
 
-def test_an_arena_reuses_what_was_freed():
-    build = Builder(torch.bfloat16)
-    a, b, c = build.rows(64, 32), build.rows(4, 3), build.rows(32, 32)
-    build.free(a)
-    small = build.rows(32, 32)
-    assert small.offset == a.offset, "the gap"
-    build.free(c, small)
-    assert not overlap(build.rows(64, 32), b)
-    build.free(b)
-    assert len(build.program().arena) <= a.nbytes + 64 + 2 * a.nbytes
+def test_blocks_share_what_no_call_needs_twice():
+    assert arrange([]) == ([], 0)
+    one_after_the_other = [Block(640, first, first) for first in range(5)]
+    assert arrange(one_after_the_other) == ([0] * 5, 640)
+    small, large = Block(64, 0, 2), Block(640, 1, 1)
+    assert arrange([small, large, Block(100, 3, 3)]) == ([640, 0, 0], 704)
+
+
+def sums(build: Builder, x: Rows, count: int, **options) -> Rows:
+    """x multiplied by a square matrix `count` times."""
+    for _ in range(count):
+        weights = pack(normal(x.width, x.width), None, torch.float32)
+        x = build.matmul(x, weights, **options)
+    return x
+
+
+def test_a_buffer_lasts_to_the_last_call_that_names_it():
+    build = Builder(torch.float32)
+    x = build.rows(32, 16)
+    assert len(build.program(sums(build, x, 9)).arena) == 2 * x.nbytes
+
+    build = Builder(torch.float32)
+    x = build.rows(32, 16)
+    kept = sums(build, x, 1)
+    out = build.matmul(
+        [Source(sums(build, kept, 4)), Source(kept)], pack(normal(16, 32), None, torch.float32)
+    )
+    assert len(build.program(out).arena) == 3 * x.nbytes
+
+
+def test_results_and_buffers_that_no_call_names_are_left_alone():
+    build = Builder(torch.float32)
+    x, unnamed = build.rows(4, 16), build.rows(4, 16)
+    first = sums(build, x, 1)
+    program = build.program(first, sums(build, first, 3))
+    program.view(x).fill_(1)
+    program.view(unnamed).fill_(7)
+    program.run()
+    assert (program.view(unnamed) == 7).all()
+    program.view(x).fill_(1)
+    expected = multiply(Case([(torch.ones(4, 16), None, 0)], normal(16, 16), None), torch.float32)
+    assert torch.equal(program.view(first), expected)
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_sum_is_written_over_what_it_adds_to_unless_that_is_read_again(read_again):
+    build = Builder(torch.float32)
+    x, added = build.rows(4, 16), build.rows(4, 16)
+    out = sums(build, x, 1, residual=added)
+    if read_again:
+        sums(build, added, 1)
+    program = build.program(out)
+    assert (program.offset(out) == program.offset(added)) is not read_again
+
+    build = Builder(torch.float32)
+    x = build.rows(4, 16)
+    program = build.program(out := sums(build, x, 1, residual=x))
+    assert program.offset(out) != program.offset(x), "which the product itself reads"
 
 
 def test_views_of_a_program_are_aligned_and_start_as_zeros():

@@ -133,9 +133,10 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
 
     def text(value: object) -> str:
         if isinstance(value, program.Rows):
-            return f"{value.offset}:{value.count}x{value.width}:{NAMES[value.dtype]}"
+            offset = forward.program.offset(value)
+            return f"{offset}:{value.count}x{value.width}:{NAMES[value.dtype]}"
         if isinstance(value, program._Place):
-            return f"@{value.offset}"
+            return f"@{forward.program.offset(value)}"
         if value is program._THREADS:
             return "threads"
         if isinstance(value, tuple):

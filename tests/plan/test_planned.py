@@ -295,6 +295,14 @@ def test_refuses_a_call_without_what_is_needed(config, missing, message):
         made(normal(2, 3, 8, 8), torch.tensor([1, 2]))
 
 
+def test_refuses_a_shortcut_that_is_a_picture_and_a_skip_as_they_are():
+    """No product puts them side by side: an identity of both together has no kernel."""
+    config = replace(IMAGE, block_out_channels=(8, 16), layers_per_block=(0, 0), mid_blocks=0)
+    made = plan(UNet(config))
+    with pytest.raises(ValueError, match=r"expected one picture, got pictures of \[8, 8\]"):
+        made(normal(2, 3, 8, 8), torch.tensor([1, 2]))
+
+
 def test_refuses_to_be_moved_or_cast():
     made = plan(network("image"))
     expected = made(**inputs("image"))
@@ -330,7 +338,8 @@ def test_weights_are_held_once(case, dtype):
     assert sum(p.numel() for p in unet.parameters()) < before / 2
     packed = [b for name, b in made.named_buffers() if name.startswith("packed_")]
     assert packed and all(b.dtype is torch.int32 and b.numel() for b in packed)
-    assert not [name for name, p in unet.named_parameters() if not name.startswith(kept) and len(p)]
+    assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"unet"}
+    assert all(name.startswith(kept) for name, _ in made.unet.named_parameters())
 
 
 def test_modules_around_see_its_embeddings():

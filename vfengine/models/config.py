@@ -1,58 +1,94 @@
 """What a UNet is: its shape, level by level, and which variants of its layers it has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-# what UNetConfig accepts: the least of its counts, and of its sequences' entries (None: booleans)
 _LARGEST = 2**16
-_COUNTS = {
-    "in_channels": 1,
-    "out_channels": 1,
-    "patch_size": 1,
-    "temporal_conv_depth": 1,
-    "num_classes": 1,
-    "context_dim": 1,
-    "position_buckets": 0,
-    "head_dim": 1,
-    "norm_groups": 1,
-    "feed_forward_mult": 0,
-    "mid_blocks": 0,
-    "temporal_self_attentions": 1,
-    "class_features": 1,
-    "transformer_in_heads": 1,
-}
-_PER_LEVEL = {
-    "block_out_channels": 2,
-    "layers_per_block": 0,
-    "spatial_attention": None,
-    "temporal_attention": None,
-    "temporal_conv": None,
-    "head_dims": 1,
-    "transformer_depths": 1,
-}
-_SWITCHES = (
-    *("frame_embedding", "scale_shift", "temporal_feed_forward", "norm_over_frames"),
-    *("sin_first", "any_size", "needs_context"),
-)
-_OPTIONAL = (
-    *("num_classes", "context_dim", "class_features", "transformer_in_heads"),
-    *("head_dims", "transformer_depths"),
-)
 _CLASS_EMBEDDINGS = ("null", "table", "timestep", "projection")
-
-
-def _later(default: Any) -> Any:
-    """A field that the configuration has gained: at its default it is neither shown nor written.
-
-    Files, states of training and base caches name a model by what they show of it: older ones stay
-    good.
-    """
-    return field(default=default, repr=False)
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# -- fields: a default, and a rule (name, value) that raises ValueError for other values -----------
+
+
+def _field(default: Any, rule: Callable[[str, Any], None], later: bool, per_level=False) -> Any:
+    """later: a field that the configuration has gained: at its default neither shown nor written.
+
+    Files, states of training and base caches name a model by what they show of it: older ones stay
+    good.
+    """
+    return field(default=default, repr=not later, metadata={"rule": rule, "per_level": per_level})
+
+
+def _count(default: int | None, least: int = 1, later: bool = False) -> Any:
+    """An int from `least` on; None too where it is the default."""
+
+    def rule(name: str, value: Any) -> None:
+        if not (value is None and default is None):
+            if not (_is_int(value) and least <= value <= _LARGEST):
+                raise ValueError(
+                    f"UNetConfig: {name} must be an int from {least} to {_LARGEST}, got {value!r}"
+                )
+
+    return _field(default, rule, later)
+
+
+def _switch(default: bool, later: bool = False) -> Any:
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"UNetConfig: {name} must be true or false")
+
+    return _field(default, rule, later)
+
+
+def _choice_or_none(later: bool) -> Any:
+    def rule(name: str, value: Any) -> None:
+        if value not in (None, True, False):
+            raise ValueError(f"UNetConfig: {name} must be true, false or null")
+
+    return _field(None, rule, later)
+
+
+def _number(default: float | None, later: bool = False) -> Any:
+    """A number in [0, 1]; None too where it is the default."""
+
+    def rule(name: str, value: Any) -> None:
+        if not (value is None and default is None):
+            if not (_is_int(value) or isinstance(value, float)) or not 0 <= value <= 1:
+                raise ValueError(f"UNetConfig: {name} must be a number in [0, 1], got {value!r}")
+
+    return _field(default, rule, later)
+
+
+def _one_of(default: str, choices: Sequence[str], later: bool = False) -> Any:
+    def rule(name: str, value: Any) -> None:
+        if value not in choices:
+            raise ValueError(f"UNetConfig: {name} must be one of {choices}")
+
+    return _field(default, rule, later)
+
+
+def _per_level(default: Sequence | None, later: bool, fits: Callable[[Any], bool]) -> Any:
+    """A sequence of entries that fit, one a level; None too where it is the default."""
+
+    def rule(name: str, value: Any) -> None:
+        for entry in value:
+            if not fits(entry):
+                raise ValueError(f"UNetConfig: {name} cannot hold {entry!r}")
+
+    return _field(default, rule, later, per_level=True)
+
+
+def _counts(default: Sequence[int] | None, least: int = 1, later: bool = False) -> Any:
+    return _per_level(default, later, lambda entry: _is_int(entry) and least <= entry <= _LARGEST)
+
+
+def _switches(default: Sequence[bool]) -> Any:
+    return _per_level(default, False, lambda entry: isinstance(entry, bool))
 
 
 @dataclass(frozen=True)
@@ -91,75 +127,70 @@ class UNetConfig:
     any_size          whether height and width may be no multiples of 2^(levels - 1)
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: Sequence[int] = (64, 128, 256)
-    layers_per_block: Sequence[int] = (1, 1, 1)
-    patch_size: int = 1
-    spatial_attention: Sequence[bool] = (False, False, True)
-    temporal_attention: Sequence[bool] = (False, False, False)
-    temporal_conv: Sequence[bool] = (False, False, False)
-    temporal_conv_depth: int = 1
-    frame_embedding: bool = False
-    num_classes: int | None = None
-    context_dim: int | None = None
-    position_buckets: int = 32
-    head_dim: int = 32
-    norm_groups: int = 8
-    feed_forward_mult: int = 2
-    scale_shift: bool = True
-    temporal_feed_forward: bool = _later(True)
-    head_dims: Sequence[int] | None = _later(None)
-    transformer_depths: Sequence[int] | None = _later(None)
-    transformer_in_heads: int | None = _later(None)
-    mid_blocks: int = _later(2)
-    mid_spatial_attention: bool | None = _later(None)
-    mid_temporal_attention: bool | None = _later(None)
-    temporal_self_attentions: int = _later(1)
-    norm_over_frames: bool = _later(False)
-    norm_eps: float = _later(1e-5)
-    transformer_norm_eps: float = _later(1e-5)
-    sin_first: bool = _later(False)
-    frequency_shift: float | None = _later(None)
-    class_embedding: str = _later("null")
-    class_features: int | None = _later(None)
-    needs_context: bool = _later(False)
-    any_size: bool = _later(False)
+    in_channels: int = _count(3)
+    out_channels: int = _count(3)
+    block_out_channels: Sequence[int] = _counts((64, 128, 256), least=2)
+    layers_per_block: Sequence[int] = _counts((1, 1, 1), least=0)
+    patch_size: int = _count(1)
+    spatial_attention: Sequence[bool] = _switches((False, False, True))
+    temporal_attention: Sequence[bool] = _switches((False, False, False))
+    temporal_conv: Sequence[bool] = _switches((False, False, False))
+    temporal_conv_depth: int = _count(1)
+    frame_embedding: bool = _switch(False)
+    num_classes: int | None = _count(None)
+    context_dim: int | None = _count(None)
+    position_buckets: int = _count(32, least=0)
+    head_dim: int = _count(32)
+    norm_groups: int = _count(8)
+    feed_forward_mult: int = _count(2, least=0)
+    scale_shift: bool = _switch(True)
+    temporal_feed_forward: bool = _switch(True, later=True)
+    head_dims: Sequence[int] | None = _counts(None, later=True)
+    transformer_depths: Sequence[int] | None = _counts(None, later=True)
+    transformer_in_heads: int | None = _count(None, later=True)
+    mid_blocks: int = _count(2, least=0, later=True)
+    mid_spatial_attention: bool | None = _choice_or_none(later=True)
+    mid_temporal_attention: bool | None = _choice_or_none(later=True)
+    temporal_self_attentions: int = _count(1, later=True)
+    norm_over_frames: bool = _switch(False, later=True)
+    norm_eps: float = _number(1e-5, later=True)
+    transformer_norm_eps: float = _number(1e-5, later=True)
+    sin_first: bool = _switch(False, later=True)
+    frequency_shift: float | None = _number(None, later=True)
+    class_embedding: str = _one_of("null", _CLASS_EMBEDDINGS, later=True)
+    class_features: int | None = _count(None, later=True)
+    needs_context: bool = _switch(False, later=True)
+    any_size: bool = _switch(False, later=True)
 
     def __post_init__(self):
-        for name, lowest in _COUNTS.items():
-            value = getattr(self, name)
-            optional = value is None and name in _OPTIONAL
-            if not optional and not (_is_int(value) and lowest <= value <= _LARGEST):
-                raise ValueError(
-                    f"UNetConfig: {name} must be an int from {lowest} to {_LARGEST}, got {value!r}"
-                )
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"UNetConfig: {name} must be true or false")
-        self._check_variants()
+        levels = None
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["per_level"]:
+                if value is None and f.default is None:
+                    continue
+                if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 16:
+                    raise ValueError(f"UNetConfig: {f.name} must be a sequence, got {value!r}")
+                levels = levels or len(value)
+                if len(value) != levels:
+                    raise ValueError(
+                        f"UNetConfig: {f.name} needs {levels} entries, one per level, got {value}"
+                    )
+            f.metadata["rule"](f.name, value)
+            if f.metadata["per_level"]:
+                object.__setattr__(self, f.name, tuple(value))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """ValueError for entries that do not go together."""
+        if self.temporal_self_attentions > 2:
+            raise ValueError("UNetConfig: temporal_self_attentions must be 1 or 2")
+        if self.class_embedding == "table" and self.num_classes is None:
+            raise ValueError("UNetConfig: a table of classes needs num_classes")
+        if (self.class_embedding == "projection") != (self.class_features is not None):
+            raise ValueError("UNetConfig: class_features go with class_embedding='projection'")
         if self.position_buckets and self.position_buckets < 4:
             raise ValueError("UNetConfig: position_buckets must be 0, or 4 and more")
-        levels = None
-        for name, lowest in _PER_LEVEL.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 16:
-                raise ValueError(f"UNetConfig: {name} must be a sequence, got {value!r}")
-            levels = levels or len(value)
-            if len(value) != levels:
-                raise ValueError(
-                    f"UNetConfig: {name} needs {levels} entries, one per level, got {value}"
-                )
-            for entry in value:
-                if lowest is None:
-                    fits = isinstance(entry, bool)
-                else:
-                    fits = _is_int(entry) and lowest <= entry <= _LARGEST
-                if not fits:
-                    raise ValueError(f"UNetConfig: {name} cannot hold {entry!r}")
-            object.__setattr__(self, name, tuple(value))
         for channels, head_dim in zip(self.block_out_channels, self.level_head_dims, strict=True):
             if channels % self.norm_groups or channels % head_dim:
                 raise ValueError(
@@ -167,29 +198,8 @@ class UNetConfig:
                     f"norm_groups={self.norm_groups} and head_dim={head_dim}"
                 )
 
-    def _check_variants(self) -> None:
-        """ValueError for a variant that there is not."""
-        for name in ("norm_eps", "transformer_norm_eps", "frequency_shift"):
-            value = getattr(self, name)
-            if value is None and name == "frequency_shift":
-                continue
-            if not (_is_int(value) or isinstance(value, float)) or not 0 <= value <= 1:
-                raise ValueError(f"UNetConfig: {name} must be a number in [0, 1], got {value!r}")
-        for name in ("mid_spatial_attention", "mid_temporal_attention"):
-            if getattr(self, name) not in (None, True, False):
-                raise ValueError(f"UNetConfig: {name} must be true, false or null")
-        if self.temporal_self_attentions > 2:
-            raise ValueError("UNetConfig: temporal_self_attentions must be 1 or 2")
-        kind = self.class_embedding
-        if kind not in _CLASS_EMBEDDINGS:
-            raise ValueError(f"UNetConfig: class_embedding must be one of {_CLASS_EMBEDDINGS}")
-        if kind == "table" and self.num_classes is None:
-            raise ValueError("UNetConfig: a table of classes needs num_classes")
-        if (kind == "projection") != (self.class_features is not None):
-            raise ValueError("UNetConfig: class_features go with class_embedding='projection'")
-
     def to_dict(self) -> dict[str, Any]:
-        """All entries but the later ones (`_later`) that are at their default."""
+        """All entries but the later ones (`_field`) that are at their default."""
         values = asdict(self)
         for f in fields(self):
             if not f.repr and values[f.name] == f.default:

@@ -8,7 +8,7 @@ have trained predict ε or v (PretrainedGenerator).
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.decompose import Lam, frame_weights
+from ..diffusion.decompose import Lam, base_index, frame_weights
 from ..diffusion.schedule import NoiseSchedule
 from .unet import UNet
 
@@ -159,7 +159,7 @@ class ResidualGenerator(_Generator):
 
     def _change(self, z: Tensor, t: Tensor, lam: Lam | None, conditions: dict):
         """x̂_m [B, 1, C, H, W]; how z'_i / √ᾱ differs from it; how x̂_i does (0 in frame m)."""
-        m, channels = z.shape[1] // 2, z.shape[2]
+        m, channels = base_index(z.shape[1]), z.shape[2]
         frames = z / self._alphas_cumprod(t, z.dim()).sqrt()  # x_i + σ r_i, and x̂_m
         base = frames[:, m : m + 1]
         difference = frames - base
@@ -175,14 +175,17 @@ class ResidualGenerator(_Generator):
 
 
 def _weights(lam: Lam, num_frames: int, device: torch.device) -> Tensor:
-    """`frame_weights` for every step: of a number or a tensor on the device, with no host copy."""
+    """`frame_weights` for every step: of a number or a tensor on the device, with no host copy.
+
+    A captured step can neither copy from the host nor look at values on the device.
+    """
     if isinstance(lam, Tensor) and lam.device == device and lam.shape == (num_frames,):
         weights = lam.to(torch.float32, copy=True)
     elif isinstance(lam, (int, float)) and 0 <= lam <= 1:
         weights = torch.full((num_frames,), lam, dtype=torch.float32, device=device)
     else:
         return frame_weights(lam, num_frames, device=device)
-    weights[num_frames // 2].fill_(1.0)
+    weights[base_index(num_frames)].fill_(1.0)
     return weights
 
 

@@ -6,9 +6,10 @@ same memory, never copies.
 
 Where `fused` says so (inference on CUDA), norms with what follows them, GEGLU and temporal
 attention run as kernels of vfengine/ops.
-"""
 
-import math
+A layer has `plan` beside `forward`: the same formula, told to a builder (vfengine/plan/walk.py),
+which chooses kernels for it. Of x and of what comes back the builder alone knows what they are.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
 
 from ..devices import tf32_products
 from ..ops.attention import attend
+from .positions import RelativePositionBias
 
 
 def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
@@ -37,26 +39,6 @@ def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
         return True
     read = (x, *module.parameters(), *(t for t in more if t is not None))
     return not any(t.requires_grad for t in read)
-
-
-def sinusoidal_embedding(
-    positions: Tensor, dim: int, *, sin_first: bool = False, shift: float | None = None
-) -> Tensor:
-    """positions [...] -> [..., dim] fp32: cos, then sin, at dim / 2 frequencies, 1 to 1/10000.
-
-    sin_first: sin, then cos
-    shift:     frequency k is 10000^(-k / (dim / 2 - shift)), rounded as diffusers does: at t = 1000
-               the last bit of a frequency shows. None: no shift, and this family's own rounding
-    """
-    half = dim // 2
-    k = torch.arange(half, dtype=torch.float32, device=positions.device)
-    if shift is None:
-        exponents = k * (-math.log(10000.0) / half)
-    else:
-        exponents = k * -math.log(10000.0) / (half - shift)
-    angles = positions[..., None].float() * exponents.exp()
-    parts = (angles.sin(), angles.cos()) if sin_first else (angles.cos(), angles.sin())
-    return torch.cat(parts, dim=-1)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -97,9 +79,13 @@ class GroupNorm(nn.GroupNorm):
             tables = {"scale": scale, "shift": shift} if scale is not None else {}
             return group_norm_silu(
                 x.contiguous(memory_format=torch.channels_last),
-                self.num_groups, weight, bias, eps=self.eps, silu=silu,
+                self.num_groups,
+                weight,
+                bias,
+                eps=self.eps,
+                silu=silu,
                 **{name: table.float().contiguous() for name, table in tables.items()},
-            )  # fmt: skip
+            )
         h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         if scale is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
@@ -127,9 +113,51 @@ class Conv2d(nn.Conv2d):
         cudnn = torch.backends.cudnn
         deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         return torch._convolution(  # what torch.conv2d calls with the settings of the process
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, False, (0, 0),
-            self.groups, cudnn.benchmark, deterministic, cudnn.enabled, tf32_products(),
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,  # not transposed
+            (0, 0),
+            self.groups,
+            cudnn.benchmark,
+            deterministic,
+            cudnn.enabled,
+            tf32_products(),
+        )
+
+
+class Downsample(Conv2d):
+    """3x3 of stride 2: half the height and width, an odd one rounded up."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def plan(self, build, x, skip):
+        return build.conv(x, self)
+
+
+class Upsample(Conv2d):
+    """3x3 on the picture enlarged by nearest pixels.
+
+    any_size: to the size of a skip, since an odd one was rounded up on the way down; else twice
+    """
+
+    def __init__(self, channels: int, any_size: bool):
+        super().__init__(channels, channels, 3, padding=1)
+        self.any_size = any_size
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        size = {"size": skip.shape[-2:]} if self.any_size else {"scale_factor": 2}
+        return super().forward(F.interpolate(x, **size, mode="nearest"))
+
+    def plan(self, build, x, skip):
+        return build.enlarged_conv(x, self, skip)
 
 
 class ResBlock(nn.Module):
@@ -168,6 +196,16 @@ class ResBlock(nn.Module):
             h = self.norm2(h + modulation[:, :, None, None], silu=True)
         return self.conv_shortcut(x) + self.conv2(h)
 
+    def plan(self, build, x):
+        h = build.group_norm(x, self.norm1, silu=True)
+        if self.scale_shift:
+            h = build.conv(h, self.conv1)
+            h = build.group_norm(h, self.norm2, silu=True, modulation=self.time_emb_proj)
+        else:
+            h = build.conv(h, self.conv1, shift=self.time_emb_proj)
+            h = build.group_norm(h, self.norm2, silu=True)
+        return build.conv(h, self.conv2, plus=(self.conv_shortcut, x))
+
 
 class TemporalConv(nn.Module):
     """`depth` convolutions over three neighbouring frames at each pixel, added to their input."""
@@ -188,34 +226,12 @@ class TemporalConv(nn.Module):
             h = conv(norm(h, silu=True))
         return x + images(h.permute(0, 2, 3, 1).flatten(0, 1), height, width)
 
-
-class RelativePositionBias(nn.Module):
-    """A learned number per head and bucket of the distance of two frames (T5, arXiv 1910.10683).
-
-    Half of the buckets serve each direction; half of those hold exact distances, the rest grow
-    logarithmically up to max_distance, so that any number of frames has a bias.
-    """
-
-    def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128):
-        super().__init__()
-        self.num_buckets, self.max_distance = num_buckets, max_distance
-        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
-        nn.init.zeros_(self.relative_attention_bias.weight)
-
-    def buckets(self, num_frames: int, device: torch.device) -> Tensor:
-        """int64 [N, N]: the bucket of (query frame, key frame)."""
-        frames = torch.arange(num_frames, device=device)
-        offset = frames[None, :] - frames[:, None]
-        half = self.num_buckets // 2
-        exact = half // 2
-        distance = offset.abs()
-        growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
-        far = (exact + growth * (half - exact)).long().clamp(max=half - 1)
-        return (offset > 0).long() * half + torch.where(distance < exact, distance, far)
-
-    def forward(self, num_frames: int, device: torch.device) -> Tensor:
-        """[heads, N, N], added to the attention logits."""
-        return self.relative_attention_bias(self.buckets(num_frames, device)).permute(2, 0, 1)
+    def plan(self, build, x):
+        h = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            h = build.group_norm(h, norm, silu=True, over_frames=True)
+            h = build.conv_over_frames(h, conv, residual=x if conv is self.convs[-1] else None)
+        return h
 
 
 class Attention(nn.Module):
@@ -267,6 +283,10 @@ class FeedForward(nn.Module):
         value, gate = h.chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
+    def plan(self, build, x, residual, then=None):
+        """residual + self(x), and through the linear layer that `then` is (`build.linear`)."""
+        return build.linear(build.geglu(x, self.proj), self.out, residual=residual, then=then)
+
 
 class TransformerBlock(nn.Module):
     """Self-attention, a second attention and a feed-forward layer, each behind a LayerNorm.
@@ -307,18 +327,30 @@ class TransformerBlock(nn.Module):
 
         context [B*N, M, C'] or None.
         """
-        bias = self.bias(num_frames, h.device) if self.bias is not None else None
-        if frames_first:
-            h = h + self.attn1.over_frames(self.norm1(h), bias)
-        else:
-            h = h + self.attn1(self.norm1(h), bias=bias)
-        if self.attn2 is not None and frames_first:
-            h = h + self.attn2.over_frames(self.norm2(h))
-        elif self.attn2 is not None and (self.axis == "time" or context is not None):
-            h = h + self.attn2(self.norm2(h), context)
+        for norm, attention, source, bias in self.attentions(context):
+            bias = None if bias is None else bias(num_frames, h.device)
+            if frames_first:
+                h = h + attention.over_frames(norm(h), bias)
+            else:
+                h = h + attention(norm(h), source, bias)
         if self.ff is not None:
             h = h + self.ff(self.norm3(h))
         return h
+
+    def attentions(self, context):
+        """(norm, attention, context or None, position bias or None) of each that runs."""
+        yield self.norm1, self.attn1, None, self.bias
+        if self.attn2 is not None and (self.axis == "time" or context is not None):
+            yield self.norm2, self.attn2, context, None
+
+    def plan(self, build, h, context=None, then=None):
+        """then: the linear layer that follows and what is added to its result (`build.linear`)"""
+        over_frames = self.axis == "time"
+        for norm, attention, source, bias in self.attentions(context):
+            h = build.attention(h, norm, attention, source, bias=bias, over_frames=over_frames)
+        if self.ff is not None:
+            return self.ff.plan(build, build.layer_norm(h, self.norm3), h, then)
+        return h if then is None else build.linear(h, then[0], residual=then[1])
 
 
 class Transformer(TransformerBlock):
@@ -342,11 +374,14 @@ class Transformer(TransformerBlock):
         head_dim = head_dim or config.head_dim
         width = (heads or channels // head_dim) * head_dim
         super().__init__(
-            width, axis, config, head_dim,
+            width,
+            axis,
+            config,
+            head_dim,
             norm=GroupNorm(config.norm_groups, channels, config.transformer_norm_eps),
             proj_in=nn.Linear(channels, width),
             proj_out=zero_(nn.Linear(width, channels)),
-        )  # fmt: skip
+        )
         self.norm_over_frames = axis == "time" and config.norm_over_frames
         self.rest = nn.ModuleList(
             TransformerBlock(width, axis, config, head_dim) for _ in range(depth - 1)
@@ -372,3 +407,14 @@ class Transformer(TransformerBlock):
         if over_time:
             h = (h if frames_first else h.transpose(1, 2)).flatten(0, 1)
         return x + images(h, height, width)
+
+    def plan(self, build, x, context=None):
+        if build.runs_in_tiles(x, self):
+            return build.transformer(x, self, context)
+        h = build.group_norm(x, self.norm, over_frames=self.norm_over_frames)
+        h = build.linear(h, self.proj_in)
+        then = (self.proj_out, x)
+        h = super().plan(build, h, context, None if len(self.rest) else then)
+        for block in self.rest:
+            h = block.plan(build, h, context, then if block is self.rest[-1] else None)
+        return h

@@ -6,51 +6,48 @@ of two; after each residual block an optional temporal convolution, spatial tran
 transformer.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..diffusion.decompose import base_index
 from .config import UNetConfig
 from .layers import (
     Conv2d,
+    Downsample,
     GroupNorm,
     ResBlock,
     TemporalConv,
     Transformer,
-    sinusoidal_embedding,
+    Upsample,
+    zero_,
 )
+from .positions import sinusoidal_embedding
+from .topology import Step, topology
 
 
 class Stage(nn.Module):
-    """A residual block, then the temporal convolution, spatial and temporal transformer it has.
+    """A residual block, then the temporal convolution, spatial and temporal transformer it has."""
 
-    attention: whether it has a spatial and a temporal transformer; None: what the level has
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        level: int,
-        config: UNetConfig,
-        attention: tuple[bool, bool] | None = None,
-    ):
+    def __init__(self, step: Step, config: UNetConfig):
         super().__init__()
-        channels = config.block_out_channels[level]
+        level = step.level
+        channels, groups = config.block_out_channels[level], config.norm_groups
         embed_dim = 4 * config.block_out_channels[0]
         self.resnet = ResBlock(
-            in_channels, channels, embed_dim, config.norm_groups, config.scale_shift,
-            config.norm_eps,
-        )  # fmt: skip
+            step.in_channels, channels, embed_dim, groups, config.scale_shift, config.norm_eps
+        )
         self.temp_conv = self.spatial = self.temporal = None
         if config.temporal_conv[level]:
-            self.temp_conv = TemporalConv(channels, config.norm_groups, config.temporal_conv_depth)
-        spatial, temporal = attention or (
-            config.spatial_attention[level],
-            config.temporal_attention[level],
-        )
+            self.temp_conv = TemporalConv(channels, groups, config.temporal_conv_depth)
+        spatial, temporal = step.attends
         head_dim = config.level_head_dims[level]
         if spatial:
             depth = config.transformer_depths[level] if config.transformer_depths else 1
@@ -72,16 +69,25 @@ class Stage(nn.Module):
             x = self.temporal(x, num_frames)
         return x
 
+    def plan(self, build, x, context):
+        x = self.resnet.plan(build, x)
+        if self.temp_conv is not None:
+            x = self.temp_conv.plan(build, x)
+        if self.spatial is not None:
+            x = self.spatial.plan(build, x, context)
+        if self.temporal is not None:
+            x = self.temporal.plan(build, x)
+        return x
 
-class UNet(nn.Module):
-    """forward(x, t, context=None, class_labels=None): images or, with anything temporal, clips."""
+
+class Embeddings(nn.Module):
+    """What tells a UNet the timestep, the class and the frame."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths, depths = config.block_out_channels, config.layers_per_block
-        levels, folded = len(widths), config.patch_size**2
-        self.time_dim, embed_dim = widths[0], 4 * widths[0]
+        self.time_dim = config.block_out_channels[0]
+        embed_dim = 4 * self.time_dim
         self.time_embedding = _mlp(self.time_dim, embed_dim)
         self.class_embedding = _class_embedding(config, self.time_dim, embed_dim)
         self.frame_embedding = _mlp(self.time_dim, embed_dim) if config.frame_embedding else None
@@ -89,103 +95,13 @@ class UNet(nn.Module):
         # something
         self.embedding_mixer = _mlp(embed_dim, embed_dim) if config.frame_embedding else None
 
-        self.conv_in = Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
-        self.transformer_in = None
-        if config.transformer_in_heads is not None:
-            self.transformer_in = Transformer(
-                widths[0], "time", config, heads=config.transformer_in_heads
-            )
-        skips, channels = [widths[0]], widths[0]
-        self.down, self.downsamplers = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
-            stages = nn.ModuleList()
-            for _ in range(depths[level]):
-                stages.append(Stage(channels, level, config))
-                channels = width
-                skips.append(channels)
-            self.down.append(stages)
-            if level + 1 < levels:
-                self.downsamplers.append(Conv2d(channels, channels, 3, stride=2, padding=1))
-                skips.append(channels)
-        last = levels - 1
-        middle = (config.mid_spatial_attention, config.mid_temporal_attention)
-        sides = (config.spatial_attention[last], config.temporal_attention[last])
-        attention = tuple(
-            side if own is None else own for own, side in zip(middle, sides, strict=True)
-        )
-        self.mid = nn.ModuleList(
-            Stage(channels, last, config, (False, False) if block else attention)
-            for block in range(config.mid_blocks)
-        )
-        self.up, self.upsamplers = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(levels)):
-            stages = nn.ModuleList()
-            for _ in range(depths[level] + 1):
-                stages.append(Stage(channels + skips.pop(), level, config))
-                channels = widths[level]
-            self.up.append(stages)
-            if level:
-                self.upsamplers.append(Conv2d(channels, channels, 3, padding=1))
-        self.conv_norm_out = GroupNorm(config.norm_groups, channels, config.norm_eps)
-        self.conv_out = Conv2d(channels, config.out_channels * folded, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
-        self.to(memory_format=torch.channels_last)
-
     @property
     def dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype
+        return self.time_embedding[0].weight.dtype
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The network's prediction, of the shape of x but with out_channels.
-
-        x [B, C, H, W] or [B, N, C, H, W], t int64 [B]
-        context [B, M, C'], the same for all frames
-        class_labels int64 [B], or [B, F] numbers where class_embedding is "projection"
-
-        Without class_labels a UNet that has a null class takes it, and without a context one that
-        does not need it leaves it out. Raises ValueError for a shape that does not fit the
-        configuration, and for labels or a context that the network has no place for or cannot do
-        without.
-        """
-        config = self.config
-        self._check(x, t, context, class_labels)
-        num_frames = x.shape[1] if config.is_video else 1
-        frames = x.flatten(0, 1) if config.is_video else x  # [B*N, C, H, W], a view
-        embedding = F.silu(self.embed(t, class_labels, num_frames))
-        if context is not None:
-            context = context.to(self.dtype).repeat_interleave(num_frames, dim=0)
-
-        h = F.pixel_unshuffle(frames.to(self.dtype), config.patch_size)
-        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
-        if self.transformer_in is not None:
-            h = self.transformer_in(h, num_frames)
-        skips = [h]
-        for level, stages in enumerate(self.down):
-            for stage in stages:
-                h = stage(h, embedding, num_frames, context)
-                skips.append(h)
-            if level < len(self.downsamplers):
-                h = self.downsamplers[level](h)
-                skips.append(h)
-        for stage in self.mid:
-            h = stage(h, embedding, num_frames, context)
-        for level, stages in enumerate(self.up):
-            for stage in stages:
-                h = stage(torch.cat([h, skips.pop()], dim=1), embedding, num_frames, context)
-            if level < len(self.upsamplers):
-                # an odd size was rounded up on the way down
-                size = {"size": skips[-1].shape[-2:]} if config.any_size else {"scale_factor": 2}
-                h = self.upsamplers[level](F.interpolate(h, **size, mode="nearest"))
-        h = self.conv_out(self.conv_norm_out(h, silu=True))
-        h = F.pixel_shuffle(h, config.patch_size)
-        return h.unflatten(0, (-1, num_frames)) if config.is_video else h
+    @property
+    def embed_dim(self) -> int:
+        return self.time_embedding[-1].out_features
 
     def embed(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:
         """[B*N, E]: of the timestep, the class and the frame; the network puts it through SiLU.
@@ -207,7 +123,8 @@ class UNet(nn.Module):
             embedding = embedding + self.class_embedding(class_labels)
         if self.frame_embedding is not None:
             # 60 a frame: 16 frames span about the 1000 timesteps whose frequencies these are
-            offsets = (torch.arange(num_frames, device=t.device) - num_frames // 2) * 60.0
+            frames = torch.arange(num_frames, device=t.device)
+            offsets = (frames - base_index(num_frames)) * 60.0
             frame = self.frame_embedding(
                 sinusoidal_embedding(offsets, self.time_dim).to(self.dtype)
             )
@@ -223,9 +140,10 @@ class UNet(nn.Module):
             self.dtype
         )
 
-    def _check(
+    def check_inputs(
         self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None
     ) -> None:
+        """ValueError for what a UNet of this configuration cannot take, or cannot do without."""
         config, multiple = self.config, self.config.size_multiple
         form = "[B, N, C, H, W]" if config.is_video else "[B, C, H, W]"
         if x.dim() != (5 if config.is_video else 4) or x.shape[-3] != config.in_channels:
@@ -257,6 +175,116 @@ class UNet(nn.Module):
             raise ValueError(
                 f"UNet: needs a context [{x.shape[0]}, M, {config.context_dim}], got none"
             )
+
+
+class UNet(Embeddings):
+    """forward(x, t, context=None, class_labels=None): images or, with anything temporal, clips."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        widths, folded = config.block_out_channels, config.patch_size**2
+        self.conv_in = Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
+        self.transformer_in = None
+        if config.transformer_in_heads is not None:
+            self.transformer_in = Transformer(
+                widths[0], "time", config, heads=config.transformer_in_heads
+            )
+        self.down = nn.ModuleList(nn.ModuleList() for _ in widths)
+        self.downsamplers, self.mid = nn.ModuleList(), nn.ModuleList()
+        self.up = nn.ModuleList(nn.ModuleList() for _ in widths)
+        self.upsamplers = nn.ModuleList()
+        self.steps: list[tuple[Step, nn.Module]] = []  # each with its layer
+        for step in topology(config):
+            layer = _layer(step, config)
+            self.get_submodule(step.name.rpartition(".")[0]).append(layer)
+            self.steps.append((step, layer))
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], config.norm_eps)
+        self.conv_out = zero_(Conv2d(widths[0], config.out_channels * folded, 3, padding=1))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The network's prediction, of the shape of x but with out_channels.
+
+        x [B, C, H, W] or [B, N, C, H, W], t int64 [B]
+        context [B, M, C'], the same for all frames
+        class_labels int64 [B], or [B, F] numbers where class_embedding is "projection"
+
+        Without class_labels a UNet that has a null class takes it, and without a context one that
+        does not need it leaves it out. Raises ValueError for a shape that does not fit the
+        configuration, and for labels or a context that the network has no place for or cannot do
+        without.
+        """
+        config = self.config
+        self.check_inputs(x, t, context, class_labels)
+        num_frames = x.shape[1] if config.is_video else 1
+        frames = x.flatten(0, 1) if config.is_video else x  # [B*N, C, H, W], a view
+        embedding = F.silu(self.embed(t, class_labels, num_frames))
+        if context is not None:
+            context = context.to(self.dtype).repeat_interleave(num_frames, dim=0)
+
+        def stage(layer: Stage, h: Tensor, skip: Tensor | None) -> Tensor:
+            h = h if skip is None else torch.cat([h, skip], dim=1)
+            return layer(h, embedding, num_frames, context)
+
+        h = F.pixel_unshuffle(frames.to(self.dtype), config.patch_size)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
+        if self.transformer_in is not None:
+            h = self.transformer_in(h, num_frames)
+        h = self._walk(h, stage, lambda layer, h, skip: layer(h, skip))
+        h = self.conv_out(self.conv_norm_out(h, silu=True))
+        h = F.pixel_shuffle(h, config.patch_size)
+        return h.unflatten(0, (-1, num_frames)) if config.is_video else h
+
+    def plan(self, build, x, context=None):
+        """As `forward`, of pictures in patches, recorded by a builder (vfengine/plan/walk.py)."""
+
+        def stage(layer: Stage, h, skip):
+            return layer.plan(build, h if skip is None else build.cat(h, skip), context)
+
+        h = build.conv(x, self.conv_in, padded=True)
+        if self.transformer_in is not None:
+            h = self.transformer_in.plan(build, h)
+        h = self._walk(h, stage, lambda layer, h, skip: layer.plan(build, h, skip))
+        h = build.group_norm(h, self.conv_norm_out, silu=True)
+        return build.conv(h, self.conv_out, fp32=True)
+
+    def _walk(self, h: Any, stage: Callable, resample: Callable) -> Any:
+        """h on its way down, through the middle and up; a tensor, or what a builder has for it.
+
+        stage:    (layer, h, the skip that joins h or None) -> h
+        resample: (layer, h, the last skip, whose size an enlarged picture takes) -> h
+        """
+        skips = [h]
+        for step, layer in self.steps:
+            if step.kind == "stage":
+                h = stage(layer, h, skips.pop() if step.joins_skip else None)
+            else:
+                h = resample(layer, h, skips[-1])
+            if step.leaves_skip:
+                skips.append(h)
+        return h
+
+    def embeddings(self) -> Embeddings:
+        """The embeddings alone: the same layers, under the same names."""
+        with torch.device("meta"), _WithoutInitialisation():
+            alone = Embeddings(self.config)
+        for name in [name for name, _ in alone.named_children()]:
+            setattr(alone, name, getattr(self, name))
+        return alone
+
+
+def _layer(step: Step, config: UNetConfig) -> nn.Module:
+    if step.kind == "stage":
+        return Stage(step, config)
+    if step.kind == "downsample":
+        return Downsample(step.in_channels)
+    return Upsample(step.in_channels, config.any_size)
 
 
 def _class_embedding(config: UNetConfig, time_dim: int, embed_dim: int) -> nn.Module | None:

@@ -18,7 +18,7 @@ from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
-from ..plan.packing import return_memory
+from ..plan.memory import return_memory
 from ..sampling.cuda_graph import empty_cache
 from ..sampling.driver import Driver
 from ..sampling.guidance import Condition, ModelSpec, guided

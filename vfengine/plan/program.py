@@ -1,18 +1,16 @@
 """A network's forward for one shape as a list of kernel calls over one arena of memory.
 
 Activations are rows: `[B*N*H*W, C]`, which is channels_last memory, in one dtype. A `Builder` is
-told the calls in the order in which they will run, and hands out and takes back memory as it goes,
-so that two buffers share a place whenever they are never needed together. What it builds is static:
-addresses, sizes and order are the same in every run.
+told the calls in the order in which they will run. Which calls name a buffer says how long it is
+needed: two buffers share a place wherever no call needs both. What it builds is static: addresses,
+sizes and order are the same in every run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,18 +18,17 @@ from torch import Tensor
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPES
 
+from .memory import Block, arrange, huge_pages
 from .packing import Weights
 
-_ALIGNMENT = 64
 _EPILOGUES = {None: 0, "geglu": 1}
 _THREADS = object()  # stands in a call's arguments for the number of threads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """A buffer of the arena: `count` rows of `width` numbers."""
+    """A buffer: `count` rows of `width` numbers. Its place is known when the program is."""
 
-    offset: int
     count: int
     width: int
     dtype: torch.dtype
@@ -42,12 +39,13 @@ class Rows:
 
     def at(self, column: int) -> _Place:
         """Where a column of the first row lies."""
-        return _Place(self.offset + column * self.dtype.itemsize)
+        return _Place(self, column * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class _Place:
-    offset: int
+    rows: Rows
+    offset: int  # in bytes, from the first row's beginning
 
 
 @dataclass(frozen=True)
@@ -71,44 +69,25 @@ class Builder:
         self._number = DTYPES[dtype]
         self._calls: list[tuple[Callable[..., None], tuple]] = []
         self._kept: list[Tensor] = []  # what calls hold addresses of
-        self._free: list[tuple[int, int]] = []  # (offset, bytes), by offset
-        self._end = 0
+        self._made: dict[Rows, int] = {}  # buffers, and how many calls came before
+        self._over: dict[Rows, Rows] = {}  # what a buffer may be written over, element by element
 
-    # -- memory --------------------------------------------------------------------------------
+    def rows(
+        self,
+        count: int,
+        width: int,
+        dtype: torch.dtype | None = None,
+        over: Rows | None = None,
+    ) -> Rows:
+        """A buffer, whose contents last from here to the last call that names it.
 
-    def rows(self, count: int, width: int, dtype: torch.dtype | None = None) -> Rows:
-        """A buffer, in the smallest gap that holds it."""
-        dtype = dtype or self.dtype
-        size = _aligned(count * width * dtype.itemsize)
-        fitting = [gap for gap in self._free if gap[1] >= size]
-        if fitting:
-            offset, gap = min(fitting, key=lambda gap: gap[1])
-            self._free.remove((offset, gap))
-            if gap > size:
-                self._give(offset + size, gap - size)
-        else:
-            last = self._free[-1] if self._free else None
-            if last is not None and sum(last) == self._end:  # grow the gap at the end
-                self._free.pop()
-                offset = last[0]
-            else:
-                offset = self._end
-            self._end = offset + size
-        return Rows(offset, count, width, dtype)
-
-    def free(self, *buffers: Rows) -> None:
-        """Their contents are not needed by any later call."""
-        for rows in buffers:
-            self._give(rows.offset, _aligned(rows.nbytes))
-
-    def _give(self, offset: int, size: int) -> None:
-        merged = []
-        for start, length in sorted([*self._free, (offset, size)]):
-            if merged and merged[-1][0] + merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
+        over: takes the place of these rows, if the call that comes next is their last
+        """
+        rows = Rows(count, width, dtype or self.dtype)
+        self._made[rows] = len(self._calls)
+        if over is not None and over.nbytes == rows.nbytes:
+            self._over[rows] = over
+        return rows
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -129,7 +108,8 @@ class Builder:
 
         rows, item_rows: of the result, and of one item of it; both as in the only source by default
         bias: (fp32 rows, first column, rows of the result that share one) in place of the weights'
-        out: where to write, possibly the residual itself
+        out: where to write, possibly the residual itself; by default new rows, or the residual's
+            where nothing else reads it
         scatter: (int32 [item_rows], rows of an item of `out`): the row of its item in `out` that
             each row becomes
         """
@@ -137,7 +117,7 @@ class Builder:
             sources = [Source(sources)]
         rows = rows or sources[0].rows.count
         item_rows = item_rows or rows
-        out = out or self.rows(rows, weights.columns, out_dtype)
+        out = out or self.rows(rows, weights.columns, out_dtype, over=residual)
         read = []
         for source in sources:
             taps = 1 if source.table is None else source.table.shape[0]
@@ -173,7 +153,7 @@ class Builder:
 
         flat: 3 taps along height; bias, residual, out: as in `matmul`
         """
-        out = out or self.rows(x.count, weights.columns)
+        out = out or self.rows(x.count, weights.columns, over=residual)
         shared = self._bias(weights, bias)
         self._call(
             vfengine_native.winograd_cpu,
@@ -311,7 +291,6 @@ class Builder:
             *(self._linear(proj_in, x.width), attended, gated, self._linear(proj_out, inner)),
             *(self._number, _THREADS),
         )
-        self.free(coefficients, *own)
         return out
 
     def _linear(self, weights: Weights, depth: int) -> tuple[int, int, int, int]:
@@ -334,23 +313,50 @@ class Builder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def program(self) -> Program:
-        return Program(self._calls, self._kept, self._end)
+    def program(self, *results: Rows) -> Program:
+        """results: buffers that are read after the last call; others may be gone by then."""
+        uses = [list(_buffers(args)) for _, args in self._calls]
+        last = {rows: number for number, used in enumerate(uses) for rows in used}
+        last |= dict.fromkeys((*results, *(self._made.keys() - last.keys())), math.inf)
+        blocks: list[Block] = []
+        holders: dict[Rows, int] = {}
+        for rows, first in self._made.items():
+            over = self._over.get(rows)
+            if over is not None and last[over] == first and uses[first].count(over) == 1:
+                holders[rows] = holders[over]
+                blocks[holders[over]] = replace(blocks[holders[over]], last=last[rows])
+            else:
+                holders[rows] = len(blocks)
+                blocks.append(Block(rows.nbytes, first, last[rows]))
+        offsets, size = arrange(blocks)
+        places = {rows: offsets[holder] for rows, holder in holders.items()}
+        return Program(self._calls, self._kept, places, size)
 
 
 class Program:
     """Calls with their memory. Not for two threads at once: they would share the arena."""
 
     def __init__(
-        self, calls: list[tuple[Callable[..., None], tuple]], kept: list[Tensor], size: int
+        self,
+        calls: list[tuple[Callable[..., None], tuple]],
+        kept: list[Tensor],
+        places: dict[Rows, int],
+        size: int,
     ) -> None:
-        self._unbound, self._kept = calls, kept
+        self._unbound, self._kept, self._places = calls, kept, places
         self.arena = huge_pages(size)
         self._bound: dict[int, list[tuple[Callable[..., None], tuple]]] = {}
 
+    def offset(self, place: Rows | _Place) -> int:
+        """Where it begins in the arena, in bytes."""
+        if isinstance(place, _Place):
+            return self._places[place.rows] + place.offset
+        return self._places[place]
+
     def view(self, rows: Rows) -> Tensor:
         """[count, width], the buffer itself."""
-        part = self.arena[rows.offset : rows.offset + rows.nbytes]
+        offset = self.offset(rows)
+        part = self.arena[offset : offset + rows.nbytes]
         return part.view(rows.dtype).view(rows.count, rows.width)
 
     def calls(self, threads: int) -> list[tuple[Callable[..., None], tuple]]:
@@ -360,7 +366,7 @@ class Program:
 
             def bound(value):
                 if isinstance(value, (Rows, _Place)):
-                    return base + value.offset
+                    return base + self.offset(value)
                 if isinstance(value, tuple):
                     return tuple(bound(part) for part in value)
                 return threads if value is _THREADS else value
@@ -373,16 +379,12 @@ class Program:
             kernel(*args)
 
 
-def huge_pages(size: int) -> Tensor:
-    """uint8 [size] of zeros in pages of 2 MiB where the system has them: rows of one pixel in all
-    frames lie in as many places as there are frames, too many for small pages.
-    """
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
-
-
-def _aligned(size: int) -> int:
-    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+def _buffers(value: object) -> Iterator[Rows]:
+    """The buffers that a call's arguments name, as often as they do."""
+    if isinstance(value, Rows):
+        yield value
+    elif isinstance(value, _Place):
+        yield value.rows
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _buffers(part)

@@ -1,19 +1,95 @@
-"""What the configurations of published UNets say, as a UNetConfig.
+"""UNets as diffusers publishes them: UNet2DConditionModel and UNet3DConditionModel.
 
-`diffusers_config` reads those of UNet2DConditionModel and UNet3DConditionModel, `modelscope_config`
-that of ModelScope's text-to-video UNet. Whatever would change the result and has no counterpart
-here is refused by name.
+Whatever in a configuration would change the result and has no counterpart here is refused by name.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..models.config import UNetConfig
+from ..models.topology import topology
+from .published import EVERY, EVERY_VIDEO, PublishedUNet, Unsupported, read_json
 
-# -- diffusers -------------------------------------------------------------------------------------
+_STEM = "diffusion_pytorch_model"
+_FILES = tuple(
+    _STEM + end for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def locate(folder: Path, chosen: Path | None) -> tuple[Path, list[Path]]:
+    """The configuration and the weight files in a folder; chosen: one of them, or None.
+
+    Raises FileNotFoundError where there is none, ValueError for an index that points elsewhere.
+    """
+    config = folder / "config.json"
+    if chosen is None or chosen == config:
+        found = [folder / name for name in _FILES if (folder / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{folder} has none of {', '.join(_FILES)}")
+        chosen = found[0]
+    if not chosen.name.endswith(".index.json"):
+        return config, [chosen]
+    shards = read_json(chosen).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
+        raise ValueError(f"{chosen}: its weight_map must name files beside it")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{chosen} names {file.name}, which is not there")
+    return config, files
+
+
+def read_scheduler(source: str | Path) -> dict[str, Any]:
+    """The scheduler's configuration in a diffusers pipeline; {} for a network by itself.
+
+    Looked for in scheduler/ in the network's folder, or beside it.
+    """
+    source = Path(source)
+    folder = source.parent if source.is_file() else source
+    for place in (folder, folder.parent):
+        file = place / "scheduler" / "scheduler_config.json"
+        if file.is_file():
+            return read_json(file)
+    return {}
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def diffusers_unet(values: Mapping[str, Any]) -> PublishedUNet:
+    """The UNet of a config.json; ValueError, by name, for what there is not here."""
+    config = diffusers_config(values)
+    return PublishedUNet(config, _places(config))
+
+
+def _places(config: UNetConfig) -> dict[str, str]:
+    """Where our layers are."""
+    places = {name: name for name in ("conv_in", "transformer_in", "conv_norm_out", "conv_out")}
+    for name in ("time_embedding", "class_embedding"):
+        places |= {name: name, f"{name}.0": f"{name}.linear_1", f"{name}.2": f"{name}.linear_2"}
+    parts = {"resnet": "resnets", "temp_conv": "temp_convs"}
+    parts |= {"spatial": "attentions", "temporal": "temp_attentions"}
+    for step in topology(config):
+        side, *numbers = step.name.split(".")
+        if step.kind == "stage":
+            block = "mid_block" if side == "mid" else f"{side}_blocks.{numbers[0]}"
+            for part, theirs in parts.items():
+                places[f"{step.name}.{part}"] = f"{block}.{theirs}.{numbers[-1]}"
+        else:
+            block = side.removesuffix("samplers") + "_blocks"
+            places[step.name] = f"{block}.{numbers[0]}.{side}.0.conv"
+    return places
+
+
+# -- configurations --------------------------------------------------------------------------------
 
 # entry: what it is where there is none. Those of UNet3DConditionModel, where it differs, below
 _READ = {
@@ -87,28 +163,6 @@ _MIDDLE = {  # mid_block_type: residual blocks, and whether attention follows th
 }
 _CLASSES = {"UNet2DConditionModel": "2D", "UNet3DConditionModel": "3D"}
 
-# what every network of both formats has
-_PEER = {
-    "position_buckets": 0,
-    "feed_forward_mult": 4,
-    "transformer_norm_eps": 1e-6,
-    "any_size": True,
-}
-_PEER_VIDEO = {
-    "temporal_conv_depth": 4,
-    "frequency_shift": 0,
-    "temporal_self_attentions": 2,
-    "norm_over_frames": True,
-    "scale_shift": False,
-}
-
-
-class Unsupported(ValueError):
-    """An entry of a configuration that there is no counterpart for."""
-
-    def __init__(self, entry: str, value: object, why: str = "is not supported"):
-        super().__init__(f"{entry} = {json.dumps(value, default=str)} {why}")
-
 
 def diffusers_config(values: Mapping[str, Any]) -> UNetConfig:
     """The UNet of a config.json of diffusers; ValueError, by name, for what there is not here."""
@@ -160,7 +214,7 @@ def diffusers_config(values: Mapping[str, Any]) -> UNetConfig:
         "norm_eps": said["norm_eps"],
     }
     variants = (_of_3d if kind == "3D" else _of_2d)(said, attention)
-    return UNetConfig(**_PEER, **shape, **variants)
+    return UNetConfig(**EVERY, **shape, **variants)
 
 
 def _of_2d(said: dict[str, Any], attention: tuple[bool, ...]) -> dict[str, Any]:
@@ -193,7 +247,7 @@ def _of_3d(said: dict[str, Any], attention: tuple[bool, ...]) -> dict[str, Any]:
         if said[entry] != _READ[entry]:
             raise Unsupported(entry, said[entry])
     return {
-        **_PEER_VIDEO,
+        **EVERY_VIDEO,
         "temporal_attention": attention,
         "mid_temporal_attention": True,
         "temporal_conv": (True,) * len(attention),
@@ -243,84 +297,3 @@ def _per_level(said: dict[str, Any], entry: str, levels: int) -> tuple[Any, ...]
     if len(values) != levels or any(isinstance(one, (list, tuple)) for one in values):
         raise Unsupported(entry, value, f"is not one value for each of {levels} levels")
     return values
-
-
-# -- ModelScope -----------------------------------------------------------
-
-_GROUPS = 32  # of every GroupNorm
-_MODEL_CFG = {"unet_in_dim", "unet_out_dim", "unet_dim", "unet_dim_mult", "unet_res_blocks"}
-_MODEL_CFG |= {"unet_attn_scales", "unet_context_dim", "unet_num_heads", "unet_head_dim"}
-
-
-def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
-    """The UNet of a configuration.json's model_cfg; ValueError, by name, as `diffusers_config`."""
-    no_effect = {"unet_y_dim", "unet_dropout"}  # the first is read, and not used
-    for entry, value in model_cfg.items():
-        if entry.startswith("unet_") and entry not in _MODEL_CFG | no_effect:
-            raise Unsupported(entry, value, "is an unknown entry")
-    missing = _MODEL_CFG - set(model_cfg)
-    if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))}")
-    if str(model_cfg.get("temporal_attention", True)) != "True":  # a string, in the published file
-        raise Unsupported("temporal_attention", model_cfg["temporal_attention"])
-    said = {name.removeprefix("unet_"): value for name, value in model_cfg.items()}
-    widths = tuple(said["dim"] * mult for mult in said["dim_mult"])
-    attention = tuple(0.5**level in said["attn_scales"] for level in range(len(widths)))
-    used = (*attention[:-1], True)  # the middle always has attention
-    for width, has in zip(widths, used, strict=True):
-        if has and width % said["head_dim"]:
-            raise Unsupported("unet_head_dim", said["head_dim"], f"does not divide {width}")
-    return UNetConfig(
-        **_PEER,
-        **_PEER_VIDEO,
-        in_channels=said["in_dim"],
-        out_channels=said["out_dim"],
-        block_out_channels=widths,
-        layers_per_block=(said["res_blocks"],) * len(widths),
-        spatial_attention=attention,
-        temporal_attention=attention,
-        temporal_conv=(True,) * len(widths),
-        mid_spatial_attention=True,
-        mid_temporal_attention=True,
-        context_dim=said["context_dim"],
-        needs_context=True,
-        head_dim=said["head_dim"],
-        head_dims=tuple(
-            said["head_dim"] if has else width for width, has in zip(widths, used, strict=True)
-        ),
-        transformer_in_heads=said["num_heads"],
-        norm_groups=_GROUPS,
-    )
-
-
-def model_cfg_of(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> dict[str, Any]:
-    """The model_cfg of weights that come without one; num_heads is what shapes do not say."""
-    try:
-        dim = shapes["input_blocks.0.0.weight"][0]
-        widths, blocks, scales = [], [], []
-        number = 1
-        while f"input_blocks.{number}.0.in_layers.2.weight" in shapes:
-            width, count = 0, 0
-            while (name := f"input_blocks.{number}.0.in_layers.2.weight") in shapes:
-                width, count = shapes[name][0], count + 1
-                attends = f"input_blocks.{number}.1.norm.weight" in shapes
-                number += 1
-            if attends:
-                scales.append(0.5 ** len(widths))
-            widths.append(width)
-            blocks.append(count)
-            number += 1  # the downsampling convolution
-        context = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
-        return {
-            "unet_in_dim": shapes["input_blocks.0.0.weight"][1],
-            "unet_out_dim": shapes["out.2.weight"][0],
-            "unet_dim": dim,
-            "unet_dim_mult": [width // dim for width in widths],
-            "unet_res_blocks": blocks[0],
-            "unet_attn_scales": scales,
-            "unet_context_dim": context,
-            "unet_num_heads": num_heads,
-            "unet_head_dim": shapes["input_blocks.0.1.proj_in.weight"][0] // num_heads,
-        }
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"not a ModelScope text-to-video UNet: no {error}") from error

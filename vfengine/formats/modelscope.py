@@ -1,0 +1,162 @@
+"""The UNet of ModelScope's text-to-video model.
+
+Whatever in a configuration would change the result and has no counterpart here is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..models.config import UNetConfig
+from ..models.topology import topology
+from .published import EVERY, EVERY_VIDEO, PublishedUNet, Unsupported
+
+WEIGHTS = "text2video_pytorch_model.pth"
+_GROUPS = 32  # of every GroupNorm
+_MODEL_CFG = {"unet_in_dim", "unet_out_dim", "unet_dim", "unet_dim_mult", "unet_res_blocks"}
+_MODEL_CFG |= {"unet_attn_scales", "unet_context_dim", "unet_num_heads", "unet_head_dim"}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def locate(folder: Path, chosen: Path | None) -> tuple[Path | None, list[Path]]:
+    """The configuration, which may lack, and the file of weights in a folder."""
+    config = folder / "configuration.json"
+    return (config if config.is_file() else None), [chosen or folder / WEIGHTS]
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def modelscope_unet(
+    values: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
+) -> PublishedUNet:
+    """The UNet of a configuration.json; without one, what the shapes of weights say of it.
+
+    Raises ValueError, by name, for what there is not here.
+    """
+    config = modelscope_config(model_cfg_of(shapes) if values is None else _model_cfg(values))
+    return PublishedUNet(config, _places(config), _RESNET)
+
+
+def _places(config: UNetConfig) -> dict[str, str]:
+    """Where our layers are: blocks are numbered through all levels."""
+    places = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1"}
+    places |= {"time_embedding": "time_embed", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    inputs, outputs = 0, -1  # the last blocks of either side
+    for step in topology(config):
+        inputs += step.part in ("down", "downsamplers")
+        outputs += step.part == "up"
+        if step.kind == "downsample":
+            places[step.name] = f"input_blocks.{inputs}.op"
+        elif step.kind == "upsample":
+            after = 3 if config.spatial_attention[step.level] else 1
+            places[step.name] = f"output_blocks.{outputs}.{after}.conv"
+        else:
+            block, first = f"input_blocks.{inputs}", 0
+            if step.part == "up":
+                block = f"output_blocks.{outputs}"
+            elif step.part == "mid":  # one block of two stages
+                block, first = "middle_block", 3 * int(step.name.removeprefix("mid."))
+            places[f"{step.name}.resnet"] = f"{block}.{first}"
+            places[f"{step.name}.temp_conv"] = f"{block}.{first}.temopral_conv"  # spelt so there
+            places[f"{step.name}.spatial"] = f"{block}.{first + 1}"
+            places[f"{step.name}.temporal"] = f"{block}.{first + 2}"
+    return places
+
+
+# -- configurations --------------------------------------------------------------------------------
+
+
+def _model_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """configuration.json holds it below "model"."""
+    model = values.get("model", values)
+    model_cfg = model.get("model_cfg") if isinstance(model, dict) else None
+    if not isinstance(model_cfg, dict):
+        raise ValueError("no model_cfg")
+    return model_cfg
+
+
+def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
+    """The UNet of a configuration.json's model_cfg; ValueError, by name, as `diffusers_config`."""
+    no_effect = {"unet_y_dim", "unet_dropout"}  # the first is read, and not used
+    for entry, value in model_cfg.items():
+        if entry.startswith("unet_") and entry not in _MODEL_CFG | no_effect:
+            raise Unsupported(entry, value, "is an unknown entry")
+    missing = _MODEL_CFG - set(model_cfg)
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))}")
+    if str(model_cfg.get("temporal_attention", True)) != "True":  # a string, in the published file
+        raise Unsupported("temporal_attention", model_cfg["temporal_attention"])
+    said = {name.removeprefix("unet_"): value for name, value in model_cfg.items()}
+    widths = tuple(said["dim"] * mult for mult in said["dim_mult"])
+    attention = tuple(0.5**level in said["attn_scales"] for level in range(len(widths)))
+    used = (*attention[:-1], True)  # the middle always has attention
+    for width, has in zip(widths, used, strict=True):
+        if has and width % said["head_dim"]:
+            raise Unsupported("unet_head_dim", said["head_dim"], f"does not divide {width}")
+    return UNetConfig(
+        **EVERY,
+        **EVERY_VIDEO,
+        in_channels=said["in_dim"],
+        out_channels=said["out_dim"],
+        block_out_channels=widths,
+        layers_per_block=(said["res_blocks"],) * len(widths),
+        spatial_attention=attention,
+        temporal_attention=attention,
+        temporal_conv=(True,) * len(widths),
+        mid_spatial_attention=True,
+        mid_temporal_attention=True,
+        context_dim=said["context_dim"],
+        needs_context=True,
+        head_dim=said["head_dim"],
+        head_dims=tuple(
+            said["head_dim"] if has else width for width, has in zip(widths, used, strict=True)
+        ),
+        transformer_in_heads=said["num_heads"],
+        norm_groups=_GROUPS,
+    )
+
+
+def model_cfg_of(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> dict[str, Any]:
+    """The model_cfg of weights that come without one; num_heads is what shapes do not say."""
+    try:
+        dim = shapes["input_blocks.0.0.weight"][0]
+        widths, blocks, scales = [], [], []
+        number = 1
+        while f"input_blocks.{number}.0.in_layers.2.weight" in shapes:
+            width, count = 0, 0
+            while (name := f"input_blocks.{number}.0.in_layers.2.weight") in shapes:
+                width, count = shapes[name][0], count + 1
+                attends = f"input_blocks.{number}.1.norm.weight" in shapes
+                number += 1
+            if attends:
+                scales.append(0.5 ** len(widths))
+            widths.append(width)
+            blocks.append(count)
+            number += 1  # the downsampling convolution
+        context = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
+        return {
+            "unet_in_dim": shapes["input_blocks.0.0.weight"][1],
+            "unet_out_dim": shapes["out.2.weight"][0],
+            "unet_dim": dim,
+            "unet_dim_mult": [width // dim for width in widths],
+            "unet_res_blocks": blocks[0],
+            "unet_attn_scales": scales,
+            "unet_context_dim": context,
+            "unet_num_heads": num_heads,
+            "unet_head_dim": shapes["input_blocks.0.1.proj_in.weight"][0] // num_heads,
+        }
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"not a ModelScope text-to-video UNet: no {error}") from error

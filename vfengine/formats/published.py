@@ -1,0 +1,81 @@
+"""What the formats of published networks share: a network on disk, and our names in theirs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..models.config import UNetConfig
+
+# what every network of both formats has
+EVERY = {
+    "position_buckets": 0,
+    "feed_forward_mult": 4,
+    "transformer_norm_eps": 1e-6,
+    "any_size": True,
+}
+EVERY_VIDEO = {
+    "temporal_conv_depth": 4,
+    "frequency_shift": 0,
+    "temporal_self_attentions": 2,
+    "norm_over_frames": True,
+    "scale_shift": False,
+}
+
+_BLOCK = {"attn1.to_out": "attn1.to_out.0", "attn2.to_out": "attn2.to_out.0"}
+_BLOCK |= {"ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2"}
+_TRANSFORMERS = ("spatial", "temporal", "transformer_in")
+
+
+class Unsupported(ValueError):
+    """An entry of a configuration that there is no counterpart for."""
+
+    def __init__(self, entry: str, value: object, why: str = "is not supported"):
+        super().__init__(f"{entry} = {json.dumps(value, default=str)} {why}")
+
+
+@dataclass(frozen=True)
+class PublishedUNet:
+    """A UNet of another format: its configuration in our terms, and where our layers are in it.
+
+    places: of layers, by our names
+    resnet: the names of a residual block's layers, where they are not ours
+    """
+
+    config: UNetConfig
+    places: Mapping[str, str]
+    resnet: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, ours: str) -> str:
+        """A weight's name in the other format. Inside a layer both name things alike."""
+        parts = ours.split(".")
+        length = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.places)
+        place, inner = self.places[".".join(parts[:length])], parts[length:]
+        kind = parts[length - 1]
+        if kind == "resnet":
+            inner[0] = self.resnet.get(inner[0], inner[0])
+        elif kind == "temp_conv":  # after the first, a dropout stands before the convolution
+            number = int(inner[1])
+            layer = 0 if inner[0] == "norms" else 3 if number else 2
+            inner = [f"conv{number + 1}", str(layer), inner[2]]
+        elif kind in _TRANSFORMERS and inner[0] not in ("norm", "proj_in", "proj_out"):
+            number, name = re.fullmatch(r"(?:rest\.(\d+)\.)?(.+)", ".".join(inner)).groups()
+            layer, _, parameter = name.rpartition(".")
+            block = 0 if number is None else int(number) + 1
+            inner = [f"transformer_blocks.{block}", _BLOCK.get(layer, layer), parameter]
+        return ".".join([place, *inner])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not JSON, or holds no names and values."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or text that is not UTF-8
+        raise ValueError(f"{file} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected names and values")
+    return values

@@ -1,0 +1,115 @@
+"""Weights in files of others: safetensors, and pickles of torch of which no code is run."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import open_tensors
+
+_MAPPED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights on disk: their shapes, and a function that reads one by name, once."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def open_weights(files: Iterable[Path]) -> StoredWeights:
+    """The weights of all files together. Raises ValueError for a damaged one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    readers: dict[str, Callable[[str], Tensor]] = {}
+    for file in files:
+        opened = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
+        shapes.update(opened.shapes)
+        readers.update(dict.fromkeys(opened.shapes, opened.read))
+    return StoredWeights(shapes, lambda name: readers[name](name))
+
+
+def _safetensors(file: Path) -> StoredWeights:
+    held = ExitStack()
+    opened, seen = held.enter_context(open_tensors(file)), 0
+    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+    def read(name: str) -> Tensor:
+        """The file is mapped anew now and then: pages that were read count as the process's own."""
+        nonlocal opened, seen
+        if seen > _MAPPED_BYTES:
+            held.close()
+            opened, seen = held.enter_context(open_tensors(file)), 0
+        tensor = opened.get_tensor(name)
+        seen += tensor.nbytes
+        return tensor
+
+    return StoredWeights(shapes, read)
+
+
+def _pickle(file: Path) -> StoredWeights:
+    """A file of torch.save, by torch's reader that makes nothing but tensors; mapped if it can."""
+    try:
+        state = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} is not a file of weights alone: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{file} is not a dict of tensors")
+    return StoredWeights({name: tuple(value.shape) for name, value in state.items()}, state.pop)
+
+
+def check_weights(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    found: Mapping[str, tuple[int, ...]],
+) -> None:
+    """ValueError unless a file holds all weights, in their shapes, and no others.
+
+    shapes, names: by our names: what is expected, and where it is in the file
+    found:         by names in the file
+    """
+    expected = set(names.values())
+    _refuse(file, "misses weights", sorted(expected - found.keys()))
+    _refuse(file, "has weights of no known layer", sorted(found.keys() - expected))
+    odd = []
+    for ours, theirs in names.items():
+        shape, other = shapes[ours], found[theirs]
+        # linear layers may be written as 1x1 convolutions, and ours over frames are 2-D
+        ones = 2 if ours.endswith(("proj_in.weight", "proj_out.weight")) else 0
+        ones = 1 if ".convs." in ours and ours.endswith("weight") else ones
+        if other not in [shape + (1,) * extra for extra in range(ones + 1)]:
+            odd.append(f"{theirs} {list(other)} instead of {list(shape)}")
+    _refuse(file, "has weights of other shapes", odd)
+
+
+def _refuse(file: Path, problem: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise ValueError(f"{file} {problem}: {', '.join(names[:4])}{more}")
+
+
+def hash_files(digest: hashlib._Hash, files: Iterable[Path]) -> None:
+    """Adds the contents of the files to a digest."""
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+
+
+def hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Adds names, dtypes and contents of tensors to a digest, in their order."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,70 @@
+"""The order of a UNet's layers. Whoever builds, runs, plans or maps a UNet goes by this list."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .config import UNetConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer between the first convolution of a UNet and the norm of its output.
+
+    name:        of the layer, as in state dicts: part, index, and in down and up the number
+    kind:        "stage", "downsample" or "upsample"
+    level:       whose channels the layer makes
+    in_channels: of its input, with the skip that joins it
+    attends:     whether a stage has a spatial and a temporal transformer
+    """
+
+    name: str
+    kind: str
+    level: int
+    in_channels: int
+    attends: tuple[bool, bool] = (False, False)
+
+    @property
+    def part(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def leaves_skip(self) -> bool:
+        """Whether its result is put aside for the way up."""
+        return self.part in ("down", "downsamplers")
+
+    @property
+    def joins_skip(self) -> bool:
+        """Whether what was put aside last joins its input."""
+        return self.part == "up"
+
+
+def topology(config: UNetConfig) -> Iterator[Step]:
+    """The steps of a UNet in the order in which they run; the first skip is their input itself."""
+    widths, depths = config.block_out_channels, config.layers_per_block
+    last = len(widths) - 1
+    attends = list(zip(config.spatial_attention, config.temporal_attention, strict=True))
+    channels, skips = widths[0], [widths[0]]
+    for level, width in enumerate(widths):
+        for number in range(depths[level]):
+            yield Step(f"down.{level}.{number}", "stage", level, channels, attends[level])
+            channels = width
+            skips.append(channels)
+        if level < last:
+            yield Step(f"downsamplers.{level}", "downsample", level, channels)
+            skips.append(channels)
+    middle = (config.mid_spatial_attention, config.mid_temporal_attention)
+    for number in range(config.mid_blocks):
+        own = [
+            side if chosen is None else chosen
+            for chosen, side in zip(middle, attends[last], strict=True)
+        ]
+        first = number == 0
+        yield Step(f"mid.{number}", "stage", last, channels, (first and own[0], first and own[1]))
+        channels = widths[last]
+    for index, level in enumerate(reversed(range(last + 1))):
+        for number in range(depths[level] + 1):
+            joined = channels + skips.pop()
+            yield Step(f"up.{index}.{number}", "stage", level, joined, attends[level])
+            channels = widths[level]
+        if level:
+            yield Step(f"upsamplers.{index}", "upsample", level, channels)

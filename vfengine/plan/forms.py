@@ -1,0 +1,314 @@
+"""The form in which a layer runs: its packed weights, and the calls that they are packed for.
+
+A form is chosen once, from the layer alone, when its weights are packed. It is the decision itself:
+`emit` records the calls of one shape, so that packing and planning cannot disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vfengine.ops.temporal_attention import MAX_HEAD_DIM
+
+from . import gather
+from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_winograd
+from .program import Builder, Rows, Source
+
+if TYPE_CHECKING:
+    from .walk import Picture, Planner
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A linear layer: rows times a matrix, one product."""
+
+    weights: tuple[Weights]
+
+    @classmethod
+    def of(cls, layer: nn.Linear, dtype: torch.dtype, epilogue: str | None = None) -> Product:
+        return cls((pack(layer.weight, layer.bias, dtype, epilogue),))
+
+    def emit(self, build: Builder, x: Rows, residual: Rows | None = None) -> Rows:
+        return build.matmul(x, self.weights[0], residual=residual)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """out(h + last(g)) = out h + (out last) g: one product in place of two."""
+
+    weights: tuple[Weights]
+
+    @staticmethod
+    def takes(last: nn.Linear, out: nn.Linear) -> bool:
+        """Not for wide ones, where the product of the weights takes longer than it saves."""
+        return out.out_features <= out.in_features <= 512
+
+    @classmethod
+    def of(cls, last: nn.Linear, out: nn.Linear, dtype: torch.dtype) -> Joined:
+        outer, bias = out.weight.float(), out.bias.float()
+        if last.bias is not None:
+            bias = bias + outer @ last.bias.float()
+        return cls((pack(torch.cat([outer, outer @ last.weight.float()], 1), bias, dtype),))
+
+    def emit(self, build: Builder, h: Rows, g: Rows, residual: Rows) -> Rows:
+        return build.matmul([Source(h), Source(g)], self.weights[0], residual=residual)
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """A convolution as one product of the rows that its taps read (gather.py).
+
+    reads:  "same" (3x3), "halved" (3x3, stride 2) or "frames" (3 taps along frames)
+    joined: the 1x1 convolution of a shortcut is a part of the product
+    """
+
+    weights: tuple[Weights]
+    reads: str
+    joined: bool = False
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, dtype: torch.dtype, padded: bool = False) -> Taps:
+        reads = "frames" if conv.kernel_size == (3, 1) else "same"
+        reads = "halved" if conv.stride == (2, 2) else reads
+        return cls((pack(conv_weight(conv, dtype, padded), conv.bias, dtype),), reads)
+
+    @classmethod
+    def with_shortcut(cls, conv: nn.Conv2d, shortcut: nn.Conv2d, dtype: torch.dtype) -> Taps:
+        both = [conv_weight(conv, dtype), shortcut.weight.flatten(1).to(dtype)]
+        bias = conv.bias.float() + shortcut.bias.float()
+        return cls((pack(torch.cat(both, 1), bias, dtype),), "same", joined=True)
+
+    def emit(
+        self,
+        plan: Planner,
+        x: Picture,
+        *,
+        plus: Picture | None = None,
+        bias: tuple[Rows, int, int] | None = None,
+        fp32: bool = False,
+    ) -> Picture:
+        size, rows = (x.height, x.width), x.pixels
+        if self.reads == "frames":
+            rows *= plan.frames
+            table = gather.neighbours(plan.frames, x.pixels)
+        elif self.reads == "halved":
+            table = gather.halved(*size)
+            size = (x.height + 1) // 2, (x.width + 1) // 2
+        else:
+            table = gather.same(*size)
+        sources = [Source(x.rows, table, rows)]
+        if self.joined:
+            sources += [Source(part) for part in plus.parts]
+        item_rows = table.shape[1]
+        out = plan.build.matmul(
+            sources,
+            self.weights[0],
+            rows=x.rows.count // rows * item_rows,
+            item_rows=item_rows,
+            bias=bias,
+            residual=None if plus is None or self.joined else plus.rows,
+            out_dtype=torch.float32 if fp32 else None,
+        )
+        return replace(x, parts=(out,), height=size[0], width=size[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Winograd:
+    """A convolution in the form of Winograd, behind it the product of a shortcut, if it has one.
+
+    weights: of the shortcut, if there is one; of the convolution
+    """
+
+    weights: tuple[Weights, ...]
+    flat: bool
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, dtype: torch.dtype, shortcut: nn.Conv2d | None = None) -> Winograd:
+        before = ()
+        if shortcut is not None:
+            before = (pack(shortcut.weight.flatten(1), shortcut.bias, dtype),)
+        weights = pack_winograd(conv.weight, conv.bias, dtype)
+        return cls((*before, weights), conv.kernel_size == (3, 1))
+
+    def emit(
+        self,
+        plan: Planner,
+        x: Picture,
+        *,
+        plus: Picture | None = None,
+        bias: tuple[Rows, int, int] | None = None,
+    ) -> Picture:
+        *shortcut, weights = self.weights
+        residual = None
+        if shortcut:
+            residual = plan.build.matmul([Source(part) for part in plus.parts], shortcut[0])
+        elif plus is not None:
+            residual = plus.rows
+        shape = (plan.images, x.height, x.width)
+        if self.flat:
+            shape = (plan.batch, plan.frames, x.pixels)
+        out = plan.build.winograd(
+            x.rows, weights, shape, flat=self.flat, bias=bias, residual=residual
+        )
+        return replace(x, parts=(out,))
+
+
+@dataclass(frozen=True, eq=False)
+class Enlarged:
+    """3x3 on a picture enlarged by nearest pixels: as it is, or per quarter of twice the size.
+
+    A quarter is 2x2 on the picture itself: taps that fall on the same pixel are one.
+
+    whole:    weights for any size; None where the quarters are enough
+    quarters: of each of `gather.QUARTERS`; none where they would cost too much memory
+    """
+
+    whole: Weights | None
+    quarters: tuple[Weights, ...]
+
+    @property
+    def weights(self) -> tuple[Weights, ...]:
+        return self.quarters if self.whole is None else (self.whole, *self.quarters)
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, dtype: torch.dtype) -> Enlarged:
+        """conv.any_size: keeps the weights for other factors than 2 as well"""
+        whole, light = None, is_light(conv)
+        if conv.any_size or not light:
+            whole = pack(conv_weight(conv, dtype), conv.bias, dtype)
+        return cls(whole, tuple(_quarters(conv, dtype)) if light else ())
+
+    def emit(self, plan: Planner, x: Picture, height: int, width: int) -> Picture:
+        if not self.quarters or (height, width) != (2 * x.height, 2 * x.width):
+            table = gather.doubled(x.height, x.width, height, width)
+            out = plan.build.matmul(
+                [Source(x.rows, table, x.pixels)],
+                self.whole,
+                rows=plan.images * height * width,
+                item_rows=height * width,
+            )
+            return replace(x, parts=(out,), height=height, width=width)
+        out = plan.build.rows(4 * x.rows.count, self.quarters[0].columns)
+        for corner, weights in zip(gather.QUARTERS, self.quarters, strict=True):
+            table, places = gather.quarter(x.height, x.width, *corner)
+            plan.build.matmul(
+                [Source(x.rows, table, x.pixels)],
+                weights,
+                item_rows=x.pixels,
+                out=out,
+                scatter=(places, 4 * x.pixels),
+            )
+        return replace(x, parts=(out,), height=height, width=width)
+
+
+def _quarters(conv: nn.Conv2d, dtype: torch.dtype):
+    weight = conv.weight.float()  # [C', C, 3, 3]
+    # taps that fall on the same pixel, for an even and for an odd position
+    same = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    for y, x in gather.QUARTERS:
+        folded = torch.einsum("ai,bj,ocij->oabc", same[y], same[x], weight)
+        yield pack(folded.flatten(1), conv.bias, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """Attention: q, k and v as one product, or q and, of a context, k and v; heads; a product.
+
+    Heads are padded to whole steps of the kernel.
+
+    heads: number, padded dimension, scale
+    """
+
+    into: Weights
+    kv: Weights | None
+    out: Weights
+    heads: tuple[int, int, float]
+
+    @property
+    def weights(self) -> tuple[Weights, ...]:
+        return (self.into, self.out) if self.kv is None else (self.into, self.kv, self.out)
+
+    @classmethod
+    def of(cls, attention: nn.Module, dtype: torch.dtype, crossed: bool) -> Attend:
+        heads, dim = attention.heads, attention.head_dim
+        if dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"PlannedUNet: heads may have up to {MAX_HEAD_DIM} dimensions, got {dim}"
+            )
+        padded = -dim % 8
+
+        def rows(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+            weight = layer.weight.to(dtype).unflatten(0, (heads, dim))
+            bias = torch.zeros(heads * dim) if layer.bias is None else layer.bias.float()
+            bias = F.pad(bias.unflatten(0, (heads, dim)), (0, padded))
+            return F.pad(weight, (0, 0, 0, padded)).flatten(0, 1), bias.flatten()
+
+        def together(*layers: nn.Linear) -> Weights:
+            weight, bias = zip(*(rows(layer) for layer in layers), strict=True)
+            return pack(torch.cat(weight), torch.cat(bias), dtype)
+
+        q, k, v, out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
+        into, kv = (together(q), together(k, v)) if crossed else (together(q, k, v), None)
+        weight = F.pad(out.weight.to(dtype).unflatten(1, (heads, dim)), (0, padded))
+        back = pack(weight.flatten(1), out.bias, dtype)
+        return cls(into, kv, back, (heads, dim + padded, dim**-0.5))
+
+    def keys(self, build: Builder, context: Rows | None) -> Rows | None:
+        """k and v of a context; None: the rows attend to themselves."""
+        return None if self.kv is None else build.matmul(context, self.kv)
+
+    def emit(
+        self,
+        plan: Planner,
+        x: Rows,
+        kv: Rows | None,
+        residual: Rows,
+        over_frames: bool,
+        bias: Tensor | None,
+    ) -> Rows:
+        build = plan.build
+        q = build.matmul(x, self.into)
+        if over_frames:
+            shape = (plan.batch, plan.frames, x.count // plan.images)
+            out = build.temporal_attention(q, shape, self.heads, bias)
+        elif kv is not None:
+            out = build.spatial_attention(q, kv, plan.images, self.heads, plan.batch)
+        else:
+            out = build.spatial_attention(q, q, plan.images, self.heads, plan.images)
+        return build.matmul(out, self.out, residual=residual)
+
+
+Form = Product | Joined | Taps | Winograd | Enlarged | Attend
+
+
+def convolution(
+    conv: nn.Conv2d,
+    dtype: torch.dtype,
+    shortcut: nn.Conv2d | None = None,
+    padded: bool = False,
+    fp32: bool = False,
+) -> Taps | Winograd:
+    """The fastest form. Winograd's takes no padded rows, and writes no fp32 of bf16.
+
+    Raises ValueError for a convolution that is neither 3x3 nor 3 taps along frames.
+    """
+    kind = (conv.kernel_size, conv.stride, conv.padding)
+    if kind not in _KINDS or conv.dilation != (1, 1) or conv.groups != 1:
+        raise ValueError(f"plans have convolutions of 3x3 or 3 frames, padded by 1, got {conv}")
+    if conv.stride == (1, 1) and not (padded or fp32) and takes_winograd(conv):
+        return Winograd.of(conv, dtype, shortcut)
+    if shortcut is not None:
+        return Taps.with_shortcut(conv, shortcut, dtype)
+    return Taps.of(conv, dtype, padded)
+
+
+_KINDS = (
+    ((3, 3), (1, 1), (1, 1)),
+    ((3, 3), (2, 2), (1, 1)),
+    ((3, 1), (1, 1), (1, 0)),
+)
