@@ -133,7 +133,7 @@ def warm_calls(case: str, rounds: int) -> list[Row]:
     source = torch.empty(3 * z.nbytes // 2, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source)
     op = torch.ops.vfengine.residual_step_.default
-    rest = (None, None, 1.0, None, 0, 0, "auto")
+    rest = (None, 1.0, None, 0, 0, "auto")
     calls = {
         "residual_step": lambda: residual_step(z, clip.r, clip.b, *step),
         "copy": lambda: target.copy_(source),

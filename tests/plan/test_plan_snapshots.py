@@ -6,7 +6,8 @@ A snapshot is a list of lines: the arena, then one line per call, whose values a
     packed_3, bias_3             weights, by the order in which they are packed
     down.0.0.resnet.norm1.bias   a tensor of the network, as its state dict names it
     int32[9,64]:1f0a…            any other tensor; a table of taps with the hash of its contents
-and numbers. None of them depends on the machine. Where calls are meant to change:
+and numbers; fields that are 0 or false are left out. None of them depends on the machine. Where
+calls are meant to change:
 
     python tests/test_plan_snapshots.py --write
 """
@@ -162,10 +163,11 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
         if isinstance(value, program.Rows):
             offset = forward.program.offset(value)
             return f"{offset}:{value.count}x{value.width}:{NAMES[value.dtype]}"
-        if isinstance(value, program._Place):
+        if isinstance(value, program.Place):
             return f"@{forward.program.offset(value)}"
-        if value is program._THREADS:
-            return "threads"
+        if isinstance(value, program.Struct):
+            given = {name: part for name, part in value.fields.items() if part != 0}
+            return f"({', '.join(f'{name}={text(part)}' for name, part in given.items())})"
         if isinstance(value, tuple):
             return f"({', '.join(map(text, value))})"
         if isinstance(value, float):

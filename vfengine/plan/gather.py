@@ -1,4 +1,4 @@
-"""Which row each tap of a convolution reads: the tables of a plan's products (csrc/network.h).
+"""Which row each tap of a convolution reads: the tables of a plan's products (csrc/row_matmul.h).
 
 A table is int32 [taps, pixels of the result]: a row of the same picture or clip, -1 for padding.
 """

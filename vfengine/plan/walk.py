@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .builder import Builder
 from .forms import Attend, Enlarged, Form, Joined, Product, convolution
 from .memory import return_memory
 from .packing import Weights, pack
-from .program import Builder, Rows
+from .program import Rows
 
 _RETURNED = 2**22  # bytes of a layer from which on its memory goes back to the system
 
