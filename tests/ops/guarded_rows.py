@@ -9,7 +9,7 @@ import test_layer_norm
 import test_spatial_attention
 import test_temporal_attention
 import torch
-from test_peers import normal
+from seeded import normal
 from torch import Tensor
 from triton_tools import guarded
 

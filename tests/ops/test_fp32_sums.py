@@ -12,7 +12,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from test_peers import filled, normal
+from seeded import filled, normal
 from test_planned import VIDEO, cast, plan
 from test_row_kernels import convolution, isa, linear, multiply  # noqa: F401  isa is a fixture
 from test_winograd import convolve

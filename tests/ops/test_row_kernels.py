@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import SMALL, as_it_is, assert_as_close_as_pytorch
-from test_peers import normal
+from seeded import normal
 from torch import Tensor
 
 from vfengine.native import vfengine_native

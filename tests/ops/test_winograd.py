@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_peers import normal
+from seeded import normal
 from test_row_kernels import all_dtypes, isa, threads  # noqa: F401  fixtures
 from torch import Tensor, nn
 from triton_tools import guarded
