@@ -332,13 +332,13 @@ def test_fp32_convolution_is_the_plain_one(options, monkeypatch):
 
 def test_tf32_of_products_can_be_read_however_it_was_set():
     products = torch.backends.cuda.matmul
-    assert not layers.tf32_products()
+    assert not layers.matmul_in_tf32()
     torch.set_float32_matmul_precision("medium")
-    assert layers.tf32_products()
+    assert layers.matmul_in_tf32()
     torch.set_float32_matmul_precision("highest")
     if hasattr(products, "fp32_precision"):  # torch 2.9 and later; not to be read the old way then
         former = products.fp32_precision
         products.fp32_precision = "tf32"
-        assert layers.tf32_products()
+        assert layers.matmul_in_tf32()
         products.fp32_precision = former
-    assert not layers.tf32_products()
+    assert not layers.matmul_in_tf32()

@@ -34,13 +34,13 @@ ONE_IS_GIVEN = "base_cache keeps paths that are walked, but one is given"
 RULES = [
     (
         {"num_residuals": 2, "num_videos": 2},
-        "num_residuals=2 is of one base path, 2 are asked for",
+        "num_residuals=2 needs one base path, but label and num_videos make 2",
         "--num-residuals 2 --num-videos 2",
         "--num-residuals cannot go with --num-videos: they share one base path",
     ),
     (
         {"num_residuals": 2, "label": ["walk", "jump"]},
-        "num_residuals=2 is of one base path, 2 are asked for",
+        "num_residuals=2 needs one base path, but label and num_videos make 2",
         None,
         None,
     ),

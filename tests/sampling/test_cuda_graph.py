@@ -325,52 +325,52 @@ SWITCHES = ["flash", "mem_efficient", "math", "cudnn"]
 
 
 def test_keys_are_equal_where_nothing_changed():
-    assert capture.surroundings_key(CUDA) == capture.surroundings_key(CUDA)
+    assert capture.process_settings_key(CUDA) == capture.process_settings_key(CUDA)
 
 
 @pytest.mark.parametrize(("where", "name", "value"), SETTINGS, ids=[s[1] for s in SETTINGS])
 def test_key_sees_settings(where, name, value):
-    before, former = capture.surroundings_key(CUDA), getattr(where, name)
+    before, former = capture.process_settings_key(CUDA), getattr(where, name)
     setattr(where, name, value)
     try:
-        assert capture.surroundings_key(CUDA) != before
+        assert capture.process_settings_key(CUDA) != before
     finally:
         setattr(where, name, former)
-    assert capture.surroundings_key(CUDA) == before
+    assert capture.process_settings_key(CUDA) == before
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_key_sees_which_attention_torch_may_take(name):
-    before = capture.surroundings_key(CUDA)
+    before = capture.process_settings_key(CUDA)
     switch = getattr(torch.backends.cuda, f"enable_{name}_sdp")
     switch(False)
     try:
-        assert capture.surroundings_key(CUDA) != before
+        assert capture.process_settings_key(CUDA) != before
     finally:
         switch(True)
-    assert capture.surroundings_key(CUDA) == before
+    assert capture.process_settings_key(CUDA) == before
 
 
 @pytest.mark.parametrize("name", ["VFENGINE_KERNEL_BACKEND", "VFENGINE_ATTENTION_BACKEND"])
 def test_key_sees_the_environment(monkeypatch, name):
-    before = capture.surroundings_key(CUDA)
+    before = capture.process_settings_key(CUDA)
     monkeypatch.setenv(name, "triton")
-    assert capture.surroundings_key(CUDA) != before
+    assert capture.process_settings_key(CUDA) != before
 
 
 def test_key_sees_precision_deterministic_algorithms_and_autocast():
-    before = capture.surroundings_key(CUDA)
+    before = capture.process_settings_key(CUDA)
     torch.set_float32_matmul_precision("high")
-    high = capture.surroundings_key(CUDA)
+    high = capture.process_settings_key(CUDA)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
-    deterministic = capture.surroundings_key(CUDA)
+    deterministic = capture.process_settings_key(CUDA)
     torch.use_deterministic_algorithms(False)
     torch.set_autocast_enabled("cuda", True)
-    autocast = capture.surroundings_key(CUDA)
+    autocast = capture.process_settings_key(CUDA)
     torch.set_autocast_enabled("cuda", False)
     assert len({before, high, deterministic, autocast}) == 4
-    assert capture.surroundings_key(CUDA) == before
+    assert capture.process_settings_key(CUDA) == before
 
 
 def test_key_can_be_read_however_precision_was_set():
@@ -378,10 +378,10 @@ def test_key_can_be_read_however_precision_was_set():
     products = torch.backends.cuda.matmul
     if not hasattr(products, "fp32_precision"):
         return
-    before, former = capture.surroundings_key(CUDA), products.fp32_precision
+    before, former = capture.process_settings_key(CUDA), products.fp32_precision
     products.fp32_precision = "tf32"
     try:
-        assert capture.surroundings_key(CUDA) != before
+        assert capture.process_settings_key(CUDA) != before
     finally:
         products.fp32_precision = former
 

@@ -220,7 +220,7 @@ def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Base
 
 
 def _mixing_of_format_1(solver: str, w: Tensor) -> Tensor:
-    """What w [S] of ε̃ = ε + w (ε - ε_prev) is as mixing; ValueError where it cannot be."""
+    """The mixing of w [S] in ε̃ = ε + w (ε - ε_prev); ValueError where the solver has no w."""
     if w.ndim != 1 or w.dtype != torch.float64:
         raise ValueError(f"extrapolation is {w.dtype} {list(w.shape)}")
     if solver == "dpmsolver":

@@ -19,7 +19,7 @@ from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
 from vfengine.ops._dispatch import DTYPES
 from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
 
-from ..devices import tf32_products
+from ..devices import matmul_in_tf32
 from ..ops.attention import attend
 from .positions import RelativePositionBias
 
@@ -125,7 +125,7 @@ class Conv2d(nn.Conv2d):
             cudnn.benchmark,
             deterministic,
             cudnn.enabled,
-            tf32_products(),
+            matmul_in_tf32(),
         )
 
 
