@@ -299,7 +299,7 @@ def test_refuses_a_shortcut_that_is_a_picture_and_a_skip_as_they_are():
     """No product puts them side by side: an identity of both together has no kernel."""
     config = replace(IMAGE, block_out_channels=(8, 16), layers_per_block=(0, 0), mid_blocks=0)
     made = plan(UNet(config))
-    with pytest.raises(ValueError, match=r"expected one picture, got pictures of \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"expected one buffer, got buffers of \[8, 8\] channels"):
         made(normal(2, 3, 8, 8), torch.tensor([1, 2]))
 
 
