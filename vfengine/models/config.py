@@ -1,4 +1,4 @@
-"""What a UNet is: its shape, level by level, and which variants of its layers it has."""
+"""The configuration of a UNet: its shape, level by level, and the variants of its layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace

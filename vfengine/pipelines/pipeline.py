@@ -24,7 +24,7 @@ from .session import Session
 
 @dataclass(frozen=True, eq=False)
 class VideoFusionOutput:
-    """What a call of a pipeline returns.
+    """The result of a call of a pipeline.
 
     frames:     "np": float32 [B, N, H, W, C] in 0..1; "pt": float32 tensor [B, N, C, H, W] in 0..1
                 on the pipeline's device; "pil": B clips, each a list of N PIL images

@@ -134,7 +134,7 @@ class Session:
             return_memory()
 
     def should_offload_base(self, needed_again: bool) -> bool:
-        """What offload_base=None means: whether to free the base network before the residual phase.
+        """Whether offload_base=None frees the base network before the residual phase.
 
         needed_again: whether a later batch of the call or command needs it
 

@@ -337,7 +337,7 @@ class VideoFusionPipeline(Pipeline):
         self._check_path(trajectory, table, num_clips, base_path)
 
     def should_offload_base(self, needed_again: bool) -> bool:
-        """What offload_base=None means: see `Session.should_offload_base`."""
+        """Whether offload_base=None frees the base network: `Session.should_offload_base`."""
         return self._session.should_offload_base(needed_again)
 
     # -- inside ------------------------------------------------------------------------------------

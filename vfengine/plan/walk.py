@@ -56,7 +56,7 @@ class Packer:
         self._biases: list[Tensor] = []
 
     def packed(self) -> Packed:
-        """What was packed; the projections of the embedding become one product."""
+        """The packed layers, with all projections of the embedding as one product."""
         if self._projections:
             weight, bias = torch.cat(self._projections), torch.cat(self._biases)
             self._projections.clear()  # frees them before `pack` copies them
