@@ -1,7 +1,7 @@
 """group_norm_silu: two reads of x, one of the residual, one write, beside PyTorch's own ops.
 
-With scale, shift, SiLU and residual, on pictures of a residual network (statistics over 16 frames)
-and of a larger one. Bytes are 3 reads + 1 write; on a GPU 2 reads + 1 write, as x is
+With scale, shift, SiLU and residual, on activations of a residual network (statistics over 16
+frames) and of a larger one. Bytes are 3 reads + 1 write; on a GPU 2 reads + 1 write, as x is
 still in L2 when it is read again.
 """
 
@@ -27,13 +27,13 @@ TARGETS = {
         *(Target(case, "group_norm_silu", "speedup_over_eager", 2) for case in CASES),
         *(Target(case, "group_norm_silu", "speedup_over_compiled", 1) for case in CASES),
     ],
-    # Not of the small shape, whose launches are what takes time.
+    # None for the small shape, whose time is that of its launches.
     "cuda": [Target(case, "group_norm_silu", "of_copy", 80) for case in CASES if "x320x" in case],
 }[DEVICE]
 
 
 def written(x, groups, frames, weight, bias, scale, shift, residual):
-    """The same in PyTorch's own operations, in the pictures' dtype."""
+    """The same in PyTorch's own operations, in the dtype of x."""
     clips = x.unflatten(0, (-1, frames)).transpose(1, 2)
     y = F.group_norm(clips, groups, weight.to(x.dtype), bias.to(x.dtype))
     y = y.transpose(1, 2).reshape(x.shape)

@@ -1,7 +1,7 @@
-"""What the figures of a GPU say: the targets reached or missed, and a paragraph in plain English.
+"""Findings from the figures of a GPU: targets reached or missed, and a paragraph in plain English.
 
-Imports no torch, as gpu_report.py, whose page holds both; so the names of contenders stand here
-once more, and tests/benchmarks/test_gpu_report.py sees to it that they are those of table4_ways.py.
+Like gpu_report.py, whose page holds both, it imports no torch. It therefore repeats the names of
+contenders; tests/benchmarks/test_gpu_report.py compares them with those of table4_ways.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VDM, TWO_PHASE, BASE_KEPT = "VDM*, our kernels", "two-phase", "two-phase, base k
 OURS = {"cuda": "CUDA C++", "triton": "Triton"}
 LARGE, SMALL = "64x3x512x512", "16x3x64x64"
 STEP_OPS = ("residual_step", "decomposed_step", "remove_base")
-PASSES = {"group_norm_silu": 80, "temporal_attention": 75}  # asked, % of a copy
+PASSES = {"group_norm_silu": 80, "temporal_attention": 75}  # targets, % of a copy
 MEMORIES = ("reserved", "allocated", "driver")  # the first that was read: graphs' pools are in it
 Figures = dict[Key, Line]
 
@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was asked of a contender, and what it reached."""
+    """A contender's target, and what it reached."""
 
     what: str
     contender: str
@@ -64,7 +64,7 @@ class Verdict:
 
     @property
     def short(self) -> float:
-        """The share that is missing."""
+        """The share by which it misses its target."""
         return 1 - (self.asked / self.got if self.at_most else self.got / self.asked)
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ def summary(results: Results) -> str:
 
 
 def _latency(figures: Figures) -> Iterator[str]:
-    """Of two phases over VDM*, from graphs where there are any."""
+    """A sentence on two phases over VDM*, from graphs where there are any."""
     found = {(x["case"], x["dtype"], x["graph"]): (x, over) for x, over in _ratios(figures)}
     for graph, form in ((True, "From graphs"), (False, "Without graphs")):
         said = []

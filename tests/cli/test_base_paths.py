@@ -1,4 +1,4 @@
-"""python -m vfengine.generate and base paths: files, motions, previews, the cache, pictures."""
+"""python -m vfengine.generate and base paths: files, sharing, previews, the cache, images."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Networks that others publish, loaded into the one UNet family: diffusers' own are the oracle."""
+"""Published networks, loaded into our UNet family and compared with diffusers' own."""
 
 import json
 from pathlib import Path
@@ -351,7 +351,7 @@ def test_modelscope_matches_diffusers(how, modelscope, tmp_path):
 
 
 def test_modelscope_keys_are_the_published_ones(modelscope):
-    """Spelling and places that the published file is known by."""
+    """Names of weights that are known from the published file."""
     _, state = modelscope
     for key in (
         "input_blocks.0.1.proj_in.weight",

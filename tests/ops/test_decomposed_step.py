@@ -38,7 +38,7 @@ def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False,
 def in_own_dtype(
     z, b, r, lam, coeffs, step, base_seed, residual_seed, r_uncond=None, guidance_scale=1.0, **place
 ):
-    """What one would write in PyTorch: every operation rounds to the dtype of z."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of z."""
     c1, c2, sigma = coeffs[int(step)].tolist()
     if r_uncond is not None:
         r = r_uncond + guidance_scale * (r - r_uncond)

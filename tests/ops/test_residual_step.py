@@ -43,7 +43,7 @@ def make_case(
 def in_own_dtype(
     u, r, g, lam, coeffs, step, xi=None, r_uncond=None, guidance_scale=1.0, seed=None, **place
 ):
-    """What one would write in PyTorch: every operation rounds to the dtype of u."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of u."""
     c1, c2, sigma = coeffs[int(step)].tolist()
     lam = lam.view(-1, 1, 1, 1)
     if r_uncond is not None:

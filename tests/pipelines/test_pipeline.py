@@ -241,7 +241,7 @@ def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offloa
 def test_on_cuda_the_base_network_goes_only_for_want_of_room(
     tiny_checkpoint, monkeypatch, loaded, free, idle, goes, needed_again
 ):
-    """free, idle: in weights of one network, both are about equally large."""
+    """free, idle: in weights of one network; both networks are about equally large."""
     pipe = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     base, residual = (
         sum(weight.numel() for weight in build_network(pipe.config, name).unet.parameters())

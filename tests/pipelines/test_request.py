@@ -1,4 +1,4 @@
-"""Requests: their rules, each in the words of a call from Python and of the command line."""
+"""Requests: every rule, from Python and from the command line."""
 
 import json
 import os
@@ -141,7 +141,7 @@ RULES = [
 
 @pytest.mark.parametrize(("values", "error"), [rule[:2] for rule in RULES if rule[0]])
 def test_settings_that_cannot_go_together(values, error):
-    if error is None:  # a default, which a call cannot tell from one that is written down
+    if error is None:  # a default, which a request cannot tell from a value that the user wrote
         SamplingRequest(**values)
         assert list(conflicts(values))
         return

@@ -1,4 +1,4 @@
-"""What the pipeline's engine adds: motions of one look, previews, pictures, caches, used loops."""
+"""Clips of one base path, previews, images to animate, the base cache, and kept loops."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def test_residuals_are_motions_of_one_base_path(pipe):
         np.testing.assert_allclose(alone.frames[0], out.frames[k], atol=2e-4)
     np.testing.assert_allclose(call(pipe).frames[0], out.frames[0], atol=2e-4)
     assert not np.array_equal(out.frames[0, 1], out.frames[1, 1])
-    later = call(pipe, num_residuals=2, sample_offset=1)  # motions 1 and 2 of the same look
+    later = call(pipe, num_residuals=2, sample_offset=1)  # clips 1 and 2 of the same base path
     np.testing.assert_allclose(later.frames, out.frames[1:], atol=2e-4)
 
 
@@ -232,7 +232,7 @@ def loops_of(pipe):
 
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):
-    """By calls of other noise and labels; the results are those of a fresh pipeline."""
+    """Calls with other noise and labels use the loops again, with a fresh pipeline's results."""
     fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     keep = {"offload_base": False}
     clip = call(pipe, **keep).frames
@@ -316,7 +316,7 @@ def test_threads_may_share_a_pipeline(pipe):
 
 
 def test_released_weights_and_replaced_loops_leave_at_once(pipe):
-    """Not when the garbage collector comes by: nothing holds them in a cycle."""
+    """They are freed at once, not by the garbage collector: there is no reference cycle."""
     call(pipe, offload_base=False)
     base = weakref.ref(pipe._session.networks["base"])
     loop = weakref.ref(loops_of(pipe)["residual"])

@@ -1,4 +1,4 @@
-"""What vfengine/sampling/cuda_graph.py asks of torch.cuda, of which a stub writes down every call.
+"""The calls of torch.cuda by vfengine/sampling/cuda_graph.py; a stub records them.
 
 Nothing runs on a device: "captured" and replayed steps run on the CPU, so that clips can be
 compared with plain ones.
@@ -24,8 +24,8 @@ WAIT = 60.0  # seconds after which a thread that never comes fails the test
 class StubCuda:
     """In place of torch.cuda: who captures, what breaks that, which streams are used.
 
-    calls:    what was asked, in order, warm-up and captured steps included if they say so
-    problems: what the driver or torch would have refused, or could have
+    calls:    in order; warm-up and captured steps are included if they record themselves
+    problems: calls that the driver or torch would or could have refused
     """
 
     def __init__(self, monkeypatch, capture_fails=False):
@@ -191,7 +191,7 @@ def test_graphs_share_no_stream_and_leave_theirs_behind(monkeypatch):
 
 
 class OnTheCpu(TorchFunctionMode):
-    """What is sent to CUDA stays where it is."""
+    """Tensors that are sent to CUDA stay on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.to and CUDA in args:
@@ -374,7 +374,7 @@ def test_key_sees_precision_deterministic_algorithms_and_autocast():
 
 
 def test_key_can_be_read_however_precision_was_set():
-    """Torch from 2.9 on has a second way, after which it refuses to say what the first one says."""
+    """Torch 2.9 has a second interface, after whose use reading the first one raises."""
     products = torch.backends.cuda.matmul
     if not hasattr(products, "fp32_precision"):
         return

@@ -292,7 +292,7 @@ def test_lam_zero_is_plain_video_ddim():
 
 
 def test_clean_path_is_a_diffusion_of_the_other_frames_given_the_base_frame():
-    """With g = 0, z' = √λ d + √(1-λ) v, where v walks as a clip of its own: plain DDIM on v."""
+    """With g = 0, z' = √λ d + √(1-λ) v, where v evolves as a clip of its own: plain DDIM on v."""
     lam = 0.375  # exact in fp32
     noise = noise_of((2, 4, 1, 5, 7))
     image = torch.randn(2, 1, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
-"""What the run is of and on: one JSON object on stdout. No fact that is missing costs the others.
+"""Facts of sources and machine: one JSON object on stdout. A missing fact does not cost the others.
 
-Exit status 2: there is no NVIDIA GPU that torch can use (not asked in a dry run).
+Exit status 2: there is no NVIDIA GPU that torch can use (not checked in a dry run).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def output(*command: str) -> str:
-    """What a command prints; RuntimeError, OSError where it can not."""
+    """The output of a command; RuntimeError or OSError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -35,7 +35,7 @@ def or_none(fact: Callable[[], object]) -> object:
 
 
 def nvml() -> dict[str, object]:
-    """Clocks in MHz, watts, degrees Celsius, driver: each asked alone, a VM may refuse some."""
+    """Clocks in MHz, watts, degrees Celsius, driver: each read alone, as a VM may refuse some."""
     import pynvml  # of nvidia-ml-py
 
     pynvml.nvmlInit()
@@ -59,7 +59,7 @@ def nvcc() -> str:
 
 
 def commit() -> dict[str, object]:
-    """Of git; where the sources came without it, of VFENGINE_COMMIT."""
+    """The commit from git, or from VFENGINE_COMMIT if the sources have no git."""
     if given := os.environ.get("VFENGINE_COMMIT"):
         return {"commit": given, "dirty": None}
     return {
