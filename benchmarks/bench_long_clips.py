@@ -312,8 +312,8 @@ def growing(growth: dict[str, Sequence[int]]) -> list[Row]:
         window, overlap = WINDOWS.get(name, (0, None))
         peaks = []
         for frames in counts:
-            asked = {"frames": frames, "window": window, "overlap": overlap}
-            peak = peak_memory.measure("bench_long_clips:memory_probe", asked, DEVICE)
+            arguments = {"frames": frames, "window": window, "overlap": overlap}
+            peak = peak_memory.measure("bench_long_clips:memory_probe", arguments, DEVICE)
             peaks.append(peak.main)
             rows.append(Row("growth", name, f"N = {frames}", peak.main, "MiB"))
         line = statistics.linear_regression(counts, peaks)

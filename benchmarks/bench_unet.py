@@ -54,7 +54,7 @@ from lib.unet_contenders import (
     save_network,
     weights_mib,
 )
-from lib.unet_ops import ASKED, BASELINES, DESCRIPTIONS, OPS, convolutions, op_rows
+from lib.unet_ops import BASELINES, DESCRIPTIONS, OP_TARGETS, OPS, convolutions, op_rows
 
 FASTER, OF_CEILING = "time / vfengine", "of conv ceiling"
 MEMORY = "peak memory / vfengine"
@@ -67,15 +67,15 @@ PAUSE = 0.02  # s between turns: idle threads of one library no longer spin on t
 TARGETS = [
     *(
         Target(name, OURS, f"speedup_over_{BASELINES[name]}", value)
-        for name, value in ASKED.items()
+        for name, value in OP_TARGETS.items()
     ),
     *(
         target
         for case in CASES.values()
         for target in (
-            *(Target(case.name, peer, FASTER, value) for peer, value in case.asked.items()),
+            *(Target(case.name, peer, FASTER, value) for peer, value in case.targets.items()),
             *([Target(case.name, OURS, OF_CEILING, case.of_ceiling)] if case.of_ceiling else []),
-            *(Target(case.name, peer, MEMORY, 1) for peer in case.asked if case.memory),
+            *(Target(case.name, peer, MEMORY, 1) for peer in case.targets if case.memory),
         )
     ),
 ]
@@ -257,20 +257,22 @@ class Verdict:
     case: str
     contender: str
     metric: str
-    asked: float
+    target: float
     measured: float | None
     unit: str = ""
 
     @property
     def met(self) -> bool | None:
-        return None if self.measured is None else self.measured >= self.asked
+        return None if self.measured is None else self.measured >= self.target
 
     def __str__(self) -> str:
         what = f"{self.case}, {self.contender}: {self.metric}"
         if self.measured is None:
-            return f"{what} not measured (asked: at least {self.asked:g})"
+            return f"{what} not measured (target: at least {self.target:g})"
         verdict = "met" if self.met else "MISSED"
-        return f"{what} {self.measured:.2f} {self.unit} (asked: at least {self.asked:g}): {verdict}"
+        return (
+            f"{what} {self.measured:.2f} {self.unit} (target: at least {self.target:g}): {verdict}"
+        )
 
 
 def judge(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:

@@ -390,7 +390,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the sections and run nothing")
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: here")
     parser.add_argument("--module", type=Path, metavar="FOLDER", help="of a built vfengine_native")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, no GPU asked")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, without a GPU")
     arguments = parser.parse_args()
     if arguments.list:
         for section in SECTIONS:

@@ -171,14 +171,14 @@ def _targets(results: Results) -> list[str]:
     for kernels in (True, False):
         cells: dict[tuple[str, str], dict[str, str]] = {}
         names: list[str] = []
-        for verdict in sorted(found, key=lambda verdict: (verdict.unit, verdict.asked)):
+        for verdict in sorted(found, key=lambda verdict: (verdict.unit, verdict.target)):
             if (verdict.contender in OURS.values()) == kernels:
                 names += [verdict.contender] * (verdict.contender not in names)
                 what = cells.setdefault((verdict.goal, verdict.what), {})
                 what[verdict.contender] = str(verdict)
-        body = [[*asked, *(got.get(name, "") for name in names)] for asked, got in cells.items()]
+        body = [[*target, *(got.get(name, "") for name in names)] for target, got in cells.items()]
         if body:
-            parts.append(rows(["asked", "of", *names], body))
+            parts.append(rows(["target", "of", *names], body))
     return parts
 
 

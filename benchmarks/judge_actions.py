@@ -164,14 +164,14 @@ def main(argv: list[str] | None = None) -> int:
             options.model, dtype=getattr(torch, options.dtype)
         )
     paths: dict[str, BaseTrajectory] = {}
-    asked = np.repeat(np.arange(len(ACTIONS)), options.per_action)
+    labels = np.repeat(np.arange(len(ACTIONS)), options.per_action)
     for base_path in options.base_path:
         clips = generate(pipeline, base_path, paths, options)
         seen = read(judge, clips)
         case = f"{len(clips)} generated, {base_path}"
-        rows.append(Row(case, "judge", "top-1", 100 * float((seen == asked).mean()), "%"))
+        rows.append(Row(case, "judge", "top-1", 100 * float((seen == labels).mean()), "%"))
         for index, action in enumerate(ACTIONS):
-            mine = seen[asked == index]
+            mine = seen[labels == index]
             rows.append(Row(case, action, "top-1", 100 * float((mine == index).mean()), "%"))
             named = ", ".join(
                 f"{ACTIONS[a]} {n}" for a, n in enumerate(np.bincount(mine, minlength=15)) if n

@@ -50,22 +50,22 @@ class Verdict:
     what: str
     contender: str
     got: float
-    asked: float
+    target: float
     unit: str
     at_most: bool = False
 
     @property
     def goal(self) -> str:
-        return f"{'at most' if self.at_most else 'at least'} {self.asked:.3g} {self.unit}"
+        return f"{'at most' if self.at_most else 'at least'} {self.target:.3g} {self.unit}"
 
     @property
     def reached(self) -> bool:
-        return self.got <= self.asked if self.at_most else self.got >= self.asked
+        return self.got <= self.target if self.at_most else self.got >= self.target
 
     @property
     def short(self) -> float:
         """The share by which it misses its target."""
-        return 1 - (self.asked / self.got if self.at_most else self.got / self.asked)
+        return 1 - (self.target / self.got if self.at_most else self.got / self.target)
 
     def __str__(self) -> str:
         if self.reached:
@@ -81,9 +81,9 @@ def verdicts(figures: Figures) -> list[Verdict]:
         if line["section"] == "kernels" and name:
             found += _kernel(figures, line, name)
         if line["section"] == "network_ops" and name and line["metric"] == "of copy":
-            asked = PASSES.get(parts(line["case"])[0])
-            if asked:
-                found.append(Verdict(_what(line), name, line["value"], asked, "% of a copy"))
+            target = PASSES.get(parts(line["case"])[0])
+            if target:
+                found.append(Verdict(_what(line), name, line["value"], target, "% of a copy"))
     for line, ratio in _ratios(figures):
         if line["case"].split(",")[0] in ("large", "paper") and line["graph"]:
             found.append(Verdict(line["case"], line["contender"], ratio, 0.38, "of VDM*", True))
@@ -108,10 +108,10 @@ def _kernel(figures: Figures, line: Line, name: str) -> Iterator[Verdict]:
     peers = {"randn": 1} if op == "decomposed_noise" else {}
     if op == "residual_step" and plain:
         peers = {"eager": 5, "compiled": 1.3}
-    for peer, asked in peers.items():
+    for peer, target in peers.items():
         theirs = beside(figures, line, contender=peer)
         if theirs:
-            yield Verdict(what, name, theirs / value, asked, f"x {peer}'s speed")
+            yield Verdict(what, name, theirs / value, target, f"x {peer}'s speed")
 
 
 def _what(line: Line) -> str:

@@ -195,10 +195,10 @@ def verdicts(rows: Sequence[Row], targets: Sequence[Target]) -> str:
         if row is None:
             continue
         ratio = target.value / row.value if target.at_most else row.value / target.value
-        asked = f"{'at most' if target.at_most else 'at least'} {target.value:,.2f} {row.unit}"
+        goal = f"{'at most' if target.at_most else 'at least'} {target.value:,.2f} {row.unit}"
         verdict = "reached" if ratio >= 1 else f"SHORT by {1 - ratio:.0%}"
         what = f"{target.case}, {target.contender}: {target.metric}"
-        lines.append(f"{what} {row.value:,.2f} {row.unit}, {asked}: {verdict}")
+        lines.append(f"{what} {row.value:,.2f} {row.unit}, {goal}: {verdict}")
     return "\n".join(lines)
 
 

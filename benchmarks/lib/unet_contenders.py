@@ -101,7 +101,7 @@ class Case:
 
     shape    of the sample: [1, C, N, H, W], or [1, C, H, W]
     tokens   of the context, [1, tokens, cross_attention_dim]
-    asked    how many times vfengine's time each contender's is to be, at least
+    targets  least ratio of each contender's time to vfengine's
     also     contenders that are timed without a target
     rounds   turns that each contender takes, unless told otherwise
     memory   whether the peak of loading and one forward pass is read, each in its own process
@@ -110,7 +110,7 @@ class Case:
     name: str
     network: str
     shape: tuple[int, ...]
-    asked: Mapping[str, float]
+    targets: Mapping[str, float]
     tokens: int = 8
     also: tuple[str, ...] = ()
     rounds: int = 10
@@ -119,7 +119,7 @@ class Case:
 
     @property
     def contenders(self) -> tuple[str, ...]:
-        return (OURS, *self.also, *self.asked)
+        return (OURS, *self.also, *self.targets)
 
     @property
     def description(self) -> str:

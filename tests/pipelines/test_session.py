@@ -30,7 +30,7 @@ def call(pipe, label="walk", **settings):
     return pipe(label, **{"num_inference_steps": STEPS, **settings})
 
 
-# -- motions of one look ---------------------------------------------------------------------------
+# -- several clips of one base path ----------------------------------------------------------------
 
 
 def test_residuals_are_motions_of_one_base_path(pipe):
@@ -63,7 +63,7 @@ def test_preview_is_the_base_frame_bit_for_bit(pipe):
     assert np.array_equal(again.frames, clips.frames)
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):

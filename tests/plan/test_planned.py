@@ -295,7 +295,7 @@ def test_refuses_a_call_without_what_is_needed(config, missing, message):
         made(normal(2, 3, 8, 8), torch.tensor([1, 2]))
 
 
-def test_refuses_a_shortcut_that_is_a_picture_and_a_skip_as_they_are():
+def test_refuses_a_shortcut_of_a_buffer_and_a_skip_without_a_convolution():
     """No kernel concatenates buffers: a shortcut of two without a convolution cannot be planned."""
     config = replace(IMAGE, block_out_channels=(8, 16), layers_per_block=(0, 0), mid_blocks=0)
     made = plan(UNet(config))

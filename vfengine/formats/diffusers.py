@@ -67,14 +67,14 @@ def read_scheduler(source: str | Path) -> dict[str, Any]:
 def diffusers_unet(values: Mapping[str, Any]) -> PublishedUNet:
     """The UNet of a config.json; ValueError, naming it, for an entry that is not supported."""
     config = diffusers_config(values)
-    return PublishedUNet(config, _places(config))
+    return PublishedUNet(config, _layer_names(config))
 
 
-def _places(config: UNetConfig) -> dict[str, str]:
+def _layer_names(config: UNetConfig) -> dict[str, str]:
     """The names of our layers in diffusers' files."""
-    places = {name: name for name in ("conv_in", "transformer_in", "conv_norm_out", "conv_out")}
+    layers = {name: name for name in ("conv_in", "transformer_in", "conv_norm_out", "conv_out")}
     for name in ("time_embedding", "class_embedding"):
-        places |= {name: name, f"{name}.0": f"{name}.linear_1", f"{name}.2": f"{name}.linear_2"}
+        layers |= {name: name, f"{name}.0": f"{name}.linear_1", f"{name}.2": f"{name}.linear_2"}
     parts = {"resnet": "resnets", "temp_conv": "temp_convs"}
     parts |= {"spatial": "attentions", "temporal": "temp_attentions"}
     for step in topology(config):
@@ -82,11 +82,11 @@ def _places(config: UNetConfig) -> dict[str, str]:
         if step.kind == "stage":
             block = "mid_block" if side == "mid" else f"{side}_blocks.{numbers[0]}"
             for part, theirs in parts.items():
-                places[f"{step.name}.{part}"] = f"{block}.{theirs}.{numbers[-1]}"
+                layers[f"{step.name}.{part}"] = f"{block}.{theirs}.{numbers[-1]}"
         else:
             block = side.removesuffix("samplers") + "_blocks"
-            places[step.name] = f"{block}.{numbers[0]}.{side}.0.conv"
-    return places
+            layers[step.name] = f"{block}.{numbers[0]}.{side}.0.conv"
+    return layers
 
 
 # -- configurations --------------------------------------------------------------------------------

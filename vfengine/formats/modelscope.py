@@ -47,33 +47,33 @@ def modelscope_unet(
     Raises ValueError, naming it, for an entry that is not supported.
     """
     config = modelscope_config(model_cfg_of(shapes) if values is None else _model_cfg(values))
-    return PublishedUNet(config, _places(config), _RESNET)
+    return PublishedUNet(config, _layer_names(config), _RESNET)
 
 
-def _places(config: UNetConfig) -> dict[str, str]:
+def _layer_names(config: UNetConfig) -> dict[str, str]:
     """The names of our layers in its files, where blocks are numbered through all levels."""
-    places = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1"}
-    places |= {"time_embedding": "time_embed", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    layers = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1"}
+    layers |= {"time_embedding": "time_embed", "conv_norm_out": "out.0", "conv_out": "out.2"}
     inputs, outputs = 0, -1  # numbers of the last blocks
     for step in topology(config):
         inputs += step.part in ("down", "downsamplers")
         outputs += step.part == "up"
         if step.kind == "downsample":
-            places[step.name] = f"input_blocks.{inputs}.op"
+            layers[step.name] = f"input_blocks.{inputs}.op"
         elif step.kind == "upsample":
             after = 3 if config.spatial_attention[step.level] else 1
-            places[step.name] = f"output_blocks.{outputs}.{after}.conv"
+            layers[step.name] = f"output_blocks.{outputs}.{after}.conv"
         else:
             block, first = f"input_blocks.{inputs}", 0
             if step.part == "up":
                 block = f"output_blocks.{outputs}"
             elif step.part == "mid":  # one block of two stages
                 block, first = "middle_block", 3 * int(step.name.removeprefix("mid."))
-            places[f"{step.name}.resnet"] = f"{block}.{first}"
-            places[f"{step.name}.temp_conv"] = f"{block}.{first}.temopral_conv"  # spelt so there
-            places[f"{step.name}.spatial"] = f"{block}.{first + 1}"
-            places[f"{step.name}.temporal"] = f"{block}.{first + 2}"
-    return places
+            layers[f"{step.name}.resnet"] = f"{block}.{first}"
+            layers[f"{step.name}.temp_conv"] = f"{block}.{first}.temopral_conv"  # spelt so there
+            layers[f"{step.name}.spatial"] = f"{block}.{first + 1}"
+            layers[f"{step.name}.temporal"] = f"{block}.{first + 2}"
+    return layers
 
 
 # -- configurations --------------------------------------------------------------------------------

@@ -42,19 +42,19 @@ class Unsupported(ValueError):
 class PublishedUNet:
     """A UNet of another format: our configuration of it, and its names of our layers.
 
-    places: its names of layers, by ours
+    layers: its names of layers, by ours
     resnet: its names of the layers in a residual block, by ours, where they differ
     """
 
     config: UNetConfig
-    places: Mapping[str, str]
+    layers: Mapping[str, str]
     resnet: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, ours: str) -> str:
         """The other format's name of a weight; inside most layers names are the same."""
         parts = ours.split(".")
-        length = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.places)
-        place, inner = self.places[".".join(parts[:length])], parts[length:]
+        length = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.layers)
+        prefix, inner = self.layers[".".join(parts[:length])], parts[length:]
         kind = parts[length - 1]
         if kind == "resnet":
             inner[0] = self.resnet.get(inner[0], inner[0])
@@ -67,7 +67,7 @@ class PublishedUNet:
             layer, _, parameter = name.rpartition(".")
             block = 0 if number is None else int(number) + 1
             inner = [f"transformer_blocks.{block}", _BLOCK.get(layer, layer), parameter]
-        return ".".join([place, *inner])
+        return ".".join([prefix, *inner])
 
 
 def read_json(file: Path) -> dict[str, Any]:

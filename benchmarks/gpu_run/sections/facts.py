@@ -40,7 +40,7 @@ def nvml() -> dict[str, object]:
 
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    asked = {
+    queries = {
         "driver": pynvml.nvmlSystemGetDriverVersion,
         "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "max_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -50,7 +50,7 @@ def nvml() -> dict[str, object]:
             handle, pynvml.NVML_TEMPERATURE_GPU
         ),
     }
-    return {name: or_none(fact) for name, fact in asked.items()}
+    return {name: or_none(fact) for name, fact in queries.items()}
 
 
 def nvcc() -> str:
