@@ -5,8 +5,8 @@ Compared with eager and compiled PyTorch; also with both kinds of noise drawn in
 
 import pytest
 import torch
-from lib.clips import CASES, DEVICE, LARGE_CASES, ROWS, Clip, check, make_clip
-from lib.harness import Row, Target, compare, main
+from lib.clips import CASES, DEVICE, LARGE_CASES, ROWS, Clip, check, compare_on_clip, make_clip
+from lib.harness import Row, Target, main
 
 from vfengine.ops import decomposed_step, decomposed_step_reference
 
@@ -49,13 +49,7 @@ def contenders(clip: Clip) -> dict:
 
 @torch.inference_mode()  # as samplers call it
 def measure(seconds: float = 3.0, cases=tuple(CASES)) -> list[Row]:
-    rows = []
-    for case in cases:
-        clip = make_clip(case)
-        moved = (3 * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
-        calls = contenders(clip)
-        rows += compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
-    return rows
+    return [row for case in cases for row in compare_on_clip(case, contenders, 3, seconds)]
 
 
 @pytest.mark.parametrize("case", CASES)

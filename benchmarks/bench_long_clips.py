@@ -27,7 +27,7 @@ Memory   peak resident set of a clip of two steps in a process of its own (peak_
 Expected before measuring: windows show no seams in pixels (at most 1.2 inside, as at any places of
 a whole clip), cuts do; windows grow by under ten copies of the clip, 0.5 MiB a frame, a whole clip
 by its activations too. Means of squares, middles, motion and return came after pixels had shown
-little; the target of 1.2 is for the means as well.
+little; the target of 1.2 holds for the means as well.
 
 Result: memory is as expected. Seams of the default windows stay under 1.2 in 64 frames
 but not, by means of squares, in 512 frames of cartwheels, and a window's middle shows as much as
@@ -312,8 +312,8 @@ def growing(growth: dict[str, Sequence[int]]) -> list[Row]:
         window, overlap = WINDOWS.get(name, (0, None))
         peaks = []
         for frames in counts:
-            arguments = {"frames": frames, "window": window, "overlap": overlap}
-            peak = peak_memory.measure("bench_long_clips:memory_probe", arguments, DEVICE)
+            settings = {"frames": frames, "window": window, "overlap": overlap}
+            peak = peak_memory.measure("bench_long_clips:memory_probe", settings, DEVICE)
             peaks.append(peak.main)
             rows.append(Row("growth", name, f"N = {frames}", peak.main, "MiB"))
         line = statistics.linear_regression(counts, peaks)

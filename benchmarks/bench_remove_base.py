@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from lib.clips import CASES, DEVICE, LARGE_CASES, NOISE_LEVEL, Clip, check, make_clip
-from lib.harness import Row, Target, compare, main
+from lib.clips import (
+    CASES,
+    DEVICE,
+    LARGE_CASES,
+    NOISE_LEVEL,
+    Clip,
+    check,
+    compare_on_clip,
+    make_clip,
+)
+from lib.harness import Row, Target, main
 
 from vfengine.ops import remove_base, remove_base_reference
 
@@ -36,13 +45,7 @@ def contenders(clip: Clip) -> dict:
 
 @torch.inference_mode()  # as samplers call it
 def measure(seconds: float = 3.0, cases=tuple(CASES)) -> list[Row]:
-    rows = []
-    for case in cases:
-        clip = make_clip(case)
-        moved = (2 * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
-        calls = contenders(clip)
-        rows += compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
-    return rows
+    return [row for case in cases for row in compare_on_clip(case, contenders, 2, seconds)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,9 +15,10 @@ from lib.clips import (
     algorithm_2,
     algorithm_2_into,
     check,
+    compare_on_clip,
     make_clip,
 )
-from lib.harness import Row, Target, compare, main, warm_microseconds
+from lib.harness import Row, Target, main, warm_microseconds
 
 from vfengine.ops import residual_step, residual_step_reference
 
@@ -106,10 +107,7 @@ def measure(seconds: float = 4.0, cases=tuple(CASES)) -> list[Row]:
     small = [case for case in cases if CASES[case][0] is DEFAULT and DEVICE == "cpu"]
     rows = [row for case in small for row in warm_calls(case, rounds=5 + int(50 * seconds))]
     for case in cases:
-        clip = make_clip(case)
-        moved = (3 * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
-        calls = contenders(clip)
-        mine = compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
+        mine = compare_on_clip(case, contenders, 3, seconds)
         time = {row.contender: row.value for row in mine if row.metric == "time"}
         rows += mine
         for name in ("compiled", "compiled_into"):
@@ -135,7 +133,7 @@ def warm_calls(case: str, rounds: int) -> list[Row]:
     source = torch.empty(3 * z.nbytes // 2, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source)
     op = torch.ops.vfengine.residual_step_.default
-    rest = (None, None, 1.0, None, 0, 0, "auto")
+    rest = (None, 1.0, None, 0, 0, "auto")
     calls = {
         "residual_step": lambda: residual_step(z, clip.r, clip.b, *step),
         "copy": lambda: target.copy_(source),

@@ -54,7 +54,7 @@ from lib.unet_contenders import (
     save_network,
     weights_mib,
 )
-from lib.unet_ops import BASELINES, DESCRIPTIONS, OP_TARGETS, OPS, convolutions, op_rows
+from lib.unet_ops import BASELINES, DESCRIPTIONS, OPS, SPEEDUPS, convolutions, op_rows
 
 FASTER, OF_CEILING = "time / vfengine", "of conv ceiling"
 MEMORY = "peak memory / vfengine"
@@ -67,7 +67,7 @@ PAUSE = 0.02  # s between turns: idle threads of one library no longer spin on t
 TARGETS = [
     *(
         Target(name, OURS, f"speedup_over_{BASELINES[name]}", value)
-        for name, value in OP_TARGETS.items()
+        for name, value in SPEEDUPS.items()
     ),
     *(
         target
@@ -267,12 +267,11 @@ class Verdict:
 
     def __str__(self) -> str:
         what = f"{self.case}, {self.contender}: {self.metric}"
+        goal = f"(target: at least {self.target:g})"
         if self.measured is None:
-            return f"{what} not measured (target: at least {self.target:g})"
+            return f"{what} not measured {goal}"
         verdict = "met" if self.met else "MISSED"
-        return (
-            f"{what} {self.measured:.2f} {self.unit} (target: at least {self.target:g}): {verdict}"
-        )
+        return f"{what} {self.measured:.2f} {self.unit} {goal}: {verdict}"
 
 
 def judge(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:

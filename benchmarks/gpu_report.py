@@ -176,7 +176,7 @@ def _targets(results: Results) -> list[str]:
                 names += [verdict.contender] * (verdict.contender not in names)
                 what = cells.setdefault((verdict.goal, verdict.what), {})
                 what[verdict.contender] = str(verdict)
-        body = [[*target, *(got.get(name, "") for name in names)] for target, got in cells.items()]
+        body = [[*goal, *(got.get(name, "") for name in names)] for goal, got in cells.items()]
         if body:
             parts.append(rows(["target", "of", *names], body))
     return parts

@@ -1,4 +1,4 @@
-"""Does a generated clip show the action of its label? A classifier of rendered clips judges it.
+"""Does a generated clip show the action of its label? A classifier of rendered clips reads it.
 
     python benchmarks/judge_actions.py --model CHECKPOINT --work FOLDER [--json FILE]
 

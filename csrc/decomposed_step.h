@@ -11,7 +11,7 @@ namespace vf {
 struct DecomposedStep {
   static constexpr const char* kName = "decomposed_step";
   static constexpr int kColumns = 3;
-  static constexpr bool kResidual = true, kBaseNoise = true;
+  static constexpr bool kResidual = true, kGuidance = false, kBaseNoise = true;
 
   static VF_HOST_DEVICE float sigma(const float* row) { return row[2]; }
   static VF_HOST_DEVICE FrameWeights weights(const float* row, float lam) {
@@ -19,7 +19,5 @@ struct DecomposedStep {
     return {row[0], shared * row[1], shared * row[2], own * row[1], own * row[2]};
   }
 };
-
-void decomposed_step_cuda(const FrameArgs& args, int device, void* stream);
 
 }  // namespace vf

@@ -1,32 +1,42 @@
-// y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift) + residual
+// y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift)
 //
-// x, residual, y: [B, P, C], rows of pixels (channels_last); weight, bias: [C]; scale, shift: [B,
-// C]. mu, var: of the C / G channels of a group at the P pixels of num_frames consecutive images,
-// from centred squares in fp32.
+// x, y: [images, rows, channels], rows of pixels (channels_last); weight, bias: [channels] or null,
+// for 1 and 0; scale, shift: [images, channels], rows of modulation_stride numbers, both or
+// neither. mu, var: of the channels / groups channels of a group at the pixels of num_frames
+// consecutive images, from centred squares in fp32. Without silu, SiLU is left out.
 #pragma once
 #include <cstdint>
 
+#include "common/args.h"
 #include "common/dtype.h"
 
 namespace vf {
 
-struct GroupNormSiluArgs {
-  const void* x;
-  const float* weight;  // null: 1
-  const float* bias;    // null: 0
-  const float* scale;   // null, with shift: 0
-  const float* shift;
-  const void* residual;  // null: none
-  void* out;             // overlaps no input
-  int64_t images, rows, channels, groups, num_frames;
-  float eps;
-  bool silu;
-  DType dtype;  // of x, residual and out
-  // CUDA alone: fp32 scratch and the rows of one chunk (vfengine/ops/group_norm_silu.py).
-  float* workspace = nullptr;
-  int64_t chunk_rows = 0;
-};
-
-void group_norm_silu_cuda(const GroupNormSiluArgs& args, int device, void* stream);
+// CPU alone: x2 and channels2, further channels beside those of x, and coefficients, where fp32
+// [images, 3, channels] are written (cpu/norm.h) and nothing else.
+// CUDA alone: workspace, fp32 scratch, and chunk_rows, the rows of one chunk
+// (vfengine/ops/group_norm_silu.py); modulation_stride is the number of channels there.
+#define VF_GROUP_NORM_SILU_FIELDS(FIELD, OPTIONAL) \
+  FIELD(const void*, x)                            \
+  OPTIONAL(const void*, x2)                        \
+  OPTIONAL(const float*, weight)                   \
+  OPTIONAL(const float*, bias)                     \
+  OPTIONAL(const float*, scale)                    \
+  OPTIONAL(const float*, shift)                    \
+  OPTIONAL(int64_t, modulation_stride)             \
+  OPTIONAL(void*, out)                             \
+  OPTIONAL(float*, coefficients)                   \
+  OPTIONAL(float*, workspace)                      \
+  FIELD(int64_t, images)                           \
+  FIELD(int64_t, rows)                             \
+  FIELD(int64_t, channels)                         \
+  OPTIONAL(int64_t, channels2)                     \
+  FIELD(int64_t, groups)                           \
+  FIELD(int64_t, num_frames)                       \
+  OPTIONAL(int64_t, chunk_rows)                    \
+  FIELD(float, eps)                                \
+  FIELD(bool, silu)                                \
+  FIELD(DType, dtype)
+VF_ARGS(GroupNormSiluArgs, VF_GROUP_NORM_SILU_FIELDS);
 
 }  // namespace vf

@@ -10,14 +10,12 @@ namespace vf {
 struct RemoveBase {
   static constexpr const char* kName = "remove_base";
   static constexpr int kColumns = 1;
-  static constexpr bool kResidual = false, kBaseNoise = false;
+  static constexpr bool kResidual = false, kGuidance = false, kBaseNoise = false;
 
   static VF_HOST_DEVICE float sigma(const float*) { return 0.0f; }
   static VF_HOST_DEVICE FrameWeights weights(const float* row, float lam) {
     return {1.0f, -(sqrtf(lam) * row[0]), 0.0f, 0.0f, 0.0f};
   }
 };
-
-void remove_base_cuda(const FrameArgs& args, int device, void* stream);
 
 }  // namespace vf

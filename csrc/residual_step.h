@@ -1,7 +1,7 @@
 // u_i <- c1 u_i + sqrt(lam_i) g + sqrt(1 - lam_i) (c2 r_i + sigma xi_i)
 //
-// The two-phase step of all frames (vfengine/sampling/api.py; VideoFusion, Algorithm 2), as a rule of
-// common/frames.h: x = u, a row of coeffs is (c1, c2, sigma).
+// The two-phase step of all frames (vfengine/sampling/api.py; VideoFusion, Algorithm 2), as a rule
+// of common/frames.h: x = u, a row of coeffs is (c1, c2, sigma).
 #pragma once
 #include "common/frames.h"
 
@@ -10,7 +10,7 @@ namespace vf {
 struct ResidualStep {
   static constexpr const char* kName = "residual_step";
   static constexpr int kColumns = 3;
-  static constexpr bool kResidual = true, kBaseNoise = false;
+  static constexpr bool kResidual = true, kGuidance = true, kBaseNoise = false;
 
   static VF_HOST_DEVICE float sigma(const float* row) { return row[2]; }
   static VF_HOST_DEVICE FrameWeights weights(const float* row, float lam) {
@@ -18,7 +18,5 @@ struct ResidualStep {
     return {row[0], sqrtf(lam), 0.0f, own * row[1], own * row[2]};
   }
 };
-
-void residual_step_cuda(const FrameArgs& args, int device, void* stream);
 
 }  // namespace vf

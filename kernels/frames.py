@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .noise import BASE_STREAM, RESIDUAL_STREAM, check_pixels, draw, key_halves
+from .noise import BASE_STREAM, RESIDUAL_STREAM, draw, frames_grid, key_halves
 
-BLOCK = 1024
-MAX_RUN = 8
 # Integers that may take any value: a variant compiled for 1, or for multiples of 16, gains nothing.
 NUMBERS = ["num_steps", "frames", "runs", "sample", "frame", "k0", "k1", "k2", "k3"]
 
@@ -37,9 +35,8 @@ class Rule:
 def frames_kernel(
     x_ptr,
     g_ptr,
-    r_ptr,  # x_ptr where there is no residual, and likewise the next two
+    r_ptr,  # x_ptr where there is no residual, and likewise the next
     r_uncond_ptr,
-    xi_ptr,
     lam_ptr,
     coeffs_ptr,
     step_ptr,
@@ -59,7 +56,7 @@ def frames_kernel(
     RESIDUAL: tl.constexpr,
     BASE_NOISE: tl.constexpr,
     GUIDED: tl.constexpr,
-    NOISE: tl.constexpr,  # "none", "given" or "drawn"
+    DRAWN: tl.constexpr,  # whether there are seeds to draw noise with
     PIXELS: tl.constexpr,  # a constant, so that Triton sees which rows are aligned
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -80,12 +77,12 @@ def frames_kernel(
     if COLUMNS == 3:
         c1 = tl.load(coeffs_ptr + 3 * step + 1, mask=known, other=0.0)
         sigma = tl.load(coeffs_ptr + 3 * step + 2, mask=known, other=0.0)
-        if NOISE == "none":
+        if not DRAWN:
             c0 = tl.where(sigma == 0.0, c0, float("nan"))
     noisy = (sigma == 0.0) == 0  # true of NaN too; the interpreter mixes no float != with masks
 
     g = tl.load(g_ptr + clip * PIXELS + pixel, mask=inside, other=0.0).to(tl.float32)
-    if NOISE == "drawn":
+    if DRAWN:
         at_sample = sample + clip.to(tl.int32)
         counter_step = step + 1
         if BASE_NOISE:
@@ -109,10 +106,7 @@ def frames_kernel(
                 r_uncond = tl.load(r_uncond_ptr + at, mask=here, other=0.0).to(tl.float32)
                 r = r_uncond + guidance_scale * (r - r_uncond)
             total += w_residual * r
-            if NOISE == "given":
-                xi = tl.load(xi_ptr + at, mask=here & noisy, other=0.0).to(tl.float32)
-                total += w_noise * xi
-            if NOISE == "drawn":
+            if DRAWN:
                 if noisy:
                     if BASE_NOISE:
                         total += w_base_noise * base_noise
@@ -131,66 +125,45 @@ def frames_kernel(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=here)
 
 
-def launch_frames(
-    rule: Rule,
-    x: Tensor,
-    g: Tensor,
-    lam: Tensor,
-    coeffs: Tensor,
-    step: Tensor,
-    out: Tensor,
-    **options,
-) -> None:
-    """Write the rule's result into out (which may be x). The arguments are those of an op, checked.
-
-    options: of `launch_arguments`
-    """
-    grid, arguments, constants = launch_arguments(rule, x, g, lam, coeffs, step, out, **options)
-    with torch.cuda.device_of(x):
+def launch_frames(rule: Rule, **options) -> None:
+    """Write the rule's result into out, which may be x. options: of `launch_arguments`, checked."""
+    grid, arguments, constants = launch_arguments(rule, **options)
+    with torch.cuda.device_of(arguments[0]):
         frames_kernel[grid](*arguments, **constants)
 
 
 def launch_arguments(
     rule: Rule,
+    *,
     x: Tensor,
     g: Tensor,
     lam: Tensor,
     coeffs: Tensor,
     step: Tensor,
     out: Tensor,
-    *,
     r: Tensor | None = None,
     r_uncond: Tensor | None = None,
-    xi: Tensor | None = None,
     guidance_scale: float = 1.0,
-    seeds: tuple[int, int] | None = None,
+    base_seed: int | None = None,
+    residual_seed: int | None = None,
     sample_offset: int = 0,
     frame_offset: int = 0,
 ) -> tuple[tuple[int], tuple, dict[str, object]]:
-    """The grid, arguments and constants of frames_kernel.
-
-    seeds: (base, residual) to draw ξ with, or None
-    """
+    """The grid, arguments and constants of frames_kernel. Seeds, where there are any, draw ξ."""
     batch, frames = x.shape[:2]
-    pixels = check_pixels(x.numel() // (batch * frames))
-    run = min(MAX_RUN, triton.next_power_of_2(frames))
-    runs = triton.cdiv(frames, run)
-    r, r_uncond_or_x, xi_or_x = (x if t is None else t for t in (r, r_uncond, xi))
-    arguments = (x, g, r, r_uncond_or_x, xi_or_x, lam, coeffs, step, out, float(guidance_scale))
+    pixels = x.numel() // (batch * frames)
+    grid, runs, tiling = frames_grid(batch, frames, pixels)
+    given = (x, g, x if r is None else r, x if r_uncond is None else r_uncond)
+    arguments = (*given, lam, coeffs, step, out, float(guidance_scale))
     arguments += (coeffs.shape[0], frames, runs, sample_offset, frame_offset)
-    base_seed, residual_seed = seeds or (0, 0)
-    arguments += (*key_halves(base_seed), *key_halves(residual_seed))
+    arguments += (*key_halves(base_seed or 0), *key_halves(residual_seed or 0))
     constants = {
         "WEIGHTS": rule.weights,
         "COLUMNS": rule.columns,
         "RESIDUAL": rule.residual,
         "BASE_NOISE": rule.base_noise,
         "GUIDED": r_uncond is not None,
-        "NOISE": "drawn" if seeds else "none" if xi is None else "given",
-        "PIXELS": pixels,
-        "RUN": run,
-        "BLOCK": BLOCK,
-        "num_warps": 4,
-        "enable_fp_fusion": False,  # the same bits as the C++ kernels
+        "DRAWN": base_seed is not None or residual_seed is not None,
+        **tiling,
     }
-    return (triton.cdiv(pixels, BLOCK) * batch * runs,), arguments, constants
+    return grid, arguments, constants

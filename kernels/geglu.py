@@ -1,4 +1,4 @@
-"""y = x₁ gelu(x₂), gelu(v) = v/2 (1 + erf(v/√2))                                  csrc/network.h
+"""y = x₁ gelu(x₂), gelu(v) = v/2 (1 + erf(v/√2))                                    csrc/geglu.h
 
 x: [R, 2K], y: [R, K]; a program owns a tile of rows and columns. Computed in fp32; one read of x
 and one write of y.

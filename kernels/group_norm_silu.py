@@ -1,11 +1,11 @@
-"""y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift) + residual
+"""y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift)
                                                                         csrc/group_norm_silu.h
 
 x: [B, P, C] rows of pixels; μ, σ² of the C / G channels of a group at the pixels of num_frames
 images, a set. Three launches, without atomics, so the order of sums depends on the shape alone:
 channel_kernel gives the mean and centred squares of each channel in each chunk of a set's rows,
 group_kernel merges those of a group, apply_kernel writes y. All sums in fp32. Two reads of x, one
-of residual, one write of y; the statistics are small beside them.
+write of y; the statistics are small beside them.
 """
 
 import torch
@@ -114,11 +114,10 @@ def group_kernel(
 @triton.jit(do_not_specialize=NUMBERS[3:])
 def apply_kernel(
     x_ptr,
-    weight_ptr,  # x_ptr where there is none, and likewise the next four
+    weight_ptr,  # x_ptr where there is none, and likewise the next three
     bias_ptr,
     scale_ptr,
     shift_ptr,
-    residual_ptr,
     group_ptr,
     out_ptr,
     rows,
@@ -129,7 +128,6 @@ def apply_kernel(
     WEIGHT: tl.constexpr,  # whether there is one, and likewise the rest
     BIAS: tl.constexpr,
     SCALE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -157,8 +155,6 @@ def apply_kernel(
     y = (x - mean[None, :]) * factor[None, :] + offset[None, :]
     if SILU:
         y *= tl.sigmoid(y)
-    if RESIDUAL:
-        y += tl.load(residual_ptr + at, mask=here, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -175,7 +171,6 @@ def launches(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    residual: Tensor | None,
     num_groups: int,
     eps: float,
     num_frames: int,
@@ -198,9 +193,9 @@ def launches(
     table = (rows * num_frames, chunk_rows, chunks)
     shape = {"C": channels, "num_warps": 4}
     tile = {"ROWS": tile_rows, "BLOCK": block}
-    given = {"WEIGHT": weight, "BIAS": bias, "SCALE": scale, "RESIDUAL": residual}
+    given = {"WEIGHT": weight, "BIAS": bias, "SCALE": scale}
     there = {name: tensor is not None for name, tensor in given.items()}
-    tensors = [x if t is None else t for t in (x, weight, bias, scale, shift, residual)]
+    tensors = [x if t is None else t for t in (x, weight, bias, scale, shift)]
     grouped = {**shape, "WIDTH": channels // num_groups}
     return [
         (channel_kernel, (sets * chunks, blocks), (x, workspace, *table), {**shape, **tile}),

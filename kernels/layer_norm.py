@@ -1,4 +1,4 @@
-"""y = (x - μ) / √(σ² + ε) weight + bias of every row                          csrc/network.h
+"""y = (x - μ) / √(σ² + ε) weight + bias of every row                       csrc/layer_norm.h
 
 x: [R, C]; a program holds whole rows in registers, in fp32: two sums, of x and of centred squares.
 One read and one write of x; weight and bias stay in cache.

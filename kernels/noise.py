@@ -1,4 +1,4 @@
-"""Philox4x32-10 and Box-Muller for the other kernels                          csrc/common/noise.h
+"""Philox4x32-10 and Box-Muller for the kernels of frames                      csrc/common/noise.h
 
 The same operations in the same order as the C++ (compile with enable_fp_fusion=False, so that none
 of them becomes an FMA): the same bits.
@@ -8,8 +8,12 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
+from vfengine.ops.decomposed_noise import STEP_BITS
+
 BASE_STREAM = tl.constexpr(0)
-RESIDUAL_STREAM = tl.constexpr(1 << 24)
+RESIDUAL_STREAM = tl.constexpr(1 << STEP_BITS)
+BLOCK = 1024
+MAX_RUN = 8
 
 
 def key_halves(seed: int) -> tuple[int, int]:
@@ -19,11 +23,23 @@ def key_halves(seed: int) -> tuple[int, int]:
     )
 
 
-def check_pixels(pixels: int) -> int:
-    """pixels; ValueError where an index within a frame does not fit the int32 of the kernels."""
+def frames_grid(batch: int, frames: int, pixels: int) -> tuple[tuple[int], int, dict[str, object]]:
+    """A grid of BLOCK pixels by runs of frames: (grid, runs of a clip, constants of the kernel).
+
+    ValueError where an index within a frame does not fit the int32 of the kernels.
+    """
     if pixels > 2**31 - 2**16:
         raise ValueError(f"backend='triton' takes frames of up to 2^31 - 2^16 elements: {pixels}")
-    return pixels
+    run = min(MAX_RUN, triton.next_power_of_2(frames))
+    runs = triton.cdiv(frames, run)
+    constants = {
+        "PIXELS": pixels,
+        "RUN": run,
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+        "enable_fp_fusion": False,  # the same bits as the C++ kernels
+    }
+    return (triton.cdiv(pixels, BLOCK) * batch * runs,), runs, constants
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""y_s = Σ_t softmax_t(q_s · k_t / √D) v_t of each frame and head       csrc/network.h
+"""y_s = Σ_t softmax_t(q_s · k_t / √D) v_t of each frame and head      csrc/spatial_attention.h
 
 q, y: [F, Sq, H D], k, v: [F or 1, Sk, H D]; a sequence is a frame of kernels/attention.py.
 """

@@ -22,7 +22,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(vfengine_native, "cpu_isa", lambda: isa)
+        monkeypatch.setattr(vfengine_native, "cpu_has_bf16", lambda: isa == "avx512_bf16")
 
     return make
 

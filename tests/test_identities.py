@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ON_CPU, tiny_config, tiny_video_config
 from safetensors import safe_open
-from test_training import new_trainer
+from test_training import model_named_by, new_trainer
 
 from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.schedule import NoiseSchedule
@@ -138,9 +138,10 @@ def test_fingerprint_of_a_networks_files_is_as_ever(tmp_path):
 # -- training --------------------------------------------------------------------------------------
 
 
-def test_state_of_a_plain_video_model_is_named_as_ever():
-    """For a decomposed model see test_training.py."""
-    assert new_trainer(config=tiny_video_config())._identity() == "2098ca3d37b981fd"
+def test_state_of_a_plain_video_model_is_named_as_ever(tmp_path):
+    """For a decomposed model see test_training_state.py."""
+    trainer = new_trainer(config=tiny_video_config())
+    assert model_named_by(trainer, tmp_path / "state") == "2098ca3d37b981fd"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
     if torch.cpu._is_amx_tile_supported():
         return False
-    return vfengine_native.cpu_isa() == "avx512_bf16"
+    return vfengine_native.cpu_has_bf16()
 
 
 def matmul_in_tf32() -> bool:

@@ -120,11 +120,11 @@ def open_tensors(path: str | Path, what: str = "safetensors file") -> Iterator[s
         yield file
 
 
-def parse_tensors(data: bytes, path: str | Path, what: str = "safetensors file") -> dict:
+def parse_tensors(data: bytes, path: str | Path) -> dict:
     """The tensors in the bytes of a .safetensors file, by name; ValueError as `open_tensors`."""
     from safetensors.torch import load
 
-    with _complete(path, what):
+    with _complete(path, "safetensors file"):
         return load(data)
 
 

@@ -64,7 +64,7 @@ class Verdict:
 
     @property
     def short(self) -> float:
-        """The share by which it misses its target."""
+        """The share that is missing."""
         return 1 - (self.target / self.got if self.at_most else self.got / self.target)
 
     def __str__(self) -> str:

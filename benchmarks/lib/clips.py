@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lib.harness import Row, compare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEFAULT = (1, 16, 3, 64, 64)
@@ -64,6 +67,16 @@ def clip_of(shape: tuple[int, ...], dtype: torch.dtype) -> Clip:
         quiet=step,
         noisy=step + 1,
     )
+
+
+def compare_on_clip(
+    case: str, contenders: Callable[[Clip], dict], passes: int, seconds: float
+) -> list[Row]:
+    """Contenders on a case's clip, of whose bytes an op moves `passes` times, and b's once."""
+    clip = make_clip(case)
+    moved = (passes * clip.z.numel() + clip.b.numel()) * clip.z.element_size()
+    calls = contenders(clip)
+    return compare(case, calls, moved, baseline="eager", device=DEVICE, seconds=seconds)
 
 
 def algorithm_2(z: Tensor, r: Tensor, b: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row], targets: Sequence[Target]) -> str:
-    """A line per target: the target, the measured value, and the share that is missing."""
+    """A line per target: the target, what was measured, and how much is missing."""
     figures = {(row.case, row.contender, row.metric): row for row in rows}
     lines = []
     for target in targets:

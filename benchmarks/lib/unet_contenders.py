@@ -101,7 +101,7 @@ class Case:
 
     shape    of the sample: [1, C, N, H, W], or [1, C, H, W]
     tokens   of the context, [1, tokens, cross_attention_dim]
-    targets  least ratio of each contender's time to vfengine's
+    targets  how many times vfengine's time each contender's should be, at least
     also     contenders that are timed without a target
     rounds   turns that each contender takes, unless told otherwise
     memory   whether the peak of loading and one forward pass is read, each in its own process

@@ -106,7 +106,7 @@ OPS: dict[str, Callable[[], Op]] = {
     "spatial_attention": spatial_attention,
     "group_norm_silu": group_norm_silu,
 }
-OP_TARGETS = {"temporal_attention": 10.0, "spatial_attention": 4.0, "group_norm_silu": 4.0}
+SPEEDUPS = {"temporal_attention": 10.0, "spatial_attention": 4.0, "group_norm_silu": 4.0}
 BASELINES = {"temporal_attention": SDPA, "spatial_attention": SDPA, "group_norm_silu": TORCH}
 DESCRIPTIONS = {
     "temporal_attention": "1,024 pixels x 2 heads x 16 frames x 32, bf16",

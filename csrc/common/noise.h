@@ -38,7 +38,7 @@ struct NoiseSource {
   PhiloxKey key;
 };
 
-// The lanes of one number, for CUDA; cpu/simd.h has those of vectors.
+// The lanes of one number, for CUDA; cpu/base/simd.h has those of vectors.
 struct ScalarLanes {
   using F = float;
   using I = int32_t;

@@ -7,12 +7,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/rows.h"
+#include "cpu/base/math.h"
+#include "spatial_attention.h"
 
 namespace vf::VF_ISA {
 
 constexpr int kKeyBlock = 128;
-constexpr int kMaxHeadDim = 256;
 #if defined(__AVX512F__)
 constexpr int kUnroll = 8;  // keys, or numbers of a head, in flight per vector of queries
 #else
@@ -24,6 +24,11 @@ static inline uint32_t* values_scratch(int64_t words) {
   static thread_local std::vector<uint32_t> memory;
   if (int64_t(memory.size()) < words) memory.resize(words);
   return memory.data();
+}
+
+// What logits are multiplied with.
+static inline float logit_scale(float given, int64_t head_dim) {
+  return given > 0 ? given : float(1.0 / std::sqrt(double(head_dim)));
 }
 
 template <class T>

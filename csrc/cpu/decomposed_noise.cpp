@@ -1,13 +1,11 @@
-// out_i = sqrt(lam_i) b + sqrt(1 - lam_i) r_i, b and r_i of N(0, I) straight from the counter
+// b or r_i of N(0, I), straight from the counter
 //
-// A task is one tile: kTileFrames frames x kTilePixels pixels of one clip, whose part of b is drawn
-// once. One write of the clip; the numbers pass through a buffer in the L1 cache.
+// A task is one tile: kTileFrames frames x kTilePixels pixels of one clip. One write of the clip;
+// the numbers pass through a buffer in the L1 cache.
 #include "decomposed_noise.h"
 
-#include <stdexcept>
-
+#include "cpu/base/parallel.h"
 #include "cpu/noise.h"
-#include "cpu/parallel.h"
 
 namespace vf::VF_ISA {
 
@@ -17,15 +15,11 @@ constexpr int64_t kTileFrames = 8;
 constexpr int64_t kTilePixels = 2048;         // a multiple of kBlock
 constexpr int64_t kElementsPerThread = 4096;  // below that a thread costs more than it brings
 
-// out = shared b + own r, or b or r alone; b and r as pairs of T.
+// The normals, which lie as pairs of T, in order and rounded.
 template <class T>
-void write_row(T* out, const float* b, const float* r, float shared, float own, int64_t count) {
+void write_row(T* out, const float* normals, int64_t count) {
   for (int64_t i = 0; i < count; i += kPair) {
-    Pair x = load_pair((r ? r : b) + i);
-    if (b && r) {
-      const Pair base = load_pair(b + i);
-      for (int half = 0; half < 2; ++half) x.at[half] = shared * base.at[half] + own * x.at[half];
-    }
+    const Pair x = load_pair(normals + i);
     if (count - i >= kPair) {
       store_pair(out + i, x);
     } else {
@@ -50,31 +44,26 @@ void write_words(const NoiseSource& from, int64_t first, int64_t count, uint32_t
 }
 
 template <class T>
-void write_tile(const NoiseArgs& args, int64_t clip, int64_t first_frame, int64_t last_frame,
-                int64_t first_pixel, int64_t pixels) {
-  const uint32_t sample = args.first_sample + uint32_t(clip);
-  const bool draw_base = args.lam || args.base, draw_residual = args.lam || !args.base;
-  const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), args.base_key};
-  alignas(64) float b[kTilePixels], r[kTilePixels];
-  if constexpr (!std::is_same_v<T, uint32_t>)
-    if (draw_base) draw<T>(base, first_pixel, pixels, b);
+void write_tile(const DecomposedNoiseArgs& args, int64_t clip, int64_t first_frame,
+                int64_t last_frame, int64_t first_pixel, int64_t pixels) {
+  const Stream stream = args.base ? kBaseStream : kResidualStream;
+  alignas(64) float normals[kTilePixels];
   for (int64_t n = first_frame; n < last_frame; ++n) {
     T* out = static_cast<T*>(args.out) + (clip * args.frames + n) * args.pixels + first_pixel;
-    const NoiseSource residual{args.first_frame + uint32_t(n), sample,
-                               stream_and_step(kResidualStream, args.step), args.residual_key};
+    const NoiseSource from{args.base ? 0 : args.frame_offset + uint32_t(n),
+                           args.sample_offset + uint32_t(clip), stream_and_step(stream, args.step),
+                           args.seed};
     if constexpr (std::is_same_v<T, uint32_t>) {
-      write_words(args.base ? base : residual, first_pixel, pixels, out);
+      write_words(from, first_pixel, pixels, out);
     } else {
-      if (draw_residual) draw<T>(residual, first_pixel, pixels, r);
-      const float lam = args.lam ? args.lam[n] : 0.0f;
-      write_row(out, draw_base ? b : nullptr, draw_residual ? r : nullptr, sqrtf(lam),
-                sqrtf(1.0f - lam), pixels);
+      draw<T>(from, first_pixel, pixels, normals);
+      write_row(out, normals, pixels);
     }
   }
 }
 
 template <class T>
-void write_clips(const NoiseArgs& args, int64_t threads) {
+void write_clips(const DecomposedNoiseArgs& args, int64_t threads) {
   const int64_t frame_tiles = (args.frames + kTileFrames - 1) / kTileFrames;
   const int64_t pixel_tiles = (args.pixels + kTilePixels - 1) / kTilePixels;
   threads = std::min(threads, args.batch * args.frames * args.pixels / kElementsPerThread);
@@ -89,12 +78,7 @@ void write_clips(const NoiseArgs& args, int64_t threads) {
 
 }  // namespace
 
-void decomposed_noise_cpu(const NoiseArgs& args, int64_t threads) {
-  if (args.lam)
-    for (int64_t n = 0; n < args.frames; ++n)
-      if (!(args.lam[n] >= 0.0f && args.lam[n] <= 1.0f))
-        throw std::invalid_argument("decomposed_noise: lam must lie in [0, 1], got " +
-                                    std::to_string(args.lam[n]));
+void decomposed_noise_cpu(const DecomposedNoiseArgs& args, int64_t threads) {
   switch (args.dtype) {
     case DType::f32:
       return write_clips<float>(args, threads);

@@ -1,84 +1,69 @@
-#include "common/isa.h"
+#include "cpu/isa.h"
 
 #include <atomic>
 #include <stdexcept>
-#include <string>
+
+// isas.inc: VF_ISA_ROW(name, VF_HAS(feature) ...) of every instruction set that was built, the best
+// last (CMakeLists.txt).
+#define VF_ISA_ROW(isa, ...)           \
+  namespace vf::isa {                  \
+  extern const CpuKernels kCpuKernels; \
+  }
+#include "isas.inc"
+#undef VF_ISA_ROW
 
 namespace vf {
 
 namespace {
 
-constexpr Isa kIsas[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::baseline};
+struct Isa {
+  const char* name;
+  bool supported;
+  const CpuKernels* kernels;
+};
 
-Isa best() {
-  for (Isa isa : kIsas)
-    if (isa_supported(isa)) return isa;
-  return Isa::baseline;
-}
+#define VF_HAS(feature) &&__builtin_cpu_supports(#feature)
+#define VF_ISA_ROW(isa, ...) {#isa, true __VA_ARGS__, &isa::kCpuKernels},
+const Isa kIsas[] = {
+#include "isas.inc"
+};
+#undef VF_ISA_ROW
+#undef VF_HAS
 
-std::atomic<Isa>& chosen() {
-  static std::atomic<Isa> isa{best()};
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa{[] {
+    const Isa* best = nullptr;
+    for (const Isa& candidate : kIsas)
+      if (candidate.supported) best = &candidate;
+    return best;
+  }()};
   return isa;
 }
 
-#if defined(VF_X86_64)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
+const Isa& current() { return *chosen().load(std::memory_order_relaxed); }
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::avx512_bf16:
-      return "avx512_bf16";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
+const CpuKernels& cpu_kernels() { return *current().kernels; }
+
+const char* cpu_isa() { return current().name; }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas)
+    if (isa.supported) names.push_back(isa.name);
+  return names;
 }
 
-bool isa_supported(Isa isa) {
-  switch (isa) {
-#if defined(VF_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return has_avx512() && __builtin_cpu_supports("avx512bf16");
-#endif
-#if defined(VF_AVX512)
-    case Isa::avx512:
-      return has_avx512();
-#endif
-#if defined(VF_AVX2)
-    case Isa::avx2:
-      return has_avx2();
-#endif
-    default:
-      return isa == Isa::baseline;
+void set_cpu_isa(const std::string& name) {
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    if (!isa.supported) continue;
+    if (name == isa.name) return chosen().store(&isa, std::memory_order_relaxed);
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
-}
-
-Isa cpu_isa() { return chosen().load(std::memory_order_relaxed); }
-
-void set_cpu_isa(const char* name) {
-  for (Isa isa : kIsas) {
-    if (std::string(name) != isa_name(isa)) continue;
-    if (!isa_supported(isa))
-      throw std::invalid_argument(std::string("this machine or build does not have ") + name);
-    chosen().store(isa, std::memory_order_relaxed);
-    return;
-  }
-  throw std::invalid_argument(std::string("expected avx512_bf16, avx512, avx2 or baseline, got ") +
-                              name);
+  throw std::invalid_argument("this machine and build have the instruction sets " + names +
+                              ", got " + name);
 }
 
 }  // namespace vf

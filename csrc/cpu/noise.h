@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "common/noise.h"
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 
 namespace vf::VF_ISA {
 

@@ -3,8 +3,8 @@
 #pragma once
 #include <vector>
 
-#include "cpu/rows.h"
-#include "network.h"
+#include "cpu/base/math.h"
+#include "group_norm_silu.h"
 
 namespace vf::VF_ISA {
 
@@ -83,7 +83,7 @@ static inline void layer_norm_rows(const T* x, const float* weight, const float*
 // shape alone, so that sums come out the same on any number of threads.
 struct GroupNormShape {
   int64_t channels, items, item_rows, chunk_rows, chunks;
-  explicit GroupNormShape(const GroupNormArgs& a) {
+  explicit GroupNormShape(const GroupNormSiluArgs& a) {
     channels = a.channels + a.channels2;
     items = a.images / a.num_frames;
     item_rows = a.rows * a.num_frames;
@@ -139,7 +139,7 @@ static inline void chunk_moments(const T* x, int64_t rows, int64_t channels, int
 }
 
 // mean and 1 / deviation of every group of an item, from its chunks' [chunks, kMoments, channels].
-static inline void group_statistics(const GroupNormArgs& a, const GroupNormShape& s,
+static inline void group_statistics(const GroupNormSiluArgs& a, const GroupNormShape& s,
                                     const float* moments, float* mean, float* inverse) {
   const int64_t width = s.channels / a.groups;
   const double count = double(width * s.item_rows);
@@ -175,24 +175,23 @@ struct Coefficients {
   }
 };
 
-// out = [silu]((x - centre) scale + shift) [+ residual] of rows; x is a part of the channels.
+// out = [silu]((x - centre) scale + shift) of rows; x is a part of the channels.
 template <class T, bool kSilu>
-static inline void scale_rows(const T* x, const Coefficients& k, const T* residual, T* out,
-                              int64_t rows, int64_t channels, int64_t out_stride) {
+static inline void scale_rows(const T* x, const Coefficients& k, T* out, int64_t rows,
+                              int64_t channels, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r)
     for_columns(channels, [&](int64_t c, int n) {
       F32 y = load_columns(x + r * channels + c, n);
       if (sizeof(T) == 4) y -= load_columns(k.centre + c, n);
       y = y * load_columns(k.scale + c, n) + load_columns(k.shift + c, n);
       if (kSilu) y = silu<T>(y);
-      if (residual) y += load_columns(residual + r * out_stride + c, n);
       store_columns(out + r * out_stride + c, y, n);
     });
 }
 
 // One image's coefficients, which the norm, its weights and the modulation make: [3, channels].
 template <class T>
-static inline Coefficients group_coefficients(const GroupNormArgs& a, const GroupNormShape& s,
+static inline Coefficients group_coefficients(const GroupNormSiluArgs& a, const GroupNormShape& s,
                                               int64_t image, const float* mean,
                                               const float* inverse, float* out) {
   float *scale = out, *shift = out + s.channels, *centre = out + 2 * s.channels;

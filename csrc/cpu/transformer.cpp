@@ -1,16 +1,18 @@
-// A transformer in tiles (network.h): everything that one pixel, or one row, needs is computed
-// while it lies in L2, so that no intermediate result goes through memory.
+// A whole transformer of one block, + x, in tiles: everything that one pixel, or one row, needs is
+// computed while it lies in L2, so that no intermediate result goes through memory.
 //
 // time:  a tile is a few pixels in all frames; nothing else is needed, one pass.
 // space: a tile is a few rows; attention needs the keys and values of the whole frame, so a first
 //        pass makes h and qkv of all rows, a second one does the rest.
+#include "transformer.h"
+
 #include <initializer_list>
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/matmul.h"
+#include "cpu/base/parallel.h"
+#include "cpu/gemm/gemm.h"
 #include "cpu/norm.h"
-#include "cpu/parallel.h"
 
 namespace vf::VF_ISA {
 
@@ -27,20 +29,18 @@ class Worker {  // of one tile at a time, in memory of the thread
     const int64_t wide = std::max({a.channels, a.inner, heads});
     const int64_t parts[] = {a.channels, a.channels,
                              wide,       a.inner,
-                             heads,      std::max(3 * heads, a.gated ? a.gate.columns : 0)};
+                             heads,      std::max(3 * heads, a.feed_forward.gate.columns)};
     int64_t width = 0;
     for (int64_t part : parts) width += (part * int64_t(sizeof(T)) + 63) / 64 * 64 / sizeof(T);
     static thread_local std::vector<T> memory;
-    static thread_local std::vector<float> sums;
     if (int64_t(memory.size()) < width * rows + 64) memory.resize(width * rows + 64);
-    if (int64_t(sums.size()) < rows * kPanel * kLanes) sums.resize(rows * kPanel * kLanes);
     T* next = memory.data();
     T** places[] = {&x, &y, &normed, &h, &attended, &gates};
     for (int i = 0; i < 6; ++i) {
       *places[i] = next;
       next += (parts[i] * int64_t(sizeof(T)) + 63) / 64 * 64 / sizeof(T) * rows;
     }
-    sums_ = sums.data();
+    scratch_ = gemm_scratch<T>(rows, 0);
   }
 
   struct Read {
@@ -49,11 +49,11 @@ class Worker {  // of one tile at a time, in memory of the thread
   };
 
   // out = x weights + bias [+ residual]; with two reads, side by side.
-  void product(const RowLinear& l, std::initializer_list<Read> reads, int64_t rows,
-               const T* residual, T* out, Epilogue epilogue = Epilogue::none) {
+  void product(const Linear& l, std::initializer_list<Read> reads, int64_t rows, const T* residual,
+               T* out, Epilogue epilogue = Epilogue::none) {
     RowMatmulArgs m{};
     for (const Read& read : reads)
-      m.sources[m.num_sources++] = {read.x, read.width, read.width, nullptr, 1, rows};
+      m.sources.at[m.sources.count++] = {read.x, read.width, read.width, nullptr, 1, rows};
     m.weights = l.weights;
     m.bias = l.bias;
     m.residual = residual;
@@ -62,17 +62,18 @@ class Worker {  // of one tile at a time, in memory of the thread
     m.columns = m.residual_stride = m.out_stride = l.columns;
     m.epilogue = epilogue;
     m.dtype = a_.dtype;
-    block<T>(m, 0, rows, 0, Panels(l.columns, epilogue == Epilogue::geglu).count, sums_, nullptr);
+    const typename Gemm<T>::Panels panels(l.columns, epilogue == Epilogue::geglu);
+    Gemm<T>::multiply(m, {0, rows}, {0, panels.count}, scratch_);
   }
 
-  void layer_norm(const RowLayerNorm& n, const T* from, int64_t rows) {
+  void layer_norm(const LayerNormWeights& n, const T* from, int64_t rows) {
     layer_norm_rows(from, n.weight, n.bias, normed, rows, a_.inner, n.eps);
   }
 
   void group_norm(const T* from, int64_t image, int64_t rows, T* to) {
     const float* k = a_.coefficients + image * 3 * a_.channels;
-    scale_rows<T, false>(from, {k, k + a_.channels, k + 2 * a_.channels}, nullptr, to, rows,
-                         a_.channels, a_.channels);
+    scale_rows<T, false>(from, {k, k + a_.channels, k + 2 * a_.channels}, to, rows, a_.channels,
+                         a_.channels);
   }
 
   Head<T> head(int64_t stride) const {
@@ -124,14 +125,15 @@ class Worker {  // of one tile at a time, in memory of the thread
 
   // From h to out + x.
   void finish(T* from, const T* residual, int64_t rows, T* out) {
-    if (a_.gated) {
-      layer_norm(a_.norm, from, rows);
-      product(a_.gate, {{normed, a_.inner}}, rows, nullptr, gates, Epilogue::geglu);
-      if (a_.joined) {
-        product(a_.proj_out, {{from, a_.inner}, {gates, a_.gate.columns}}, rows, residual, out);
+    const FeedForward& f = a_.feed_forward;
+    if (f.gate.weights) {
+      layer_norm(f.norm, from, rows);
+      product(f.gate, {{normed, a_.inner}}, rows, nullptr, gates, Epilogue::geglu);
+      if (!f.out.weights) {
+        product(a_.proj_out, {{from, a_.inner}, {gates, f.gate.columns}}, rows, residual, out);
         return;
       }
-      product(a_.gate_out, {{gates, a_.gate.columns}}, rows, from, from);
+      product(f.out, {{gates, f.gate.columns}}, rows, from, from);
     }
     product(a_.proj_out, {{from, a_.inner}}, rows, residual, out);
   }
@@ -143,13 +145,14 @@ class Worker {  // of one tile at a time, in memory of the thread
  private:
   const TransformerArgs& a_;
   const std::vector<float>* bias_;
-  float* sums_;
+  Scratch<T> scratch_;
 };
 
 template <class T>
 int64_t tile_rows(const TransformerArgs& a) {
   const int64_t heads = a.heads * a.head_dim;
-  const int64_t width = 2 * a.channels + 2 * a.inner + heads + std::max(3 * heads, a.gate.columns);
+  const int64_t width =
+      2 * a.channels + 2 * a.inner + heads + std::max(3 * heads, a.feed_forward.gate.columns);
   return std::clamp<int64_t>(kTileBytes / (width * int64_t(sizeof(T))) / 12 * 12, 24, 192);
 }
 
@@ -157,8 +160,8 @@ template <class T>
 void in_time(const TransformerArgs& a, int64_t threads) {
   const int64_t n = a.frames;
   std::vector<float> bias[2];
-  for (int i = 0; i < a.num_attentions; ++i)
-    if (const float* given = a.attentions[i].bias) {
+  for (int i = 0; i < a.attentions.count; ++i)
+    if (const float* given = a.attentions.at[i].bias) {
       bias[i].resize(a.heads * n * bias_stride(n));
       for (int64_t head = 0; head < a.heads; ++head)
         transposed_bias<T>(given + head * n * n, int(n), int(n),
@@ -183,12 +186,12 @@ void in_time(const TransformerArgs& a, int64_t threads) {
       w.group_norm(to, b * n + frame, pixels, w.y + frame * pixels * a.channels);
     }
     w.product(a.proj_in, {{w.y, a.channels}}, rows, nullptr, w.h);
-    for (int i = 0; i < a.num_attentions; ++i) {
-      const TransformerAttention& attention = a.attentions[i];
+    for (int i = 0; i < a.attentions.count; ++i) {
+      const TransformerAttention& attention = a.attentions.at[i];
       w.layer_norm(attention.norm, w.h, rows);
-      w.product(attention.in, {{w.normed, a.inner}}, rows, nullptr, w.gates);
+      w.product(attention.proj_in, {{w.normed, a.inner}}, rows, nullptr, w.gates);
       w.attend_time(i, pixels);
-      w.product(attention.out, {{w.attended, a.heads * a.head_dim}}, rows, w.h, w.h);
+      w.product(attention.proj_out, {{w.attended, a.heads * a.head_dim}}, rows, w.h, w.h);
     }
     w.finish(w.h, w.x, rows, w.y);
     for (int64_t frame = 0; frame < n; ++frame)
@@ -204,7 +207,7 @@ void in_space(const TransformerArgs& a, int64_t threads) {
   const int64_t blocks = (a.pixels + most - 1) / most;  // of a frame
   const auto* x = static_cast<const T*>(a.x);
   auto *h = static_cast<T*>(a.h), *qkv = static_cast<T*>(a.qkv), *out = static_cast<T*>(a.out);
-  const TransformerAttention &self = a.attentions[0], &cross = a.attentions[1];
+  const TransformerAttention &self = a.attentions.at[0], &cross = a.attentions.at[1];
   const auto tiles = [&](const auto& body) {
     parallel_for(images * blocks, threads, [&](int64_t task) {
       Worker<T> w(a, nullptr, most);
@@ -216,20 +219,20 @@ void in_space(const TransformerArgs& a, int64_t threads) {
     w.group_norm(x + row * a.channels, image, rows, w.y);
     w.product(a.proj_in, {{w.y, a.channels}}, rows, nullptr, h + row * a.inner);
     w.layer_norm(self.norm, h + row * a.inner, rows);
-    w.product(self.in, {{w.normed, a.inner}}, rows, nullptr, qkv + row * 3 * heads);
+    w.product(self.proj_in, {{w.normed, a.inner}}, rows, nullptr, qkv + row * 3 * heads);
   });
   tiles([&](Worker<T>& w, int64_t image, int64_t row, int64_t rows) {
     T* mine = h + row * a.inner;
     const T* frame = qkv + image * a.pixels * 3 * heads;
     w.attend_space(qkv + row * 3 * heads, 3 * heads, frame + heads, 3 * heads, a.pixels, rows,
                    w.attended);
-    w.product(self.out, {{w.attended, heads}}, rows, mine, mine);
-    if (a.num_attentions > 1) {
+    w.product(self.proj_out, {{w.attended, heads}}, rows, mine, mine);
+    if (a.attentions.count > 1) {
       const T* kv = static_cast<const T*>(cross.kv) + image / a.frames * cross.kv_len * 2 * heads;
       w.layer_norm(cross.norm, mine, rows);
-      w.product(cross.in, {{w.normed, a.inner}}, rows, nullptr, w.gates);
+      w.product(cross.proj_in, {{w.normed, a.inner}}, rows, nullptr, w.gates);
       w.attend_space(w.gates, heads, kv, 2 * heads, cross.kv_len, rows, w.attended);
-      w.product(cross.out, {{w.attended, heads}}, rows, mine, mine);
+      w.product(cross.proj_out, {{w.attended, heads}}, rows, mine, mine);
     }
     w.finish(mine, x + row * a.channels, rows, out + row * a.channels);
   });
@@ -238,10 +241,10 @@ void in_space(const TransformerArgs& a, int64_t threads) {
 }  // namespace
 
 void transformer_cpu(const TransformerArgs& args, int64_t threads) {
-  if (args.dtype == DType::bf16)
-    args.time ? in_time<BFloat16>(args, threads) : in_space<BFloat16>(args, threads);
-  else
-    args.time ? in_time<float>(args, threads) : in_space<float>(args, threads);
+  by_product_dtype(args.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    args.time ? in_time<T>(args, threads) : in_space<T>(args, threads);
+  });
 }
 
 }  // namespace vf::VF_ISA

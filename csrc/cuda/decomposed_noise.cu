@@ -1,4 +1,4 @@
-// out_i = sqrt(lam_i) b + sqrt(1 - lam_i) r_i, b and r_i of N(0, I) straight from the counter
+// b or r_i of N(0, I), straight from the counter
 //
 // A thread owns one group of pixels: it draws b there once and walks over a run of frames. One
 // write of the clip, 16 bytes an instruction where its address and P allow it.
@@ -10,7 +10,7 @@ namespace vf {
 namespace {
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads) noise_kernel(const NoiseArgs args, int run) {
+__global__ void __launch_bounds__(kThreads) noise_kernel(const DecomposedNoiseArgs args, int run) {
   constexpr int kSize = Group<T>::kSize;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (i >= args.pixels) return;
@@ -19,24 +19,21 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const NoiseArgs args, i
   for (int64_t tile = blockIdx.y; tile < args.batch * runs; tile += gridDim.y) {
     const int64_t clip = tile / runs, first = tile % runs * run;
     const int64_t last = first + run < args.frames ? first + run : args.frames;
-    const uint32_t sample = args.first_sample + uint32_t(clip);
-    const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), args.base_key};
+    const uint32_t sample = args.sample_offset + uint32_t(clip);
+    const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), args.seed};
     float b[kSize], r[kSize];
     if constexpr (!std::is_same_v<T, uint32_t>)
-      if (args.lam || args.base) draw_normals<kSize>(base, i, b);
+      if (args.base) draw_normals<kSize>(base, i, b);
     for (int64_t n = first; n < last; ++n) {
-      const NoiseSource residual{args.first_frame + uint32_t(n), sample,
-                                 stream_and_step(kResidualStream, args.step), args.residual_key};
+      const NoiseSource residual{args.frame_offset + uint32_t(n), sample,
+                                 stream_and_step(kResidualStream, args.step), args.seed};
       Group<T> out;
       if constexpr (std::is_same_v<T, uint32_t>) {
         draw_words(args.base ? base : residual, i, out.at);
       } else {
-        if (args.lam || !args.base) draw_normals<kSize>(residual, i, r);
-        const float lam = args.lam ? args.lam[n] : 0.0f;
-        const float shared = sqrtf(lam), own = sqrtf(1.0f - lam);
+        if (!args.base) draw_normals<kSize>(residual, i, r);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k)
-          from_float(out.at[k], args.lam ? shared * b[k] + own * r[k] : args.base ? b[k] : r[k]);
+        for (int k = 0; k < kSize; ++k) from_float(out.at[k], args.base ? b[k] : r[k]);
       }
       store_group<kVector>(static_cast<T*>(args.out) + (clip * args.frames + n) * args.pixels + i,
                            out, args.pixels - i);
@@ -45,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const NoiseArgs args, i
 }
 
 template <class T>
-void launch(const NoiseArgs& args, int device, void* stream) {
+void launch(const DecomposedNoiseArgs& args, int device, void* stream) {
   constexpr int kSize = Group<T>::kSize;
   const FrameGrid grid = frame_grid(args.batch, args.frames, args.pixels, kSize, device);
   if (reinterpret_cast<uintptr_t>(args.out) % 16 == 0 && args.pixels % kSize == 0)
@@ -57,7 +54,7 @@ void launch(const NoiseArgs& args, int device, void* stream) {
 
 }  // namespace
 
-void decomposed_noise_cuda(const NoiseArgs& args, int device, void* stream) {
+void decomposed_noise_cuda(const DecomposedNoiseArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
   if (args.dtype == DType::f32)
     launch<float>(args, device, stream);

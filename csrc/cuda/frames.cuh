@@ -2,7 +2,7 @@
 //
 // A thread owns one group of pixels: it reads g and draws base noise there once and walks over a
 // run of frames; runs are as long as they can be while the grid still fills the GPU. The clip moves
-// through memory once: one read each of x, r, r_uncond and xi, one write of out, 16 bytes an
+// through memory once: one read each of x, r and r_uncond, one write of out, 16 bytes an
 // instruction where every address and P allow it. Noise drawn here costs no traffic.
 //
 // step, coeffs and lam are read on the device, so a captured launch can be replayed for every step.
@@ -25,7 +25,6 @@ template <class Rule, class T, bool kVector, bool kDraw>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw))
     frames_kernel(const FrameArgs args, int run) {
   constexpr int kSize = Group<T>::kSize;
-  constexpr bool kGiven = !kDraw && !Rule::kBaseNoise;  // xi may be there, as a tensor
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (i >= args.pixels) return;
   const int64_t count = args.pixels - i;
@@ -36,20 +35,20 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
     for (int k = 0; k < Rule::kColumns; ++k)
       row[k] = args.coeffs[Rule::kColumns * int64_t(step) + k];
   const bool noisy = Rule::sigma(row) != 0.0f;
-  if (noisy && !kDraw && (!kGiven || args.xi == nullptr)) row[0] = nanf("");
+  if (noisy && !kDraw) row[0] = nanf("");
 
   const int64_t runs = (args.frames + run - 1) / run;
   for (int64_t tile = blockIdx.y; tile < args.batch * runs; tile += gridDim.y) {
     const int64_t clip = tile / runs, first = tile % runs * run;
     const int64_t last = first + run < args.frames ? first + run : args.frames;
-    const uint32_t sample = args.first_sample + uint32_t(clip);
+    const uint32_t sample = args.sample_offset + uint32_t(clip);
     const Group<T> g =
         load_group<kVector>(static_cast<const T*>(args.g) + clip * args.pixels + i, count);
     float base_noise[kSize], drawn[kSize];
     if constexpr (kDraw && Rule::kBaseNoise)
       if (noisy)
         draw_normals<kSize>(
-            {0, sample, stream_and_step(kBaseStream, uint32_t(step) + 1), args.base_key}, i,
+            {0, sample, stream_and_step(kBaseStream, uint32_t(step) + 1), args.base_seed}, i,
             base_noise);
     for (int64_t n = first; n < last; ++n) {
       const int64_t at = (clip * args.frames + n) * args.pixels + i;
@@ -59,34 +58,32 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
       const float lam = args.lam[n];
       const FrameWeights w = Rule::weights(row, lam >= 0.0f && lam <= 1.0f ? lam : nanf(""));
       const Group<T> x = load(args.x);
-      Group<T> r, r_uncond, xi, out;
+      Group<T> r, r_uncond, out;
       if constexpr (Rule::kResidual) {
         r = load(args.r);
-        if (args.r_uncond) r_uncond = load(args.r_uncond);
-        if constexpr (kGiven)
-          if (noisy && args.xi) xi = load(args.xi);
+        if constexpr (Rule::kGuidance)
+          if (args.r_uncond) r_uncond = load(args.r_uncond);
       }
       if constexpr (kDraw)
         if (noisy)
           draw_normals<kSize>(
-              {args.first_frame + uint32_t(n), sample,
-               stream_and_step(kResidualStream, uint32_t(step) + 1), args.residual_key},
+              {args.frame_offset + uint32_t(n), sample,
+               stream_and_step(kResidualStream, uint32_t(step) + 1), args.residual_seed},
               i, drawn);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         float sum = w.x * to_float(x.at[k]) + w.base * to_float(g.at[k]);
         if constexpr (Rule::kResidual) {
           float estimate = to_float(r.at[k]);
-          if (args.r_uncond)
-            estimate = guided(estimate, to_float(r_uncond.at[k]), args.guidance_scale);
+          if constexpr (Rule::kGuidance)
+            if (args.r_uncond)
+              estimate = guided(estimate, to_float(r_uncond.at[k]), args.guidance_scale);
           sum += w.residual * estimate;
-          if (noisy) {
-            if constexpr (kDraw && Rule::kBaseNoise) sum += w.base_noise * base_noise[k];
-            if constexpr (kDraw)
+          if constexpr (kDraw)
+            if (noisy) {
+              if constexpr (Rule::kBaseNoise) sum += w.base_noise * base_noise[k];
               sum += w.noise * drawn[k];
-            else if (kGiven && args.xi)
-              sum += w.noise * to_float(xi.at[k]);
-          }
+            }
         }
         from_float(out.at[k], sum);
       }
@@ -98,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
 template <class T>
 bool vectors_fit(const FrameArgs& args) {
   for (const void* address :
-       {args.x, args.r, args.r_uncond, args.xi, args.g, static_cast<const void*>(args.out)})
+       {args.x, args.r, args.r_uncond, args.g, static_cast<const void*>(args.out)})
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
   return args.pixels % Group<T>::kSize == 0;
 }

@@ -1,4 +1,4 @@
-// y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift) + residual
+// y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift)
 //
 // x: [B, P, C]; a set is num_frames images, which share statistics. Three launches, no atomics, so
 // that the order of sums depends on the shape alone:
@@ -8,8 +8,8 @@
 //   apply_kernel    y
 //
 // In the first and last a thread owns the channels of one 16-byte vector and every `slots`-th row,
-// so that a warp reads neighbours. x moves twice, residual and y once each; what the first two
-// write is small beside that.
+// so that a warp reads neighbours. x moves twice, y once; what the first two write is small beside
+// that.
 #include "cuda/group.cuh"
 #include "group_norm_silu.h"
 
@@ -184,14 +184,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int64_t row = first + slot; row < last; row += tiles.slots) {
     const int64_t at = at_image + row * args.channels;
     const Group<T> x = load_group<kVector>(static_cast<const T*>(args.x) + at, count);
-    Group<T> residual{}, out;
-    if (args.residual)
-      residual = load_group<kVector>(static_cast<const T*>(args.residual) + at, count);
+    Group<T> out;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       float y = (to_float(x.at[k]) - mean[k]) * factor[k] + offset[k];
       if (args.silu) y = __fdividef(y, 1.0f + __expf(-y));
-      if (args.residual) y += to_float(residual.at[k]);
       from_float(out.at[k], y);
     }
     store_group<kVector>(static_cast<T*>(args.out) + at, out, count);
@@ -220,7 +217,7 @@ void launch(const GroupNormSiluArgs& args, void* stream) {
 template <class T>
 void choose_vectors(const GroupNormSiluArgs& args, void* stream) {
   bool fit = args.channels % Group<T>::kSize == 0;
-  for (const void* address : {args.x, args.residual, static_cast<const void*>(args.out)})
+  for (const void* address : {args.x, static_cast<const void*>(args.out)})
     fit = fit && reinterpret_cast<uintptr_t>(address) % 16 == 0;
   if (fit)
     launch<T, true>(args, stream);

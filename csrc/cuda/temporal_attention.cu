@@ -208,7 +208,7 @@ void launch(const TemporalAttentionArgs& args, void* stream) {
   const int64_t tiles = (args.frames + kQueries - 1) / kQueries;
   const int64_t blocks = args.batch * args.pixels * args.heads * tiles;
   const dim3 grid(unsigned(std::min<int64_t>(blocks, 0x7fffffff)));
-  const float scale = 1.0f / sqrtf(float(args.head_dim));
+  const float scale = args.scale > 0 ? args.scale : 1.0f / sqrtf(float(args.head_dim));
   const bool aligned = reinterpret_cast<uintptr_t>(args.qkv) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   VF_LAUNCH((attention_kernel<T, kDim>), grid, dim3(kBlock), stream, args, blocks, scale, aligned);

@@ -152,7 +152,7 @@ def test_targets_are_met_missed_or_not_measured():
     assert "not measured" in str(verdicts[contenders.COMPILED, bench.FASTER])
 
 
-def test_targets_of_the_benchmark():
+def test_targets_are_these():
     targets = {(t.case, t.contender, t.metric): t.value for t in bench.TARGETS}
     assert not any(target.at_most for target in bench.TARGETS)
     assert targets.pop(("unet3d", OURS, bench.OF_CEILING)) == 78

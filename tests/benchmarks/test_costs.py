@@ -1,13 +1,12 @@
 """lib/costs.py against counts by hand, torch's own counters, and a real network's memory."""
 
 import contextlib
-import importlib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import benchmark_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -21,19 +20,8 @@ from torch.utils.flop_counter import (
 from vfengine import ops
 from vfengine.models import UNet, UNetConfig, vdm_config
 
-ROOT = Path(__file__).resolve().parents[2]
+costs, paper_scale = map(benchmark_file, ("lib.costs", "bench_paper_scale"))
 N = 1000  # floats in a vector; 4 N bytes
-
-
-@pytest.fixture
-def costs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("lib.costs")
-
-
-@pytest.fixture
-def paper_scale(costs):
-    return importlib.import_module("bench_paper_scale")
 
 
 @pytest.fixture(params=["real", "fake"])
@@ -51,7 +39,7 @@ def only(counted):
 # -- counted by hand -------------------------------------------------------------------------------
 
 
-def test_linear(costs, tensors):
+def test_linear(tensors):
     layer, x = nn.Linear(7, 5), torch.ones(3, 7)
     counted = costs.trace(lambda: layer(x), live=(layer, x))
     assert only(counted) == costs.Op("aten.addmm", 2 * 3 * 7 * 5, 4 * (3 * 7 + 7 * 5 + 5 + 3 * 5))
@@ -59,7 +47,7 @@ def test_linear(costs, tensors):
     assert counted.peak_bytes == counted.live_bytes + 4 * 3 * 5
 
 
-def test_convolution(costs, tensors):
+def test_convolution(tensors):
     layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.ones(2, 4, 8, 10)
     with torch.no_grad():
         counted = costs.trace(lambda: layer(x), live=(layer, x))
@@ -69,14 +57,14 @@ def test_convolution(costs, tensors):
     assert counted.peak_bytes - counted.live_bytes == counted.allocated_bytes == 4 * out
 
 
-def test_views_cost_nothing(costs, tensors):
+def test_views_cost_nothing(tensors):
     x = torch.ones(4, N)
     counted = costs.trace(lambda: x.view(N, 4).t()[:2].expand(3, 2, N).unflatten(-1, (10, -1)), [x])
     assert not counted.ops
     assert counted.peak_bytes == counted.live_bytes == 16 * N
 
 
-def test_writing_in_place_allocates_nothing(costs, tensors):
+def test_writing_in_place_allocates_nothing(tensors):
     x, y = torch.ones(N), torch.ones(N)
     counted = costs.trace(lambda: x.add_(y), live=(x, y))
     assert only(counted) == costs.Op("aten.add_", 0, 3 * 4 * N)
@@ -86,14 +74,14 @@ def test_writing_in_place_allocates_nothing(costs, tensors):
     assert only(costs.trace(x.zero_)).bytes == 4 * N
 
 
-def test_an_allocation_is_no_launch(costs, tensors):
+def test_an_allocation_is_no_launch(tensors):
     counted = costs.trace(lambda: torch.empty(N))
     assert not counted.ops
     assert counted.peak_bytes == counted.allocated_bytes == 4 * N
     assert only(costs.trace(lambda: torch.zeros(N))).bytes == 4 * N
 
 
-def test_reads_what_is_there(costs, tensors):
+def test_reads_what_is_there(tensors):
     x, table = torch.ones(N), torch.ones(50, 8)
     rows = torch.tensor([1, 2, 3])
     assert only(costs.trace(lambda: x.expand(7, N).clone())).bytes == 4 * (N + 7 * N)
@@ -101,7 +89,7 @@ def test_reads_what_is_there(costs, tensors):
     assert looked_up.bytes == 3 * 8 + 2 * 4 * 3 * 8  # three rows read, three written
 
 
-def test_temporaries_are_freed(costs, tensors):
+def test_temporaries_are_freed(tensors):
     x = torch.ones(N)
 
     def chain():
@@ -116,7 +104,7 @@ def test_temporaries_are_freed(costs, tensors):
     assert counted.allocated_bytes == 6 * 4 * N
 
 
-def test_a_storage_lives_as_long_as_a_view(costs, tensors):
+def test_a_storage_lives_as_long_as_a_view(tensors):
     x = torch.ones(N)
 
     def keeps_a_view():
@@ -126,7 +114,7 @@ def test_a_storage_lives_as_long_as_a_view(costs, tensors):
     assert costs.trace(keeps_a_view, [x]).peak_bytes == 3 * 4 * N
 
 
-def test_what_autograd_saves_lives_until_backward(costs, tensors):
+def test_what_autograd_saves_lives_until_backward(tensors):
     x = torch.ones(N, requires_grad=True)
     counted = costs.trace(lambda: x.exp().exp().sum().backward(), [x])
     # x, both exp (saved) and the gradient of the second; the sum and its gradient, 4 bytes each
@@ -135,7 +123,7 @@ def test_what_autograd_saves_lives_until_backward(costs, tensors):
     assert costs.trace(lambda: x.sin().sin().sum(), [x]).peak_bytes == 3 * 4 * N + 4
 
 
-def test_checkpointing_trades_memory_for_arithmetic(costs, tensors):
+def test_checkpointing_trades_memory_for_arithmetic(tensors):
     blocks = [nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(6)]
     x = torch.ones(512, 64, requires_grad=True)
 
@@ -158,7 +146,7 @@ def test_checkpointing_trades_memory_for_arithmetic(costs, tensors):
     assert 1 < lean.flops / plain.flops <= 4 / 3
 
 
-def test_attention_writes_no_logits(costs, tensors):
+def test_attention_writes_no_logits(tensors):
     length, shape = 256, (2, 4, 256, 32)
     q, k, v = (torch.ones(shape, requires_grad=True) for _ in range(3))
     with torch.no_grad():
@@ -171,7 +159,7 @@ def test_attention_writes_no_logits(costs, tensors):
     assert both.peak_bytes - both.live_bytes < 4 * 8 * length * length
 
 
-def test_live_counts_each_storage_once(costs, tensors):
+def test_live_counts_each_storage_once(tensors):
     layer = nn.Linear(7, 5)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 7)).sum().backward()
@@ -182,7 +170,7 @@ def test_live_counts_each_storage_once(costs, tensors):
     assert costs.bytes_of([layer, optimizer]) == 4 * weights + 2 * 4  # a step count each
 
 
-def test_an_op_of_the_project(costs, tensors):
+def test_an_op_of_the_project(tensors):
     """residual_step: two reads and one write of the clip."""
     u, r, g = torch.ones(2, 4, 3, 8, 8), torch.ones(2, 4, 3, 8, 8), torch.ones(2, 3, 8, 8)
     small = {"lam": torch.ones(4), "coeffs": torch.zeros(5, 3)}
@@ -197,7 +185,7 @@ def test_an_op_of_the_project(costs, tensors):
     )
 
 
-def test_roofline(costs):
+def test_roofline():
     device = costs.Device("toy", flops=100.0, bandwidth=10.0)
     first = costs.Costs((costs.Op("a", 300, 10), costs.Op("b", 0, 5)), 7, 9, 2)
     assert first.seconds(device) == 3 + 0.5
@@ -249,7 +237,7 @@ def small_call(net: UNet, training: bool):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_fake_network_costs_what_the_real_one_does(costs, one_thread, training):
+def test_fake_network_costs_what_the_real_one_does(one_thread, training):
     real = costs.trace(*small_call(UNet(SMALL), training))
     with torch.device("meta"):
         net = UNet(SMALL)
@@ -267,7 +255,7 @@ def sdpa_backward(grad, q, k, v, *rest, out_shape=None, **options):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_flops_are_those_of_torchs_counter(costs, one_thread, training):
+def test_flops_are_those_of_torchs_counter(one_thread, training):
     call, live = small_call(UNet(SMALL), training)
     aten = torch.ops.aten
     missing = {
@@ -280,7 +268,7 @@ def test_flops_are_those_of_torchs_counter(costs, one_thread, training):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_peak_is_the_allocators(costs, one_thread, training):
+def test_peak_is_the_allocators(one_thread, training):
     """torch.profiler sees every allocation, what kernels allocate for themselves included."""
     call, live = small_call(UNet(SMALL), training)
     counted = costs.trace(call, live)
@@ -297,7 +285,7 @@ def test_peak_is_the_allocators(costs, one_thread, training):
 # -- the paper's scale -----------------------------------------------------------------------------
 
 
-def test_networks_have_the_papers_size(paper_scale):
+def test_networks_have_the_papers_size():
     networks = paper_scale.build(torch.bfloat16, FakeTensorMode(allow_non_fake_inputs=True))
     base, residual, vdm = (
         {name: p.numel() for name, p in net.named_parameters()} for net in vars(networks).values()
@@ -308,7 +296,7 @@ def test_networks_have_the_papers_size(paper_scale):
     assert all(".temporal." in name for name in vdm.keys() - base.keys())
 
 
-def test_two_phases_hold_one_network(paper_scale, monkeypatch):
+def test_two_phases_hold_one_network(monkeypatch):
     small = {"block_out_channels": (32, 32), "layers_per_block": (1, 1), "head_dim": 16}
     small |= {"spatial_attention": (False, True), "temporal_conv": (False, False)}
     base = replace(paper_scale.BASE, **small, temporal_attention=(False, False))

@@ -1,6 +1,6 @@
 """benchmarks/gpu_check.py as far as a machine without a GPU can tell."""
 
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BENCHMARKS, benchmark_file
 
-ROOT = Path(__file__).resolve().parents[2]
-CHECK = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
+gpu_check, gpu_results = map(benchmark_file, ("gpu_check", "gpu_run.results"))
+
+ROOT = BENCHMARKS.parent
+CHECK = [sys.executable, str(BENCHMARKS / "gpu_check.py")]
 LACKING = ("av", "diffusers", "openvino", "flash_attn")  # what a machine with a GPU may not have
 
 # A run whose sections are fakes: DRIVER defines them, each a module on PYTHONPATH.
@@ -45,22 +48,11 @@ FAKES = {
 
 
 @pytest.fixture
-def gpu_check(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("gpu_check")
-
-
-@pytest.fixture
-def gpu_results(gpu_check):
-    return importlib.import_module("gpu_run.results")
-
-
-@pytest.fixture
 def fakes(tmp_path):
     """Starts a run of fake sections (name, stage, expected, limit, checks); its folder is `out`."""
     for name, source in FAKES.items():
         (tmp_path / f"fake_{name}.py").write_text(source)
-    paths = [str(tmp_path), str(ROOT / "benchmarks")]
+    paths = [str(tmp_path), str(BENCHMARKS)]
 
     def start(*sections: tuple, options: tuple[str, ...] = ()) -> subprocess.Popen:
         driver = tmp_path / "driver.py"
@@ -93,7 +85,7 @@ def gone(pid: int) -> bool:
 # -- the real sections -----------------------------------------------------------------------------
 
 
-def test_dry_run_needs_nothing_that_a_gpu_machine_may_lack(tmp_path, gpu_results, gpu_check):
+def test_dry_run_needs_nothing_that_a_gpu_machine_may_lack(tmp_path):
     """Every section runs on a CPU and writes the format; a peer that is missing costs its rows."""
     for name in LACKING:
         source = f"raise ModuleNotFoundError('{name} is blocked', name='{name}')\n"
@@ -130,10 +122,10 @@ def test_says_in_one_line_that_there_is_no_gpu(tmp_path):
 
 def test_imports_no_torch():
     code = "import sys, gpu_check; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=True)
 
 
-def test_list_shows_every_section(gpu_check):
+def test_list_shows_every_section():
     done = subprocess.run([*CHECK, "--list"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in gpu_check.NAMES)
@@ -152,7 +144,7 @@ def test_refuses_a_section_that_is_none(option, tmp_path):
     assert not (tmp_path / "gpu.jsonl").exists()
 
 
-def test_only_and_until_choose_sections(gpu_check, tmp_path):
+def test_only_and_until_choose_sections(tmp_path):
     def names(only=None, until=None, module=None, dry=False):
         return [s.name for s in gpu_check.chosen(only, until, tmp_path, module, dry)]
 
@@ -164,7 +156,7 @@ def test_only_and_until_choose_sections(gpu_check, tmp_path):
     assert "build" not in names(dry=True)
 
 
-def test_only_failed_takes_what_is_not_done(gpu_check, fakes, tmp_path, monkeypatch):
+def test_only_failed_takes_what_is_not_done(fakes, tmp_path, monkeypatch):
     sections = (
         ("passes", 0, 1, 20),
         ("fails", 0, 1, 20),
@@ -179,7 +171,7 @@ def test_only_failed_takes_what_is_not_done(gpu_check, fakes, tmp_path, monkeypa
 # -- what may go wrong -----------------------------------------------------------------------------
 
 
-def test_a_section_that_fails_costs_the_others_nothing(fakes, tmp_path, gpu_results):
+def test_a_section_that_fails_costs_the_others_nothing(fakes, tmp_path):
     sections = ("passes", "fails", "crashes", "mumbles")
     run = fakes(*((name, 0, 1, 30) for name in sections), ("late", 1, 1, 30))
     out, err = run.communicate()
@@ -221,7 +213,7 @@ def test_what_no_longer_fits_is_skipped_and_said(fakes, tmp_path):
     assert "500 s expected" in next(x["note"] for x in lines if x["section"] == "late")
 
 
-def test_killed_at_any_moment_it_keeps_every_line(fakes, tmp_path, gpu_results):
+def test_killed_at_any_moment_it_keeps_every_line(fakes, tmp_path):
     """Ten runs into one file, each killed; what was counted before stands there without a gap."""
     moments, file = random.Random(0), tmp_path / "out" / "gpu.jsonl"
     for _ in range(10):
@@ -270,7 +262,7 @@ def test_two_runs_do_not_write_to_one_file(fakes, tmp_path):
     assert "another run writes to" in err and len(err.splitlines()) == 1
 
 
-def test_a_wrong_kernel_in_cuda_leaves_triton(fakes, gpu_check):
+def test_a_wrong_kernel_in_cuda_leaves_triton(fakes):
     """The result of smoke decides which kernels the later sections run."""
     journal = type("Journal", (), {})()
     for contender, expected in (("cuda", True), ("", True), ("triton", False)):

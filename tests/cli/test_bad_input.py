@@ -8,6 +8,9 @@ import torch
 from command_line import WALK, refused
 from conftest import save_tiny
 
+import vfengine as vf
+from vfengine.sampling.driver import Driver
+
 
 @pytest.mark.parametrize(
     ("argv", "words"),
@@ -55,7 +58,7 @@ def test_cuda_without_a_device(cli, monkeypatch):
 
 def test_folder_that_cannot_be_written_to_is_found_before_sampling(cli, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr("vfengine.cli.job._open_pipeline", None)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "from_pretrained", None)
     assert refused(cli("--label", "walk", "--output", "a.mp4"), "folder is not writable")
     assert refused(
         cli("--label", "walk", "--base-trajectory", "t.safetensors"), "folder is not writable"
@@ -114,8 +117,8 @@ def test_broken_checkpoints(cli, tmp_path):
     ],
 )
 def test_refused_before_sampling(cli, clean_checkpoint, monkeypatch, flags, words):
-    monkeypatch.setattr("vfengine.sampling.driver.Driver._run", None)
-    monkeypatch.setattr("vfengine.sampling.driver.Driver.overlapped", None)
+    for phase in ("base", "residual", "overlapped"):
+        monkeypatch.setattr(Driver, phase, None)
     many = [] if "--preview" in flags or "--num-residuals" in flags else ["--num-residuals", 2]
     assert refused(cli(*WALK, *many, *flags, model=clean_checkpoint), *words)
     assert os.listdir() == []

@@ -258,7 +258,7 @@ def test_base_cache_folders_are_checked_first(cli, monkeypatch):
     for folder in ("file", "file/cache"):
         assert refused(cli(*WALK, "--base-cache", folder), "file: not a folder")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr("vfengine.cli.job._open_pipeline", None)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "from_pretrained", None)
     assert refused(cli(*WALK, "--base-cache", "no/cache"), "folder is not writable")
     assert os.listdir() == ["file"]
 

@@ -55,6 +55,18 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
+def interrupt_training(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C where a training is about to take this step, counted from 0."""
+    plain = Trainer.step
+
+    def interrupted(trainer):
+        if trainer.steps_done == step:
+            raise KeyboardInterrupt
+        return plain(trainer)
+
+    patch.setattr(Trainer, "step", interrupted)
+
+
 def weights_of(output: Path) -> dict[str, str]:
     return read_config(output / "checkpoint").sha256
 
@@ -100,15 +112,8 @@ def test_interrupted_command_resumes_to_the_same_weights(
     videos, trained, tmp_path, monkeypatch, capsys
 ):
     command = ["--data", str(videos), "--output", str(tmp_path), *SHAPE, *SCHEDULE]
-    step = Trainer.step
-
-    def interrupted(trainer):
-        if trainer.steps_done == 3:
-            raise KeyboardInterrupt
-        return step(trainer)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
+        interrupt_training(patch, step=3)
         assert train.main(command) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert weights_of(tmp_path) != weights_of(trained)

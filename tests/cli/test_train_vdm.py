@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_train import weights_of
+from test_train import interrupt_training, weights_of
 from test_training import random_clips
 
 from vfengine.cli import train
 from vfengine.formats.checkpoint import build_network, read_config
 from vfengine.media.video import write_video
 from vfengine.models import vdm_config
-from vfengine.training.trainer import Trainer
 
 FLAGS = [
     *("--objective", "vdm", "--num-frames", "4", "--size", "16", "--patch-size", "2"),
@@ -63,15 +62,8 @@ def test_command_trains_a_vdm(trained):
 
 
 def test_interrupted_command_resumes_to_the_same_weights(command, trained, tmp_path, monkeypatch):
-    step = Trainer.step
-
-    def interrupted(trainer):
-        if trainer.steps_done == 3:
-            raise KeyboardInterrupt
-        return step(trainer)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
+        interrupt_training(patch, step=3)
         assert train.main([*command, "--output", str(tmp_path)]) == 130
     assert weights_of(tmp_path) != weights_of(trained)
     assert train.main([*command, "--output", str(tmp_path), "--resume"]) == 0

@@ -27,7 +27,9 @@ DRIVER = EMULATION / "planted" / "residual_step.cu"
 REFUSED_DEVICE = """
 from vfengine.native import vfengine_native
 try:
-    vfengine_native.remove_base_cuda(*[0] * 9, 1, 1, 1, 1, 1.0, False, *[0] * 5, 99, 0)
+    clips = dict.fromkeys(("x", "g", "lam", "coeffs", "step", "out", "dtype"), 0)
+    sizes = dict.fromkeys(("batch", "frames", "pixels", "num_steps"), 1)
+    vfengine_native.remove_base_cuda(vfengine_native.FrameArgs(**clips, **sizes), 99, 0)
 except RuntimeError as error:
     assert "cudaSetDevice" in str(error), error
 else:

@@ -17,8 +17,8 @@ from vfengine.native import vfengine_native
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = vfengine_native.cuda_architectures.split() or ["none"]  # CUDAARCHS picks them
-# Clips and image that may be read; ξ of residual_step is not where it is drawn.
-OPS = {"ResidualStep": 5, "DecomposedStep": 4, "RemoveBase": 2}
+# Clips and image that may be read.
+OPS = {"ResidualStep": 4, "DecomposedStep": 3, "RemoveBase": 2}
 
 pytestmark = pytest.mark.skipif(
     not vfengine_native.cuda_built and os.environ.get("VFENGINE_CUDA") != "on",
@@ -107,17 +107,17 @@ def test_main_path_moves_16_bytes_an_instruction(kernels, op):
         if op not in arguments or "Lb1ELb" not in arguments:
             continue
         paths += 1
-        without_xi = op == "ResidualStep" and arguments.endswith("Lb1ELb1")
-        assert count(code, r"LDG\.E\.128") >= OPS[op] - without_xi, name
+        assert count(code, r"LDG\.E\.128") >= OPS[op], name
         assert count(code, r"STG\.E\.128") >= 1, name
         assert count(code, r"STG") == count(code, r"STG\.E\.128"), name
         # step, its row and lam are all that is narrower, the last once an unrolled frame.
-        assert count(code, r"LDG") - count(code, r"LDG\.E\.128") <= 9, name
+        vectors = count(code, r"LDG\.E\.128")
+        assert count(code, r"LDG") - vectors <= 4 + vectors // (OPS[op] - 1), name
         assert count(code, r"LDG\.E\.U16") == 0, name
     assert paths == 3 * (1 if op == "RemoveBase" else 2)
 
 
-@pytest.mark.parametrize(("kernel", "inputs"), [("channel_kernel", 1), ("apply_kernel", 2)])
+@pytest.mark.parametrize(("kernel", "inputs"), [("channel_kernel", 1), ("apply_kernel", 1)])
 def test_group_norm_moves_16_bytes_an_instruction(kernels, kernel, inputs):
     paths = 0
     for name, (code, _) in kernels.items():

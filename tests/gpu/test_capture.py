@@ -11,6 +11,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from held import networks_of
 from torch import Tensor, nn
 
 from vfengine.diffusion.noise import NoisePlace, decomposed_noise
@@ -277,7 +278,7 @@ def test_new_weights_are_never_sampled_with_an_old_graph(device, tiny_checkpoint
     for capture in (False, True):
         pipe = pipeline(device, FP32, capture, tiny_checkpoint)
         first = sample(pipe, 0, "walk")
-        unet = pipe._session.networks["residual"].unet
+        unet = networks_of(pipe)["residual"].unet
         layer = getattr(unet, "unet", unet).time_embedding[-1]  # planned, on a CPU
         layer.bias = nn.Parameter(layer.bias + 0.5, requires_grad=False)
         clips[capture] = sample(pipe, 0, "walk")

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_tools import guarded
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES as NUMBERS
+from vfengine.ops._dispatch import DTYPE_NUMBERS as NUMBERS
 from vfengine.plan import gather as tables
 from vfengine.plan.packing import pack
 
@@ -37,13 +37,29 @@ def product(
     )
     before = out.clone()
     table = None if table is None else guarded(table)
-    taps, at = (1, 0) if table is None else (len(table), table.data_ptr())
-    vfengine_native.row_matmul_cpu(
-        ((x.data_ptr(), x.shape[1], x.shape[1], at, taps, rows_in),),
-        *(weights.data_ptr(), bias.data_ptr(), 0, 0, out.data_ptr(), columns),
-        *(out.data_ptr(), columns, count * rows, rows, columns, int(geglu), NUMBERS[dtype]),
-        *(False, 0, 0, 2),
+    source = vfengine_native.RowSource(
+        x=x.data_ptr(),
+        stride=x.shape[1],
+        width=x.shape[1],
+        table=0 if table is None else table.data_ptr(),
+        taps=1 if table is None else len(table),
+        item_rows=rows_in,
     )
+    args = vfengine_native.RowMatmulArgs(
+        sources=(source,),
+        weights=weights.data_ptr(),
+        bias=bias.data_ptr(),
+        residual=out.data_ptr(),
+        residual_stride=columns,
+        out=out.data_ptr(),
+        out_stride=columns,
+        rows=count * rows,
+        item_rows=rows,
+        columns=columns,
+        epilogue=int(geglu),
+        dtype=NUMBERS[dtype],
+    )
+    vfengine_native.row_matmul_cpu(args, 2)
     if table is not None:
         padded = torch.cat([x.view(count, rows_in, -1), x.new_zeros(count, 1, x.shape[1])], 1)
         x = padded[:, table.long()].transpose(1, 2).flatten(0, 1).flatten(1)  # -1: the zeros

@@ -28,20 +28,16 @@ STEP = 2  # the row of COEFFS with sigma > 0; row 1 has sigma = 0
 SEEDS = {"base_seed": 5, "residual_seed": 2**63 + 7, "sample_offset": 3, "frame_offset": 2}
 
 
-def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False, device="cpu"):
+def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, device="cpu"):
     """Keyword arguments of a call."""
-    case = frames_case(shape, dtype, step, guided, device)
+    case = frames_case(shape, dtype, step, False, device)
     case["z"], case["b"] = case.pop("clip"), case.pop("image")
     return {**case, **SEEDS}
 
 
-def in_own_dtype(
-    z, b, r, lam, coeffs, step, base_seed, residual_seed, r_uncond=None, guidance_scale=1.0, **place
-):
-    """The formula in plain PyTorch: every operation rounds to the dtype of z."""
+def in_own_dtype(z, b, r, lam, coeffs, step, base_seed, residual_seed, **place):
+    """What one would write in PyTorch: every operation rounds to the dtype of z."""
     c1, c2, sigma = coeffs[int(step)].tolist()
-    if r_uncond is not None:
-        r = r_uncond + guidance_scale * (r - r_uncond)
     lam = lam.view(-1, 1, 1, 1)
     shared, own = lam.sqrt().to(z.dtype), (1 - lam).sqrt().to(z.dtype)
     place["step"] = int(step) + 1
@@ -61,7 +57,9 @@ def assert_matches(case, backend, place=as_it_is):
 def run_cases(backend, shapes, device, place, dtypes=ALL_DTYPES):
     """All shapes, dtypes and options on one backend: as the reference, and the CPU's very bits."""
     count = 0
-    for arguments in frames_cases(shapes, dtypes):
+    for *arguments, guided in frames_cases(shapes, dtypes):
+        if guided:
+            continue
         case = placed(make_case(*arguments, device), place)
         out = assert_matches(case, backend, place)
         assert_same_bits(decomposed_step(**on_cpu(case), backend="cpu"), out.cpu(), arguments)
@@ -82,11 +80,10 @@ def run_cases(backend, shapes, device, place, dtypes=ALL_DTYPES):
 
 @all_dtypes
 @all_shapes
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("step", [1, STEP], ids=["sigma=0", "sigma>0"])
 @pytest.mark.parametrize("place", [as_it_is, misaligned])
-def test_decomposed_step_matches_reference(dtype, shape, guided, step, place):
-    assert_matches(placed(make_case(shape, dtype, step, guided), place), backend="cpu")
+def test_decomposed_step_matches_reference(dtype, shape, step, place):
+    assert_matches(placed(make_case(shape, dtype, step), place), backend="cpu")
 
 
 def test_base_frame_is_the_image_sampler_bit_for_bit():
@@ -125,7 +122,7 @@ def test_drawn_noise_is_decomposed_noise():
 @all_dtypes
 @pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
 def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
-    case = make_case(shape, dtype, guided=True)  # tiles and vectors are all ragged
+    case = make_case(shape, dtype)  # tiles and vectors are all ragged
     out = torch.empty_like(case["z"])
     results = on_every_isa_and_thread_count(lambda: decomposed_step(**case, out=out).clone())
     for result in results[1:]:
@@ -134,30 +131,28 @@ def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
 
 @all_dtypes
 def test_reference_backend(dtype):
-    case = make_case(dtype=dtype, guided=True)
+    case = make_case(dtype=dtype)
     out = decomposed_step(**case, out=torch.empty_like(case["z"]), backend="reference")
     assert torch.equal(out, decomposed_step_reference(**case).to(dtype))
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-def test_decomposed_step_registers(guided):
-    check_registration("cpu", guided)
+def test_decomposed_step_registers():
+    check_registration("cpu")
 
 
-def check_registration(device, guided=True):
-    case = make_case(guided=guided, device=device)
+def check_registration(device):
+    case = make_case(device=device)
     names = ("z", "b", "r", "lam", "coeffs", "step")
-    rest = (case.get("r_uncond"), 2.5, 5, -7, 3, 2, "auto")
-    arguments = (*(case[name] for name in names), *rest)
+    arguments = (*(case[name] for name in names), 5, -7, 3, 2, "auto")
     torch.library.opcheck(torch.ops.vfengine.decomposed_step_.default, arguments)
     torch.library.opcheck(
         torch.ops.vfengine.decomposed_step.default, (*arguments, case["z"].clone())
     )
 
 
-@pytest.mark.parametrize("name", ["b", "r", "r_uncond", "out"])
+@pytest.mark.parametrize("name", ["b", "r", "out"])
 def test_rejects_other_dtype_shape_and_strides(name):
-    case = make_case(guided=True)
+    case = make_case()
     case["out"] = torch.empty_like(case["z"])
     tensor = case[name]
     with pytest.raises(TypeError, match=f"decomposed_step: {name} must be torch.float32"):
@@ -171,9 +166,9 @@ def test_rejects_other_dtype_shape_and_strides(name):
         decomposed_step(**{**case, name: tensor.to("meta")})
 
 
-@pytest.mark.parametrize("name", ["b", "r", "r_uncond", "lam", "coeffs", "step"])
+@pytest.mark.parametrize("name", ["b", "r", "lam", "coeffs", "step"])
 def test_rejects_out_over_an_input(name):
-    case = make_case((2, 4, 1, 2, 2), guided=True)
+    case = make_case((2, 4, 1, 2, 2))
     memory = torch.zeros(2 * case["z"].numel())
     inside = memory[4 : 4 + case[name].numel()].view(case[name].dtype).view(case[name].shape)
     case[name] = inside.copy_(case[name])

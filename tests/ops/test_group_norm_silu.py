@@ -31,7 +31,7 @@ SMALL = {name: SHAPES[name] for name in ("odd", "no_vectors", "tiny", "single_fr
 RACE = {"one_chunk": ((2, 8, 2, 2), 2, 2), "two_chunks": ((1, 8, 8, 8), 2, 1)}
 GPU = {"model": SHAPES["model"], "odd": SHAPES["odd"]}
 SETS = {"all": SHAPES, "small": SMALL, "race": RACE, "gpu": GPU}
-FORMS = {"plain": (), "whole": ("weight", "scale", "residual"), "linear": ("weight", "linear")}
+FORMS = {"plain": (), "whole": ("weight", "scale"), "linear": ("weight", "linear")}
 BACKENDS = ("cpu", "reference")
 
 all_cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -52,33 +52,24 @@ def make_case(
     random = torch.Generator().manual_seed(sum(size))
     table = lambda *size: place(torch.randn(*size, generator=random).to(device))  # noqa: E731
 
-    def picture(mean, std):
-        drawn = (torch.randn(size, generator=random) * std + mean).to(device, dtype)
-        return rows_placed(drawn, place)
-
-    case = {"x": picture(mean, std), "num_groups": groups, "num_frames": frames}
+    drawn = (torch.randn(size, generator=random) * std + mean).to(device, dtype)
+    case = {"x": rows_placed(drawn, place), "num_groups": groups, "num_frames": frames}
     if "weight" in form:
         case |= {"weight": table(size[1]), "bias": table(size[1])}
     if "scale" in form:
         case |= {"scale": table(*size[:2]), "shift": table(*size[:2])}
-    if "residual" in form:
-        case["residual"] = picture(0.0, 1.0)
     return {**case, "silu": "linear" not in form}
 
 
-def in_own_dtype(
-    x, num_groups, num_frames, silu, weight=None, bias=None, scale=None, shift=None, residual=None
-):
-    """The formula in plain PyTorch: every operation rounds to the dtype of x."""
+def in_own_dtype(x, num_groups, num_frames, silu, weight=None, bias=None, scale=None, shift=None):
+    """What one would write in PyTorch: every operation rounds to the dtype of x."""
     cast = lambda t: None if t is None else t.to(x.dtype)  # noqa: E731
     clips = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
     y = torch.group_norm(clips, num_groups, cast(weight), cast(bias))  # F refuses single pixels
     y = y.transpose(1, 2).reshape(x.shape)
     if scale is not None:
         y = y * (1 + cast(scale)[:, :, None, None]) + cast(shift)[:, :, None, None]
-    if silu:
-        y = F.silu(y)
-    return y if residual is None else y + residual
+    return F.silu(y) if silu else y
 
 
 def assert_matches(case, backend, place=as_it_is):
@@ -147,23 +138,21 @@ def test_group_norm_silu_registers():
 
 def check_registration(device, backend="auto"):
     case = make_case(device=device)
-    tensors = [case[name] for name in ("x", "weight", "bias", "scale", "shift", "residual")]
+    tensors = [case[name] for name in ("x", "weight", "bias", "scale", "shift")]
     rest = (5, 1e-5, 5, True, backend, torch.empty_like(case["x"]), None)
     torch.library.opcheck(torch.ops.vfengine.group_norm_silu.default, (*tensors, *rest))
 
 
-@pytest.mark.parametrize("name", ["residual", "out"])
-def test_rejects_other_dtype_shape_layout_and_device(name):
+def test_rejects_other_dtype_shape_layout_and_device():
     case = make_case()
-    case |= {name: case["x"].clone()}
-    other = lambda change: {**case, name: change(case[name])}  # noqa: E731
-    with pytest.raises(TypeError, match=f"group_norm_silu: {name} must be torch.float32"):
+    other = lambda change: {**case, "out": change(case["x"].clone())}  # noqa: E731
+    with pytest.raises(TypeError, match=r"group_norm_silu: out must be torch\.float32"):
         group_norm_silu(**other(torch.Tensor.half))
-    with pytest.raises(ValueError, match=rf"{name} must be \[10, 20, 7, 11\]"):
+    with pytest.raises(ValueError, match=r"out must be \[10, 20, 7, 11\]"):
         group_norm_silu(**other(lambda t: torch.cat([t, t])))
-    with pytest.raises(ValueError, match=f"{name} must be in channels_last memory"):
+    with pytest.raises(ValueError, match="out must be in channels_last memory"):
         group_norm_silu(**other(torch.Tensor.contiguous))
-    with pytest.raises(ValueError, match=f"{name} must be on cpu"):
+    with pytest.raises(ValueError, match="out must be on cpu"):
         group_norm_silu(**other(lambda t: t.to("meta")))
 
 
@@ -186,7 +175,6 @@ def test_rejects_values():
         ({"eps": -1.0}, "eps must not be negative"),
         ({"shift": None}, "expected scale and shift, or neither"),
         ({"out": case["x"]}, "out shares memory with x"),
-        ({"out": case["residual"]}, "out shares memory with residual"),
         ({"backend": "cuda"}, "backend='cuda' takes CUDA tensors"),
         ({"weight": case["weight"].clone().requires_grad_()}, "has no derivative"),
     ):

@@ -26,30 +26,23 @@ from vfengine.ops import residual_step, residual_step_reference
 
 STEP = 2  # the row of COEFFS with sigma > 0; row 1 has sigma = 0
 SEED = 2**63 + 7  # as int64 it is negative
+PLACE = {"sample_offset": 3, "frame_offset": 2}
 
 
-def make_case(
-    shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False, noise="xi", device="cpu"
-):
-    """Keyword arguments of a call. noise: "xi" or "seed"."""
+def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False, device="cpu"):
+    """Keyword arguments of a call."""
     case = frames_case(shape, dtype, step, guided, device)
     case["u"], case["g"] = case.pop("clip"), case.pop("image")
-    if noise == "seed":
-        return {**case, "seed": SEED, "sample_offset": 3, "frame_offset": 2}
-    random = torch.Generator().manual_seed(1)
-    return {**case, "xi": torch.randn(shape, generator=random).to(device, dtype)}
+    return {**case, "seed": SEED, **PLACE}
 
 
-def in_own_dtype(
-    u, r, g, lam, coeffs, step, xi=None, r_uncond=None, guidance_scale=1.0, seed=None, **place
-):
-    """The formula in plain PyTorch: every operation rounds to the dtype of u."""
+def in_own_dtype(u, r, g, lam, coeffs, step, seed, r_uncond=None, guidance_scale=1.0, **place):
+    """What one would write in PyTorch: every operation rounds to the dtype of u."""
     c1, c2, sigma = coeffs[int(step)].tolist()
     lam = lam.view(-1, 1, 1, 1)
     if r_uncond is not None:
         r = r_uncond + guidance_scale * (r - r_uncond)
-    if xi is None:
-        xi = residual_noise(u.shape, seed, step=int(step) + 1, **place).to(u)
+    xi = residual_noise(u.shape, seed, step=int(step) + 1, **place).to(u)
     own = (1 - lam).sqrt().to(u.dtype) * (c2 * r + sigma * xi)
     return c1 * u + lam.sqrt().to(u.dtype) * g.unsqueeze(1) + own
 
@@ -66,19 +59,18 @@ def run_cases(backend, shapes, device, place, dtypes=ALL_DTYPES):
     """All shapes, dtypes and options on one backend: as the reference, and the CPU's very bits."""
     count = 0
     for arguments in frames_cases(shapes, dtypes):
-        for noise in ("xi", "seed"):
-            case = placed(make_case(*arguments, noise, device), place)
-            out = assert_matches(case, backend, place)
-            assert_same_bits(residual_step(**on_cpu(case), backend="cpu"), out.cpu(), arguments)
-            case["u"] = place(case["u"].clone())
-            residual_step(**case, backend=backend)
-            assert_same_bits(case["u"], out, "in place")
-            count += 1
+        case = placed(make_case(*arguments, device), place)
+        out = assert_matches(case, backend, place)
+        assert_same_bits(residual_step(**on_cpu(case), backend="cpu"), out.cpu(), arguments)
+        case["u"] = place(case["u"].clone())
+        residual_step(**case, backend=backend)
+        assert_same_bits(case["u"], out, "in place")
+        count += 1
     if backend != "cpu":
-        case = {**make_case(device=device), "xi": None}
+        case = {**make_case(device=device), "seed": None}
         assert residual_step(**case, backend=backend).isnan().all(), "sigma > 0 without noise"
         for step in (-1, 3):
-            case = make_case(step=step, noise="seed", device=device)
+            case = make_case(step=step, device=device)
             assert residual_step(**case, backend=backend).isnan().all(), "step outside coeffs"
         case = make_case(device=device)
         case["lam"][0] = 1.5
@@ -97,10 +89,9 @@ def test_residual_step_matches_reference_beyond_the_caches(dtype, guided, step):
 @all_shapes
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("step", [1, STEP], ids=["sigma=0", "sigma>0"])
-@pytest.mark.parametrize("noise", ["xi", "seed"])
 @pytest.mark.parametrize("place", [as_it_is, misaligned])
-def test_residual_step_matches_reference(dtype, shape, guided, step, noise, place):
-    case = make_case(shape, dtype, step, guided, noise)
+def test_residual_step_matches_reference(dtype, shape, guided, step, place):
+    case = make_case(shape, dtype, step, guided)
     assert_matches(placed(case, place), backend="cpu")
 
 
@@ -119,12 +110,13 @@ def test_writes_u_or_out_and_returns_it(dtype):
     assert torch.equal(case["u"], out)
 
 
-def test_seed_draws_xi():
-    case = make_case(noise="seed")
-    out = torch.empty_like(case["u"])
-    place = {"step": STEP + 1, "sample_offset": 3, "frame_offset": 2}
-    xi = residual_noise(case["u"].shape, SEED, **place)
-    expected = residual_step(**{**make_case(), "xi": xi}, out=torch.empty_like(xi))
+def test_seed_draws_residual_noise():
+    """With λ = 0, c1 = c2 = 0 and σ = 1 the step is ξ and nothing else."""
+    case = make_case()
+    case["coeffs"] = torch.tensor([[0.0, 0.0, 0.0]] * STEP + [[0.0, 0.0, 1.0]])
+    case["lam"].zero_()
+    expected = residual_noise(case["u"].shape, SEED, step=STEP + 1, **PLACE)
+    out = torch.empty_like(expected)
     assert torch.equal(residual_step(**case, out=out), expected)
     assert not torch.equal(residual_step(**{**case, "frame_offset": 1}, out=out), expected)
 
@@ -133,7 +125,7 @@ def test_seed_draws_xi():
 @pytest.mark.parametrize("shape", [(2, 9, 3, 61, 67), LARGE], ids=["ragged", "large"])
 def test_same_bits_on_any_threads_and_instruction_set(dtype, shape):
     # Tiles and vectors are all ragged.
-    case = make_case(shape, dtype, guided=True, noise="seed")
+    case = make_case(shape, dtype, guided=True)
     out = torch.empty_like(case["u"])
     results = on_every_isa_and_thread_count(lambda: residual_step(**case, out=out).clone())
     for result in results[1:]:
@@ -173,15 +165,13 @@ def test_residual_step_registers(guided):
 
 def check_registration(device, guided=True):
     case = make_case(guided=guided, device=device)
-    u, r, g, lam, coeffs, step, xi = (
-        case[k] for k in ("u", "r", "g", "lam", "coeffs", "step", "xi")
-    )
-    rest = (r, g, lam, coeffs, step, case.get("r_uncond"), xi, 2.5, None, 0, 0, "auto")
+    u, r, g, lam, coeffs, step = (case[k] for k in ("u", "r", "g", "lam", "coeffs", "step"))
+    rest = (r, g, lam, coeffs, step, case.get("r_uncond"), 2.5, 7, 0, 0, "auto")
     torch.library.opcheck(torch.ops.vfengine.residual_step_.default, (u, *rest))
     torch.library.opcheck(torch.ops.vfengine.residual_step.default, (u, *rest, u.clone()))
 
 
-@pytest.mark.parametrize("name", ["r", "g", "xi", "r_uncond", "out"])
+@pytest.mark.parametrize("name", ["r", "g", "r_uncond", "out"])
 def test_rejects_other_dtype(name):
     case = make_case(guided=True)
     case["out"] = torch.empty_like(case["u"])
@@ -193,13 +183,13 @@ def test_rejects_other_dtype(name):
 def test_rejects_float64_clips_and_tables_of_other_types():
     case = make_case()
     with pytest.raises(TypeError, match="u must be fp32, fp16 or bf16"):
-        residual_step(**{k: v.double() if v.is_floating_point() else v for k, v in case.items()})
+        residual_step(**in_double(case))
     for name in ("lam", "coeffs", "step"):
         with pytest.raises(TypeError, match=f"{name} must be torch"):
             residual_step(**{**case, name: case[name].double()})
 
 
-@pytest.mark.parametrize("name", ["u", "r", "g", "lam", "coeffs", "step", "xi", "r_uncond", "out"])
+@pytest.mark.parametrize("name", ["u", "r", "g", "lam", "coeffs", "step", "r_uncond", "out"])
 def test_rejects_other_shape(name):
     case = make_case(guided=True)
     case["out"] = torch.empty_like(case["u"])
@@ -208,7 +198,7 @@ def test_rejects_other_shape(name):
         residual_step(**case)
 
 
-@pytest.mark.parametrize("name", ["u", "r", "xi", "r_uncond", "out"])
+@pytest.mark.parametrize("name", ["u", "r", "r_uncond", "out"])
 def test_rejects_strided_clips(name):
     case = make_case(guided=True)
     case["out"] = torch.empty_like(case["u"])
@@ -217,18 +207,18 @@ def test_rejects_strided_clips(name):
         residual_step(**case)
 
 
-@pytest.mark.parametrize("name", ["r", "g", "lam", "coeffs", "step", "xi", "out"])
+@pytest.mark.parametrize("name", ["r", "g", "lam", "coeffs", "step", "r_uncond", "out"])
 def test_rejects_other_device(name):
-    case = make_case()
+    case = make_case(guided=True)
     case["out"] = torch.empty_like(case["u"])
     case[name] = case[name].to("meta")
     with pytest.raises(ValueError, match="must be on"):
         residual_step(**case)
 
 
-@pytest.mark.parametrize("name", ["r", "xi"])
+@pytest.mark.parametrize("name", ["r", "r_uncond"])
 def test_rejects_out_over_an_input(name):
-    case = make_case()
+    case = make_case(guided=True)
     with pytest.raises(ValueError, match=f"out shares memory with {name}"):
         residual_step(**case, out=case[name])
     for alias in (case["u"], case["u"].view(case["u"].shape)):
@@ -245,14 +235,10 @@ def test_rejects_out_shifted_over_u():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("options", [{}, {"seed": 0}], ids=["xi", "seed"])
 @pytest.mark.parametrize("step", [-1, 3])
-def test_rejects_step_outside_the_table(step, options, backend):
-    case = make_case(step=step)
-    if options:
-        case["xi"] = None
+def test_rejects_step_outside_the_table(step, backend):
     with pytest.raises(ValueError, match="outside coeffs"):
-        residual_step(**case, **options, backend=backend)
+        residual_step(**make_case(step=step), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -265,14 +251,16 @@ def test_rejects_lam_outside_unit_interval(value, backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_rejects_missing_or_double_noise(backend):
-    case = make_case()
-    with pytest.raises(ValueError, match="got both"):
-        residual_step(**case, seed=0, backend=backend)
+def test_rejects_missing_noise(backend):
     with pytest.raises(ValueError, match="needs the seed of its noise"):
-        residual_step(**{**case, "xi": None}, backend=backend)
-    quiet = make_case(step=1)
-    residual_step(**{**quiet, "xi": None}, backend=backend)  # sigma = 0 needs none
+        residual_step(**{**make_case(), "seed": None}, backend=backend)
+    residual_step(**{**make_case(step=1), "seed": None}, backend=backend)  # sigma = 0 needs none
+
+
+def test_rejects_seeds():
+    for seed, error in ((-1, ValueError), (2**64, ValueError), (1.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="seed must be"):
+            residual_step(**{**make_case(), "seed": seed})
 
 
 def test_rejects_what_autograd_records():
@@ -297,7 +285,7 @@ def test_rejects_backend_that_cannot_run(backend, monkeypatch):
 
 
 def test_compiles_into_a_graph_without_breaks():
-    case = make_case(noise="seed")
+    case = make_case()
     compiled = torch.compile(residual_step, fullgraph=True, backend="aot_eager")
     out = torch.empty_like(case["u"])
     expected = residual_step(**case, out=torch.empty_like(out))
@@ -320,12 +308,12 @@ def test_rejects_what_is_no_tensor(name, value):
         names = ("u", "r", "g", "lam", "coeffs", "step")
         arguments = [{**make_case(), name: None}[n] for n in names]
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
-            torch.ops.vfengine.residual_step_(*arguments, None, None, 1.0, 0, 0, 0, "cpu")
+            torch.ops.vfengine.residual_step_(*arguments, None, 1.0, 0, 0, 0, "cpu")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_rejects_numbers_of_other_kinds(backend):
-    case = {**make_case(guided=True, noise="seed"), "backend": backend}
+    case = {**make_case(guided=True), "backend": backend}
     for value in ("2", None, True, torch.tensor(2.0)):
         with pytest.raises(TypeError, match="residual_step: guidance_scale must be a number"):
             residual_step(**{**case, "guidance_scale": value})

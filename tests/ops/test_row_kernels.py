@@ -1,4 +1,4 @@
-"""Matrix products of rows (csrc/cpu/row_matmul.cpp) and memory of programs (plan/program.py).
+"""Products of rows (csrc/cpu/gemm/row_matmul.cpp) and programs' memory (vfengine/plan/program.py).
 
 Every case runs on every instruction set of this machine, in fp32 and bf16.
 """
@@ -26,9 +26,10 @@ from torch import Tensor
 from vfengine.native import vfengine_native
 from vfengine.plan import gather as taps
 from vfengine.plan import packing as packed
+from vfengine.plan.builder import Builder, Source
 from vfengine.plan.memory import Block, arrange
 from vfengine.plan.packing import pack
-from vfengine.plan.program import Builder, Program, Rows, Source
+from vfengine.plan.program import Program, Rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW_OPS = ("group_norm_silu", "geglu", "spatial_attention", "temporal_attention")
@@ -427,15 +428,16 @@ def test_views_of_a_program_are_aligned_and_start_as_zeros():
 
 
 def test_the_native_product_refuses_more_than_it_has_room_for():
-    source = (0, 2, 2, 0, 1, 1)
-    rest = (0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, False, 0, 0, 1)
-    for sources, message in (
-        ((), "1 to 3 sources"),
-        ((source,) * 4, "1 to 3 sources"),
-        (((0, 2, 2, 0, 65, 1),), "too many taps"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            vfengine_native.row_matmul_cpu(sources, *rest)
+    def arguments(count, taps=1):
+        source = vfengine_native.RowSource(x=0, stride=2, width=2, taps=taps, item_rows=1)
+        rest = {"rows": 1, "item_rows": 1, "columns": 1, "out_stride": 1, "dtype": 0}
+        return vfengine_native.RowMatmulArgs(sources=(source,) * count, weights=0, out=0, **rest)
+
+    for count in (0, 4):
+        with pytest.raises(TypeError, match="RowMatmulArgs: sources must be 1 to 3 of RowSource"):
+            arguments(count)
+    with pytest.raises(ValueError, match="row_matmul: too many taps, 66"):
+        vfengine_native.row_matmul_cpu(arguments(3, taps=22), 1)
 
 
 def test_row_kernels_stay_within_their_memory():

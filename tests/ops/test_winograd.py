@@ -1,4 +1,4 @@
-"""Convolutions in Winograd's form (csrc/cpu/winograd.cpp), on every instruction set."""
+"""Convolutions in Winograd's form (csrc/cpu/gemm/winograd.cpp), on every instruction set."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from triton_tools import guarded
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES as NUMBERS
+from vfengine.ops._dispatch import DTYPE_NUMBERS as NUMBERS
+from vfengine.plan.builder import Builder
 from vfengine.plan.packing import pack_winograd, takes_winograd
-from vfengine.plan.program import Builder
 
 SHAPES = {  # items, height, width, channels, columns
     "3x3": (2, 8, 6, 64, 96, False),
@@ -127,10 +127,21 @@ def test_winograd_stays_within_its_memory(shape, dtype, isa):  # noqa: F811
     x = guarded(normal(items * height * width, channels).to(dtype))
     weights = guarded(pack_winograd(weight, None, dtype).packed)
     bias, out = guarded(normal(columns)), guarded(normal(len(x), columns).to(dtype))
-    vfengine_native.winograd_cpu(
-        *(x.data_ptr(), weights.data_ptr(), bias.data_ptr(), 0, 0, out.data_ptr()),
-        *(out.data_ptr(), items, height, width, channels, columns, flat, NUMBERS[dtype], 2),
+    args = vfengine_native.WinogradArgs(
+        x=x.data_ptr(),
+        weights=weights.data_ptr(),
+        bias=bias.data_ptr(),
+        residual=out.data_ptr(),
+        out=out.data_ptr(),
+        items=items,
+        height=height,
+        width=width,
+        channels=channels,
+        columns=columns,
+        flat=flat,
+        dtype=NUMBERS[dtype],
     )
+    vfengine_native.winograd_cpu(args, 2)
     assert out.isfinite().all()
 
 

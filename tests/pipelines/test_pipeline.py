@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ON_CPU, TINY_LABELS, save_tiny
+from held import loops_of, networks_of
 from PIL import Image
 
 import vfengine as vf
@@ -194,10 +195,6 @@ def test_guidance_of_one_asks_for_one_estimate(pipe, monkeypatch):
     assert sizes == [1] * 4 * STEPS + [2] * 2 * STEPS
 
 
-def in_memory(pipe):
-    return set(pipe._session.networks)
-
-
 @pytest.mark.parametrize(
     ("label", "offload", "freed"),
     [
@@ -214,7 +211,7 @@ def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offloa
     during = []
 
     def look(phase, done, total):
-        during.append((phase, done, frozenset(in_memory(pipe))))
+        during.append((phase, done, frozenset(networks_of(pipe))))
 
     clip = frames_of(pipe, label, callback=look, offload_base=offload)
     after = {"residual"} if freed else {"base", "residual"}
@@ -223,7 +220,7 @@ def test_base_network_is_freed_between_the_phases(tiny_checkpoint, label, offloa
         *(("residual", k, after) for k in range(STEPS + 1)),
     ]
     assert np.array_equal(frames_of(pipe, label, offload_base=offload), clip)  # it is read again
-    assert ("base" in pipe._session.loops.kept) is not freed
+    assert ("base" in loops_of(pipe)) is not freed
 
 
 @pytest.mark.parametrize("needed_again", [False, True])
@@ -248,13 +245,14 @@ def test_on_cuda_the_base_network_goes_only_for_want_of_room(
         for name in pipe.config.networks
     )
     assert pipe.should_offload_base(needed_again) is not needed_again  # on a CPU
-    pipe._session.device = torch.device("cuda", 0)
-    pipe._session.networks = dict.fromkeys(loaded)
+    cuda = torch.device("cuda", 0)
+    session = engine.Session(pipe.config, pipe.folder, cuda, pipe.dtype, capture=False)
+    session.networks = dict.fromkeys(loaded)
     size = 4 * (residual if loaded else (base + residual) / 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 2 * free * size))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * size)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: (10 - idle) * size)
-    assert pipe.should_offload_base(needed_again) is goes
+    assert session.should_offload_base(needed_again) is goes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -287,7 +285,7 @@ def test_bad_arguments(pipe):
     ):
         with pytest.raises(error, match=message):
             frames_of(pipe, **settings)
-    assert in_memory(pipe) == set()  # nothing was even read
+    assert networks_of(pipe) == {}  # nothing was even read
 
 
 def test_bad_checkpoints_and_devices(tiny_checkpoint, tmp_path):

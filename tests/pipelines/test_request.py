@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_line import WALK, refused
 from conftest import ON_CPU
+from held import networks_of
 from PIL import Image
 
 import vfengine as vf
@@ -152,7 +153,7 @@ def test_settings_that_cannot_go_together(values, error):
 
 @pytest.mark.parametrize(("flags", "error"), [rule[2:] for rule in RULES if rule[2]])
 def test_flags_that_cannot_go_together(cli, monkeypatch, flags, error):
-    monkeypatch.setattr("vfengine.cli.job._open_pipeline", None)  # found before that
+    monkeypatch.setattr(vf.VideoFusionPipeline, "from_pretrained", None)  # found before that
     with pytest.raises(UsageError, match=f"^{error}"):
         read_settings(flags.split())
     assert refused(cli(*WALK, *flags.split()), error)
@@ -244,13 +245,14 @@ def test_settings_that_do_not_fit_the_model(clean_checkpoint, settings, message)
     pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     with pytest.raises(ValueError, match=message):
         pipe("walk", num_inference_steps=STEPS, **settings)
-    assert pipe._session.networks == {}
+    assert networks_of(pipe) == {}
 
 
 def test_a_call_refuses_what_its_request_refuses(clean_checkpoint, tmp_path):
-    pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
-    path = pipe.walk_base("walk", num_inference_steps=STEPS)
-    pipe._session.release("base")
+    walker, pipe = (
+        vf.VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU) for _ in range(2)
+    )
+    path = walker.walk_base("walk", num_inference_steps=STEPS)
     for settings, message in (
         ({"image": IMAGE, "trajectory": path}, "a trajectory cannot go with it"),
         ({"trajectory": path, "base_cache": tmp_path / "c"}, ONE_IS_GIVEN),
@@ -258,7 +260,7 @@ def test_a_call_refuses_what_its_request_refuses(clean_checkpoint, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             pipe("walk", num_inference_steps=STEPS, **settings)
-    assert pipe._session.networks == {}
+    assert networks_of(pipe) == {}
     assert not (tmp_path / "c").exists()
 
 
@@ -307,7 +309,7 @@ def test_a_plain_video_model_refuses_what_needs_a_base_path(tiny_video_checkpoin
     for method in (pipe.preview, pipe.walk_base):
         with pytest.raises(ValueError, match=r"a plain video model has no base path$"):
             method("walk")
-    assert pipe._session.networks == {}
+    assert networks_of(pipe) == {}
 
 
 def test_a_plain_video_model_takes_what_is_at_its_default(tiny_video_checkpoint):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ON_CPU, TINY_LABELS, save_tiny
+from held import loops_of, networks_of
 from PIL import Image
 
 import vfengine as vf
@@ -73,7 +74,7 @@ def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
     assert np.array_equal(to_uint8(out.frames)[0, 2], pixels)
     assert not np.array_equal(out.frames[0, 1], out.frames[0, 2])
     assert out.trajectory.base_path == "clean"
-    assert set(pipe._session.networks) == {"residual"}  # no base generator
+    assert set(networks_of(pipe)) == {"residual"}  # no base generator
     several = call(pipe, image=Image.fromarray(pixels), num_videos=2)
     assert np.array_equal(several.frames[0, 2], several.frames[1, 2])
     again = call(pipe, trajectory=out.trajectory)
@@ -90,7 +91,7 @@ def test_the_checkpoint_says_whether_it_animates_pictures(tmp_path, clean_share,
     else:
         with pytest.raises(ValueError, match="cannot animate a picture"):
             call(pipe, image=image)
-        assert pipe._session.networks == {}
+        assert networks_of(pipe) == {}
 
 
 def test_pictures_are_cropped_and_resized(tmp_path):
@@ -142,12 +143,12 @@ def test_cached_base_paths_give_the_same_clip_without_the_base_network(tiny_chec
 
     second = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     assert np.array_equal(call(second, **settings).frames, clip)
-    assert set(second._session.networks) == {"residual"}
+    assert set(networks_of(second)) == {"residual"}
     call(second, **{**settings, "residual_seed": 9, "num_frames": 7, "lam": 0.2})
     assert len(list(cache.iterdir())) == 1
     preview = second.preview("walk", num_inference_steps=STEPS, **settings)
     assert np.array_equal(preview.frames[:, 0], clip[:, 2])
-    assert set(second._session.networks) == {"residual"}
+    assert set(networks_of(second)) == {"residual"}
 
 
 def test_cache_tells_apart_whatever_a_path_depends_on(tiny_checkpoint, tmp_path):
@@ -225,10 +226,6 @@ def test_cache_refuses_what_is_not_its_own(pipe, tmp_path):
 
 
 # -- loops, kept and used again --------------------------------------------------------------------
-
-
-def loops_of(pipe):
-    return {phase: held.loop for phase, held in pipe._session.loops.kept.items()}
 
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):
@@ -318,12 +315,12 @@ def test_threads_may_share_a_pipeline(pipe):
 def test_released_weights_and_replaced_loops_leave_at_once(pipe):
     """They are freed at once, not by the garbage collector: there is no reference cycle."""
     call(pipe, offload_base=False)
-    base = weakref.ref(pipe._session.networks["base"])
+    base = weakref.ref(networks_of(pipe)["base"])
     loop = weakref.ref(loops_of(pipe)["residual"])
     gc.collect()
     gc.disable()
     try:
-        pipe._session.release("base")
+        call(pipe, offload_base=True)
         assert base() is None
         call(pipe, num_frames=3)
         assert loop() is None
@@ -331,7 +328,7 @@ def test_released_weights_and_replaced_loops_leave_at_once(pipe):
 
         def look(phase, done, total):
             if phase == "base" and done == 0:
-                seen.append(weakref.ref(pipe._session.networks["base"]))
+                seen.append(weakref.ref(networks_of(pipe)["base"]))
             if phase == "residual" and done == 0:
                 seen.append(seen[0]())
 
@@ -358,7 +355,7 @@ def test_a_failed_call_leaves_nothing_behind(pipe):
 def test_new_weights_are_never_sampled_with_an_old_loop(pipe):
     keep = {"offload_base": False}
     clip, first = call(pipe, **keep).frames, loops_of(pipe)
-    network = pipe._session.networks["residual"]
+    network = networks_of(pipe)["residual"]
     with torch.no_grad():
         network.unet.unet.time_embedding[-1].bias.add_(0.5)  # what a planned one leaves unpacked
     changed = call(pipe, **keep).frames
@@ -395,7 +392,7 @@ def test_a_plain_video_model_is_sampled_by_the_same_call(tiny_video_checkpoint):
     assert out.trajectory is None
     assert steps == [("video", k, STEPS) for k in range(STEPS + 1)]
     labels = torch.tensor([TINY_LABELS.index("walk")])
-    network = pipe._session.networks["video"]
+    network = networks_of(pipe)["video"]
     noise = vf.decomposed_noise((1, 4, 3, 16, 16), 0, 1).residual
     video = sample_video(
         lambda z, t: network(z, t, class_labels=labels),

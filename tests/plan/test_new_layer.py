@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_peers import filled, normal
+from seeded import filled, normal
 from test_planned import IMAGE, distance
 from torch import Tensor, nn
 

@@ -6,7 +6,8 @@ A snapshot is a list of lines: the arena, then one line per call, whose values a
     packed_3, bias_3             weights, by the order in which they are packed
     down.0.0.resnet.norm1.bias   a tensor of the network, as its state dict names it
     int32[9,64]:1f0a…            any other tensor; a table of taps with the hash of its contents
-and numbers. None of them depends on the machine. Where calls are meant to change:
+and numbers; fields that are 0 or false are left out. None of them depends on the machine. Where
+calls are meant to change:
 
     python tests/plan/test_plan_snapshots.py --write
 """
@@ -78,33 +79,60 @@ DIFFUSERS = UNetConfig(  # as `load_unet` reads a UNet3DConditionModel
 # takes the last of them alone
 CASES = {
     "shipped base": (
-        SHIPPED.base, ["fp32"], [((1, 1, 3, 64, 64), None), ((8, 1, 3, 64, 64), None)]),
+        SHIPPED.base,
+        ["fp32"],
+        [((1, 1, 3, 64, 64), None), ((8, 1, 3, 64, 64), None)],
+    ),
     "shipped residual": (
-        SHIPPED.residual, ["fp32", "bf16"],
-        [((1, 4, 6, 64, 64), None), ((2, 16, 6, 64, 64), None)]),
+        SHIPPED.residual,
+        ["fp32", "bf16"],
+        [((1, 4, 6, 64, 64), None), ((2, 16, 6, 64, 64), None)],
+    ),
     "image": (IMAGE, ["fp32"], [((2, 1, 3, 8, 8), None), ((2, 1, 3, 24, 16), None)]),
     "image, context, odd sizes": (
-        replace(IMAGE, context_dim=12, num_classes=3, any_size=True, scale_shift=False), ["fp32"],
-        [((2, 1, 3, 7, 5), 77), ((1, 1, 3, 29, 31), 77), ((2, 1, 3, 7, 5), None)]),
+        replace(IMAGE, context_dim=12, num_classes=3, any_size=True, scale_shift=False),
+        ["fp32"],
+        [((2, 1, 3, 7, 5), 77), ((1, 1, 3, 29, 31), 77), ((2, 1, 3, 7, 5), None)],
+    ),
     "image, patches of 2": (
-        replace(IMAGE, patch_size=2, feed_forward_mult=0), ["fp32"], [((2, 1, 3, 16, 24), None)]),
+        replace(IMAGE, patch_size=2, feed_forward_mult=0),
+        ["fp32"],
+        [((2, 1, 3, 16, 24), None)],
+    ),
     "plain video": (
-        vdm_config(IMAGE), ["fp32"], [((1, 3, 3, 8, 8), None), ((2, 5, 3, 8, 8), None)]),
+        vdm_config(IMAGE),
+        ["fp32"],
+        [((1, 3, 3, 8, 8), None), ((2, 5, 3, 8, 8), None)],
+    ),
     "diffusers video": (
-        DIFFUSERS, ["fp32", "bf16"], [((1, 3, 4, 9, 7), 5), ((2, 4, 4, 8, 12), None)]),
+        DIFFUSERS,
+        ["fp32", "bf16"],
+        [((1, 3, 4, 9, 7), 5), ((2, 4, 4, 8, 12), None)],
+    ),
     "narrow transformer first, frame embedding": (
         replace(
-            IMAGE, transformer_in_heads=1, frame_embedding=True, temporal_attention=(True, False),
-            context_dim=12, spatial_attention=(True, True),
-        ), ["fp32"], [((1, 2, 3, 6, 6), None), ((2, 4, 3, 6, 6), 3)]),
+            IMAGE,
+            transformer_in_heads=1,
+            frame_embedding=True,
+            temporal_attention=(True, False),
+            context_dim=12,
+            spatial_attention=(True, True),
+        ),
+        ["fp32"],
+        [((1, 2, 3, 6, 6), None), ((2, 4, 3, 6, 6), 3)],
+    ),
     "one level": (ONE_LEVEL, ["fp32"], [((2, 1, 3, 5, 3), None)]),
     "one level, temporal convolutions": (
-        replace(ONE_LEVEL, temporal_conv=(True,), scale_shift=False), ["fp32"],
-        [((2, 3, 3, 4, 5), None)]),
+        replace(ONE_LEVEL, temporal_conv=(True,), scale_shift=False),
+        ["fp32"],
+        [((2, 3, 3, 4, 5), None)],
+    ),
     "too many channels to be transformed": (
         replace(IMAGE, block_out_channels=(8, 648), layers_per_block=(0, 0), mid_blocks=1),
-        ["fp32"], [((1, 1, 3, 4, 4), None)]),
-}  # fmt: skip
+        ["fp32"],
+        [((1, 1, 3, 4, 4), None)],
+    ),
+}
 SNAPSHOTS = {
     f"{case}, {dtype}, {'x'.join(map(str, shape))}, context {length}": (case, dtype, shape, length)
     for case, (_, dtypes, shapes) in CASES.items()
@@ -135,10 +163,11 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
         if isinstance(value, program.Rows):
             offset = forward.program.offset(value)
             return f"{offset}:{value.count}x{value.width}:{NAMES[value.dtype]}"
-        if isinstance(value, program._Place):
+        if isinstance(value, program.Place):
             return f"@{forward.program.offset(value)}"
-        if value is program._THREADS:
-            return "threads"
+        if isinstance(value, program.Struct):
+            given = {name: part for name, part in value.fields.items() if part != 0}
+            return f"({', '.join(f'{name}={text(part)}' for name, part in given.items())})"
         if isinstance(value, tuple):
             return f"({', '.join(map(text, value))})"
         if isinstance(value, float):

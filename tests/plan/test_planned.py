@@ -6,22 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_peers import filled, normal
+from seeded import filled, normal
+from test_plan_snapshots import IMAGE
 from torch import Tensor
 
-from vfengine.models import PlannedUNet, UNet, UNetConfig, for_inference, vdm_config
+from vfengine.models import PlannedUNet, UNet, for_inference, vdm_config
 from vfengine.native import vfengine_native
 from vfengine.plan import network as planned
 from vfengine.plan.network import inference_dtype
 
-IMAGE = UNetConfig(
-    block_out_channels=(16, 24),
-    layers_per_block=(1, 1),
-    spatial_attention=(False, True),
-    temporal_attention=(False, False),
-    temporal_conv=(False, False),
-    head_dim=8,
-)
 VIDEO = replace(
     IMAGE,
     spatial_attention=(True, True),
@@ -41,35 +34,61 @@ CASES = {  # a configuration, the shape of x, and the length of a context
     "image, one token": (replace(IMAGE, **CONTEXT), (2, 3, 8, 8), 1),
     "image, without its context": (replace(IMAGE, **CONTEXT), (2, 3, 8, 8), None),
     "image, attention at every pixel": (
-        replace(IMAGE, spatial_attention=(True, True)), (1, 3, 18, 14), None),
+        replace(IMAGE, spatial_attention=(True, True)),
+        (1, 3, 18, 14),
+        None,
+    ),
     "image, odd size": (replace(IMAGE, any_size=True, **CONTEXT), (2, 3, 7, 5), 9),
     "image, one pixel": (replace(IMAGE, any_size=True), (1, 3, 1, 1), None),
     "image, three levels, odd size": (
         replace(
-            IMAGE, block_out_channels=(8, 16, 16), layers_per_block=(1, 2, 0), any_size=True,
-            spatial_attention=(False, True, True), temporal_attention=(False,) * 3,
+            IMAGE,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=(1, 2, 0),
+            any_size=True,
+            spatial_attention=(False, True, True),
+            temporal_attention=(False,) * 3,
             temporal_conv=(False,) * 3,
-        ), (2, 3, 9, 13), None),
+        ),
+        (2, 3, 9, 13),
+        None,
+    ),
     "image, blocks of blocks": (
-        replace(IMAGE, transformer_depths=(1, 3), **CONTEXT), (1, 3, 8, 12), 5),
+        replace(IMAGE, transformer_depths=(1, 3), **CONTEXT),
+        (1, 3, 8, 12),
+        5,
+    ),
     "image, odd channels": (replace(IMAGE, in_channels=5, out_channels=1), (2, 5, 4, 4), None),
-    "image, heads of 12": (replace(IMAGE, block_out_channels=(24, 24), head_dim=12), (2, 3, 8, 4),
-                           None),
+    "image, heads of 12": (
+        replace(IMAGE, block_out_channels=(24, 24), head_dim=12),
+        (2, 3, 8, 4),
+        None,
+    ),
     "image, heads of 20": (
         replace(IMAGE, block_out_channels=(20, 40), head_dim=20, norm_groups=4, **CONTEXT),
-        (2, 3, 8, 4), 3),
+        (2, 3, 8, 4),
+        3,
+    ),
     "image, heads of 1": (replace(IMAGE, head_dim=1), (2, 3, 8, 4), None),
     "image, a head of 256": (
-        replace(IMAGE, block_out_channels=(8, 256), head_dims=(8, 256)), (1, 3, 6, 4), None),
+        replace(IMAGE, block_out_channels=(8, 256), head_dims=(8, 256)),
+        (1, 3, 6, 4),
+        None,
+    ),
     "image, heads per level": (
-        replace(IMAGE, spatial_attention=(True, True), head_dims=(4, 12)), (2, 3, 4, 8), None),
+        replace(IMAGE, spatial_attention=(True, True), head_dims=(4, 12)),
+        (2, 3, 4, 8),
+        None,
+    ),
     "video": (VIDEO, (2, 5, 3, 8, 8), None),
     "video, added embedding": (replace(VIDEO, scale_shift=False), (2, 5, 3, 8, 8), None),
     "video, one embedding for all frames": (
-        replace(VIDEO, scale_shift=False, frame_embedding=False), (2, 4, 3, 8, 8), None),
+        replace(VIDEO, scale_shift=False, frame_embedding=False),
+        (2, 4, 3, 8, 8),
+        None,
+    ),
     "video, no position bias": (replace(VIDEO, position_buckets=0), (1, 6, 3, 8, 8), None),
-    "video, context and classes": (
-        replace(VIDEO, num_classes=4, **CONTEXT), (2, 3, 3, 8, 8), 77),
+    "video, context and classes": (replace(VIDEO, num_classes=4, **CONTEXT), (2, 3, 3, 8, 8), 77),
     "video, one frame": (VIDEO, (2, 1, 3, 8, 8), None),
     # Its coarse level has one pixel: groups of 3 channels, as elsewhere, may hold nearly equal
     # numbers, whose norm turns one rounding into 1e-5, in any implementation (test_fp32_sums.py).
@@ -77,24 +96,43 @@ CASES = {  # a configuration, the shape of x, and the length of a context
     "video, patches of 2": (replace(VIDEO, patch_size=2), (1, 3, 3, 8, 12), None),
     "video, odd size": (replace(VIDEO, any_size=True), (2, 3, 3, 5, 7), None),
     "video, heads of 12": (
-        replace(VIDEO, block_out_channels=(24, 24), head_dim=12), (2, 5, 3, 4, 4), None),
+        replace(VIDEO, block_out_channels=(24, 24), head_dim=12),
+        (2, 5, 3, 4, 4),
+        None,
+    ),
     "video, heads of 20": (
         replace(VIDEO, block_out_channels=(20, 40), head_dim=20, norm_groups=4),
-        (1, 7, 3, 4, 4), None),
+        (1, 7, 3, 4, 4),
+        None,
+    ),
     "video, several temporal convolutions": (
-        replace(VIDEO, temporal_conv=(True, True), temporal_conv_depth=4), (2, 4, 3, 4, 4), None),
+        replace(VIDEO, temporal_conv=(True, True), temporal_conv_depth=4),
+        (2, 4, 3, 4, 4),
+        None,
+    ),
     "video, two attentions in time": (
         replace(VIDEO, temporal_self_attentions=2, norm_over_frames=True, position_buckets=0),
-        (2, 5, 3, 4, 4), None),
+        (2, 5, 3, 4, 4),
+        None,
+    ),
     "video, narrow transformer first": (  # too narrow for its last layers to be fused
-        replace(VIDEO, transformer_in_heads=1), (2, 5, 3, 8, 8), None),
+        replace(VIDEO, transformer_in_heads=1),
+        (2, 5, 3, 8, 8),
+        None,
+    ),
     "video, wide transformer first": (
-        replace(VIDEO, transformer_in_heads=5), (2, 5, 3, 8, 8), None),
+        replace(VIDEO, transformer_in_heads=5),
+        (2, 5, 3, 8, 8),
+        None,
+    ),
     "plain video model": (vdm_config(IMAGE), (2, 5, 3, 8, 8), None),
     "plain video model, no feed-forward": (
-        vdm_config(replace(IMAGE, feed_forward_mult=0)), (2, 5, 3, 8, 8), None),
+        vdm_config(replace(IMAGE, feed_forward_mult=0)),
+        (2, 5, 3, 8, 8),
+        None,
+    ),
     "no middle": (replace(IMAGE, mid_blocks=0), (2, 3, 8, 8), None),
-}  # fmt: skip
+}
 SOME = ("image, context", "video", "video, context and classes", "image, heads of 12")
 
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_peers import normal
+from seeded import normal
 from test_planned import FORMS, all_dtypes, distance, inputs, network, plan, some_cases
 
 from vfengine.plan import network as planned

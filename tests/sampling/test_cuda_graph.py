@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from held import loops_of
 from torch.overrides import TorchFunctionMode
 
 from vfengine import VideoFusionPipeline
@@ -303,8 +304,8 @@ def test_overlapped_phases_have_streams_of_their_own(stub, tiny_checkpoint, monk
     monkeypatch.setattr(overlap, "_in_thread", overlap._on_stream)  # as for loops on CUDA
     with OnTheCpu():
         assert np.array_equal(pipe("walk", **settings).frames, plain)
-    kept = pipe._session.loops.kept
-    graphs = {kept[phase].loop._replay.__self__.stream for phase in ("base", "residual")}
+    loops = loops_of(pipe)
+    graphs = {loops[phase]._replay.__self__.stream for phase in ("base", "residual")}
     assert graphs == {"side", "side 2"}
     assert stub.calls.count("side 3 waits for main") == 1  # where the base phase ran ahead
     assert stub.calls[-1] == "main waits for side 3"

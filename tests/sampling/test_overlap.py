@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from test_sampling import SCHEDULE, WALK, base_model, noise_of, residual_model
+from toy_models import SCHEDULE, WALK, base_model, diffusers_ddim, noise_of, residual_model
 
 from vfengine.diffusion.noise import NoisePlace, residual_noise
 from vfengine.diffusion.solvers import solver_table
@@ -158,10 +157,7 @@ def test_rejects_two_phases_at_once_in_the_interleaved_form():
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_video_model_equals_diffusers_ddim(eta):
-    scheduler = DDIMScheduler(1000, clip_sample=False)
-    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
-    scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    scheduler.set_timesteps(20)
+    scheduler = diffusers_ddim(20)
     noise = residual_noise((2, 5, 3, 5, 7), 3, dtype=torch.float64)
     z = noise
     for k, t in enumerate(scheduler.timesteps):

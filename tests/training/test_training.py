@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 
+from vfengine.files import open_tensors
 from vfengine.training.batch import BatchSampler
 from vfengine.training.options import TrainingOptions
 from vfengine.training.trainer import Trainer
@@ -25,6 +26,13 @@ def random_clips(count: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 def new_trainer(config=None, clips=None, **options) -> Trainer:
     options = TrainingOptions(**{**FAST, **options})
     return Trainer(config or tiny_config(), options, *(clips or random_clips()))
+
+
+def model_named_by(trainer: Trainer, file: Path) -> str:
+    """As the state's file names the model that it is of."""
+    trainer.save(file)
+    with open_tensors(file) as state:
+        return state.metadata()["model"]
 
 
 def state_of(trainer: Trainer, file: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_config
-from test_training import assert_equal_states, new_trainer, random_clips, state_of
+from test_training import assert_equal_states, model_named_by, new_trainer, random_clips, state_of
 
 from vfengine.formats.checkpoint import load_network, read_config
 
@@ -28,11 +28,11 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, precision, stop):
     assert_equal_states(state_of(resumed, tmp_path / "a"), state_of(whole, tmp_path / "b"))
 
 
-def test_states_name_their_model_as_ever():
+def test_states_name_their_model_as_ever(tmp_path):
     """Without later entries of configurations, so that an unfinished training still resumes."""
     trainer = new_trainer(clean_share=0.5)
     assert trainer.config.clean_share == 0.5
-    assert trainer._identity() == "60ba0559c4e575b9"
+    assert model_named_by(trainer, tmp_path / "state") == "60ba0559c4e575b9"
 
 
 def test_state_of_another_model_is_refused(tmp_path):

@@ -65,8 +65,9 @@ def specialised(
     step = torch.zeros(1, dtype=torch.int32)
     if rule.residual:
         options["r"] = other
+    tables = {"lam": torch.zeros(16), "coeffs": coeffs, "step": step}
     grid, arguments, constants = frames.launch_arguments(
-        rule, x, other[:, 0], torch.zeros(16), coeffs, step, torch.zeros_like(x), **options
+        rule, x=x, g=other[:, 0], out=torch.zeros_like(x), **tables, **options
     )
     return specialise(frames.frames_kernel, *arguments, arch=arch, grid=grid, **constants)
 
@@ -89,13 +90,14 @@ def test_main_path_moves_16_bytes_an_instruction(op, dtype, arch):
 def test_guidance_and_drawn_noise_keep_whole_vectors(op, dtype):
     vectors = VECTORS[dtype.itemsize]
     shape = (2, 16, 1, 1, 3 * 64 * 64)
-    guided = specialised(op, dtype, r_uncond=torch.zeros(shape, dtype=dtype))
-    assert guided.loads == {16: 4 * vectors, 4: 5}
-    drawn = specialised(op, dtype, seeds=(1, 2))
+    drawn = specialised(op, dtype, base_seed=1, residual_seed=2)
     assert drawn.loads == {16: 3 * vectors, 4: 5}
     assert drawn.stores == {16: vectors}
-    assert_no_local_memory(guided, registers=64)
     assert_no_local_memory(drawn, registers=168)
+    if op == "residual_step":  # the other has no guidance
+        guided = specialised(op, dtype, r_uncond=torch.zeros(shape, dtype=dtype))
+        assert guided.loads == {16: 4 * vectors, 4: 5}
+        assert_no_local_memory(guided, registers=64)
 
 
 @all_dtypes
@@ -110,14 +112,11 @@ def test_misaligned_and_odd_clips_take_narrower_accesses(dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.int32])
-@pytest.mark.parametrize("part", ["base", "residual", "combined"])
-def test_noise_is_written_16_bytes_an_instruction(dtype, part):
-    if part == "combined" and dtype == torch.int32:
-        part = "residual"  # words are of one seed
-    out = torch.zeros(2, 1 if part == "base" else 16, 3 * 64 * 64, dtype=dtype)
-    lam = torch.zeros(16) if part == "combined" else None
+@pytest.mark.parametrize("base", [True, False], ids=["base", "residual"])
+def test_noise_is_written_16_bytes_an_instruction(dtype, base):
+    out = torch.zeros(2, 1 if base else 16, 3 * 64 * 64, dtype=dtype)
     grid, arguments, constants = decomposed_noise.launch_arguments(
-        out, 1, 2, lam, base=part == "base", step=0, sample_offset=0, frame_offset=0
+        out, 1, base=base, step=0, sample_offset=0, frame_offset=0
     )
     compiled = specialise(decomposed_noise.noise_kernel, *arguments, grid=grid, **constants)
     assert compiled.stores == {16: VECTORS[dtype.itemsize]}
@@ -127,8 +126,8 @@ def test_noise_is_written_16_bytes_an_instruction(dtype, part):
 
 def test_no_multiplication_is_fused_with_an_addition():
     """Fused, the bits would not be those of the CPU; what is left belongs to square roots."""
-    options = {"xi": torch.zeros(2, 16, 1, 1, 3 * 64 * 64)}
-    compiled = specialised("residual_step", torch.float32, **options)
+    guided = torch.zeros(2, 16, 1, 1, 3 * 64 * 64)
+    compiled = specialised("residual_step", torch.float32, r_uncond=guided)
     assert "fma.rn" not in compiled.asm["ptx"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..devices import NETWORK_DTYPES
 from ..models.config import UNetConfig
 from ..models.unet import UNet, empty_unet
 from ..plan.network import PlannedUNet, for_inference, inference_dtype
@@ -21,8 +22,6 @@ from .published import PublishedUNet, read_json
 from .weights import StoredWeights, check_weights, hash_files, hash_tensors, open_weights
 
 __all__ = ["fingerprint", "load_unet", "locate", "read_scheduler", "read_unet", "read_unet_config"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_unet(
@@ -60,8 +59,8 @@ def read_unet(
     Raises FileNotFoundError where there is no network; ValueError, naming it, for a dtype, an
     architecture, an entry of the configuration or a set of weights that is not supported.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"read_unet: dtype must be one of {DTYPES}, got {dtype!r}")
+    if dtype not in NETWORK_DTYPES:
+        raise ValueError(f"read_unet: dtype must be one of {NETWORK_DTYPES}, got {dtype!r}")
     found = _find(source)
     unet = empty_unet(found.unet.config)
     shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}

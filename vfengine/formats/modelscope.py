@@ -15,6 +15,7 @@ from .published import COMMON, COMMON_VIDEO, PublishedUNet, Unsupported
 
 WEIGHTS = "text2video_pytorch_model.pth"
 _GROUPS = 32  # of every GroupNorm
+_HEADS = 8  # of the published network: shapes do not say it
 _MODEL_CFG = {"unet_in_dim", "unet_out_dim", "unet_dim", "unet_dim_mult", "unet_res_blocks"}
 _MODEL_CFG |= {"unet_attn_scales", "unet_context_dim", "unet_num_heads", "unet_head_dim"}
 _RESNET = {
@@ -129,8 +130,8 @@ def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
     )
 
 
-def model_cfg_of(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> dict[str, Any]:
-    """The model_cfg of weights without one, by their shapes, which do not tell num_heads."""
+def model_cfg_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The model_cfg of weights without one, by their shapes."""
     try:
         dim = shapes["input_blocks.0.0.weight"][0]
         widths, blocks, scales = [], [], []
@@ -155,8 +156,8 @@ def model_cfg_of(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> d
             "unet_res_blocks": blocks[0],
             "unet_attn_scales": scales,
             "unet_context_dim": context,
-            "unet_num_heads": num_heads,
-            "unet_head_dim": shapes["input_blocks.0.1.proj_in.weight"][0] // num_heads,
+            "unet_num_heads": _HEADS,
+            "unet_head_dim": shapes["input_blocks.0.1.proj_in.weight"][0] // _HEADS,
         }
     except (KeyError, IndexError) as error:
         raise ValueError(f"not a ModelScope text-to-video UNet: no {error}") from error

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
-from vfengine.ops._dispatch import DTYPES
-from vfengine.ops.temporal_attention import MAX_FRAMES, MAX_HEAD_DIM
+from vfengine.ops._dispatch import DTYPE_NUMBERS, MAX_HEAD_DIM
+from vfengine.ops.temporal_attention import MAX_FRAMES
 
 from ..devices import matmul_in_tf32
 from ..ops.attention import attend
@@ -31,7 +31,7 @@ def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
 
     That is inference on CUDA; training, autocast, torch.compile and torch.export see plain PyTorch.
     """
-    if not x.is_cuda or x.dtype not in DTYPES or module.training:
+    if not x.is_cuda or x.dtype not in DTYPE_NUMBERS or module.training:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False

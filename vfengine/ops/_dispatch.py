@@ -22,7 +22,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 KERNELS = ("cuda", "triton", "cpu")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # numbers of csrc/common/dtype.h
+# As csrc/common/dtype.h has them.
+DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MAX_HEAD_DIM = 256  # of attention kernels, as vfengine_native says too
 
 # Names that `unobserved` would otherwise look up at every call.
 _is_compiling = torch.compiler.is_compiling
@@ -74,11 +76,20 @@ def choose_backend(
     return backend
 
 
-def cuda_place(tensor: Tensor) -> tuple[int, int]:
-    """Device index and stream, the last arguments of a CUDA kernel; 0, 0 in emulation."""
-    if not tensor.is_cuda:
-        return 0, 0
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+def run_native(op: str, backend: str, tensor: Tensor, **fields: object) -> None:
+    """Run the op's compiled kernel for "cpu" or "cuda", where `tensor` is.
+
+    fields: of the op's struct (csrc/<op>.h), by name; TypeError for a missing or unknown one
+    """
+    args = native().args[op](**fields)
+    kernel = getattr(native(), f"{op}_{backend}")
+    if backend == "cpu":
+        kernel(args, torch.get_num_threads())
+    elif tensor.is_cuda:
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        kernel(args, tensor.device.index, stream)
+    else:  # tests/tools/emulation
+        kernel(args, 0, 0)
 
 
 def register(schema: str, kernel: Callable[..., None], check: Callable[..., None]) -> Callable:
@@ -161,13 +172,22 @@ def check_table(
 
 def check_dtype(op: str, name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is of a dtype that kernels compute on."""
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPE_NUMBERS:
         raise TypeError(f"{op}: {name} must be fp32, fp16 or bf16, got {tensor.dtype}")
 
 
 def address(tensor: Tensor | None) -> int:
     """Where the tensor starts, as the compiled kernels take it; 0: there is none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def check_head_dim(op: str, head_dim: int) -> None:
+    """Raise ValueError for heads that the attention kernels cannot take."""
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: the head dimension must be a multiple of 8, at most {MAX_HEAD_DIM}, "
+            f"got {head_dim}"
+        )
 
 
 def check_tensor(

@@ -1,4 +1,4 @@
-"""What residual_step, decomposed_step and remove_base share: checks and calls of their kernels.
+"""What residual_step, decomposed_step and remove_base share: all but the formula and the words.
 
     out_i = w.x x_i + w.base g + w.base_noise b + w.residual r_i + w.noise ξ_i
 
@@ -14,177 +14,176 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
+    address,
+    check_dtype,
     check_kinds,
     check_no_grad,
     check_overlap,
     check_tensor,
     choose_backend,
-    cuda_place,
     native,
+    register,
+    run_native,
+    unobserved,
 )
+from vfengine.ops.decomposed_noise import check_place, check_seed, signed_seed, unsigned_seed
+
+# What an op may take, and its type in a schema. The names are those of csrc/common/frames.h.
+_TYPES = {
+    "x": "Tensor",
+    "g": "Tensor",
+    "r": "Tensor",
+    "r_uncond": "Tensor?",
+    "lam": "Tensor",
+    "coeffs": "Tensor",
+    "step": "Tensor",
+    "guidance_scale": "float",
+    "base_seed": "int?",
+    "residual_seed": "int?",
+    "sample_offset": "int",
+    "frame_offset": "int",
+}
+_CLIPS = ("x", "r", "r_uncond")
+_SEEDS = ("base_seed", "residual_seed")
+_OFFSETS = ("sample_offset", "frame_offset")
 
 
-class FramesOp:
-    """One of the three ops.
+class FrameOp:
+    """One of the three ops: its schema, checks, kernels and registration, from its arguments.
+
+    op(out, backend, *values) checks everything, writes the result into out and returns it.
 
     name:      of the op, of its kernels and of their files
-    names:     of x, g and coeffs in its public function
+    arguments: of its public function in order, x first; {name there: name in _TYPES}
     columns:   of coeffs
-    residual:  whether r is there
-    reference: (x, g, lam, coeffs, step, **options) -> new tensor; options as of kernels/frames.py
+    reference: the formula in PyTorch, of the same arguments
     """
 
     def __init__(
-        self,
-        name: str,
-        names: tuple[str, str, str],
-        columns: int,
-        residual: bool,
-        reference: Callable[..., Tensor],
+        self, name: str, arguments: dict[str, str], columns: int, reference: Callable[..., Tensor]
     ) -> None:
-        self.name, self.names, self.columns = name, names, columns
-        self.residual, self.reference = residual, reference
+        self.name, self.columns, self.reference = name, columns, reference
+        self.fields = tuple(arguments.values())
+        self.names = {field: name for name, field in arguments.items()} | {"out": "out"}
+        self.tensors = tuple(f for f in self.fields if _TYPES[f].startswith("Tensor"))
+        self.clips = tuple(f for f in self.fields if f in _CLIPS)
+        self.seeds = tuple(f for f in self.fields if f in _SEEDS)
+        self.offsets = tuple(f for f in self.fields if f in _OFFSETS)
+        (first, _), *others = arguments.items()
+        rest = ", ".join(f"{_TYPES[field]} {argument}" for argument, field in others)
+        schema = f"{name}(Tensor {first}, {rest}, str backend, Tensor(a!) out) -> ()"
+        in_place = f"{name}_(Tensor(a!) {first}, {rest}, str backend) -> ()"
+        self._op = register(schema, self._run, self._check_call)
+        self._op_in_place = register(in_place, self._run, self._check_call)
 
-    def run(
-        self,
-        x: Tensor,
-        g: Tensor,
-        lam: Tensor,
-        coeffs: Tensor,
-        step: Tensor,
-        out: Tensor,
-        backend: str,
-        r: Tensor | None = None,
-        r_uncond: Tensor | None = None,
-        xi: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        seeds: tuple[int, int] | None = None,
-        sample_offset: int = 0,
-        frame_offset: int = 0,
-    ) -> None:
-        """Check everything, then write the result into out."""
-        self.check(x, g, lam, coeffs, step, out, r, r_uncond, xi)
-        increment_version(out)  # as torch's own ops do, so that autograd sees the write
-        self._check_overlap(out, x, g, lam, coeffs, step, r, r_uncond, xi)
+    def __call__(self, out: Tensor, backend: str, *values: object) -> Tensor:
+        if unobserved(values[0]) and self._fast(out, backend, torch.get_num_threads(), *values):
+            increment_version(out)  # as torch's own ops do, so that autograd sees the write
+            return out
+        given = dict(zip(self.fields, values, strict=True))
+        self._check_kinds(given, out)
+        check_place(self.name, **{field: given[field] for field in self.offsets})
+        for field in self.seeds:
+            if given[field] is not None:
+                given[field] = signed_seed(check_seed(given[field], self.names[field]))
+        if out is given["x"]:
+            self._op_in_place(*given.values(), backend)
+        else:
+            self._op(*given.values(), backend, out)
+        return out
+
+    @functools.cached_property
+    def _fast(self) -> Callable[..., bool]:
+        """The short way for ordinary CPU tensors; says whether it was taken."""
+        return native().fast_call(self.name, self.fields)
+
+    def _run(self, *values: object) -> None:
+        """The op itself. values: as in its schema, seeds as int64."""
+        given, backend, out = self._named(values)
+        self._check(given, out)
+        increment_version(out)
+        x = given["x"]
+        inputs = {self.names[field]: given[field] for field in self.tensors}
+        if x.data_ptr() == out.data_ptr():
+            del inputs[self.names["x"]]
+        check_overlap(self.name, out, inputs)
         backend = choose_backend(self.name, backend, x.device)
-        addresses = (
-            x.data_ptr(),
-            g.data_ptr(),
-            0 if r is None else r.data_ptr(),
-            0 if r_uncond is None else r_uncond.data_ptr(),
-            0 if xi is None else xi.data_ptr(),
-            lam.data_ptr(),
-            coeffs.data_ptr(),
-            step.data_ptr(),
-            out.data_ptr(),
-        )
-        if backend in ("cpu", "cuda"):
-            kernel = getattr(native(), f"{self.name}_{backend}")
-            where = cuda_place(x) if backend == "cuda" else (torch.get_num_threads(),)
-            batch, frames, c, h, w = x.shape
-            kernel(
-                *addresses,
-                batch,
-                frames,
-                c * h * w,
-                coeffs.shape[0],
-                guidance_scale,
-                seeds is not None,
-                *(seeds or _NO_SEEDS),
-                sample_offset,
-                frame_offset,
-                DTYPES[x.dtype],
-                *where,
-            )
-            return
-        options = {
-            "r": r,
-            "r_uncond": r_uncond,
-            "xi": xi,
-            "guidance_scale": guidance_scale,
-            "seeds": seeds,
-            "sample_offset": sample_offset,
-            "frame_offset": frame_offset,
-        }
-        if backend == "triton":
+        for field in self.seeds:
+            if given[field] is not None:
+                given[field] = unsigned_seed(given[field])
+        if backend == "reference":
+            out.copy_(self.reference(**{self.names[f]: value for f, value in given.items()}))
+        elif backend == "triton":
             from vfengine.kernels.frames import launch_frames
 
             rule = importlib.import_module(f"vfengine.kernels.{self.name}").RULE
-            launch_frames(rule, x, g, lam, coeffs, step, out, **options)
+            launch_frames(rule, out=out, **given)
         else:
-            out.copy_(self.reference(x, g, lam, coeffs, step, **options))
+            run_native(self.name, backend, x, **self._args(given, out))
 
-    def check(
-        self,
-        x: Tensor,
-        g: Tensor,
-        lam: Tensor,
-        coeffs: Tensor,
-        step: Tensor,
-        out: Tensor,
-        r: Tensor | None = None,
-        r_uncond: Tensor | None = None,
-        xi: Tensor | None = None,
-    ) -> None:
+    def _args(self, given: dict[str, object], out: Tensor) -> dict[str, object]:
+        """The fields of csrc/common/frames.h; uses `given` up."""
+        (batch, frames, c, h, w), num_steps = out.shape, given["coeffs"].shape[0]
+        for field in self.tensors:
+            given[field] = address(given[field])
+        draw = False
+        for field in self.seeds:
+            draw |= given[field] is not None
+            given[field] = given[field] or 0
+        return {
+            **given,
+            "out": out.data_ptr(),
+            "batch": batch,
+            "frames": frames,
+            "pixels": c * h * w,
+            "num_steps": num_steps,
+            "draw": draw,
+            "dtype": DTYPE_NUMBERS[out.dtype],
+        }
+
+    def _check_call(self, *values: object) -> None:
+        given, _, out = self._named(values)
+        self._check(given, out)
+
+    def _check(self, given: dict[str, object], out: Tensor) -> None:
         """Raise unless dtypes, shapes, strides and devices fit; looks at no memory."""
-        op, (x_name, g_name, coeffs_name) = self.name, self.names
-        if any(t is None for t in (x, g, lam, coeffs, step, out)) or (self.residual and r is None):
-            self.check_kinds(x, g, lam, coeffs, step, out, r)  # an op lets None through
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{op}: {x_name} must be fp32, fp16 or bf16, got {x.dtype}")
+        op, names, x = self.name, self.names, given["x"]
+        for field in self.tensors:
+            if given[field] is None and _TYPES[field] == "Tensor":  # which an op lets through
+                self._check_kinds(given, out)
+        check_dtype(op, names["x"], x)
         if x.ndim != 5 or x.numel() == 0:
             raise ValueError(
-                f"{op}: {x_name} must be [B, N, C, H, W] and not empty, got {list(x.shape)}"
+                f"{op}: {names['x']} must be [B, N, C, H, W] and not empty, got {list(x.shape)}"
             )
-        (batch, frames, *image), place = x.shape, (x.dtype, x.device)
-        clips = ((x_name, x), ("r", r), ("r_uncond", r_uncond), ("xi", xi), ("out", out))
-        for name, tensor in clips:
-            if tensor is not None:
-                check_tensor(op, name, tensor, x.shape, *place)
-        check_tensor(op, g_name, g, (batch, *image), *place)
-        check_tensor(op, "lam", lam, (frames,), torch.float32, x.device)
-        expected = self._coeffs_shape(coeffs)
-        check_tensor(op, coeffs_name, coeffs, expected, torch.float32, x.device)
-        check_tensor(op, "step", step, (1,), torch.int32, x.device)
-        check_no_grad(op, x, g, r, r_uncond, xi, lam, coeffs, out)
+        shape, dtype, device = x.shape, x.dtype, x.device
+        for field in self.clips:
+            if given[field] is not None:
+                check_tensor(op, names[field], given[field], shape, dtype, device)
+        check_tensor(op, "out", out, shape, dtype, device)
+        check_tensor(op, names["g"], given["g"], shape[:1] + shape[2:], dtype, device)
+        check_tensor(op, "lam", given["lam"], shape[1:2], torch.float32, device)
+        coeffs = given["coeffs"]
+        rows = (coeffs.shape[0] if coeffs.ndim else 0,)
+        expected = (*rows, self.columns) if self.columns > 1 else rows
+        check_tensor(op, names["coeffs"], coeffs, expected, torch.float32, device)
+        check_tensor(op, "step", given["step"], (1,), torch.int32, device)
+        check_no_grad(op, *[given[field] for field in self.tensors], out)
 
-    def check_kinds(self, x, g, lam, coeffs, step, out, r=None, **optional_or_numbers) -> None:
-        """Raise TypeError for what is no tensor, or no number; tensors that may be None by name."""
-        x_name, g_name, coeffs_name = self.names
-        tensors = {x_name: x, g_name: g, "lam": lam, coeffs_name: coeffs, "step": step, "out": out}
-        if self.residual:
-            tensors["r"] = r
-        numbers = dict(optional_or_numbers)
-        for name in ("r_uncond", "xi"):
-            if (tensor := numbers.pop(name, None)) is not None:
-                tensors[name] = tensor
-        check_kinds(self.name, tensors, **numbers)
+    def _check_kinds(self, given: dict[str, object], out: Tensor) -> None:
+        """Raise TypeError for what is no tensor, or no number; r_uncond may be None."""
+        tensors = {self.names[field]: given[field] for field in self.tensors} | {"out": out}
+        if tensors.get("r_uncond", out) is None:
+            del tensors["r_uncond"]
+        scale = {field: given[field] for field in ("guidance_scale",) if field in given}
+        check_kinds(self.name, tensors, **scale)
 
-    def _check_overlap(self, out, x, g, lam, coeffs, step, r, r_uncond, xi) -> None:
-        """Raise where out shares memory with an input, x as a whole excepted."""
-        x_name, g_name, coeffs_name = self.names
-        inputs = {g_name: g, coeffs_name: coeffs, "lam": lam, "step": step}
-        inputs |= {"r": r, "r_uncond": r_uncond, "xi": xi}
-        if x.data_ptr() != out.data_ptr():
-            inputs[x_name] = x
-        check_overlap(self.name, out, inputs)
-
-    def _coeffs_shape(self, coeffs: Tensor) -> tuple[int, ...]:
-        rows = coeffs.shape[0] if coeffs.ndim else 0
-        return (rows, self.columns) if self.columns > 1 else (rows,)
-
-    @functools.cached_property
-    def plain(self) -> Callable[..., bool]:
-        """The short way for ordinary CPU tensors (csrc/bindings.cpp); says whether it was taken.
-
-        Arguments: backend, x, g, r, r_uncond, xi, lam, coeffs, step, out, guidance_scale, seeds,
-        sample_offset, frame_offset, number of threads.
-        """
-        return getattr(native(), f"{self.name}_plain")
-
-
-_NO_SEEDS = (0, 0)
+    def _named(self, values: tuple) -> tuple[dict[str, object], str, Tensor]:
+        """(values by field, backend, out) of an op's arguments; in place, out is x."""
+        count = len(self.fields)
+        out = values[-1] if len(values) > count + 1 else values[0]
+        return dict(zip(self.fields, values, strict=False)), values[count], out
 
 
 def row_of(op: str, coeffs: Tensor, step: Tensor) -> Tensor:

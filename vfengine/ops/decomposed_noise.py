@@ -1,6 +1,6 @@
-"""decomposed_noise: base noise, residual noise, or both combined, straight from a counter.
+"""decomposed_noise: base noise b, or each frame's residual noise r_i, straight from a counter.
 
-    out_i = √λ_i b + √(1-λ_i) r_i         b, r_i ~ N(0, I), b shared by all frames
+    b, r_i ~ N(0, I), b shared by all frames
 
 One number depends on its seed and on where it sits, and on nothing else:
 
@@ -31,15 +31,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     check_kinds,
     check_no_grad,
-    check_overlap,
     check_tensor,
     choose_backend,
-    cuda_place,
-    native,
     register,
+    run_native,
     unobserved,
 )
 
@@ -48,7 +46,7 @@ RESIDUAL_STREAM = 1
 STEP_BITS = 24
 
 _NAME = "decomposed_noise"
-_OUT_DTYPES = {**DTYPES, torch.int32: 3}
+_OUT_NUMBERS = {**DTYPE_NUMBERS, torch.int32: 3}
 _MASK = 0xFFFFFFFF
 _MUL = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -58,40 +56,38 @@ def decomposed_noise(
     out: Tensor,
     base_seed: int | None = None,
     residual_seed: int | None = None,
-    lam: Tensor | None = None,
     *,
     step: int = 0,
     sample_offset: int = 0,
     frame_offset: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Fill `out` with decomposed noise (VideoFusion, eq. of ε_i); drawn in fp32, rounded once.
+    """Fill `out` with one part of decomposed noise (VideoFusion, eq. of ε_i), rounded once.
 
-    base_seed alone:              b, out [B, C, H, W]
-    residual_seed alone:          r, out [B, N, C, H, W]
-    both, and lam (fp32 [N]):     √λ_i b + √(1-λ_i) r_i, out [B, N, C, H, W]
+    base_seed:     b, out [B, C, H, W]
+    residual_seed: r, out [B, N, C, H, W]; exactly one of the two seeds
 
     out:           fp32, fp16 or bf16, contiguous. int32 takes the random 32-bit words themselves,
-                   as two's complement (one seed only)
+                   as two's complement
     step:          0 for the initial noise, k+1 for what step k of a stochastic solver adds
     sample_offset: index of the first sample, where out is part of a larger batch
     frame_offset:  index of the first frame, where out is part of a longer clip
     backend:       "auto", "cpu", "cuda", "triton" or "reference" (vfengine/ops/_dispatch.py)
 
     Returns out. Raises TypeError for a dtype or a seed that is no int; ValueError for a shape,
-    stride, device, overlap, backend or number it cannot take, for tensors that autograd records,
-    and for λ outside [0, 1] (on CUDA that cannot be seen without waiting: there it writes NaN).
+    stride, device, backend or number it cannot take, and for tensors that autograd records.
     """
-    check_kinds(_NAME, {"out": out, **({} if lam is None else {"lam": lam})})
+    check_kinds(_NAME, {"out": out})
     for name, seed in (("base_seed", base_seed), ("residual_seed", residual_seed)):
         if seed is not None:
             check_seed(seed, name)
-    if base_seed is None and residual_seed is None:
-        raise ValueError("decomposed_noise: expected base_seed, residual_seed, or both; got none")
+    if (base_seed is None) == (residual_seed is None):
+        got = "none" if base_seed is None else "both"
+        raise ValueError(f"{_NAME}: expected base_seed or residual_seed, got {got}")
     place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
     check_place(_NAME, **place)
     seeds = map(signed_seed, (base_seed, residual_seed))
-    (_run if unobserved(out) else _OP)(out, *seeds, lam, *place.values(), backend)
+    (_run if unobserved(out) else _OP)(out, *seeds, *place.values(), backend)
     return out
 
 
@@ -99,7 +95,6 @@ def decomposed_noise_reference(
     shape: Sequence[int],
     base_seed: int | None = None,
     residual_seed: int | None = None,
-    lam: Tensor | None = None,
     *,
     step: int = 0,
     sample_offset: int = 0,
@@ -115,14 +110,7 @@ def decomposed_noise_reference(
     if residual_seed is None:
         b = _draw((shape[0], 1, *shape[1:]), base_seed, BASE_STREAM, **place)
         return b.squeeze(1)
-    r = _draw(shape, residual_seed, RESIDUAL_STREAM, frame_offset=frame_offset, **place)
-    if base_seed is None:
-        return r
-    if not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"{_NAME}: lam must lie in [0, 1], got {lam.tolist()}")
-    b = _draw((shape[0], 1, *shape[2:]), base_seed, BASE_STREAM, **place)
-    lam = lam.view(-1, 1, 1, 1)
-    return _sqrt(lam) * b + _sqrt(1 - lam) * r
+    return _draw(shape, residual_seed, RESIDUAL_STREAM, frame_offset=frame_offset, **place)
 
 
 def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
@@ -187,7 +175,8 @@ def _draw(
     group = torch.arange((size + 3) // 4, device=device)
     constant = torch.zeros_like(group)
     for b in range(batch):  # one sample at a time: the words of a sample fit in cache
-        counter = (group, frame, constant + sample_offset + b, constant + (stream << 24 | step))
+        place = constant + sample_offset + b, constant + (stream << STEP_BITS | step)
+        counter = (group, frame, *place)
         drawn = torch.broadcast_tensors(*_rounds(counter, (seed & _MASK, seed >> 32)))
         four = torch.stack(drawn if words else _box_muller(drawn), -1)
         out[b] = four.flatten(1)[:, :size]
@@ -271,64 +260,54 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def _run(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend):
-    _check(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend)
-    if lam is not None:
-        check_overlap(_NAME, out, {"lam": lam})
+def _run(out, base_seed, residual_seed, step, sample_offset, frame_offset, backend):
+    _check(out, base_seed, residual_seed, step, sample_offset, frame_offset, backend)
     backend = choose_backend(_NAME, backend, out.device)
     increment_version(out)  # as torch's own ops do, so that autograd sees the write
     place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
-    seeds = unsigned_seed(base_seed), unsigned_seed(residual_seed)
-    batch = out.shape[0]
-    frames = 1 if residual_seed is None else out.shape[1]
+    base = residual_seed is None
+    seed = unsigned_seed(base_seed if base else residual_seed)
+    batch, frames = out.shape[0], 1 if base else out.shape[1]
     if backend == "reference":
-        named = [None if s is None else s % 2**64 for s in (base_seed, residual_seed)]
+        part = {"base_seed" if base else "residual_seed": seed}
         words = out.dtype == torch.int32
         drawn = decomposed_noise_reference(
-            out.shape, *named, lam, **place, words=words, device=out.device
+            out.shape, **part, **place, words=words, device=out.device
         )
         out.copy_(drawn)  # int64 words wrap to int32
     elif backend == "triton":
         from vfengine.kernels.decomposed_noise import launch
 
-        launch(out.view(batch, frames, -1), *seeds, lam, base=residual_seed is None, **place)
+        launch(out.view(batch, frames, -1), seed, base=base, **place)
     else:
-        kernel = getattr(native(), f"{_NAME}_{backend}")
-        kernel(
-            out.data_ptr(),
-            0 if lam is None else lam.data_ptr(),
-            batch,
-            frames,
-            out.numel() // (batch * frames),
-            residual_seed is None,
-            *seeds,
-            step,
-            sample_offset,
-            frame_offset,
-            _OUT_DTYPES[out.dtype],
-            *((torch.get_num_threads(),) if backend == "cpu" else cuda_place(out)),
+        run_native(
+            _NAME,
+            backend,
+            out,
+            out=out.data_ptr(),
+            batch=batch,
+            frames=frames,
+            pixels=out.numel() // (batch * frames),
+            base=base,
+            seed=seed,
+            dtype=_OUT_NUMBERS[out.dtype],
+            **place,
         )
 
 
-def _check(out, base_seed, residual_seed, lam, step, sample_offset, frame_offset, backend):
-    if out.dtype not in _OUT_DTYPES:
+def _check(out, base_seed, residual_seed, step, sample_offset, frame_offset, backend):
+    if out.dtype not in _OUT_NUMBERS:
         raise TypeError(f"{_NAME}: out must be fp32, fp16, bf16 or int32, got {out.dtype}")
     axes = "[B, C, H, W]" if residual_seed is None else "[B, N, C, H, W]"
     if out.ndim != axes.count(",") + 1 or out.numel() == 0:
         raise ValueError(f"{_NAME}: out must be {axes} and not empty, got {list(out.shape)}")
     check_tensor(_NAME, "out", out, out.shape, out.dtype, out.device)
-    check_no_grad(_NAME, out, lam)
-    if (lam is not None) != (base_seed is not None and residual_seed is not None):
-        raise ValueError(f"{_NAME}: expected lam where both seeds are given, and only there")
-    if lam is not None:
-        if out.dtype == torch.int32:
-            raise TypeError(f"{_NAME}: int32 words are of one seed, got two")
-        check_tensor(_NAME, "lam", lam, out.shape[1:2], torch.float32, out.device)
+    check_no_grad(_NAME, out)
 
 
 _OP = register(
-    f"{_NAME}(Tensor(a!) out, int? base_seed, int? residual_seed, Tensor? lam, int step, "
-    "int sample_offset, int frame_offset, str backend) -> ()",
+    f"{_NAME}(Tensor(a!) out, int? base_seed, int? residual_seed, int step, int sample_offset, "
+    "int frame_offset, str backend) -> ()",
     _run,
     _check,
 )

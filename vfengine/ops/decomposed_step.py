@@ -7,17 +7,9 @@ Kernels: csrc/decomposed_step.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernel
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from vfengine.ops._dispatch import register, unobserved
-from vfengine.ops._frame_ops import FramesOp, guided, row_of, shares
-from vfengine.ops.decomposed_noise import (
-    check_place,
-    check_seed,
-    decomposed_noise_reference,
-    signed_seed,
-    unsigned_seed,
-)
+from vfengine.ops._frame_ops import FrameOp, row_of, shares
+from vfengine.ops.decomposed_noise import decomposed_noise_reference
 
 _NAME = "decomposed_step"
 
@@ -30,8 +22,6 @@ def decomposed_step(
     coeffs: Tensor,
     step: Tensor,
     *,
-    r_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     base_seed: int | None = None,
     residual_seed: int | None = None,
     sample_offset: int = 0,
@@ -50,7 +40,6 @@ def decomposed_step(
     lam:            fp32 [N], λ_i in [0, 1]
     coeffs:         fp32 [T, 3], a row (c1, c2, σ) per step
     step:           int32 [1], the row; read on the device, so that a CUDA graph can replay it
-    r_uncond:       like r; r is then r_uncond + guidance_scale (r - r_uncond)
     base_seed, residual_seed: of ξ where σ > 0, drawn in the kernel: the noise of
                     `decomposed_noise` at step + 1, in fp32; both or none
     sample_offset, frame_offset: place of the first sample and frame for that noise
@@ -60,30 +49,10 @@ def decomposed_step(
     Returns the tensor that was written. Sums are in fp32 and rounded once; every kernel returns the
     same bits, the CPU's on any number of threads. Errors as of `residual_step`.
     """
-    out = z if out is None else out
     if (base_seed is None) != (residual_seed is None):
         raise ValueError(f"{_NAME}: expected both base_seed and residual_seed, or none")
-    seeds = None
-    if base_seed is not None and residual_seed is not None:
-        check_seed(base_seed, "base_seed")
-        seeds = (base_seed, check_seed(residual_seed, "residual_seed"))
-    if unobserved(z) and _STEP.plain(
-        backend, z, b, r, r_uncond, None, lam, coeffs, step, out,
-        guidance_scale, seeds, sample_offset, frame_offset, torch.get_num_threads(),
-    ):  # fmt: skip
-        increment_version(out)  # as torch's own ops do, so that autograd sees the write
-        return out
-    optional = {"r_uncond": r_uncond, "guidance_scale": guidance_scale}
-    _STEP.check_kinds(z, b, lam, coeffs, step, out, r, **optional)
-    check_place(_NAME, sample_offset=sample_offset, frame_offset=frame_offset)
-    rest = (b, r, lam, coeffs, step, r_uncond, guidance_scale)
-    rest += (signed_seed(base_seed), signed_seed(residual_seed))
-    rest += (sample_offset, frame_offset, backend)
-    if out is z:
-        _OP_IN_PLACE(z, *rest)
-    else:
-        _OP(z, *rest, out)
-    return out
+    noise = (base_seed, residual_seed, sample_offset, frame_offset)
+    return _OP(z if out is None else out, backend, z, b, r, lam, coeffs, step, *noise)
 
 
 def decomposed_step_reference(
@@ -94,8 +63,6 @@ def decomposed_step_reference(
     coeffs: Tensor,
     step: Tensor,
     *,
-    r_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     base_seed: int | None = None,
     residual_seed: int | None = None,
     sample_offset: int = 0,
@@ -108,8 +75,7 @@ def decomposed_step_reference(
     dtype = torch.promote_types(z.dtype, torch.float32)
     c1, c2, sigma = row_of(_NAME, coeffs, step).to(dtype)
     shared, own = shares(_NAME, lam, dtype)
-    r = guided(r, r_uncond, guidance_scale, dtype)
-    z = c1 * z.to(dtype) + c2 * (shared * b.to(dtype).unsqueeze(1) + own * r)
+    z = c1 * z.to(dtype) + c2 * (shared * b.to(dtype).unsqueeze(1) + own * r.to(dtype))
     if sigma == 0:
         return z
     if base_seed is None:
@@ -121,35 +87,20 @@ def decomposed_step_reference(
     return z + sigma * (shared * xi_b.unsqueeze(1) + own * xi)
 
 
-def _reference(z, b, lam, coeffs, step, *, r, xi, seeds, **options):
-    base_seed, residual_seed = seeds or (None, None)
-    options |= {"base_seed": base_seed, "residual_seed": residual_seed}
-    return decomposed_step_reference(z, b, r, lam, coeffs, step, **options)
-
-
-def _run(
-    z, b, r, lam, coeffs, step, r_uncond, guidance_scale, base_seed, residual_seed, sample_offset,
-    frame_offset, backend, out=None,
-):  # fmt: skip
-    seeds = None
-    if base_seed is not None:
-        seeds = unsigned_seed(base_seed), unsigned_seed(residual_seed)
-    _STEP.run(
-        *(z, b, lam, coeffs, step, z if out is None else out, backend, r, r_uncond, None),
-        *(guidance_scale, seeds, sample_offset, frame_offset),
-    )
-
-
-def _check(z, b, r, lam, coeffs, step, r_uncond, *rest):
-    out = rest[-1] if isinstance(rest[-1], Tensor) else z
-    _STEP.check(z, b, lam, coeffs, step, out, r, r_uncond)
-
-
-_STEP = FramesOp(_NAME, ("z", "b", "coeffs"), 3, True, _reference)
-_ARGUMENTS = (
-    "Tensor b, Tensor r, Tensor lam, Tensor coeffs, Tensor step, Tensor? r_uncond, "
-    "float guidance_scale, int? base_seed, int? residual_seed, int sample_offset, "
-    "int frame_offset, str backend"
+_OP = FrameOp(
+    _NAME,
+    arguments={
+        "z": "x",
+        "b": "g",
+        "r": "r",
+        "lam": "lam",
+        "coeffs": "coeffs",
+        "step": "step",
+        "base_seed": "base_seed",
+        "residual_seed": "residual_seed",
+        "sample_offset": "sample_offset",
+        "frame_offset": "frame_offset",
+    },
+    columns=3,
+    reference=decomposed_step_reference,
 )
-_OP = register(f"{_NAME}(Tensor z, {_ARGUMENTS}, Tensor(a!) out) -> ()", _run, _check)
-_OP_IN_PLACE = register(f"{_NAME}_(Tensor(a!) z, {_ARGUMENTS}) -> ()", _run, _check)

@@ -1,6 +1,6 @@
 """geglu: y = x₁ gelu(x₂) of the halves of every row, with one read and one write.
 
-Kernels: csrc/network.h, csrc/cpu/geglu.cpp, kernels/geglu.py.
+Kernels: csrc/geglu.h, csrc/cpu/geglu.cpp, kernels/geglu.py.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     check_dtype,
     check_kinds,
     check_no_grad,
     check_overlap,
     check_tensor,
     choose_backend,
-    native,
     register,
+    run_native,
 )
 
 _NAME = "geglu"
@@ -66,9 +66,16 @@ def _run(x, backend, out):
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
         width = out.shape[-1]
-        sizes = (out.numel() // width, width)
-        threads = torch.get_num_threads()
-        native().geglu_cpu(x.data_ptr(), out.data_ptr(), *sizes, DTYPES[x.dtype], threads)
+        run_native(
+            _NAME,
+            backend,
+            x,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            rows=out.numel() // width,
+            width=width,
+            dtype=DTYPE_NUMBERS[x.dtype],
+        )
     elif backend == "triton":
         from vfengine.kernels.geglu import launch
 

@@ -1,9 +1,9 @@
-"""group_norm_silu: group norm, scale and shift, SiLU and a residual in one pass after its sums.
+"""group_norm_silu: group norm, scale and shift and SiLU in one pass after its sums.
 
-    y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift) + residual
+    y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift)
 
 μ, σ² of a group are those of its channels at all pixels of num_frames consecutive images.
-Kernels: csrc/group_norm_silu.h, csrc/cpu, csrc/cuda, kernels/group_norm_silu.py.
+Kernels: csrc/group_norm_silu.h, csrc/{cpu,cuda}/group_norm_silu.*, kernels/group_norm_silu.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
     check_kinds,
@@ -21,9 +21,8 @@ from vfengine.ops._dispatch import (
     check_overlap,
     check_table,
     choose_backend,
-    cuda_place,
-    native,
     register,
+    run_native,
 )
 
 _NAME = "group_norm_silu"
@@ -41,19 +40,17 @@ def group_norm_silu(
     num_frames: int = 1,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    residual: Tensor | None = None,
     silu: bool = True,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """SiLU(norm(x) (1 + scale) + shift) + residual (Wu and He 2018; Dhariwal and Nichol 2021).
+    """SiLU(norm(x) (1 + scale) + shift) (Wu and He 2018; Dhariwal and Nichol 2021).
 
     x:            [B, C, H, W] in channels_last memory, fp32, fp16 or bf16
     num_groups:   divides C
     weight, bias: fp32 [C], or None for 1 and 0
     num_frames:   images that share their statistics, one after another; divides B
     scale, shift: fp32 [B, C] of each image, both or neither
-    residual:     like x; added last
     silu:         False leaves SiLU out
     out:          like x, memory that no argument shares; None: allocated
     backend:      "auto", "cpu", "cuda", "triton" or "reference" (vfengine/ops/_dispatch.py)
@@ -66,17 +63,15 @@ def group_norm_silu(
     """
     check_kinds(_NAME, {"x": x}, num_groups=num_groups, eps=eps, num_frames=num_frames)
     given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    given |= {"residual": residual, "out": out}
+    given["out"] = out
     check_kinds(_NAME, {name: t for name, t in given.items() if t is not None})
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else None)
     workspace = None
     if x.is_cuda and _has_plan(x, num_frames):  # made here, where captures and fakes see it
         workspace = make_workspace(x, num_groups, num_frames)
-    _OP(
-        *(x, weight, bias, scale, shift, residual),
-        *(num_groups, eps, num_frames, silu, backend, out, workspace),
-    )
+    tables = (weight, bias, scale, shift)
+    _OP(x, *tables, num_groups, eps, num_frames, silu, backend, out, workspace)
     return out
 
 
@@ -90,7 +85,6 @@ def group_norm_silu_reference(
     num_frames: int = 1,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    residual: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
     """The formula of `group_norm_silu` in plain PyTorch, in fp32, or in fp64 for fp64 pictures.
@@ -112,7 +106,7 @@ def group_norm_silu_reference(
         y = y + shift.to(dtype).view(batch, channels, 1, 1)
     if silu:
         y = y * y.sigmoid()
-    return y if residual is None else y + residual.to(dtype)
+    return y
 
 
 def chunk_plan(images: int, rows: int, num_frames: int) -> tuple[int, int]:
@@ -140,45 +134,52 @@ def _has_plan(x: Tensor, num_frames: int) -> bool:
     return x.ndim == 4 and x.numel() > 0 and 0 < num_frames <= x.shape[0]
 
 
-def _run(
-    x, weight, bias, scale, shift, residual,
-    num_groups, eps, num_frames, silu, backend, out, workspace,
-):  # fmt: skip
-    tensors = (x, weight, bias, scale, shift, residual)
-    numbers = (num_groups, eps, num_frames, silu)
-    _check(*tensors, *numbers, backend, out, workspace)
+def _run(x, weight, bias, scale, shift, num_groups, eps, num_frames, silu, backend, out, workspace):
+    tables, numbers = (weight, bias, scale, shift), (num_groups, eps, num_frames, silu)
+    _check(x, *tables, *numbers, backend, out, workspace)
     increment_version(out)  # as torch's own ops do, so that autograd sees the write
-    named = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    check_overlap(_NAME, out, {**named, "residual": residual})
+    named = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    check_overlap(_NAME, out, {"x": x, **named})
     backend = choose_backend(_NAME, backend, x.device)
     if backend == "reference":
-        options = {"eps": eps, "num_frames": num_frames, "scale": scale, "shift": shift}
-        options |= {"residual": residual, "silu": silu}
-        out.copy_(group_norm_silu_reference(x, num_groups, weight, bias, **options))
+        options = {"eps": eps, "num_frames": num_frames, "silu": silu}
+        out.copy_(group_norm_silu_reference(x, num_groups, **named, **options))
         return
     if backend != "cpu" and workspace is None:  # CPU tensors, in tests
         workspace = make_workspace(x, num_groups, num_frames)
     if backend == "triton":
         from vfengine.kernels.group_norm_silu import launch
 
-        launch(*tensors, *numbers, out, workspace)
+        launch(x, *tables, *numbers, out, workspace)
         return
     images, channels, height, width = x.shape
-    addresses = [address(t) for t in (*tensors, out)]
-    sizes = (images, height * width, channels, num_groups, num_frames)
-    arguments = (*addresses, *sizes, eps, silu, DTYPES[x.dtype])
-    if backend == "cpu":
-        native().group_norm_silu_cpu(*arguments, torch.get_num_threads())
-    else:
+    chunked = {}
+    if backend == "cuda":
         _, chunk_rows = chunk_plan(images, height * width, num_frames)
-        chunked = (workspace.data_ptr(), chunk_rows)
-        native().group_norm_silu_cuda(*arguments, *chunked, *cuda_place(x))
+        chunked = {"workspace": workspace.data_ptr(), "chunk_rows": chunk_rows}
+    run_native(
+        _NAME,
+        backend,
+        x,
+        x=x.data_ptr(),
+        **{name: address(table) for name, table in named.items()},
+        modulation_stride=channels,
+        out=out.data_ptr(),
+        images=images,
+        rows=height * width,
+        channels=channels,
+        groups=num_groups,
+        num_frames=num_frames,
+        eps=eps,
+        silu=silu,
+        dtype=DTYPE_NUMBERS[x.dtype],
+        **chunked,
+    )
 
 
 def _check(
-    x, weight, bias, scale, shift, residual,
-    num_groups, eps, num_frames, silu, backend, out, workspace,
-):  # fmt: skip
+    x, weight, bias, scale, shift, num_groups, eps, num_frames, silu, backend, out, workspace
+):
     check_dtype(_NAME, "x", x)
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"{_NAME}: x must be [B, C, H, W] and not empty, got {list(x.shape)}")
@@ -189,9 +190,8 @@ def _check(
         raise ValueError(f"{_NAME}: num_frames must divide {images} images, got {num_frames}")
     if not eps >= 0:
         raise ValueError(f"{_NAME}: eps must not be negative, got {eps}")
-    for name, tensor in (("x", x), ("residual", residual), ("out", out)):
-        if tensor is not None:
-            _check_picture(name, tensor, x)
+    for name, tensor in (("x", x), ("out", out)):
+        _check_picture(name, tensor, x)
     check_table(_NAME, "weight", weight, (channels,), x)
     check_table(_NAME, "bias", bias, (channels,), x)
     if (scale is None) != (shift is None):
@@ -200,7 +200,7 @@ def _check(
     check_table(_NAME, "shift", shift, (images, channels), x)
     size = _workspace_size(x, num_groups, num_frames)
     check_table(_NAME, "workspace", workspace, (size,), x)
-    check_no_grad(_NAME, x, weight, bias, scale, shift, residual, out)
+    check_no_grad(_NAME, x, weight, bias, scale, shift, out)
 
 
 def _check_picture(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -219,7 +219,7 @@ def _check_picture(name: str, tensor: Tensor, x: Tensor) -> None:
 
 _OP = register(
     f"{_NAME}(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-    "Tensor? residual, int num_groups, float eps, int num_frames, bool silu, str backend, "
+    "int num_groups, float eps, int num_frames, bool silu, str backend, "
     "Tensor(a!) out, Tensor(b!)? workspace) -> ()",
     _run,
     _check,

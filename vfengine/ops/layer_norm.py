@@ -1,6 +1,6 @@
 """layer_norm: y = (x - μ) / √(σ² + ε) weight + bias of every row, with one read and one write.
 
-Kernels: csrc/network.h, csrc/cpu/layer_norm.cpp, kernels/layer_norm.py.
+Kernels: csrc/layer_norm.h, csrc/cpu/layer_norm.cpp, kernels/layer_norm.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
     check_kinds,
@@ -19,8 +19,8 @@ from vfengine.ops._dispatch import (
     check_table,
     check_tensor,
     choose_backend,
-    native,
     register,
+    run_native,
 )
 
 _NAME = "layer_norm"
@@ -76,11 +76,20 @@ def _run(x, weight, bias, eps, backend, out):
     check_overlap(_NAME, out, {"x": x, "weight": weight, "bias": bias})
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
-        addresses = [address(t) for t in (x, weight, bias, out)]
         channels = x.shape[-1]
-        sizes = (x.numel() // channels, channels)
-        threads = torch.get_num_threads()
-        native().layer_norm_cpu(*addresses, *sizes, eps, DTYPES[x.dtype], threads)
+        run_native(
+            _NAME,
+            backend,
+            x,
+            x=x.data_ptr(),
+            weight=address(weight),
+            bias=address(bias),
+            out=out.data_ptr(),
+            rows=x.numel() // channels,
+            channels=channels,
+            eps=eps,
+            dtype=DTYPE_NUMBERS[x.dtype],
+        )
     elif backend == "triton":
         from vfengine.kernels.layer_norm import launch
 

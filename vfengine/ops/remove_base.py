@@ -7,10 +7,8 @@ Kernels: csrc/remove_base.h, csrc/cpu/frames.h, csrc/cuda/frames.cuh, kernels/fr
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from vfengine.ops._dispatch import register, unobserved
-from vfengine.ops._frame_ops import FramesOp, row_of, shares
+from vfengine.ops._frame_ops import FrameOp, row_of, shares
 
 _NAME = "remove_base"
 
@@ -38,20 +36,7 @@ def remove_base(
     Returns the tensor that was written. Sums are in fp32 and rounded once; every kernel returns the
     same bits, the CPU's on any number of threads. Errors as of `residual_step`.
     """
-    out = z if out is None else out
-    if unobserved(z) and _STEP.plain(
-        backend, z, b, None, None, None, lam, noise_levels, step, out,
-        1.0, None, 0, 0, torch.get_num_threads(),
-    ):  # fmt: skip
-        increment_version(out)  # as torch's own ops do, so that autograd sees the write
-        return out
-    _STEP.check_kinds(z, b, lam, noise_levels, step, out)
-    rest = (b, lam, noise_levels, step, backend)
-    if out is z:
-        _OP_IN_PLACE(z, *rest)
-    else:
-        _OP(z, *rest, out)
-    return out
+    return _OP(z if out is None else out, backend, z, b, lam, noise_levels, step)
 
 
 def remove_base_reference(
@@ -67,19 +52,9 @@ def remove_base_reference(
     return z.to(dtype) - shared * level * b.to(dtype).unsqueeze(1)
 
 
-def _reference(z, b, lam, noise_levels, step, **_):
-    return remove_base_reference(z, b, lam, noise_levels, step)
-
-
-def _run(z, b, lam, noise_levels, step, backend, out=None):
-    _STEP.run(z, b, lam, noise_levels, step, z if out is None else out, backend)
-
-
-def _check(z, b, lam, noise_levels, step, backend, out=None):
-    _STEP.check(z, b, lam, noise_levels, step, z if out is None else out)
-
-
-_STEP = FramesOp(_NAME, ("z", "b", "noise_levels"), 1, False, _reference)
-_ARGUMENTS = "Tensor b, Tensor lam, Tensor noise_levels, Tensor step, str backend"
-_OP = register(f"{_NAME}(Tensor z, {_ARGUMENTS}, Tensor(a!) out) -> ()", _run, _check)
-_OP_IN_PLACE = register(f"{_NAME}_(Tensor(a!) z, {_ARGUMENTS}) -> ()", _run, _check)
+_OP = FrameOp(
+    _NAME,
+    arguments={"z": "x", "b": "g", "lam": "lam", "noise_levels": "coeffs", "step": "step"},
+    columns=1,
+    reference=remove_base_reference,
+)

@@ -2,7 +2,7 @@
 
     y_s = Σ_t softmax_t(q_s · k_t / √D) v_t      of each frame and head
 
-Kernels: csrc/network.h, csrc/cpu/spatial_attention.cpp, kernels/spatial_attention.py. On
+Kernels: csrc/spatial_attention.h, csrc/cpu/spatial_attention.cpp, kernels/spatial_attention.py. On
 CUDA, torch's SDPA and flash-attn (vfengine/ops/attention.py) are the ones that were measured.
 """
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     check_dtype,
+    check_head_dim,
     check_kinds,
     check_no_grad,
     check_overlap,
     check_tensor,
     choose_backend,
-    native,
     register,
+    run_native,
 )
 
 _NAME = "spatial_attention"
 _KERNELS = ("triton", "cpu")
-MAX_HEAD_DIM = 256
 
 
 def spatial_attention(
@@ -88,11 +88,24 @@ def _run(q, k, v, num_heads, backend, out):
     backend = choose_backend(_NAME, backend, q.device, _KERNELS)
     if backend == "cpu":
         frames, length, width = q.shape
-        sizes = (frames, length, k.shape[1], num_heads, width // num_heads)
-        strides = (row_stride(q), row_stride(k), k.shape[0])
-        addresses = (t.data_ptr() for t in (q, k, v, out))
-        threads = torch.get_num_threads()
-        native().spatial_attention_cpu(*addresses, *sizes, *strides, DTYPES[q.dtype], threads)
+        run_native(
+            _NAME,
+            backend,
+            q,
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            out=out.data_ptr(),
+            frames=frames,
+            q_len=length,
+            k_len=k.shape[1],
+            heads=num_heads,
+            head_dim=width // num_heads,
+            q_stride=row_stride(q),
+            kv_stride=row_stride(k),
+            kv_frames=k.shape[0],
+            dtype=DTYPE_NUMBERS[q.dtype],
+        )
     elif backend == "triton":
         from vfengine.kernels.spatial_attention import launch
 
@@ -108,12 +121,7 @@ def _check(q, k, v, num_heads, backend, out):
     frames, _, width = q.shape
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"{_NAME}: num_heads must divide {width} channels, got {num_heads}")
-    head_dim = width // num_heads
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"{_NAME}: the head dimension must be a multiple of 8, at most {MAX_HEAD_DIM}, "
-            f"got {head_dim}"
-        )
+    check_head_dim(_NAME, width // num_heads)
     if k.ndim != 3 or k.numel() == 0 or k.shape[0] not in (1, frames) or k.shape[2] != width:
         raise ValueError(
             f"{_NAME}: k must be [{frames} or 1, Sk, {width}] and not empty, got {list(k.shape)}"

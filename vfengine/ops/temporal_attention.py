@@ -2,7 +2,8 @@
 
     y_n = Σ_m softmax_m(q_n · k_m / √D + bias_nm) v_m      of each pixel and head
 
-Kernels: csrc/temporal_attention.h, csrc/cpu, csrc/cuda, kernels/temporal_attention.py.
+Kernels: csrc/temporal_attention.h, csrc/{cpu,cuda}/temporal_attention.*,
+kernels/temporal_attention.py.
 """
 
 from __future__ import annotations
@@ -12,23 +13,22 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
-    DTYPES,
+    DTYPE_NUMBERS,
     address,
     check_dtype,
+    check_head_dim,
     check_kinds,
     check_no_grad,
     check_overlap,
     check_table,
     check_tensor,
     choose_backend,
-    cuda_place,
-    native,
     register,
+    run_native,
 )
 
 _NAME = "temporal_attention"
 MAX_FRAMES = 128
-MAX_HEAD_DIM = 256
 
 
 def temporal_attention(
@@ -99,26 +99,29 @@ def _run(qkv, bias, num_heads, backend, out):
         launch(qkv, bias, num_heads, out)
     else:
         batch, frames, pixels, width = out.shape
-        sizes = (batch, frames, pixels, num_heads, width // num_heads)
-        arguments = (qkv.data_ptr(), address(bias), out.data_ptr(), *sizes, DTYPES[qkv.dtype])
-        if backend == "cpu":
-            native().temporal_attention_cpu(*arguments, torch.get_num_threads())
-        else:
-            native().temporal_attention_cuda(*arguments, *cuda_place(qkv))
+        run_native(
+            _NAME,
+            backend,
+            qkv,
+            qkv=qkv.data_ptr(),
+            bias=address(bias),
+            out=out.data_ptr(),
+            batch=batch,
+            frames=frames,
+            pixels=pixels,
+            heads=num_heads,
+            head_dim=width // num_heads,
+            dtype=DTYPE_NUMBERS[qkv.dtype],
+        )
 
 
 def _check(qkv, bias, num_heads, backend, out):
     check_dtype(_NAME, "qkv", qkv)
     shape = _out_shape(qkv, num_heads)
     _, frames, _, width = shape
-    head_dim = width // num_heads
     if frames > MAX_FRAMES:
         raise ValueError(f"{_NAME}: expected at most {MAX_FRAMES} frames, got {frames}")
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"{_NAME}: the head dimension must be a multiple of 8, at most {MAX_HEAD_DIM}, "
-            f"got {head_dim}"
-        )
+    check_head_dim(_NAME, width // num_heads)
     check_tensor(_NAME, "qkv", qkv, qkv.shape, qkv.dtype, qkv.device)
     check_tensor(_NAME, "out", out, shape, qkv.dtype, qkv.device)
     check_table(_NAME, "bias", bias, (num_heads, frames, frames), qkv)

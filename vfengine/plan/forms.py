@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfengine.ops.temporal_attention import MAX_HEAD_DIM
+from vfengine.ops._dispatch import MAX_HEAD_DIM
 
 from . import gather
+from .builder import Builder, Source
 from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_winograd
-from .program import Builder, Rows, Source
+from .program import Rows
 
 if TYPE_CHECKING:
     from .walk import FeatureMap, Planner

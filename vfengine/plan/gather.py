@@ -1,4 +1,4 @@
-"""The row that each tap of a convolution reads: tables for implicit GEMM (csrc/network.h).
+"""The row that each tap of a convolution reads: tables for implicit GEMM (csrc/row_matmul.h).
 
 A table is int32 [taps, pixels of the result]: a row of the same image or clip, -1 for padding.
 """

@@ -3,7 +3,7 @@
 A `PlannedUNet` takes a UNet's place. Its weights lie in the order in which this machine's kernels
 read them. Activations are rows of one dtype from the first convolution to the last. Nothing is
 copied for a layout, a concatenation, an upsampling or a padding: tables say which rows a matrix
-product reads (csrc/network.h). Statistics, sums and softmax are in fp32.
+product reads (csrc/row_matmul.h). Statistics, sums and softmax are in fp32.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
 
+from .builder import Builder
 from .memory import return_memory
 from .packing import Weights
-from .program import Builder, Program, Rows
+from .program import Program, Rows
 from .walk import FeatureMap, Packed, Packer, Planner
 
 _PROGRAMS = 4  # shapes whose programs are kept
@@ -43,7 +44,7 @@ def inference_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"networks on a CPU run in float32 or bfloat16, got {dtype}")
-    if dtype is torch.bfloat16 and vfengine_native.cpu_isa() != "avx512_bf16":
+    if dtype is torch.bfloat16 and not vfengine_native.cpu_has_bf16():
         warnings.warn(
             "this CPU has no bf16 instructions (AVX512_BF16): the network runs in float32, which "
             "is faster here than bfloat16",

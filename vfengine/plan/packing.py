@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
-from vfengine.ops._dispatch import DTYPES
+from vfengine.ops._dispatch import DTYPE_NUMBERS
 
 # Input times output channels, above which a convolution takes the form with fewest weights.
 _LIGHT = 640 * 640
@@ -17,7 +17,7 @@ _LIGHT = 640 * 640
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Packed weights of a matrix product (csrc/cpu/matmul.h) and its bias.
+    """Packed weights of a matrix product (csrc/cpu/gemm/vector.h) and its bias.
 
     packed:  int32 words, in the order that this machine's kernel reads
     bias:    fp32 [columns], with geglu [2 columns]; None: none
@@ -37,14 +37,20 @@ def pack(
     weight = weight.to(dtype).contiguous()
     geglu = epilogue == "geglu"
     columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
-    number = DTYPES[dtype]
+    number = DTYPE_NUMBERS[dtype]
     if dtype is torch.bfloat16 and depth % 2:
         raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
     words = vfengine_native.packed_words(columns, depth, geglu, number)
     packed = torch.empty(words, dtype=torch.int32)
-    vfengine_native.pack_weights(
-        weight.data_ptr(), packed.data_ptr(), columns, depth, geglu, number
+    args = vfengine_native.PackWeightsArgs(
+        weights=weight.data_ptr(),
+        out=packed.data_ptr(),
+        columns=columns,
+        depth=depth,
+        geglu=geglu,
+        dtype=number,
     )
+    vfengine_native.pack_weights_cpu(args, 1)
     bias = None if bias is None else bias.detach().float().contiguous()
     return Weights(packed, bias, columns, epilogue)
 

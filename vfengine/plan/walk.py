@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .builder import Builder
 from .forms import AttentionForm, Form, FusedMatMul, MatMul, UpsampledConv, convolution
 from .memory import return_memory
 from .packing import Weights, pack
-from .program import Builder, Rows
+from .program import Rows
 
 _LARGE = 2**22  # bytes; the memory of larger layers is returned to the system at once
 

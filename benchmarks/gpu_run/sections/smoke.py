@@ -46,8 +46,10 @@ def step_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[], T
             ops.remove_base_reference(z, b, *levels),
         ),
         "decomposed_noise": (
-            lambda: ops.decomposed_noise(torch.empty_like(clip.z), 0, 1, clip.lam, backend=backend),
-            ops.decomposed_noise_reference(SHAPE, 0, 1, clip.lam.cpu()).to(DEVICE),
+            lambda: ops.decomposed_noise(
+                torch.empty_like(clip.z), residual_seed=1, backend=backend
+            ),
+            ops.decomposed_noise_reference(SHAPE, residual_seed=1).to(DEVICE),
         ),
     }
 

@@ -70,18 +70,19 @@ def build(
     )
     python = (f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
     units = {EMULATION / "cuda_emulation.cpp": _engine_flags(variant, sources)}
-    for name in ("bindings.cpp", "network_bindings.cpp"):
-        units[sources / name] = ("-O1", *module_macros, *python)
-    for path in sorted((sources / "cpu").glob("*.cpp")):
+    for path in sorted((sources / "bindings").glob("*.cpp")):
+        units[path] = ("-O1", *module_macros, *python)
+    for path in sorted((sources / "cpu").glob("**/*.cpp")):
         units[path] = (*cpu_flags, "-DVF_ISA=baseline", "-fno-math-errno")
     for path in sorted((sources / "cuda").glob("*.cu")):
         units[path] = (*flags, *CUDA)
 
     (out_dir / "objects").mkdir(parents=True, exist_ok=True)
+    (out_dir / "isas.inc").write_text("VF_ISA_ROW(baseline, )\n")  # as CMakeLists.txt does
     commands, objects = [], []
     for path, own in units.items():
         objects.append(out_dir / "objects" / f"{path.parent.name}_{path.name}.o")
-        options = (*COMMON, *own, f"-I{sources}", *macros)
+        options = (*COMMON, *own, f"-I{sources}", f"-I{out_dir}", *macros)
         commands.append(("g++", *options, "-c", str(path), "-o", str(objects[-1])))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(_run, commands))

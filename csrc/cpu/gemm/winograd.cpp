@@ -1,13 +1,15 @@
-// Convolutions in Winograd's form F(2, 3) (network.h).
+// Convolutions in Winograd's form F(2, 3).
 //
 // A task takes a block of tiles: it transforms their pixels, multiplies each of the 16 (1-D: 4)
 // positions with its own weights, a panel of columns at a time, and transforms the sums back, all
 // of it in L2. The transforms only add and subtract; in bf16 the transformed pixels are rounded
 // once more than in a direct convolution.
+#include "winograd.h"
+
 #include <vector>
 
-#include "cpu/matmul.h"
-#include "cpu/parallel.h"
+#include "cpu/base/parallel.h"
+#include "cpu/gemm/gemm.h"
 
 namespace vf::VF_ISA {
 
@@ -32,65 +34,32 @@ class Block {
 
   Block(const WinogradArgs& a, int64_t most)
       : a_(a), rows_((a.height + 1) / 2), columns_(Flat ? a.width : (a.width + 1) / 2) {
-    static thread_local std::vector<T> pixels, zeros;
-    static thread_local std::vector<float> sums;
+    static thread_local std::vector<T> pixels;
     if (int64_t(pixels.size()) < kPositions * most * a.channels)
       pixels.resize(kPositions * most * a.channels);
-    if (int64_t(sums.size()) < kPositions * most * kPanel * kLanes)
-      sums.resize(kPositions * most * kPanel * kLanes);
-    if (int64_t(zeros.size()) < a.channels) zeros.assign(a.channels, T{});
+    const Scratch<T> scratch = gemm_scratch<T>(kPositions * most, a.channels);
     pixels_ = pixels.data();
-    sums_ = sums.data();
-    zeros_ = zeros.data();
+    sums_ = scratch.sums;
+    zeros_ = scratch.zeros;
   }
 
   // Tiles [first, first + count), panels [panel, last_panel).
   void run(int64_t first, int64_t count, int64_t panel, int64_t last_panel) {
     for (int64_t i = 0; i < count; ++i) read(first + i, pixels_ + i * a_.channels, count);
-    const Panels panels(a_.columns, false);
-    const int64_t depth = a_.channels / kPerWord<T>, size = panels.words(depth);
-    RowMatmulArgs m{};
-    m.sources[m.num_sources++] = {nullptr, a_.channels, a_.channels, nullptr, 1, count};
-    m.rows = m.item_rows = count;
-    m.columns = a_.columns;
-    m.dtype = a_.dtype;
+    typename Gemm<T>::PanelSums sums(a_.columns, a_.channels, count, zeros_);
+    const int64_t size = Gemm<T>::packed_words(sums.panels, a_.channels);
+    const auto* weights = static_cast<const uint32_t*>(a_.weights);
     for (; panel < last_panel; ++panel) {
-      const int vectors = panels.vectors(panel);
-      const int64_t column = panels.first(panel) * kLanes;
-      for (int position = 0; position < kPositions; ++position) {
-        m.sources[0].x = pixels_ + position * count * a_.channels;
-        Tile<T> t{&m,
-                  static_cast<const uint32_t*>(a_.weights) + position * size + column * depth,
-                  0,
-                  1,
-                  true,
-                  false,
-                  sums_ + position * count * vectors * kLanes,
-                  0,
-                  column,
-                  zeros_};
-        panel_tiles(t, count, vectors);
-      }
+      const int vectors = sums.panels.vectors(panel);
+      const int64_t column = sums.panels.first(panel) * kLanes;
+      for (int position = 0; position < kPositions; ++position)
+        sums(pixels_ + position * count * a_.channels, weights + position * size, panel,
+             sums_ + position * count * vectors * kLanes);
       for (int64_t i = 0; i < count; ++i) write(first + i, i, count, column, vectors);
     }
   }
 
  private:
-  static void panel_tiles(Tile<T>& t, int64_t count, int vectors) {
-    switch (vectors) {
-      case 1:
-        return tiles<T, 1, false>(t, count);
-      case 2:
-        return tiles<T, 2, false>(t, count);
-#if defined(__AVX512F__)
-      case 3:
-        return tiles<T, 3, false>(t, count);
-      case 4:
-        return tiles<T, 4, false>(t, count);
-#endif
-    }
-  }
-
   struct Place {
     int64_t item, y, x;  // of the tile's first result
   };
@@ -192,8 +161,8 @@ template <class T, bool Flat>
 void winograd(const WinogradArgs& a, int64_t threads) {
   const int64_t positions = Flat ? 4 : 16;
   const int64_t tiles = a.items * ((a.height + 1) / 2) * (Flat ? a.width : (a.width + 1) / 2);
-  const int64_t panels = Panels(a.columns, false).count;
-  const int64_t bytes = positions * (a.channels * int64_t(sizeof(T)) + kPanel * kLanes * 4);
+  const int64_t panels = typename Gemm<T>::Panels(a.columns, false).count;
+  const int64_t bytes = positions * (a.channels * int64_t(sizeof(T)) + Gemm<T>::kColumns * 4);
   const int64_t most = std::clamp<int64_t>(640 * 1024 / bytes / 6 * 6, 12, 192);
   // The same number of blocks for every thread; few blocks are dealt out by panels as well.
   const int64_t shares = threads * ((tiles + most * threads - 1) / (most * threads));
@@ -210,11 +179,11 @@ void winograd(const WinogradArgs& a, int64_t threads) {
 
 }  // namespace
 
-void winograd_cpu(const WinogradArgs& a, int64_t threads) {
-  if (a.dtype == DType::bf16)
-    a.flat ? winograd<BFloat16, true>(a, threads) : winograd<BFloat16, false>(a, threads);
-  else
-    a.flat ? winograd<float, true>(a, threads) : winograd<float, false>(a, threads);
+void winograd_cpu(const WinogradArgs& args, int64_t threads) {
+  by_product_dtype(args.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    args.flat ? winograd<T, true>(args, threads) : winograd<T, false>(args, threads);
+  });
 }
 
 }  // namespace vf::VF_ISA

@@ -1,42 +1,15 @@
-// spatial_attention and temporal_attention (network.h), a task a few blocks of queries of one head.
-#include <vector>
+// y_n = sum_m softmax_m(q_n . k_m scale + bias_nm) v_m, of every pixel and head
+//
+// A task is a few pixels; cpu/attention.h has the arithmetic.
+#include "temporal_attention.h"
 
 #include "cpu/attention.h"
-#include "cpu/parallel.h"
-#include "network.h"
+#include "cpu/base/parallel.h"
 
 namespace vf::VF_ISA {
 
-// v is packed once per task: its share falls with the queries of a task.
-constexpr int kTaskQueries = 256;
-
 template <class T>
-static void spatial_attention(const RowSpatialAttentionArgs& a, int64_t threads) {
-  const int64_t parts = (a.q_len + kTaskQueries - 1) / kTaskQueries;
-  const int64_t shared = a.frames / a.kv_frames;
-  parallel_for(a.frames * a.heads * parts, threads, [&](int64_t task) {
-    const int64_t frame = task / (a.heads * parts), head = task / parts % a.heads;
-    const int64_t column = head * a.head_dim, keys = frame / shared * a.k_len * a.kv_stride;
-    Head<T> h{};
-    h.q = static_cast<const T*>(a.q) + frame * a.q_len * a.q_stride + column;
-    h.k = static_cast<const T*>(a.k) + keys + column;
-    h.out = static_cast<T*>(a.out) + frame * a.q_len * a.out_stride + column;
-    h.q_stride = a.q_stride;
-    h.k_stride = a.kv_stride;
-    h.out_stride = a.out_stride;
-    h.q_len = int(a.q_len);
-    h.k_len = int(a.k_len);
-    h.head_dim = int(a.head_dim);
-    h.scale = a.scale;
-    set_values(h, static_cast<const T*>(a.v) + keys + column, a.kv_stride,
-               values_scratch((a.k_len + 1) / 2 * a.head_dim));
-    const int first = int(task % parts) * kTaskQueries;
-    attend_rows(h, first, std::min(first + kTaskQueries, h.q_len));
-  });
-}
-
-template <class T>
-static void temporal_attention(const RowTemporalAttentionArgs& a, int64_t threads) {
+static void temporal_attention(const TemporalAttentionArgs& a, int64_t threads) {
   const int n = int(a.frames);
   const int64_t channels = a.heads * a.head_dim;
   std::vector<float> bias(a.bias ? a.heads * n * bias_stride(n) : 0);
@@ -56,7 +29,7 @@ static void temporal_attention(const RowTemporalAttentionArgs& a, int64_t thread
     h.out_stride = a.pixels * channels;
     h.q_len = h.k_len = n;
     h.head_dim = int(a.head_dim);
-    h.scale = a.scale;
+    h.scale = logit_scale(a.scale, a.head_dim);
     h.bias_stride = bias_stride(n);
     uint32_t* values = values_scratch((n + 1) / 2 * a.head_dim);
     for (int64_t pixel = task % blocks * kPixels; pixel < last; ++pixel) {
@@ -77,11 +50,7 @@ static void temporal_attention(const RowTemporalAttentionArgs& a, int64_t thread
   });
 }
 
-void spatial_attention_cpu(const RowSpatialAttentionArgs& args, int64_t threads) {
-  by_dtype(args.dtype, [&](auto kind) { spatial_attention<decltype(kind)>(args, threads); });
-}
-
-void temporal_attention_cpu(const RowTemporalAttentionArgs& args, int64_t threads) {
+void temporal_attention_cpu(const TemporalAttentionArgs& args, int64_t threads) {
   by_dtype(args.dtype, [&](auto kind) { temporal_attention<decltype(kind)>(args, threads); });
 }
 

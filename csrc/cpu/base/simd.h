@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#define VF_INLINE static inline __attribute__((always_inline))
+
 namespace vf::VF_ISA {
 
 #if defined(__AVX512F__)
@@ -90,6 +92,14 @@ static inline void store_pair(BFloat16* p, const Pair& x) {
   const U16 lower = reinterpret_cast<U16>((even & 0xffffu) | odd << 16);
   const U16 carry = average(lower, (upper & uint16_t(1)) | uint16_t(0x7ffe)) >> 15;
   store(p, upper + carry);
+}
+
+// bf16 of each lane, in the low half of its word; to nearest even, and any NaN stays one. Twice the
+// instructions of `store_pair`, which is for NaNs as frame ops make them.
+VF_INLINE U32 rounded(F32 x) {
+  const U32 bits = reinterpret_cast<U32>(x);
+  const U32 out = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? U32{} + 0x7fc0u : out;
 }
 
 // fp16: the first half, the second half.

@@ -1,5 +1,5 @@
-// Products of rows with packed weights: a tile of a few rows by a panel of a few vectors of
-// columns.
+// The form of products (gemm.h) that vector instructions compute: a tile of a few rows by a panel
+// of a few vectors of columns.
 //
 // Weights are packed per panel: [panel][word of the depth][columns of the panel], so that a product
 // reads them in order. A vector of columns is multiplied with a broadcast word of a row; with
@@ -10,8 +10,10 @@
 // hardly more than 128 do. Runs are counted through the depth, with what padding skips, so that
 // they are the same for every tile. Sums of bf16 products are exact enough without.
 #pragma once
-#include "cpu/rows.h"
-#include "network.h"
+#include <vector>
+
+#include "cpu/base/math.h"
+#include "row_matmul.h"
 
 namespace vf::VF_ISA {
 
@@ -42,7 +44,7 @@ struct Panels {
 };
 
 template <class T>
-static void pack(const PackArgs& a) {
+static void pack_panels(const PackWeightsArgs& a) {
   const int64_t depth = a.depth / kPerWord<T>;
   const Panels panels(a.columns, a.geglu);
   const auto* words = static_cast<const uint32_t*>(a.weights);  // [columns, depth]
@@ -60,6 +62,18 @@ static void pack(const PackArgs& a) {
     out += vectors * kLanes * depth;
   }
 }
+
+struct Range {
+  int64_t first, last;
+};
+
+// What a product needs of a thread: sums, [rows, columns of the widest panel], and a row of zeros
+// of the widest source.
+template <class T>
+struct Scratch {
+  float* sums;
+  const T* zeros;
+};
 
 // One tile: rows [row, row + MR) of a panel, for the taps [first, last) of all sources.
 template <class T>
@@ -207,8 +221,8 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
       for (int v = 0; v < NV; ++v) acc[r][v] = F32{};
   };
   int tap = 0;
-  for (int i = 0; i < a.num_sources; ++i) {
-    const RowSource& s = a.sources[i];
+  for (int i = 0; i < a.sources.count; ++i) {
+    const RowSource& s = a.sources.at[i];
     const int64_t words = s.width / kPerWord<T>;
     for (int64_t j = 0; j < s.taps; ++j, ++tap) {
       if (tap < t.first || tap >= t.last) continue;
@@ -219,7 +233,7 @@ static __attribute__((noinline)) void tile(const Tile<T>& t) {
 #pragma GCC unroll 6
         for (int r = 0; r < MR; ++r) {
           const int32_t from = table[at[r]];
-          rows[r] = from < 0 ? t.zeros : x + (item[r] * s.item_rows_in + from) * s.stride;
+          rows[r] = from < 0 ? t.zeros : x + (item[r] * s.item_rows + from) * s.stride;
           any = std::max(any, from);
         }
         if (any < 0) {  // padding alone
@@ -296,59 +310,95 @@ static void tiles(Tile<T>& t, int64_t last) {
 // Parts of the depth whose weights stay in L2 while all rows of a block pass.
 constexpr int64_t kPartBytes = 384 * 1024;
 
-// Rows [row, last) by panels [panel, last_panel) of a product.
-// sums: room for (last - row) * kPanel * kLanes numbers; zeros: a row of the widest source.
-template <class T>
-static void block(const RowMatmulArgs& a, int64_t row, int64_t last, int64_t panel,
-                  int64_t last_panel, float* sums, const T* zeros) {
-  const Panels panels(a.columns, a.epilogue == Epilogue::geglu);
-  int64_t depth = 0, width[kMaxTaps];  // in words, of all taps and of each
-  int taps = 0;
-  for (int i = 0; i < a.num_sources; ++i)
-    for (int64_t j = 0; j < a.sources[i].taps; ++j)
-      depth += width[taps++] = a.sources[i].width / kPerWord<T>;
-  bool mapped = a.out_table != nullptr;
-  for (int i = 0; i < a.num_sources; ++i) mapped |= a.sources[i].table != nullptr;
-  const auto* weights = static_cast<const uint32_t*>(a.weights);
-  for (; panel < last_panel; ++panel) {
-    const int vectors = panels.vectors(panel);
-    const int64_t lanes = vectors * kLanes;
-    Tile<T> t{&a,
-              weights + panels.first(panel) * panels.unit * kLanes * depth,
-              0,
-              0,
-              true,
-              false,
-              sums,
-              row,
-              panels.first(panel) * kLanes,
-              zeros};
-    while (t.first < taps) {
-      int64_t words = 0;
-      do words += width[t.last++];
-      while (t.last < taps && (words + width[t.last]) * lanes * 4 <= kPartBytes);
-      t.closes = t.last == taps;
-      switch (vectors) {
-        case 1:
-          mapped ? tiles<T, 1, true>(t, last) : tiles<T, 1, false>(t, last);
-          break;
-        case 2:
-          mapped ? tiles<T, 2, true>(t, last) : tiles<T, 2, false>(t, last);
-          break;
+template <class T, bool Mapped>
+static void panel_tiles(Tile<T>& t, int64_t last, int vectors) {
+  switch (vectors) {
+    case 1:
+      return tiles<T, 1, Mapped>(t, last);
+    case 2:
+      return tiles<T, 2, Mapped>(t, last);
 #if defined(__AVX512F__)
-        case 3:
-          mapped ? tiles<T, 3, true>(t, last) : tiles<T, 3, false>(t, last);
-          break;
-        case 4:
-          mapped ? tiles<T, 4, true>(t, last) : tiles<T, 4, false>(t, last);
-          break;
+    case 3:
+      return tiles<T, 3, Mapped>(t, last);
+    case 4:
+      return tiles<T, 4, Mapped>(t, last);
 #endif
-      }
-      t.weights += words * lanes;
-      t.first = t.last;
-      t.opens = false;
-    }
   }
 }
+
+template <class T>
+struct VectorGemm {
+  using Panels = vf::VF_ISA::Panels;
+  static constexpr int64_t kColumns = kPanel * kLanes;
+
+  static int64_t packed_words(const Panels& panels, int64_t depth) {
+    return panels.words(depth / kPerWord<T>);
+  }
+
+  static void pack(const PackWeightsArgs& a) { pack_panels<T>(a); }
+
+  static void multiply(const RowMatmulArgs& a, Range rows, Range part, const Scratch<T>& scratch) {
+    const Panels panels(a.columns, a.epilogue == Epilogue::geglu);
+    int64_t depth = 0, width[kMaxTaps];  // in words, of all taps and of each
+    int taps = 0;
+    bool mapped = a.out_table != nullptr;
+    for (int i = 0; i < a.sources.count; ++i) {
+      const RowSource& source = a.sources.at[i];
+      for (int64_t j = 0; j < source.taps; ++j) depth += width[taps++] = source.width / kPerWord<T>;
+      mapped |= source.table != nullptr;
+    }
+    const auto* weights = static_cast<const uint32_t*>(a.weights);
+    for (int64_t panel = part.first; panel < part.last; ++panel) {
+      const int vectors = panels.vectors(panel);
+      const int64_t lanes = vectors * kLanes;
+      Tile<T> t{&a,
+                weights + panels.first(panel) * panels.unit * kLanes * depth,
+                0,
+                0,
+                true,
+                false,
+                scratch.sums,
+                rows.first,
+                panels.first(panel) * kLanes,
+                scratch.zeros};
+      while (t.first < taps) {
+        int64_t words = 0;
+        do words += width[t.last++];
+        while (t.last < taps && (words + width[t.last]) * lanes * 4 <= kPartBytes);
+        t.closes = t.last == taps;
+        mapped ? panel_tiles<T, true>(t, rows.last, vectors)
+               : panel_tiles<T, false>(t, rows.last, vectors);
+        t.weights += words * lanes;
+        t.first = t.last;
+        t.opens = false;
+      }
+    }
+  }
+
+  class PanelSums {
+   public:
+    PanelSums(int64_t columns, int64_t depth, int64_t rows, const T* zeros)
+        : panels(columns, false), depth_(depth / kPerWord<T>), rows_(rows), zeros_(zeros) {
+      product_.sources.count = 1;
+      product_.sources.at[0] = {nullptr, depth, depth, nullptr, 1, rows};
+      product_.rows = product_.item_rows = rows;
+      product_.columns = columns;
+    }
+
+    void operator()(const T* x, const uint32_t* weights, int64_t panel, float* sums) {
+      const int64_t column = panels.first(panel) * kLanes;
+      product_.sources.at[0].x = x;
+      Tile<T> t{&product_, weights + column * depth_, 0, 1, true, false, sums, 0, column, zeros_};
+      panel_tiles<T, false>(t, rows_, panels.vectors(panel));
+    }
+
+    const Panels panels;
+
+   private:
+    const int64_t depth_, rows_;
+    const T* zeros_;
+    RowMatmulArgs product_{};
+  };
+};
 
 }  // namespace vf::VF_ISA

@@ -1,23 +1,30 @@
-// row_matmul: products of rows, with what comes before and after them (network.h, cpu/matmul.h).
+// out = epilogue(sum over the sources' taps of rows x weights + bias) + residual
 //
 // A task is a block of rows by all panels or, where there are few rows, by one. A thread gets
 // neighbouring blocks, the same part of the rows in every product: what it reads is then mostly
 // what it wrote itself, and cores that share no cache do not wait for each other's.
-#include <vector>
+#include "row_matmul.h"
 
-#include "cpu/matmul.h"
-#include "cpu/parallel.h"
+#include <stdexcept>
+#include <string>
+
+#include "cpu/base/parallel.h"
+#include "cpu/gemm/gemm.h"
 
 namespace vf::VF_ISA {
 
 template <class T>
 static void row_matmul(const RowMatmulArgs& a, int64_t threads) {
-  const Panels panels(a.columns, a.epilogue == Epilogue::geglu);
-  int64_t bytes = 0, widest = 0;
-  for (int i = 0; i < a.num_sources; ++i) {
-    bytes += a.sources[i].width * sizeof(T);
-    widest = std::max(widest, a.sources[i].width);
+  const typename Gemm<T>::Panels panels(a.columns, a.epilogue == Epilogue::geglu);
+  int64_t bytes = 0, widest = 0, taps = 0;
+  for (int i = 0; i < a.sources.count; ++i) {
+    const RowSource& source = a.sources.at[i];
+    bytes += source.width * sizeof(T);
+    widest = std::max(widest, source.width);
+    taps += source.taps;
   }
+  if (taps > kMaxTaps)
+    throw std::invalid_argument("row_matmul: too many taps, " + std::to_string(taps));
   const int64_t most = std::clamp<int64_t>(128 * 1024 / bytes, 48, 384);  // rows that stay in L2
   int64_t rows = std::min(a.rows, most), groups = panels.count;
   if (threads > 1 && (a.rows > most * threads || panels.count < 4 * threads)) {
@@ -31,27 +38,27 @@ static void row_matmul(const RowMatmulArgs& a, int64_t threads) {
   }
   const int64_t blocks = (a.rows + rows - 1) / rows;
   parallel_for(blocks * groups, threads, [&](int64_t task) {
-    static thread_local std::vector<float> sums;
-    static thread_local std::vector<T> zeros;  // never written to
-    if (int64_t(sums.size()) < rows * kPanel * kLanes) sums.resize(rows * kPanel * kLanes);
-    if (int64_t(zeros.size()) < widest) zeros.assign(widest, T{});
     const int64_t row = task / groups * rows, group = task % groups;
-    block<T>(a, row, std::min(a.rows, row + rows), group * panels.count / groups,
-             (group + 1) * panels.count / groups, sums.data(), zeros.data());
+    const Range part{group * panels.count / groups, (group + 1) * panels.count / groups};
+    Gemm<T>::multiply(a, {row, std::min(a.rows, row + rows)}, part, gemm_scratch<T>(rows, widest));
   });
 }
 
 void row_matmul_cpu(const RowMatmulArgs& args, int64_t threads) {
-  args.dtype == DType::bf16 ? row_matmul<BFloat16>(args, threads)
-                            : row_matmul<float>(args, threads);
+  by_product_dtype(args.dtype, [&](auto kind) { row_matmul<decltype(kind)>(args, threads); });
 }
 
 int64_t packed_words(int64_t columns, int64_t depth, bool geglu, DType dtype) {
-  return Panels(columns, geglu).words(depth / (dtype == DType::bf16 ? 2 : 1));
+  int64_t words = 0;
+  by_product_dtype(dtype, [&](auto kind) {
+    using Form = Gemm<decltype(kind)>;
+    words = Form::packed_words(typename Form::Panels(columns, geglu), depth);
+  });
+  return words;
 }
 
-void pack_weights(const PackArgs& args) {
-  args.dtype == DType::bf16 ? pack<BFloat16>(args) : pack<float>(args);
+void pack_weights_cpu(const PackWeightsArgs& args, int64_t) {
+  by_product_dtype(args.dtype, [&](auto kind) { Gemm<decltype(kind)>::pack(args); });
 }
 
 }  // namespace vf::VF_ISA

@@ -1,17 +1,18 @@
-// group_norm_silu, layer_norm and geglu of rows (network.h).
+// y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift)
 //
-// GroupNorm reads its rows twice, once for the statistics: an item that fits a core's cache is
-// treated whole by one thread, so that the second time comes from there.
+// Rows are read twice, once for the statistics: an item that fits a core's cache is treated whole
+// by one thread, so that the second time comes from there. cpu/norm.h has the arithmetic.
+#include "group_norm_silu.h"
+
+#include "cpu/base/parallel.h"
 #include "cpu/norm.h"
-#include "cpu/parallel.h"
 
 namespace vf::VF_ISA {
 
 template <class T>
-static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
+static void group_norm_silu(const GroupNormSiluArgs& a, int64_t threads) {
   const GroupNormShape s(a);
   const T *x = static_cast<const T*>(a.x), *x2 = static_cast<const T*>(a.x2);
-  const T* residual = static_cast<const T*>(a.residual);
   T* out = static_cast<T*>(a.out);
   const int64_t size = kMoments * s.channels;  // of a chunk's moments
   std::vector<float> moments(s.items * s.chunks * size), groups(s.items * a.groups * 2);
@@ -36,9 +37,8 @@ static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
                                                    group + a.groups, memory.data());
       const int64_t at = item * s.item_rows + row;
       const auto part = [&](const T* from, int64_t channels, int64_t c) {
-        const T* plus = residual ? residual + at * s.channels + c : nullptr;
         const auto scaled = a.silu ? scale_rows<T, true> : scale_rows<T, false>;
-        scaled(from + at * channels, k.from(c), plus, out + at * s.channels + c, rows, channels,
+        scaled(from + at * channels, k.from(c), out + at * s.channels + c, rows, channels,
                s.channels);
       };
       part(x, a.channels, 0);
@@ -73,45 +73,8 @@ static void group_norm_silu(const GroupNormArgs& a, int64_t threads) {
   parallel_for(tasks, threads, [&](int64_t task) { apply(task / s.chunks, task % s.chunks); });
 }
 
-template <class T>
-static void layer_norm(const LayerNormArgs& a, int64_t threads) {
-  const T* x = static_cast<const T*>(a.x);
-  T* out = static_cast<T*>(a.out);
-  const int64_t block = std::max<int64_t>(1, 16384 / a.channels);
-  parallel_for((a.rows + block - 1) / block, threads, [&](int64_t task) {
-    const int64_t first = task * block, rows = std::min(a.rows - first, block);
-    layer_norm_rows(x + first * a.channels, a.weight, a.bias, out + first * a.channels, rows,
-                    a.channels, a.eps);
-  });
-}
-
-template <class T>
-static void geglu(const GegluArgs& a, int64_t threads) {
-  const T* x = static_cast<const T*>(a.x);
-  T* out = static_cast<T*>(a.out);
-  const int64_t block = std::max<int64_t>(1, 16384 / a.width);
-  parallel_for((a.rows + block - 1) / block, threads, [&](int64_t task) {
-    const int64_t last = std::min(a.rows, (task + 1) * block);
-    for (int64_t r = task * block; r < last; ++r) {
-      const T* row = x + r * 2 * a.width;
-      for_columns(a.width, [&](int64_t c, int n) {
-        const F32 gate = gelu<T>(load_columns(row + a.width + c, n));
-        store_columns(out + r * a.width + c, load_columns(row + c, n) * gate, n);
-      });
-    }
-  });
-}
-
-void group_norm_silu_cpu(const GroupNormArgs& args, int64_t threads) {
+void group_norm_silu_cpu(const GroupNormSiluArgs& args, int64_t threads) {
   by_dtype(args.dtype, [&](auto kind) { group_norm_silu<decltype(kind)>(args, threads); });
-}
-
-void layer_norm_cpu(const LayerNormArgs& args, int64_t threads) {
-  by_dtype(args.dtype, [&](auto kind) { layer_norm<decltype(kind)>(args, threads); });
-}
-
-void geglu_cpu(const GegluArgs& args, int64_t threads) {
-  by_dtype(args.dtype, [&](auto kind) { geglu<decltype(kind)>(args, threads); });
 }
 
 }  // namespace vf::VF_ISA

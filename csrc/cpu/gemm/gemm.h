@@ -1,0 +1,41 @@
+// Products of rows with packed weights, whatever instructions compute them.
+//
+// A form is a class of static functions for rows of T, in a file of its own. vector.h has the one
+// there is: for a matrix unit or another type of rows write a second, and let Gemm choose it.
+//
+//   Panels(columns, geglu)        how the columns of a product are dealt to panels: `count` of
+//   them;
+//                                 first(panel), vectors(panel): its first vector, and how many
+//   kColumns                      of the widest panel
+//   packed_words(panels, depth)   32-bit words of the weights
+//   pack(args)                    puts the weights into this form's order
+//   multiply(args, rows, panels, scratch)
+//                                 a range of the rows by a range of the panels, epilogue and all
+//   PanelSums(columns, depth, rows, zeros)(x, weights, panel, sums)
+//                                 one panel for dense rows: fp32 [rows, columns of the panel], and
+//                                 no epilogue
+#pragma once
+#include "cpu/gemm/vector.h"
+
+namespace vf::VF_ISA {
+
+template <class T>
+using Gemm = VectorGemm<T>;
+
+// Calls run(T()) with the type of a product's rows.
+template <class Run>
+static inline void by_product_dtype(DType dtype, const Run& run) {
+  dtype == DType::bf16 ? run(BFloat16()) : run(float());
+}
+
+// The thread's own, for so many rows; `widest`: of the sources, in numbers, where padding is read.
+template <class T>
+static inline Scratch<T> gemm_scratch(int64_t rows, int64_t widest) {
+  static thread_local std::vector<float> sums;
+  static thread_local std::vector<T> zeros;  // never written to
+  if (int64_t(sums.size()) < rows * Gemm<T>::kColumns) sums.resize(rows * Gemm<T>::kColumns);
+  if (int64_t(zeros.size()) < widest) zeros.assign(widest, T{});
+  return {sums.data(), zeros.data()};
+}
+
+}  // namespace vf::VF_ISA

@@ -1,0 +1,40 @@
+// The native ops: a line here, a header beside this file and a .cpp below csrc/cpu are what an op
+// needs; one in CUDA C++ has a line in the second list and a .cu in csrc/cuda too.
+#pragma once
+#include "decomposed_noise.h"
+#include "decomposed_step.h"
+#include "geglu.h"
+#include "group_norm_silu.h"
+#include "layer_norm.h"
+#include "remove_base.h"
+#include "residual_step.h"
+#include "row_matmul.h"
+#include "spatial_attention.h"
+#include "temporal_attention.h"
+#include "transformer.h"
+#include "winograd.h"
+
+// void vf::<instruction set>::<name>_cpu(const <Args>& args, int64_t threads)
+#define VF_CPU_OPS(OP)                          \
+  OP(residual_step, FrameArgs)                  \
+  OP(decomposed_step, FrameArgs)                \
+  OP(remove_base, FrameArgs)                    \
+  OP(decomposed_noise, DecomposedNoiseArgs)     \
+  OP(group_norm_silu, GroupNormSiluArgs)        \
+  OP(layer_norm, LayerNormArgs)                 \
+  OP(geglu, GegluArgs)                          \
+  OP(spatial_attention, SpatialAttentionArgs)   \
+  OP(temporal_attention, TemporalAttentionArgs) \
+  OP(row_matmul, RowMatmulArgs)                 \
+  OP(winograd, WinogradArgs)                    \
+  OP(transformer, TransformerArgs)              \
+  OP(pack_weights, PackWeightsArgs)
+
+// void vf::<name>_cuda(const <Args>& args, int device, void* stream)
+#define VF_CUDA_OPS(OP)                     \
+  OP(residual_step, FrameArgs)              \
+  OP(decomposed_step, FrameArgs)            \
+  OP(remove_base, FrameArgs)                \
+  OP(decomposed_noise, DecomposedNoiseArgs) \
+  OP(group_norm_silu, GroupNormSiluArgs)    \
+  OP(temporal_attention, TemporalAttentionArgs)
