@@ -1,6 +1,6 @@
 """decomposed_step: combination and update of the interleaved form in two reads and one write.
 
-Beside the same in eager and compiled PyTorch; with noise of both parts drawn in the kernel.
+Compared with eager and compiled PyTorch; also with both kinds of noise drawn in the kernel.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """The default clip from the shipped model: seconds from a cold start, by phase, and by dtype.
 
-Also how far the networks' arithmetic on one thread differs from that on two: the noise is the same
-bit for bit, sums in convolutions and products are not taken in the same order.
+Also the difference between clips made on one thread and on two: the noise is the same bit for bit,
+but convolutions and matrix products add in another order.
 """
 
 import json

@@ -27,13 +27,13 @@ TARGETS = {
         *(Target(case, "group_norm_silu", "speedup_over_eager", 2) for case in CASES),
         *(Target(case, "group_norm_silu", "speedup_over_compiled", 1) for case in CASES),
     ],
-    # Not of the small shape, whose launches are what takes time.
+    # None for the small shape, whose time is that of its launches.
     "cuda": [Target(case, "group_norm_silu", "of_copy", 80) for case in CASES if "x320x" in case],
 }[DEVICE]
 
 
 def written(x, groups, frames, weight, bias, scale, shift):
-    """The same in PyTorch's own operations, in the pictures' dtype."""
+    """The same in PyTorch's own operations, in the dtype of x."""
     clips = x.unflatten(0, (-1, frames)).transpose(1, 2)
     y = F.group_norm(clips, groups, weight.to(x.dtype), bias.to(x.dtype))
     y = y.transpose(1, 2).reshape(x.shape)

@@ -1,7 +1,7 @@
-"""Long clips of the shipped model in windows: whether they show, what they cost, how memory grows.
+"""Long clips of the shipped model in windows: visible seams, time, and growth of memory.
 
-The model was trained on 16 frames. Clips of more, in bf16, DDIM; every way gets the same base path
-and the same noise, frame by frame (vfengine/sampling/windows.py):
+The model was trained on 16 frames. Longer clips are made in bf16 with DDIM. Every contender gets
+the same base path and the same noise, frame by frame (vfengine/sampling/windows.py):
 
 windows, 9 of 16  the default: windows of 16 frames, of which neighbours share 9
 windows, ...      a wider overlap; longer windows
@@ -13,11 +13,11 @@ Seams    mean absolute difference of neighbouring frames, of 255, by where they 
          a window begins or ends; at middles, before and after a window's middle frame, whose
          estimate comes from the neighbours; at the base frame, likewise, where pixels are given;
          and inside, all others. Ratios are of sums over labels. "whole there" is the whole clip's
-         ratio at the same places: what the motion itself does there. Once of pixels, where the
-         grain of this small model counts most, once of means of 8 x 8 pixels, where the body does
+         ratio at the same places: the effect of motion alone. Measured once on pixels, where the
+         grain of this small model counts most, and once on means of 8 x 8, where the body does
 Motion   inside / that of the model's own 16 frames: below 1, blending has damped it
 Return   the middles of windows against the base frame, over how much all others differ from it: 1
-         is no return, 0 the same picture again. Cuts return every 16 frames by construction
+         is no return, 0 the same image again. Cuts return every 16 frames by construction
 Time     seconds a frame of the residual phase, all its steps, networks loaded: the median label
 Memory   peak resident set of a clip of two steps in a process of its own (peak_memory.py), above
          that process with its network loaded; least squares over N of a + b N, and the p of c N^p.
@@ -29,7 +29,7 @@ a whole clip), cuts do; windows grow by under ten copies of the clip, 0.5 MiB a 
 by its activations too. Means of squares, middles, motion and return came after pixels had shown
 little; the target of 1.2 holds for the means as well.
 
-What the figures show: memory as expected. Seams of the default windows stay under 1.2 in 64 frames
+Result: memory is as expected. Seams of the default windows stay under 1.2 in 64 frames
 but not, by means of squares, in 512 frames of cartwheels, and a window's middle shows as much as
 its ends; cuts show a little more. In pixels cuts hardly show either: frames of one base path have
 their room and colours in common, and only the body's place jumps. Blending damps motion, the more
@@ -205,7 +205,7 @@ def places(contender: str, frames: int) -> Places:
 
 
 def quality(plan: Plan) -> list[Row]:
-    """Every way to make the clips of a plan: what is seen at either scale, and the time."""
+    """Every contender on the clips of a plan: seams and motion at both scales, and the time."""
     clips, seconds = make(plan)
     rows = []
     for what, side in SCALES.items():
@@ -269,7 +269,7 @@ def seen(case: str, name: str, steps: dict[str, list[np.ndarray]], frames: int) 
 def differences(clip: np.ndarray, side: int) -> np.ndarray:
     """[N]: of frame i, its mean absolute difference from frame i - 1; of frame 0, nothing.
 
-    side: of the squares of pixels that are averaged first
+    side: pixels are first averaged over squares of this side
     """
     count, height, width, channels = clip.shape
     squares = clip.reshape(count, height // side, side, width // side, side, channels)
@@ -283,7 +283,7 @@ def at(steps: Sequence[np.ndarray], where: set[int] | frozenset[int]) -> float:
 
 
 def returning(clips: list[np.ndarray], own: list[np.ndarray], middles: Sequence[int]) -> float:
-    """How far middle frames are from the base frame, over how far all others are."""
+    """The distance of middle frames from the base frame, over that of all others."""
     m = len(clips[0]) // 2
     others = [i for i in range(len(clips[0])) if i not in middles and i != m]
     apart = [
@@ -297,7 +297,7 @@ def returning(clips: list[np.ndarray], own: list[np.ndarray], middles: Sequence[
 
 
 def memory_probe(frames: int, window: int, overlap: int | None) -> Callable[[], object]:
-    """After imports, the base phase and a clip of one frame: two steps of a clip."""
+    """Two steps of a clip, after imports, the base phase and a clip of one frame."""
     maker = Maker(steps=2)
     del maker.network  # of the cuts
     path = maker.path("cartwheel")

@@ -38,7 +38,7 @@ Time         a roofline: Σ over launches of max(FLOPs / peak, bytes / bandwidth
              stay below their ceilings, and copies that CUDA's GroupNorm and convolutions make
              between memory layouts are not among the operations
 
-What the figures show: of the plain settings, one clip a GPU in mixed-precision training comes
+Result: of the plain settings, one clip a GPU in mixed-precision training comes
 nearest to the paper's memories: both within 10 % (15 % if its GB are 2^30 bytes), their ratio 81 %
 (with averaged weights 84 %; pure bf16 77 %, but both memories more than a quarter too small). Its
 rooflines on an A100 are 0.40 and 0.18 s, which a real step would exceed. Inference passes such a
@@ -133,7 +133,7 @@ def build(dtype: torch.dtype, fake_mode: FakeTensorMode) -> Networks:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Passes torch.nn.init over: meta tensors have no values to initialise."""
+    """Skips torch.nn.init: meta tensors have no values to initialise."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -246,9 +246,9 @@ def training(networks: Networks, batch: int, decomposed: bool) -> Costs:
 
 
 class _AnySchedule(NoiseSchedule):
-    """√ᾱ_t and √(1-ᾱ_t) by shape: NoiseSchedule looks at the values of t, of which there are none.
+    """√ᾱ_t and √(1-ᾱ_t) by shape alone, as fake tensors have no values of t to look up.
 
-    It lacks all else of a schedule.
+    It has nothing else of a NoiseSchedule.
     """
 
     def __init__(self):
@@ -260,7 +260,7 @@ class _AnySchedule(NoiseSchedule):
 
 
 class _LayerNormAsOnCuda(TorchFunctionMode):
-    """CUDA's autocast takes layer_norm to fp32, which CPU's does not."""
+    """Runs layer_norm in fp32, as CUDA's autocast does and the CPU's does not."""
 
     def __init__(self, enabled: bool):
         super().__init__()
@@ -341,7 +341,7 @@ def _eager(costs: Costs, device: Device) -> float:
 
 
 def _memory_ratios(networks, steps, trainings) -> list[Row]:
-    """VideoFusion / VDM*, by what is counted."""
+    """VideoFusion / VDM*, by quantity."""
     case = "memory by what is counted (computed, but for the paper's)"
     sizes = _sizes(networks)
     decomposed = sizes["base"] + sizes["residual"]
@@ -373,7 +373,7 @@ def _memory_ratios(networks, steps, trainings) -> list[Row]:
 
 
 def _latency_ratios(steps, trainings) -> list[Row]:
-    """VideoFusion / VDM*: of FLOPs, and of projected times."""
+    """VideoFusion / VDM* in FLOPs and in projected times."""
     case = "latency, VideoFusion / VDM* (computed, but for the paper's)"
     pairs = {f"denoising, {k}": (v[VDM_STAR], v[TWO_PHASE]) for k, v in steps.items()}
     pairs |= {

@@ -87,7 +87,7 @@ def contenders(clip: Clip) -> dict:
 
 
 def verify(clip: Clip, calls: dict) -> None:
-    """The first call of each against its formula in fp32."""
+    """Checks the first call of each contender against its formula in fp32."""
     arguments = (clip.z.float(), clip.r.float(), clip.b.float(), *clip.table)
     plain = residual_step_reference(*arguments, clip.quiet)
     for name in ("residual_step", *(["triton"] if "triton" in calls else [])):
@@ -121,7 +121,7 @@ def measure(seconds: float = 4.0, cases=tuple(CASES)) -> list[Row]:
 
 
 def warm_calls(case: str, rounds: int) -> list[Row]:
-    """A call alone, a copy that moves as many bytes, and what one pixel leaves: Python's share.
+    """A call alone, a copy of as many bytes, and a call on one pixel: Python's share.
 
     "op" is the way through torch's dispatcher: for graphs, profilers and a torch without DLPack's C
     exchange interface.

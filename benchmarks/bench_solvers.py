@@ -1,4 +1,4 @@
-"""How far few steps of each solver land from 1,000 steps of DDIM, and in how many seconds.
+"""The distance of each solver's clips in few steps from 1,000 steps of DDIM, and the seconds.
 
 The shipped model in bf16, one clip at a time, from the same seeds and at the default spacing. A
 distance is the root mean square over all pixels, in % of the range from black to white: of the base

@@ -69,7 +69,7 @@ OVER_PEER = "per step / diffusers"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run of one size.
+    """The measurements of one size.
 
     contenders     that take turns in making a clip of `steps` steps, `rounds` times
     seconds        no further round is begun once so many have gone by
@@ -192,7 +192,7 @@ def weights(size_name: str, with_peer: bool) -> list[Row]:
 
 
 def clip_seconds(plan: Plan) -> dict[str, list[float]]:
-    """Seconds a clip, by rounds; of SHARED, those of all K clips over K."""
+    """Seconds a clip, by rounds; for SHARED those of all K clips over K."""
     shape = size(plan.size)
     networks = Networks(shape, DEVICE, getattr(torch, plan.dtype), keep=True)
     noise = make_noise(shape, DEVICE)
@@ -212,7 +212,7 @@ def clip_seconds(plan: Plan) -> dict[str, list[float]]:
 def take_turns(
     contenders: Mapping[str, Callable[[], object]], rounds: int, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """As harness.interleave for calls of seconds: a number of rounds, warmed up by the caller.
+    """`harness.interleave` for calls that take seconds, warmed up by the caller.
 
     seconds: no further round is begun once so many have gone by
     """

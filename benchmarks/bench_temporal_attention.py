@@ -26,7 +26,7 @@ TARGETS = {
         *(Target(case, "temporal_attention", "speedup_over_eager", 2) for case in CASES),
         *(Target(case, "temporal_attention", "speedup_over_sdpa", 2) for case in CASES),
     ],
-    # Not of the small shape, whose launch is what takes time.
+    # None for the small shape, whose time is that of its launch.
     "cuda": [
         Target(case, "temporal_attention", "of_copy", 75) for case in CASES if "heads of 64" in case
     ],

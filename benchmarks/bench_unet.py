@@ -14,8 +14,8 @@ Clip      the default clip end to end; --before CHECKOUT takes an older vfengine
 
     python benchmarks/bench_unet.py [--case NAME ...] [--rounds R] [--before PATH] [--json FILE]
 
-Under pytest: the ops, and the small UNet3D in few rounds without torch.compile; what diffusers or
-OpenVINO would be needed for is left out where they are missing, and said to be.
+Under pytest: the ops, and the small UNet3D in few rounds without torch.compile. Contenders whose
+library (diffusers, OpenVINO) is missing are left out, and the output says so.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ TARGETS = [
 
 @dataclass
 class Report:
-    """What was measured, and in words what was not and why."""
+    """The measurements, and notes on what was not measured and why."""
 
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def leave_out(self, why: str) -> None:
-        """Says it at once, and again below the tables and in the JSON."""
+        """Prints a note at once, and again below the tables and in the JSON."""
         if why not in self.left_out:
             self.left_out.append(why)
             say(f"LEFT OUT: {why}")
@@ -182,7 +182,7 @@ def _able(case: Case, root: Path, report: Report) -> list[str]:
 def _times(
     case: Case, calls: Mapping[str, Contender], rounds: int
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of every call by rounds, and FLOP/s of the best convolution; warmed up once more."""
+    """Seconds of every call by rounds, and FLOP/s of the best convolution, after a warm-up."""
     probes = convolutions()
     turns = {**calls, **{name: call for name, (call, _) in probes.items()}}
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -252,7 +252,7 @@ def memory_rows(case: Case, root: Path, who: Sequence[str]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured; measured None: its row was left out."""
+    """A target and the measured value; None: its row was left out."""
 
     case: str
     contender: str
@@ -297,7 +297,7 @@ def in_words(report: Report) -> str:
 
 
 def extra(report: Report) -> dict[str, object]:
-    """What the JSON holds beside machine and rows."""
+    """The entries of the JSON besides machine and rows."""
     verdicts = [asdict(verdict) | {"met": verdict.met} for verdict in judge(report.rows)]
     return {"targets": verdicts, "left_out": report.left_out}
 

@@ -1,6 +1,6 @@
-"""pytest benchmarks/ --benchmark-only [--short], and what each file took beside the time allowed.
+"""pytest benchmarks/ --benchmark-only [--short]: also prints each file's seconds and its limit.
 
---short runs every bench once in its least form: all of its code, on little. Its figures mean
+--short runs every bench once at its smallest size, so that all of its code runs. Its figures mean
 nothing.
 """
 
@@ -28,7 +28,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """--short: of a bench of many cases the last one, or all if its file says ALL_SHORT."""
+    """--short runs the last of a bench's cases, or all if its file sets ALL_SHORT."""
     if not is_short(config):
         return
     last = {item.function: item for item in items}
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def short(request) -> bool:
-    """Whether the least form is asked for."""
+    """Whether --short was given."""
     return is_short(request.config)
 
 
@@ -54,7 +54,7 @@ def seconds(short) -> float:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Nothing is gated on time: a slow machine is told so."""
+    """Time fails nothing: on a slow machine a message says so."""
     took: dict[str, float] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:

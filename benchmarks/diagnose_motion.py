@@ -1,4 +1,4 @@
-"""Where does a model lose the motion? The action judge reads what it makes of true noisy clips.
+"""Where does a model lose the motion? The action judge classifies its estimates of noisy clips.
 
     python benchmarks/diagnose_motion.py --model CHECKPOINT --work FOLDER [--json FILE]
 

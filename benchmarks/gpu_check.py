@@ -1,9 +1,9 @@
 """One run on a machine with an NVIDIA GPU that answers what no other machine can: `make gpu-check`.
 
-A GPU may be had for minutes. So every section is a process of its own, with a time limit, killed
-with its children; what it finds is appended to gpu.jsonl line by line and is on disk at once; what
-no longer fits the budget is written down as skipped; what is missing here costs its own rows alone.
-Sections that compile or check run beside one another, what is timed runs alone.
+A GPU may be available for minutes only. So every section is a process of its own, with a time
+limit, and is killed with its children. Its results are appended to gpu.jsonl line by line, each on
+disk at once. A section that no longer fits the budget is recorded as skipped. A missing package
+costs its own rows only. Sections that compile or check run in parallel; timed ones run alone.
 
     python benchmarks/gpu_check.py [--budget SECONDS] [--only NAMES] [--until NAME] [--out FOLDER]
 
@@ -160,7 +160,7 @@ class Runner:
         self._running: set[subprocess.Popen] = set()
 
     def stage(self, sections: Sequence[Section], budget: float) -> None:
-        """Those that fit, beside one another."""
+        """Runs those that fit, in parallel."""
         threads = []
         for section in sections:
             left = budget - self.journal.seconds
@@ -258,7 +258,7 @@ def _die_with_parent() -> None:
 
 
 def environment(dry: bool, module: Path | None) -> dict[str, str]:
-    """What sections run in: our sources, the module that was built, and nothing to wait for."""
+    """The environment of sections: our sources, the built module, one thread a process."""
     tools = ROOT / "tests" / "tools"
     paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(tools)]
     if dry:
@@ -280,7 +280,7 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
 
 
 def facts(runner: Runner) -> dict | None:
-    """What the run is on (gpu_run/sections/facts.py); None: no GPU that torch can use."""
+    """Facts of the machine (gpu_run/sections/facts.py); None: no GPU that torch can use."""
     process = runner.start([sys.executable, "-m", "gpu_run.sections.facts"])
     out, err = process.communicate()
     runner.kill(process)
@@ -375,7 +375,7 @@ def _passed(journal: Journal, section: str) -> bool:
 
 
 def _native_failed(journal: Journal) -> bool:
-    """Whether smoke found a kernel in CUDA C++ wrong, or broke off, as only those can make it."""
+    """Whether smoke found a wrong CUDA C++ kernel, or broke off, as only such a kernel makes it."""
     lines = journal.found.get("smoke", [])
     return any(line["status"] == "failed" and line["contender"] in ("cuda", "") for line in lines)
 
@@ -390,7 +390,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the sections and run nothing")
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: here")
     parser.add_argument("--module", type=Path, metavar="FOLDER", help="of a built vfengine_native")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, no GPU asked")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, without a GPU")
     arguments = parser.parse_args()
     if arguments.list:
         for section in SECTIONS:

@@ -1,7 +1,7 @@
 """Makes docs/gpu.md and its pictures from docs/gpu.jsonl, which gpu_check.py writes.
 
-`make gpu-report`. Needs no torch, no GPU and no complete run: what a killed run wrote until then is
-on the page.
+`make gpu-report`. It needs no torch, no GPU and no complete run: the page shows what a killed run
+had written.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _runs(runs: list[Run]) -> str:
 
 
 def _verdict(lines: list[Line]) -> str:
-    """Of a section, from all its lines in one run."""
+    """The verdict on a section, from all its lines in one run."""
     kinds = {line["status"] for line in lines}
     if "failed" in kinds:
         return "**failed**"
@@ -186,7 +186,7 @@ def _targets(results: Results) -> list[str]:
 
 
 def _section(results: Results, section: str, pictures: dict[str, str]) -> list[str]:
-    """Picture, figures, checks and what was left out, as far as there are any."""
+    """Plot, figures, checks and omissions of a section, as far as there are any."""
     lines = results.merged(section)
     title, words = TITLES.get(section, (section, ""))
     parts = [words] if words else []
@@ -215,7 +215,7 @@ def _left_out(lines: list[Line]) -> list[str]:
 
 
 def write(results: Results, out: Path) -> list[Path]:
-    """The page and its pictures, beside it; none is drawn of a card without figures."""
+    """Writes the page and its plots; a card without figures gets no plot."""
     drawn: dict[str, dict[str, str]] = {}
     for place, card in enumerate(results.cards, 1):
         mine = results.of_card(card)

@@ -1,4 +1,4 @@
-"""What several test files share: a model that samples in milliseconds; files of benchmarks/."""
+"""Shared fixtures: a model that samples in milliseconds, and files of benchmarks/."""
 
 import importlib
 import sys
@@ -24,11 +24,11 @@ TESTS = Path(__file__).resolve().parent
 BENCHMARKS = TESTS.parent / "benchmarks"
 TINY_LABELS = ("cartwheel", "jump", "walk")
 
-# Of a pipeline whose pixels are compared: what "auto" chooses depends on the machine.
+# For a pipeline whose pixels are compared: the choice of "auto" depends on the machine.
 ON_CPU = {"device": "cpu", "dtype": torch.float32}
 
 
-# What `pytest -m quick` runs: folders and files of tests/.
+# The folders and files of tests/ that `pytest -m quick` runs.
 QUICK = (
     *("cli/", "diffusion/", "media/", "pipelines/", "sampling/", "test_"),
     *("formats/test_checkpoint.py", "models/test_models.py", "models/test_vdm.py"),

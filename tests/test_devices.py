@@ -1,4 +1,4 @@
-"""What "auto" stands for, and where it is said: the device and dtype of a pipeline."""
+"""The device and dtype that "auto" stands for, and where they are reported."""
 
 import json
 

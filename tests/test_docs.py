@@ -34,7 +34,7 @@ def test_paths_are_there(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_file_names_are_those_of_a_file(page):
-    """Of files named without their folder, as `solvers.py`."""
+    """The names of files that are given without their folder, as `solvers.py`."""
     names = set(re.findall(r"`([\w.-]+\.(?:py|h|cpp|cuh?|md|toml|jsonl?))`", read(page)))
     assert {name for name in names if not any(ROOT.rglob(name))} == set()
 

@@ -72,7 +72,7 @@ def room(name: str) -> str:
 
 
 def circle(graph: dict[str, set[str]]) -> str:
-    """One circle of a graph, as "a <- b <- a"; "" where there is none."""
+    """A circle of a graph, as "a <- b <- a"; "" if there is none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -81,7 +81,7 @@ def circle(graph: dict[str, set[str]]) -> str:
 
 
 def run(code: str) -> str:
-    """What a new interpreter says of this code: "" if it runs, and without torch."""
+    """The output of this code in a new interpreter: "" if it runs without torch."""
     code += "\nimport sys\nif 'torch' in sys.modules: sys.exit('torch was loaded')"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
 
@@ -105,7 +105,7 @@ def test_no_circle_of_modules():
 
 
 def test_no_circle_of_rooms():
-    """Of those on one floor: an import that runs up is named by the test above."""
+    """On one floor, that is: a test above finds imports that run up."""
     rooms = {name: set() for name in HEIGHT}
     for name, others in IMPORTS.items():
         beside = {other for other in map(room, others) if HEIGHT[other] == HEIGHT[room(name)]}

@@ -1,4 +1,4 @@
-"""Names by which files of earlier releases are recognised: a changed one makes them strangers.
+"""Names by which files of earlier releases are recognised: none may change.
 
 Base paths, caches, training states and weights were written under these names and in this order.
 """
@@ -115,7 +115,7 @@ def test_fingerprint_of_a_network_in_memory_is_as_ever(notes, expected):
     ids=["later", "image", "residual"],
 )
 def test_fingerprint_of_a_planned_network_is_as_ever(config, expected):
-    """Paths were walked by planned networks; weights are packed as on any machine."""
+    """Planned networks made the paths; weights are packed as on any machine."""
     unet = UNet(config)
     with torch.no_grad():
         for index, tensor in enumerate(unet.state_dict().values()):
@@ -139,7 +139,7 @@ def test_fingerprint_of_a_networks_files_is_as_ever(tmp_path):
 
 
 def test_state_of_a_plain_video_model_is_named_as_ever(tmp_path):
-    """That of a decomposed one: test_training_state.py."""
+    """For a decomposed model see test_training_state.py."""
     trainer = new_trainer(config=tiny_video_config())
     assert model_named_by(trainer, tmp_path / "state") == "2098ca3d37b981fd"
 
@@ -208,7 +208,7 @@ def test_table_of_a_solver_is_as_ever(solver, eta, spacing, expected):
 
 
 def test_base_path_is_kept_under_the_name_that_it_had(tmp_path):
-    """Walked anew otherwise, though the cache holds it."""
+    """Under another name it would be sampled again, although the cache has it."""
     pipe = VideoFusionPipeline.from_pretrained(**ON_CPU)
     pipe.walk_base("cartwheel", base_seed=7, num_inference_steps=2, base_cache=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [

@@ -1,4 +1,4 @@
-"""What is installed fits together: native module, Triton kernels, versions, files of a build."""
+"""The parts of an installation fit together: native module, Triton kernels, versions, files."""
 
 import importlib
 import importlib.metadata

@@ -40,7 +40,7 @@ def chosen_device(device: torch.device | str) -> torch.device:
 def chosen_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """The dtype of networks, where "auto" is bfloat16 if it is faster here, and else float32.
 
-    Raises ValueError for what is neither "auto" nor one of NETWORK_DTYPES.
+    Raises ValueError for a dtype that is neither "auto" nor one of NETWORK_DTYPES.
     """
     if dtype == AUTO:
         return torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
@@ -53,10 +53,10 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the networks of this device are faster in bfloat16 than in float32.
 
     CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
-    CPU:  where plans multiply it with AVX512_BF16 (vfengine/plan/network.py): both phases of the
-          default clip take 0.9 s instead of 1.5 on two cores of an AMD EPYC (Zen 5). Not on Intel's
-          CPUs with AMX, which have that instruction too: there the clip took 3.2 s instead of 2.5.
-          For plans that use AMX this must be measured again.
+    CPU:  plans (vfengine/plan/network.py) multiply bfloat16 with AVX512_BF16. On two cores of an
+          AMD EPYC (Zen 5) the default clip then takes 0.9 s instead of 1.5. Intel's CPUs with AMX
+          have that instruction too, but took 3.2 s instead of 2.5. This must be measured again
+          once plans use AMX.
 
     (`python benchmarks/bench_generate.py`, medians of 3)
     """
@@ -69,11 +69,11 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     return vfengine_native.cpu_has_bf16()
 
 
-def tf32_products() -> bool:
-    """Whether torch multiplies fp32 matrices on CUDA in TF32: a setting of the process.
+def matmul_in_tf32() -> bool:
+    """Whether torch multiplies fp32 matrices on CUDA in TF32, by the settings of the process.
 
-    Since torch 2.9 a setting that was made the new way cannot be read the old way, and raises.
+    Torch 2.9 has a second interface to this setting. Once that is used, reading the first raises.
     """
-    products = torch.backends.cuda.matmul
-    now = getattr(products, "fp32_precision", None)
-    return products.allow_tf32 if now is None else now == "tf32"
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"

@@ -1,8 +1,8 @@
-"""Files that are whole or not there, and files of tensors read with one error text.
+"""Atomic writes, and .safetensors files.
 
-Whatever is written comes under a temporary name in its own folder, and is renamed when it is
-complete: an error or an interrupt leaves the old file, and nothing else. Nothing here imports torch
-before tensors are written or read.
+A file is written under a temporary name in its own folder and renamed when it is complete. An error
+or an interrupt leaves the old file, and nothing else. Torch is imported only where tensors are
+written or read.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yields a new folder beside path; it takes path's place on success, and is removed otherwise.
 
-    The place of a folder cannot be taken in one step: the old one is moved aside, and back again
-    should the second step fail.
+    A folder cannot be replaced in one step. The old one is moved aside first, and moved back if
+    the second step fails.
     """
     path = Path(path)
     fresh, old = _beside(path, "new"), _beside(path, "old")
@@ -88,9 +88,9 @@ def check_writable(path: str | Path) -> Path:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A .safetensors file, whole or not there, with the permissions of any other new file.
+    """Writes a .safetensors file atomically, with the permissions of any other new file.
 
-    tensors: by name, of any device; their memory's order is not kept
+    tensors: by name, on any device; memory formats such as channels_last are not kept
 
     Raises OSError where the file cannot be written.
     """
@@ -121,7 +121,7 @@ def open_tensors(path: str | Path, what: str = "safetensors file") -> Iterator[s
 
 
 def parse_tensors(data: bytes, path: str | Path) -> dict:
-    """The tensors of a .safetensors file whose bytes were read; errors as `open_tensors`."""
+    """The tensors in the bytes of a .safetensors file, by name; ValueError as `open_tensors`."""
     from safetensors.torch import load
 
     with _complete(path, "safetensors file"):

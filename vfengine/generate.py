@@ -12,7 +12,7 @@ from typing import NoReturn
 
 
 def _seconds_since_process_start() -> float:
-    """On Linux; elsewhere 0, and times count from the import of this module."""
+    """The age of this process on Linux. Elsewhere 0: times then count from this module's import."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -22,7 +22,7 @@ def _seconds_since_process_start() -> float:
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)  # unwinds, so that temporary files go
+    raise SystemExit(128 + signum)  # unwinds the stack, so that temporary files are removed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The compiled kernels, of this version: `from vfengine.native import vfengine_native`."""
+"""The compiled kernels, checked to be of this version: `vfengine_native`."""
 
 import torch  # noqa: F401  first, so that the extension shares torch's OpenMP threads
 

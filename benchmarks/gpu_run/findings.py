@@ -1,7 +1,7 @@
-"""What the figures of a GPU say: the targets reached or missed, and a paragraph in plain English.
+"""Findings from the figures of a GPU: targets reached or missed, and a paragraph in plain English.
 
-Imports no torch, as gpu_report.py, whose page holds both; so the names of contenders stand here
-once more, and tests/benchmarks/test_gpu_report.py sees to it that they are those of table4_ways.py.
+Like gpu_report.py, whose page holds both, it imports no torch. It therefore repeats the names of
+contenders; tests/benchmarks/test_gpu_report.py compares them with those of table4_ways.py.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def summary(results: Results) -> str:
 
 
 def _latency(figures: Figures) -> Iterator[str]:
-    """Of two phases over VDM*, from graphs where there are any."""
+    """A sentence on two phases over VDM*, from graphs where there are any."""
     found = {(x["case"], x["dtype"], x["graph"]): (x, over) for x, over in _ratios(figures)}
     for graph, form in ((True, "From graphs"), (False, "Without graphs")):
         said = []

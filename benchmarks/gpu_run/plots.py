@@ -1,6 +1,6 @@
-"""The three pictures of docs/gpu.md: share of a copy's bandwidth, Table 4, kernels a step.
+"""The three plots of docs/gpu.md: share of a copy's bandwidth, Table 4, kernels a step.
 
-Each takes the figures of one card, and is left out where they hold nothing of it.
+Each shows the figures of one card, and is left out where there are none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKENDS = {"cuda": COLOURS["bar"], "triton": COLOURS["other"]}
 
 
 def draw(figures: Figures, text: str, files: dict[str, Path]) -> list[str]:
-    """Draws what there are figures of; `files` has a path for each of DRAWINGS. Returns which."""
+    """Draws and names the plots with figures; `files` has a path for each of DRAWINGS."""
     drawn = []
     for name, drawing in DRAWINGS.items():
         figure = drawing(figures)

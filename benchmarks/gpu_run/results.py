@@ -3,7 +3,7 @@
 A line is one JSON object with exactly the keys KEYS, in any order:
 
 section, case, contender, metric
-           what was looked at; "" where there is nothing to tell apart
+           what was measured; "" where there is nothing to distinguish
 value      a finite number, or null; "measured" and "done" have one
 unit       of the value
 spread, n  (max - min) / median of n repeats, or null
@@ -94,7 +94,7 @@ def validate(line: dict) -> None:
 
 
 def facts(line: Line) -> dict:
-    """What the note of a head or a tail says; ValueError if it is no JSON object."""
+    """The facts in the note of a head or a tail; ValueError if it is no JSON object."""
     try:
         found = json.loads(line["note"])
     except ValueError as error:
@@ -105,7 +105,7 @@ def facts(line: Line) -> dict:
 
 
 def key(line: Line) -> Key:
-    """What a later line of the same key replaces."""
+    """The key: a later line of the same key replaces this one."""
     names = ("section", "case", "contender", "metric", "dtype", "graph")
     return (*(line[name] for name in names), line["status"] == "done")
 
@@ -154,9 +154,9 @@ class Results:
         return list(dict.fromkeys(line["section"] for run in self.runs for line in run.lines))
 
     def latest(self, section: str) -> Run:
-        """The last run that found something out about the section, whose verdict counts.
+        """The last run with a result for the section, whose verdict counts.
 
-        Where every run left it out, the last of them.
+        If no run has one, the last run.
         """
         having = [run for run in self.runs if any(x["section"] == section for x in run.lines)]
         if not having:
@@ -171,9 +171,9 @@ class Results:
     def merged(self, section: str) -> list[Line]:
         """One line a key, the latest, in the order of the keys' first lines.
 
-        Verdicts ("passed", "failed", "done" and what was left out) are of the latest run alone:
-        what failed before a mend, and is no longer tried, is no longer a failure. Figures of
-        earlier runs stay until one of the same key replaces them. Within a run a failure stays.
+        Verdicts ("passed", "failed", "done" and omissions) are those of the latest run only: a
+        failure that was fixed, and is not tried again, is none any more. Figures of earlier runs
+        stay until one of the same key replaces them. Within a run a failure stays.
         """
         latest = self.latest(section)
         kept: dict[Key, Line] = {}

@@ -122,7 +122,7 @@ def grid(lines: Sequence[Line], down: Sequence[str], across: Sequence[str]) -> s
 
 
 def _in_both_forms(lines: Sequence[Line]) -> bool:
-    """Whether anything was read with graphs off and on: else a column for each says nothing."""
+    """Whether anything was measured with graphs off and on, so that a column for each is of use."""
     names = [(x["case"], x["contender"], x["metric"], x["dtype"]) for x in lines]
     forms = zip(names, (line["graph"] for line in lines), strict=True)
     return len(set(names)) < len(set(forms))
@@ -172,7 +172,7 @@ def checks(lines: Sequence[Line]) -> list[str]:
 
 
 def profile(lines: Sequence[Line], runs: dict[str, str]) -> list[str]:
-    """Of each network the costliest kernels alone, below the sum of all."""
+    """The costliest kernels of each network, below the sum of all."""
     kept = []
     figures = [line for line in lines if line["status"] == "measured"]
     for case in dict.fromkeys(line["case"] for line in figures):

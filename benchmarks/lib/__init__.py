@@ -1,4 +1,4 @@
-"""What the files of benchmarks/ share: `from lib.harness import Row`."""
+"""Shared code of benchmarks/: `from lib.harness import Row`."""
 
 import os
 from pathlib import Path

@@ -23,7 +23,7 @@ HERE = str(Path(vfengine.__file__).resolve().parent.parent)
 
 
 def check_before(path: str) -> str:
-    """What --before takes: a checkout, or several folders as in PYTHONPATH. ValueError if not."""
+    """The value of --before: a checkout, or folders as in PYTHONPATH; ValueError if neither."""
     if any((Path(entry) / "vfengine" / "__init__.py").exists() for entry in _entries(path)):
         return path
     raise ValueError(f"--before expects a checkout of vfengine, or a PYTHONPATH with one: {path}")

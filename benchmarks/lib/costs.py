@@ -1,4 +1,4 @@
-"""What a call costs, counted from what it dispatches: FLOPs, bytes, launches, peak memory.
+"""The costs of a call, counted from its dispatched operations: FLOPs, bytes, launches, peak memory.
 
 Nothing is timed, and the tensors may be fake (torch's FakeTensorMode), so a network of billions of
 parameters is counted on a machine that could not hold it. `to_fake` makes such a network out of one
@@ -58,7 +58,7 @@ _LOOKUPS = ("embedding", "index", "index_select", "gather")
 
 @dataclass(frozen=True)
 class Device:
-    """What a roofline needs: FLOP/s of dense bf16 matrix products, bytes/s of memory."""
+    """The ceilings of a roofline: FLOP/s of dense bf16 matrix products, bytes/s of memory."""
 
     name: str
     flops: float
@@ -80,7 +80,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one call (`trace`).
+    """The costs of one call (`trace`).
 
     ops              its launches, in order
     live_bytes       of the storages that `live` named
@@ -107,7 +107,7 @@ class Costs:
 
     @property
     def by_op(self) -> dict[str, tuple[int, int, int]]:
-        """name -> (launches, FLOPs, bytes), the most bytes first."""
+        """name -> (launches, FLOPs, bytes), in order of falling bytes."""
         sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for op in self.ops:
             for i, value in enumerate((1, op.flops, op.bytes)):

@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure has to reach: at least `value`, or with at_most, no more than it."""
+    """A target for a figure: at least `value`, or with at_most, no more than it."""
 
     case: str
     contender: str
@@ -43,7 +43,7 @@ class Target:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were read on; load_average tells a quiet machine from a busy one."""
+    """The machine of the figures; load_average tells a quiet machine from a busy one."""
     import vfengine  # here, so that a GPU's ceilings can be read while the package is built
 
     facts = {
@@ -159,7 +159,7 @@ def compare(
 
 
 def say(what: str) -> None:
-    """Progress, and how busy the machine is: what a minute-long average says about what was."""
+    """Prints progress, and how busy the machine was, by its load average over the last minute."""
     load = os.getloadavg()[0]
     print(f"{time.strftime('%H:%M:%S')} load average {load:.2f}; {what}", file=sys.stderr)
 

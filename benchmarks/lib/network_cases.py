@@ -1,4 +1,4 @@
-"""What the benches of the ops that networks use share: device, inputs, and how close is close."""
+"""Shared code of the benches of network ops: device, inputs, and tolerances."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def error_of(out: Tensor, exact: Tensor, eager: Tensor | None) -> str | None:
 
     exact: in fp64
     eager: the same in PyTorch's own operations, for a kernel of ours: its error may be twice that,
-           plus one rounding. None: a peer, which is to compute the same function, as well as it can
+           plus one rounding. None: another library's kernel, which must compute the same function
     """
     largest, eps = exact.abs().max(), torch.finfo(out.dtype).eps
     error = (out.double() - exact).abs().max()

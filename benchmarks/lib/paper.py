@@ -1,3 +1,3 @@
-"""What VideoFusion's paper measured (arXiv 2303.08320, Table 4), over VDM*."""
+"""The ratios to VDM* in VideoFusion's paper (arXiv 2303.08320, Table 4)."""
 
 LATENCY, MEMORY = 0.425, 0.781

@@ -54,14 +54,14 @@ class Peak:
 
     @property
     def main(self) -> float:
-        """What is reported: the peak reserved on CUDA, the resident set's on a CPU."""
+        """The reported peak: of reserved memory on CUDA, of the resident set on a CPU."""
         return self.resident if self.reserved is None else self.reserved
 
 
 def measure(target: str, arguments: dict[str, object], device: str = "cpu") -> Peak:
     """Runs target(**arguments)() in a new process; target: "module:function", as benches import.
 
-    Raises RuntimeError with the process's own words if it fails.
+    Raises RuntimeError with the process's output if it fails.
     """
     command = [sys.executable, __file__, target, json.dumps(arguments), device]
     done = subprocess.run(command, env=child_environment() | MALLOC, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What the pictures of report.py and gpu_run share: size, colours, bars, the paper's marks."""
+"""Shared code of the plots of report.py and gpu_run: size, colours, bars, the paper's marks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bar(
     limit: float,
     height: float = 0.8,
 ) -> None:
-    """A lying bar with its text at its end; one longer than `limit` is cut, and says so."""
+    """A horizontal bar with its text at its end; one longer than `limit` is cut, and says so."""
     axis.barh(place, min(value, limit), height, color=colour)
     inside = value > 0.85 * limit
     axis.text(
@@ -42,7 +42,7 @@ def bar(
 
 
 def not_read(axis: Axes, place: float) -> None:
-    """In place of a bar."""
+    """A text in place of a bar."""
     end = axis.get_xlim()[1]
     axis.text(0.015 * end, place, "not read", va="center", fontsize=9, color="#666666")
 
@@ -64,7 +64,7 @@ def mark(axis: Axes, value: float, text: str) -> None:
 
 
 def headline(axis: Axes, text: str) -> None:
-    """Above a row of panels, at the picture's left edge; `axis` is the row's first."""
+    """Above a row of panels, at the figure's left edge; `axis` is the row's first."""
     axis.annotate(
         text,
         (0.01, 1),
@@ -78,12 +78,12 @@ def headline(axis: Axes, text: str) -> None:
 
 
 def footer(figure: Figure, text: str) -> None:
-    """What the figures were read on, under the panels."""
+    """The machine of the figures, under the panels."""
     figure.supxlabel(text, fontsize=9, color="#444444", x=0.99, ha="right")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Written under another name first: no reader sees half a picture."""
+    """Writes under another name first, so that no reader sees half a plot."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=100, facecolor="white")
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""What Table 4 compares: the ways to sample a clip with its networks, and a step of training.
+"""The contenders of Table 4: the ways to sample a clip with its networks, and a training step.
 
 States are fp32 whatever the dtype of the weights, as VideoFusionPipeline keeps them; one clip, no
 guidance, DDIM at η = 0.

@@ -198,7 +198,7 @@ def save_network(network: str, folder: Path) -> int:
 
 @functools.cache
 def flops(case_name: str) -> int:
-    """Of one forward pass: convolutions, matrix products and attention, two per multiply-add."""
+    """FLOPs of one forward pass: convolutions, matrix products, attention; two per multiply-add."""
     case = CASES[case_name]
     with torch.device("meta"):
         model = diffusers_class(case.network)(**NETWORKS[case.network].config)
@@ -366,7 +366,7 @@ def probe(contender: str, case_name: str, root: str) -> Callable[[], object]:
 
 
 def weights_mib(network: str, root: Path) -> float:
-    """What the weights take on disk, to set a peak beside."""
+    """The size of the weights on disk, to compare a peak with."""
     return sum(file.stat().st_size for file in (root / network).glob("*.safetensors")) / MIB
 
 

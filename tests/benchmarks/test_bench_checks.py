@@ -1,4 +1,4 @@
-"""What benches take for a right result, before they time it."""
+"""The results that benches accept as right, before they time anything."""
 
 import pytest
 import torch

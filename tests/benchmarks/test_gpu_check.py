@@ -263,7 +263,7 @@ def test_two_runs_do_not_write_to_one_file(fakes, tmp_path):
 
 
 def test_a_wrong_kernel_in_cuda_leaves_triton(fakes):
-    """What smoke finds decides which kernels the later sections run."""
+    """The result of smoke decides which kernels the later sections run."""
     journal = type("Journal", (), {})()
     for contender, expected in (("cuda", True), ("", True), ("triton", False)):
         journal.found = {"smoke": [{"status": "failed", "contender": contender}]}

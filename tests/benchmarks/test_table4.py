@@ -23,7 +23,7 @@ def noise():
 
 @pytest.fixture(scope="module")
 def clips(networks, noise):
-    """What every contender makes of the same noise."""
+    """Every contender's clip from the same noise."""
     contenders = ways.CONTENDERS.items()
     return {name: contender(networks, noise, STEPS) for name, contender in contenders}
 

@@ -1,4 +1,4 @@
-"""What tests of `python -m vfengine.generate` share; their fixtures are in tests/conftest.py."""
+"""Helpers for tests of `python -m vfengine.generate`; fixtures are in tests/conftest.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What python -m vfengine.generate refuses, in one line, before anything is written."""
+"""python -m vfengine.generate refuses bad input in one line, before anything is written."""
 
 import json
 import os

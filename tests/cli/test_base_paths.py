@@ -1,4 +1,4 @@
-"""python -m vfengine.generate and base paths: files, motions, previews, the cache, pictures."""
+"""python -m vfengine.generate and base paths: files, sharing, previews, the cache, images."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_a_path_of_another_look_is_refused(cli, flags, message):
     assert done(cli(*WALK, *path, "--json"))["base_trajectory_read"]
 
 
-# -- motions of one base path ----------------------------------------------------------------------
+# -- several clips of one base path ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
@@ -284,7 +284,7 @@ def test_faults_of_the_cache(cli, monkeypatch):
     assert err == "vfengine.generate: error: --base-cache cache: No space left on device\n"
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def test_a_picture_is_animated(cli, clean_checkpoint, picture):

@@ -231,7 +231,7 @@ def test_errors_and_help_come_without_torch(tmp_path):
 
 
 def read_terminal(terminal, until=None):
-    """What a process writes to a terminal, up to a text or to its end."""
+    """A process's output on a terminal, up to a text or to its end."""
     seen = b""
     while until is None or until not in seen:
         if not select.select([terminal], [], [], 120)[0]:

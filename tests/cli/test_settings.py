@@ -18,7 +18,7 @@ from vfengine.pipelines.request import CONFLICTS, SamplingRequest, field_names
 
 
 def test_defaults_are_the_pipelines():
-    """Those of a call are held equal to the request's in tests/pipelines/test_request.py."""
+    """tests/pipelines/test_request.py compares the defaults of a call with the request's."""
     for field in fields(SamplingRequest):
         assert DEFAULTS.get(field.name, field.default) == field.default, field.name
     opened = vf.VideoFusionPipeline.from_pretrained.__kwdefaults__

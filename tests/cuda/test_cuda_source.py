@@ -195,7 +195,7 @@ def test_misaligned_vector_is_caught(tmp_path):
 
 @pytest.mark.slow
 def test_overlap_of_out_and_input_is_caught(tmp_path):
-    """What vfengine.ops refuses: one thread writes what another still reads."""
+    """A case that vfengine.ops refuses: one thread writes what another still reads."""
     result = run_driver("thread", tmp_path, 2, 48, overlap=16)
     assert_caught(result, "data race", "frames.cuh")
 

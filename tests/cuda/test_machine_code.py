@@ -1,6 +1,6 @@
-"""What nvcc made of csrc/cuda: the machine code inside the installed vfengine_native.
+"""The machine code that nvcc made of csrc/cuda, inside the installed vfengine_native.
 
-Read by the cuobjdump that Triton brings. Where the module was built without nvcc there is none.
+Triton's cuobjdump reads it. A module that was built without nvcc has none.
 """
 
 import os
@@ -84,7 +84,7 @@ def test_nothing_spills(kernels):
 
 
 def test_registers_leave_room_for_threads(kernels):
-    """64 let 4 blocks of 256 threads live on a processor, 80 let 3."""
+    """With 64 registers 4 blocks of 256 threads fit on a processor, with 80 only 3."""
     for name, (_, usage) in kernels.items():
         main_path = template(name, "frames_kernel").endswith("Lb1ELb0")  # vectors, nothing drawn
         of_64 = main_path or "noise_kernel" in name

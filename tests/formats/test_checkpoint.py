@@ -1,4 +1,4 @@
-"""formats/checkpoint.py: what it writes comes back; what is not whole or not ours is refused."""
+"""formats/checkpoint.py: checkpoints are read as written; damaged or foreign ones are refused."""
 
 import json
 import math
@@ -162,7 +162,7 @@ def test_save_refuses_to_replace_what_is_no_checkpoint(tmp_path):
 
 
 def test_default_checkpoint_is_written_as_it_was_read():
-    """Entries that came later are left out where they say nothing: older code reads such files."""
+    """Entries that came later are left out where not set, so that older code reads the files."""
     text = (checkpoint.DEFAULT / "config.json").read_text(encoding="utf-8")
     assert CheckpointConfig.from_json(text).to_json() + "\n" == text
 

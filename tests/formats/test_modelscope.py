@@ -10,7 +10,7 @@ from torch import nn
 
 from vfengine.models import read_unet
 
-# Of the tests' own making, from the published list of keys
+# Made for the tests, from the published list of keys
 MODEL_CFG = {
     "unet_in_dim": 4,
     "unet_dim": 32,

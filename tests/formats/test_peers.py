@@ -1,4 +1,4 @@
-"""Networks that others publish, loaded into the one UNet family: diffusers' own are the oracle."""
+"""Published networks, loaded into our UNet family and compared with diffusers' own."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     timeout = f"faulthandler_timeout={SECONDS - 30}"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", timeout]
-    # What this process imports from, xdist's workers and `python -m pytest` included.
+    # The import path of this process, xdist's workers and `python -m pytest` included.
     path = os.pathsep.join(sys.path)
     env = {"PYTHONPATH": path, "VFENGINE_TEST_ALONE": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(

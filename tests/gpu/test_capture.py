@@ -146,7 +146,7 @@ def folders(tiny_checkpoint, tiny_video_checkpoint):
 
 @pytest.mark.parametrize(("phase", "solver", "dtype"), LOOPS)
 def test_captured_loop_is_the_plain_one(phase, solver, dtype, device, folders):
-    """Of the noise it was captured with, and of other noise."""
+    """With the noise of the capture, and with other noise."""
     dtype = DTYPES[dtype]
     loop, _ = make_loop(phase, solver, dtype, device, folders)
     for seed in (0, 8):
@@ -158,7 +158,7 @@ def test_captured_loop_is_the_plain_one(phase, solver, dtype, device, folders):
 
 @pytest.mark.parametrize("phase", ["base", "residual", "video"])
 def test_graph_reads_weights_where_they_lie(phase, device, folders):
-    """New numbers in the same memory are those of the next replay."""
+    """The next replay reads new numbers in the same memory."""
     loop, (network,) = make_loop(phase, "ddim", FP32, device, folders)
     before = run(loop, 0, capture=True)
     with torch.no_grad():

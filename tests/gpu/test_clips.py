@@ -45,7 +45,7 @@ def test_bf16_clip_errs_as_the_cpu_s(device):
 
 
 def test_base_path_travels_by_file(device, tmp_path):
-    """Walked here, saved, loaded on the CPU and followed there; loaded and followed here again."""
+    """A path sampled here and saved can be followed on the CPU, and here after loading."""
     out = sample(device, FP32, base_path="stepwise")
     assert out.trajectory.states.device.type == device
     out.trajectory.save(tmp_path / "path.safetensors")

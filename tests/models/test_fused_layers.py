@@ -1,7 +1,7 @@
 """The layers' fused path, which inference on CUDA takes, against their plain one, on the CPU.
 
-vfengine/ops run on CPU tensors too: a test lets `fused` say yes there. When it does so by itself is
-shown on fake CUDA tensors.
+vfengine/ops run on CPU tensors too, so the tests make `fused` return true there. Tests on fake CUDA
+tensors show when it does so by itself.
 """
 
 from dataclasses import replace
@@ -136,7 +136,7 @@ def cast(arguments, dtype: torch.dtype) -> list:
 
 
 def ops_of(call) -> list[str]:
-    """What a call dispatches: our ops, and those of torch that they take the place of."""
+    """The ops that a call dispatches: ours, and those of torch that ours replace."""
     with fake_cuda.Audit() as audit:
         call()
     return [op for op in audit.ops if op.startswith(("vfengine.", *PLAIN))]
@@ -187,7 +187,7 @@ def test_fused_path_calls_the_ops_and_keeps_the_layout(case, everywhere):
 
 
 def test_frames_are_not_permuted(everywhere):
-    """One product makes q, k, v, and no copy follows: only weights and bias are put together."""
+    """One matrix product makes q, k, v without a copy: only weights and bias are concatenated."""
     layer, arguments = make("temporal")
     everywhere()
     with fake_cuda.Audit() as audit:
@@ -332,13 +332,13 @@ def test_fp32_convolution_is_the_plain_one(options, monkeypatch):
 
 def test_tf32_of_products_can_be_read_however_it_was_set():
     products = torch.backends.cuda.matmul
-    assert not layers.tf32_products()
+    assert not layers.matmul_in_tf32()
     torch.set_float32_matmul_precision("medium")
-    assert layers.tf32_products()
+    assert layers.matmul_in_tf32()
     torch.set_float32_matmul_precision("highest")
     if hasattr(products, "fp32_precision"):  # torch 2.9 and later; not to be read the old way then
         former = products.fp32_precision
         products.fp32_precision = "tf32"
-        assert layers.tf32_products()
+        assert layers.matmul_in_tf32()
         products.fp32_precision = former
-    assert not layers.tf32_products()
+    assert not layers.matmul_in_tf32()

@@ -1,4 +1,4 @@
-"""Kernels of rows on buffers that end before pages which nothing may touch.
+"""Kernels of rows on buffers that end before inaccessible pages.
 
 An overrun kills the process. Prints each instruction set that passed; test_row_kernels.py runs it.
 """

@@ -1,4 +1,4 @@
-"""What the tests of all kernels share: shapes, places in memory, how close is close enough.
+"""Shared code of the tests of all kernels: shapes, memory layouts, tolerances.
 
 As a script it runs every kernel of one backend over its cases, in whatever environment it is
 started: Triton's interpreter, the CUDA source on the CPU (tests/tools/emulation), a GPU.
@@ -115,7 +115,7 @@ def in_double(case: dict) -> dict:
 def assert_as_close_as_pytorch(out: Tensor, exact: Tensor, peer: Tensor) -> None:
     """Error at most twice that of PyTorch in the same dtype, plus one rounding.
 
-    exact: the result in fp64; peer: PyTorch's own, every operation rounding to out's dtype
+    exact: the result in fp64; peer: PyTorch's result, each operation rounding to out's dtype
     """
     rounding = torch.finfo(out.dtype).eps / 2 * exact.abs().max()
     peer_error = (peer.double() - exact).abs().max()

@@ -38,7 +38,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """No variable, no flash-attn even where there is one, and nothing remembered of either."""
+    """Without the variable, without flash-attn, and without a cached choice."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     forget()
@@ -108,7 +108,7 @@ def inputs(shape, keys, dtype, *, biased=False, device="cpu", seed=0) -> list[Te
 
 
 def check_accuracy(out: Tensor, arguments: list[Tensor | None], peer: Tensor | None = None) -> None:
-    """Against fp64, at most twice the peer's error: by default of the formula in the same dtype."""
+    """Against fp64: at most twice the error of `peer`, by default the formula in the same dtype."""
     exact = formula(*(None if x is None else x.double() for x in arguments))
     assert out.shape == exact.shape
     assert out.dtype == arguments[0].dtype

@@ -36,7 +36,7 @@ def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, device="cpu")
 
 
 def in_own_dtype(z, b, r, lam, coeffs, step, base_seed, residual_seed, **place):
-    """What one would write in PyTorch: every operation rounds to the dtype of z."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of z."""
     c1, c2, sigma = coeffs[int(step)].tolist()
     lam = lam.view(-1, 1, 1, 1)
     shared, own = lam.sqrt().to(z.dtype), (1 - lam).sqrt().to(z.dtype)

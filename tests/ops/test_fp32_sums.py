@@ -84,7 +84,7 @@ def test_group_norm_of_many_pixels(pixels, isa):  # noqa: F811
 
 
 def test_an_image_is_summed_alike_in_any_batch(isa):  # noqa: F811
-    """Its rows fall into other tiles, which pass over other taps as padding alone."""
+    """Its rows fall into other tiles, which skip other taps that are padding alone."""
     case = convolution((3, 7), (200, 70), taps.same(3, 7), images=4)
     whole, pixels = multiply(case, torch.float32), 21
     rows = case.sources[0][0]
@@ -112,10 +112,10 @@ def amplified(count: int = 25) -> list[tuple[dict, Tensor, Tensor]]:
 
 @torch.no_grad()
 def test_a_network_that_amplifies_roundings_errs_as_fp32_must(isa):  # noqa: F811
-    """Beside fp64 sums whose layers' results are rounded to fp32.
+    """Compared with fp64 sums whose layers' results are rounded to fp32.
 
-    Group norms over three numbers, some of them all but equal, make 1e-5 of a single rounding, more
-    or less as it falls: of several inputs the median counts.
+    Group norms over three nearly equal numbers can turn a single rounding into an error of 1e-5, so
+    that the median over several inputs counts.
     """
     planned = plan(filled(UNet(VIDEO)))
     ours = [error(planned(**values), exact) for values, exact, _ in amplified()]

@@ -38,7 +38,7 @@ def make_case(shape=SHAPES["odd"], dtype=torch.float32, device="cpu"):
 
 
 def in_own_dtype(x):
-    """What one would write in PyTorch: every operation rounds to the dtype of x."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of x."""
     value, gate = x.chunk(2, -1)
     return value * F.gelu(gate)
 

@@ -62,7 +62,7 @@ def make_case(
 
 
 def in_own_dtype(x, num_groups, num_frames, silu, weight=None, bias=None, scale=None, shift=None):
-    """What one would write in PyTorch: every operation rounds to the dtype of x."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of x."""
     cast = lambda t: None if t is None else t.to(x.dtype)  # noqa: E731
     clips = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
     y = torch.group_norm(clips, num_groups, cast(weight), cast(bias))  # F refuses single pixels

@@ -1,4 +1,4 @@
-"""What the compiled kernels take: one struct an op, its fields by name (csrc/<op>.h)."""
+"""The arguments of compiled kernels: one struct an op, its fields by name (csrc/<op>.h)."""
 
 import pytest
 

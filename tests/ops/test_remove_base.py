@@ -39,7 +39,7 @@ def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=1, device="cpu"):
 
 
 def in_own_dtype(z, b, lam, noise_levels, step):
-    """What one would write in PyTorch: every operation rounds to the dtype of z."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of z."""
     level = noise_levels[int(step)].item()
     return z - lam.sqrt().view(-1, 1, 1, 1).to(z.dtype) * level * b.unsqueeze(1)
 

@@ -37,7 +37,7 @@ def make_case(shape=SHAPES["odd"], dtype=torch.float32, step=STEP, guided=False,
 
 
 def in_own_dtype(u, r, g, lam, coeffs, step, seed, r_uncond=None, guidance_scale=1.0, **place):
-    """What one would write in PyTorch: every operation rounds to the dtype of u."""
+    """The formula in plain PyTorch: every operation rounds to the dtype of u."""
     c1, c2, sigma = coeffs[int(step)].tolist()
     lam = lam.view(-1, 1, 1, 1)
     if r_uncond is not None:

@@ -320,7 +320,7 @@ def test_row_matmul_of_a_row_does_not_depend_on_the_others(dtype):
 
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_row_ops_match_their_references(op, isa):
-    """bf16 products too, which most instruction sets emulate."""
+    """Also bf16 products, which most instruction sets emulate."""
     module = importlib.import_module(f"test_{op}")
     shapes = getattr(module, "SETS", {"small": SMALL})["small"]
     assert module.run_cases("cpu", shapes, "cpu", as_it_is) > 0
@@ -441,7 +441,7 @@ def test_the_native_product_refuses_more_than_it_has_room_for():
 
 
 def test_row_kernels_stay_within_their_memory():
-    """Each buffer ends where a page begins that nothing may touch."""
+    """Each buffer ends where an inaccessible page begins."""
     script = Path(__file__).with_name("guarded_rows.py")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)

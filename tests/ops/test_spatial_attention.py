@@ -57,7 +57,7 @@ def make_case(
 
 
 def in_own_dtype(q, k, v, num_heads):
-    """What one would write in PyTorch (vfengine/ops/attention.py, "math")."""
+    """The formula in plain PyTorch (vfengine/ops/attention.py, "math")."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (logits.float().softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(-2)

@@ -50,7 +50,7 @@ def make_case(shape=SMALL["odd"], dtype=torch.float32, biased=True, device="cpu"
 
 
 def in_own_dtype(qkv, num_heads, bias=None):
-    """What one would write in PyTorch (vfengine/ops/attention.py, "math")."""
+    """The formula in plain PyTorch (vfengine/ops/attention.py, "math")."""
     rows = qkv.unflatten(-1, (3, num_heads, -1)).permute(3, 0, 2, 4, 1, 5)  # [3, B, P, H, N, D]
     q, k, v = rows.unbind(0)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)

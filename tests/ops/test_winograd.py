@@ -35,7 +35,7 @@ BACK = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
 def in_winograd(pictures: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """F(2, 3) as published, in fp64 but for the transformed pixels and weights, which are rounded.
 
-    pictures [I, C, H, W] -> [I, C', H, W]
+    images [I, C, H, W] -> [I, C', H, W]
     """
     flat, (height, width) = weight.shape[-1] == 1, pictures.shape[2:]
     across = torch.ones(1, 1) if flat else None
@@ -121,7 +121,7 @@ def test_winograd_is_the_same_on_any_number_of_threads(shape, dtype, threads):  
 @all_dtypes
 @all_shapes
 def test_winograd_stays_within_its_memory(shape, dtype, isa):  # noqa: F811
-    """Buffers end where pages begin that nothing may touch."""
+    """Buffers end where inaccessible pages begin."""
     items, height, width, channels, columns, flat = shape
     weight = normal(columns, channels, 3, 1 if flat else 3, seed=2)
     x = guarded(normal(items * height * width, channels).to(dtype))

@@ -1,4 +1,4 @@
-"""Requests: their rules, each in the words of a call from Python and of the command line."""
+"""Requests: every rule, from Python and from the command line."""
 
 import json
 import os
@@ -35,13 +35,13 @@ ONE_IS_GIVEN = "base_cache keeps paths that are walked, but one is given"
 RULES = [
     (
         {"num_residuals": 2, "num_videos": 2},
-        "num_residuals=2 is of one base path, 2 are asked for",
+        "num_residuals=2 needs one base path, but label and num_videos make 2",
         "--num-residuals 2 --num-videos 2",
         "--num-residuals cannot go with --num-videos: they share one base path",
     ),
     (
         {"num_residuals": 2, "label": ["walk", "jump"]},
-        "num_residuals=2 is of one base path, 2 are asked for",
+        "num_residuals=2 needs one base path, but label and num_videos make 2",
         None,
         None,
     ),
@@ -142,7 +142,7 @@ RULES = [
 
 @pytest.mark.parametrize(("values", "error"), [rule[:2] for rule in RULES if rule[0]])
 def test_settings_that_cannot_go_together(values, error):
-    if error is None:  # a default, which a call cannot tell from one that is written down
+    if error is None:  # a default, which a request cannot tell from a value that the user wrote
         SamplingRequest(**values)
         assert list(conflicts(values))
         return

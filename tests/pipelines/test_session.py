@@ -1,4 +1,4 @@
-"""What the pipeline's engine adds: motions of one look, previews, pictures, caches, used loops."""
+"""Clips of one base path, previews, images to animate, the base cache, and kept loops."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ def call(pipe, label="walk", **settings):
     return pipe(label, **{"num_inference_steps": STEPS, **settings})
 
 
-# -- motions of one look ---------------------------------------------------------------------------
+# -- several clips of one base path ----------------------------------------------------------------
 
 
 def test_residuals_are_motions_of_one_base_path(pipe):
@@ -46,7 +46,7 @@ def test_residuals_are_motions_of_one_base_path(pipe):
         np.testing.assert_allclose(alone.frames[0], out.frames[k], atol=2e-4)
     np.testing.assert_allclose(call(pipe).frames[0], out.frames[0], atol=2e-4)
     assert not np.array_equal(out.frames[0, 1], out.frames[1, 1])
-    later = call(pipe, num_residuals=2, sample_offset=1)  # motions 1 and 2 of the same look
+    later = call(pipe, num_residuals=2, sample_offset=1)  # clips 1 and 2 of the same base path
     np.testing.assert_allclose(later.frames, out.frames[1:], atol=2e-4)
 
 
@@ -64,7 +64,7 @@ def test_preview_is_the_base_frame_bit_for_bit(pipe):
     assert np.array_equal(again.frames, clips.frames)
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
@@ -229,7 +229,7 @@ def test_cache_refuses_what_is_not_its_own(pipe, tmp_path):
 
 
 def test_loops_and_their_buffers_are_used_again(pipe, tiny_checkpoint):
-    """By calls of other noise and labels; the results are those of a fresh pipeline."""
+    """Calls with other noise and labels use the loops again, with a fresh pipeline's results."""
     fresh = VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
     keep = {"offload_base": False}
     clip = call(pipe, **keep).frames
@@ -313,7 +313,7 @@ def test_threads_may_share_a_pipeline(pipe):
 
 
 def test_released_weights_and_replaced_loops_leave_at_once(pipe):
-    """Not when the garbage collector comes by: nothing holds them in a cycle."""
+    """They are freed at once, not by the garbage collector: there is no reference cycle."""
     call(pipe, offload_base=False)
     base = weakref.ref(networks_of(pipe)["base"])
     loop = weakref.ref(loops_of(pipe)["residual"])

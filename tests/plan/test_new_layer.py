@@ -1,4 +1,4 @@
-"""A layer of one's own, planned: one class in one place, with its forward and its plan."""
+"""A new layer can be planned: it is one class, with its forward and its plan."""
 
 import copy
 
@@ -14,7 +14,7 @@ from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, images, ro
 
 
 class Mixer(nn.Module):
-    """x + ff(norm(SiLU(norm(conv(x))))): what no layer of the house computes."""
+    """x + ff(norm(SiLU(norm(conv(x))))), which no layer of vfengine computes."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The kernel calls of a PlannedUNet's programs, against plan_snapshots.json: the same as ever.
+"""The kernel calls of a PlannedUNet's programs are those in plan_snapshots.json.
 
 A snapshot is a list of lines: the arena, then one line per call, whose values are
     offset:rowsxwidth:dtype      a buffer of the arena
@@ -9,7 +9,7 @@ A snapshot is a list of lines: the arena, then one line per call, whose values a
 and numbers; fields that are 0 or false are left out. None of them depends on the machine. Where
 calls are meant to change:
 
-    python tests/test_plan_snapshots.py --write
+    python tests/plan/test_plan_snapshots.py --write
 """
 
 import functools
@@ -153,7 +153,7 @@ def plan(case: str, dtype: str) -> tuple[PlannedUNet, dict[int, str]]:
 
 
 def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) -> list[str]:
-    """The lines of one program: all that is known here of how programs are kept."""
+    """The lines of one program; only this function knows how programs are stored."""
     network, names = plan(case, dtype)
     context = None if length is None else (shape[0], length, network.config.context_dim)
     forward = network._forward(shape, context)
@@ -183,7 +183,7 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
 
 
 def describe(tensor: Tensor) -> str:
-    """Its dtype and shape, and of integers the contents."""
+    """Its dtype and shape, and the contents of integers."""
     text = f"{NAMES[tensor.dtype]}[{','.join(map(str, tensor.shape))}]"
     if tensor.dtype is not torch.int32:
         return text

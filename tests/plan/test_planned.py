@@ -90,8 +90,8 @@ CASES = {  # a configuration, the shape of x, and the length of a context
     "video, no position bias": (replace(VIDEO, position_buckets=0), (1, 6, 3, 8, 8), None),
     "video, context and classes": (replace(VIDEO, num_classes=4, **CONTEXT), (2, 3, 3, 8, 8), 77),
     "video, one frame": (VIDEO, (2, 1, 3, 8, 8), None),
-    # Of one pixel at the coarse level: 3 numbers a group, as elsewhere, may hardly differ, and what
-    # divides by how much makes 1e-5 of one rounding, whoever computes (test_fp32_sums.py).
+    # Its coarse level has one pixel: groups of 3 channels, as elsewhere, may hold nearly equal
+    # numbers, whose norm turns one rounding into 1e-5, in any implementation (test_fp32_sums.py).
     "video, 128 frames": (replace(VIDEO, norm_groups=2), (1, 128, 3, 2, 2), None),
     "video, patches of 2": (replace(VIDEO, patch_size=2), (1, 3, 3, 8, 12), None),
     "video, odd size": (replace(VIDEO, any_size=True), (2, 3, 3, 5, 7), None),
@@ -115,7 +115,7 @@ CASES = {  # a configuration, the shape of x, and the length of a context
         (2, 5, 3, 4, 4),
         None,
     ),
-    "video, narrow transformer first": (  # too narrow for its last layers to be joined
+    "video, narrow transformer first": (  # too narrow for its last layers to be fused
         replace(VIDEO, transformer_in_heads=1),
         (2, 5, 3, 8, 8),
         None,
@@ -333,11 +333,11 @@ def test_refuses_a_call_without_what_is_needed(config, missing, message):
         made(normal(2, 3, 8, 8), torch.tensor([1, 2]))
 
 
-def test_refuses_a_shortcut_that_is_a_picture_and_a_skip_as_they_are():
-    """No product puts them side by side: an identity of both together has no kernel."""
+def test_refuses_a_shortcut_of_a_buffer_and_a_skip_without_a_convolution():
+    """No kernel concatenates buffers: a shortcut of two without a convolution cannot be planned."""
     config = replace(IMAGE, block_out_channels=(8, 16), layers_per_block=(0, 0), mid_blocks=0)
     made = plan(UNet(config))
-    with pytest.raises(ValueError, match=r"expected one picture, got pictures of \[8, 8\]"):
+    with pytest.raises(ValueError, match=r"expected one buffer, got buffers of \[8, 8\] channels"):
         made(normal(2, 3, 8, 8), torch.tensor([1, 2]))
 
 

@@ -39,7 +39,7 @@ def test_results_do_not_depend_on_the_number_of_threads(case, dtype, threads, fo
 @some_cases
 @pytest.mark.parametrize("count", [1, 2])
 def test_results_do_not_depend_on_the_batch(case, dtype, count, threads, form):
-    """Not even where a batch has the rows for tiles that a sample of it has not."""
+    """Even if a batch has enough rows for tiles and a sample of it has not."""
     threads(count)
     unet, values = plan(network(case), dtype), inputs(case)
     whole = unet(**values)
@@ -59,7 +59,7 @@ def test_tiles_do_not_change_results(case, dtype, monkeypatch):
 
 
 def test_programs_of_several_shapes_do_not_disturb_each_other():
-    """More shapes than programs are kept."""
+    """There are more shapes than programs that are kept."""
     unet = plan(network("video"))
     calls = [
         {"x": normal(batch, frames, 3, *size), "t": torch.tensor([3, 400])[:batch]}

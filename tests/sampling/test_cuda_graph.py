@@ -1,4 +1,4 @@
-"""What vfengine/sampling/cuda_graph.py asks of torch.cuda, of which a stub writes down every call.
+"""The calls of torch.cuda by vfengine/sampling/cuda_graph.py; a stub records them.
 
 Nothing runs on a device: "captured" and replayed steps run on the CPU, so that clips can be
 compared with plain ones.
@@ -25,8 +25,8 @@ WAIT = 60.0  # seconds after which a thread that never comes fails the test
 class StubCuda:
     """In place of torch.cuda: who captures, what breaks that, which streams are used.
 
-    calls:    what was asked, in order, warm-up and captured steps included if they say so
-    problems: what the driver or torch would have refused, or could have
+    calls:    in order; warm-up and captured steps are included if they record themselves
+    problems: calls that the driver or torch would or could have refused
     """
 
     def __init__(self, monkeypatch, capture_fails=False):
@@ -192,7 +192,7 @@ def test_graphs_share_no_stream_and_leave_theirs_behind(monkeypatch):
 
 
 class OnTheCpu(TorchFunctionMode):
-    """What is sent to CUDA stays where it is."""
+    """Tensors that are sent to CUDA stay on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.to and CUDA in args:
@@ -326,63 +326,63 @@ SWITCHES = ["flash", "mem_efficient", "math", "cudnn"]
 
 
 def test_keys_are_equal_where_nothing_changed():
-    assert capture.surroundings_key(CUDA) == capture.surroundings_key(CUDA)
+    assert capture.process_settings_key(CUDA) == capture.process_settings_key(CUDA)
 
 
 @pytest.mark.parametrize(("where", "name", "value"), SETTINGS, ids=[s[1] for s in SETTINGS])
 def test_key_sees_settings(where, name, value):
-    before, former = capture.surroundings_key(CUDA), getattr(where, name)
+    before, former = capture.process_settings_key(CUDA), getattr(where, name)
     setattr(where, name, value)
     try:
-        assert capture.surroundings_key(CUDA) != before
+        assert capture.process_settings_key(CUDA) != before
     finally:
         setattr(where, name, former)
-    assert capture.surroundings_key(CUDA) == before
+    assert capture.process_settings_key(CUDA) == before
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_key_sees_which_attention_torch_may_take(name):
-    before = capture.surroundings_key(CUDA)
+    before = capture.process_settings_key(CUDA)
     switch = getattr(torch.backends.cuda, f"enable_{name}_sdp")
     switch(False)
     try:
-        assert capture.surroundings_key(CUDA) != before
+        assert capture.process_settings_key(CUDA) != before
     finally:
         switch(True)
-    assert capture.surroundings_key(CUDA) == before
+    assert capture.process_settings_key(CUDA) == before
 
 
 @pytest.mark.parametrize("name", ["VFENGINE_KERNEL_BACKEND", "VFENGINE_ATTENTION_BACKEND"])
 def test_key_sees_the_environment(monkeypatch, name):
-    before = capture.surroundings_key(CUDA)
+    before = capture.process_settings_key(CUDA)
     monkeypatch.setenv(name, "triton")
-    assert capture.surroundings_key(CUDA) != before
+    assert capture.process_settings_key(CUDA) != before
 
 
 def test_key_sees_precision_deterministic_algorithms_and_autocast():
-    before = capture.surroundings_key(CUDA)
+    before = capture.process_settings_key(CUDA)
     torch.set_float32_matmul_precision("high")
-    high = capture.surroundings_key(CUDA)
+    high = capture.process_settings_key(CUDA)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
-    deterministic = capture.surroundings_key(CUDA)
+    deterministic = capture.process_settings_key(CUDA)
     torch.use_deterministic_algorithms(False)
     torch.set_autocast_enabled("cuda", True)
-    autocast = capture.surroundings_key(CUDA)
+    autocast = capture.process_settings_key(CUDA)
     torch.set_autocast_enabled("cuda", False)
     assert len({before, high, deterministic, autocast}) == 4
-    assert capture.surroundings_key(CUDA) == before
+    assert capture.process_settings_key(CUDA) == before
 
 
 def test_key_can_be_read_however_precision_was_set():
-    """Torch from 2.9 on has a second way, after which it refuses to say what the first one says."""
+    """Torch 2.9 has a second interface, after whose use reading the first one raises."""
     products = torch.backends.cuda.matmul
     if not hasattr(products, "fp32_precision"):
         return
-    before, former = capture.surroundings_key(CUDA), products.fp32_precision
+    before, former = capture.process_settings_key(CUDA), products.fp32_precision
     products.fp32_precision = "tf32"
     try:
-        assert capture.surroundings_key(CUDA) != before
+        assert capture.process_settings_key(CUDA) != before
     finally:
         products.fp32_precision = former
 

@@ -1,4 +1,4 @@
-"""What loops are made from, when a kept one is used again, and what a run reports."""
+"""Specs of loops, when a kept loop is used again, and the reports of a run."""
 
 from dataclasses import FrozenInstanceError, fields, replace
 
@@ -166,7 +166,7 @@ def test_any_callable_is_a_network():
 
 
 def test_kept_loops_give_the_results_of_new_ones():
-    """Of other noise and labels, in memory that the next run does not write to."""
+    """Runs have other noise and labels, and do not overwrite earlier results."""
     network, loops = Scaled(), KeptLoops()
     results, made = [], []
     for seed, label in ((0, 1), (1, 2), (0, 1)):

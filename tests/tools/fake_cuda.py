@@ -36,7 +36,7 @@ _INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 @dataclass(frozen=True)
 class Report:
-    """What `audit` saw; `clean` says whether a CUDA graph could replay the step."""
+    """The findings of `audit`; `clean` says whether a CUDA graph could replay the step."""
 
     ops: list[list[str]]  # of every call
     problems: list[str]
@@ -97,7 +97,7 @@ def audit(step: Callable[[], object], buffers: Mapping[str, object], calls: int 
     buffers: the mapping through which step reaches the tensors that live across calls, such as a
              dict or vars(object); it is read before and after, its other values are passed over.
              The tensors are fake, made with device="cuda" under one FakeTensorMode.
-    calls:   at least 2; every call is held against the first
+    calls:   at least 2; every call is compared with the first
     """
     before = {name: t for name, t in buffers.items() if isinstance(t, Tensor)}
     modes = {t.fake_mode if isinstance(t, FakeTensor) else None for t in before.values()}
@@ -172,7 +172,7 @@ def ops_within(call: Callable[[], object]) -> list[str]:
 
 
 def storages(tensors: Iterable[Tensor]) -> list[int]:
-    """What identifies the memory of each; valid while the tensors live."""
+    """An identity of each tensor's memory; valid while the tensors live."""
     return [t.untyped_storage()._cdata for t in tensors]
 
 
@@ -201,7 +201,7 @@ def _problems(op, args, kwargs) -> list[str]:
 
 
 def _differences(first: Audit, later: Audit) -> list[str]:
-    """What a later call does otherwise, where a graph would repeat the first."""
+    """The differences of a later call from the first, which a graph would repeat."""
     if first.ops != later.ops:
         return ["a later call runs other ops than the first"]
     pairs = zip(first.ops, first.constants, later.constants, strict=True)

@@ -1,4 +1,4 @@
-"""What a pipeline holds between calls, of which it says nothing: the one look inside it."""
+"""What a pipeline keeps in memory between calls: the tests' one access to its private parts."""
 
 from torch import nn
 
@@ -7,10 +7,10 @@ from vfengine.sampling.loop import Loop
 
 
 def networks_of(pipe: Pipeline) -> dict[str, nn.Module]:
-    """Those in memory, by name."""
+    """The networks in memory, by name."""
     return pipe._session.networks
 
 
 def loops_of(pipe: Pipeline) -> dict[str, Loop]:
-    """Those that the next call may use again, by phase."""
+    """The loops that the next call may use again, by phase."""
     return {phase: kept.loop for phase, kept in pipe._session.loops.kept.items()}

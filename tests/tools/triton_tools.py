@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share where there is no GPU.
+"""Shared code of tests of Triton kernels without a GPU.
 
 Semantics: `interpret` runs a script under Triton's interpreter, where `guarded` makes an access
 past a tensor's end fatal and `compute_bf16_correctly` mends a conversion and a product.
@@ -82,7 +82,7 @@ def _widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
 
 
 def guarded(tensor: Tensor, *, offset: int = 0) -> Tensor:
-    """A contiguous copy, `offset` elements before a page that nothing may touch.
+    """A contiguous copy, `offset` elements before an inaccessible page.
 
     With offset=0 any access past the last element kills the process with SIGSEGV; so does one more
     than a page before the first element. Between those, bytes are 0xFF: NaN in fp32, fp16 and bf16,
@@ -108,7 +108,7 @@ def guarded(tensor: Tensor, *, offset: int = 0) -> Tensor:
 
 
 class StubDriver:
-    """As much of a Triton driver as compiling takes; it names a GPU that need not be there."""
+    """As much of a Triton driver as compiling needs; it names a GPU that may be absent."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -154,7 +154,7 @@ class Compiled:
 
     @functools.cached_property
     def usage(self) -> dict[str, int]:
-        """What a thread takes, in {"REG": registers, "STACK": bytes, ...}; spills are in STACK."""
+        """Resources of a thread: {"REG": registers, "STACK": bytes, ...}; spills are in STACK."""
         return {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", self._dump("resource-usage"))}
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""training/trainer.py: what is saved goes on where it was, as a checkpoint or as a state."""
+"""training/trainer.py: training resumes from a saved state or a checkpoint."""
 
 import os
 import stat
@@ -29,7 +29,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, precision, stop):
 
 
 def test_states_name_their_model_as_ever(tmp_path):
-    """Without what configurations have gained since: an unfinished training still goes on."""
+    """Without later entries of configurations, so that an unfinished training still resumes."""
     trainer = new_trainer(clean_share=0.5)
     assert trainer.config.clean_share == 0.5
     assert model_named_by(trainer, tmp_path / "state") == "60ba0559c4e575b9"

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Kind(NamedTuple):
-    """What a setting may be.
+    """The values that a setting may have.
 
     words:     for the documentation
     arguments: of `ArgumentParser.add_argument`
@@ -116,7 +116,7 @@ class Setting(NamedTuple):
 
     @property
     def default_words(self) -> str:
-        """Its default as --help states it; empty where there is nothing to say."""
+        """Its default as --help states it; empty if it has none."""
         if self.otherwise or self.default is None or self.default is False:
             return self.otherwise
         if isinstance(self.default, tuple):

@@ -41,7 +41,7 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
     """Makes the clips and reports them.
 
     started: `time.perf_counter()` at the moment that times count from
-    files:   the files that are complete are added to it
+    files:   a list, to which complete files are added
 
     Raises ValueError or OSError for bad input, Failure for what goes wrong later.
     """
@@ -88,7 +88,7 @@ def _open_pipeline(settings: argparse.Namespace) -> Pipe:
 
 
 def _check_model(settings: argparse.Namespace, pipe: Pipe) -> None:
-    """ValueError for what this model cannot do; what the pipeline refuses is not repeated here."""
+    """ValueError for settings that this model cannot take; the pipeline checks their values."""
     if settings.label not in pipe.labels:
         problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
         raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
@@ -103,7 +103,7 @@ def _check_model(settings: argparse.Namespace, pipe: Pipe) -> None:
 
 
 def _complete(settings: argparse.Namespace, pipe: Pipe) -> argparse.Namespace:
-    """The settings with what they leave to the model and the machine, but for what samples."""
+    """The settings with output, fps, model, device and dtype filled in."""
     ending = ".png" if settings.preview else ".mp4"
     filled = {
         "output": settings.label + ending if settings.output is None else settings.output,
@@ -169,34 +169,34 @@ def _sample_and_write(
     targets: Sequence[Path],
     record: Record,
 ) -> Job:
-    """Batch after batch, and the base paths, where they are to be kept."""
+    """Samples and writes batch after batch, and the base paths if they are to be kept."""
     from ..media.pictures import to_uint8
     from ..pipelines.batches import Batches
 
     batches = Batches(pipe, request, settings.batch_size)
     job = Job(settings, pipe, batches.request)
-    walked = []
+    paths = []
     with Progress(batches.steps.total, settings.quiet, record) as progress:
         for batch in _explained(batches.run(progress), settings, record):
             record.begin()
             record.add(batch.output.timings)
             progress.expect(batch.steps.total)
-            if job.keeps_paths and not (walked and job.request.shares_path):
-                walked.append(batch.output.trajectory)
+            if job.keeps_paths and not (paths and job.request.shares_path):
+                paths.append(batch.output.trajectory)
             started = time.perf_counter()
             for number, frames in enumerate(to_uint8(batch.output.frames), batch.first):
                 write_clip(targets[number], frames, settings)
                 record.files.append(targets[number])
             record.add({"write": time.perf_counter() - started})
-    if walked:
-        write_trajectory(Path(settings.base_trajectory), walked)
+    if paths:
+        write_trajectory(Path(settings.base_trajectory), paths)
     return job
 
 
 def _explained(
     batches: Iterable[Batch], settings: argparse.Namespace, record: Record
 ) -> Iterator[Batch]:
-    """The batches; Failure for what may go wrong once sampling has begun."""
+    """The batches; raises Failure for errors that may occur once sampling has begun."""
     try:
         yield from batches
     except (MemoryError, RuntimeError) as error:
@@ -209,7 +209,7 @@ def _explained(
         raise
     except (ValueError, OSError) as error:
         if not record.has_begun:
-            raise  # an error before the first step is the input's
+            raise  # before the first step it is an error of the input
         cache = isinstance(error, OSError) and settings.base_cache is not None
         where = f"--base-cache {settings.base_cache}: " if cache else ""
         raise Failure(where + one_line(error)) from error

@@ -1,6 +1,6 @@
-"""What `python -m vfengine.generate` writes and reports: clips, base paths, progress, a summary.
+"""Output of `python -m vfengine.generate`: clips, base paths, progress, a summary.
 
-Nothing here imports torch before it is needed, so that bad names are answered at once.
+Torch is imported only where it is needed, so that bad names are refused at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Record:
-    """What has happened so far, so that an error or an interrupt can name it.
+    """The files and timings so far; an error or an interrupt names the files.
 
     timings: seconds; "startup" is there once sampling has begun
     """
@@ -62,7 +62,7 @@ class Record:
         return "startup" in self.timings
 
     def begin(self) -> None:
-        """Sampling has begun, if it had not before."""
+        """Notes when sampling begins; later calls change nothing."""
         self.timings.setdefault("startup", time.perf_counter() - self.started)
 
     def add(self, timings: Mapping[str, float]) -> None:
@@ -74,7 +74,7 @@ class Record:
 
 
 def check_outputs(output: Path, count: int) -> list[Path]:
-    """The files to be written, name-000.mp4 … when there are several, each found possible."""
+    """The files to be written, checked; several are name-000.mp4 …"""
     from ..media.video import check_target
 
     if count == 1:
@@ -85,7 +85,7 @@ def check_outputs(output: Path, count: int) -> list[Path]:
 
 
 def check_base_files(settings: argparse.Namespace) -> None:
-    """Refuses places where no base path can be written: UsageError or OSError."""
+    """UsageError or OSError where a base path cannot be written."""
     from ..files import check_writable
 
     if settings.base_trajectory is not None:
@@ -112,13 +112,13 @@ def write_clip(target: Path, frames: np.ndarray, settings: argparse.Namespace) -
         raise Failure(f"{target}: cannot be written ({one_line(error)})") from error
 
 
-def write_trajectory(file: Path, walked: Sequence[BaseTrajectory]) -> None:
-    """The base paths of all batches in one file."""
+def write_trajectory(file: Path, paths: Sequence[BaseTrajectory]) -> None:
+    """Writes the base paths of all batches to one file."""
     import torch
 
-    states = torch.cat([part.states for part in walked], dim=1)
+    states = torch.cat([path.states for path in paths], dim=1)
     try:
-        replace(walked[0], states=states).save(file)
+        replace(paths[0], states=states).save(file)
     except OSError as error:
         raise Failure(f"{file}: cannot be written ({one_line(error)})") from error
 
@@ -140,7 +140,7 @@ class Progress:
             total=total,
             disable=True if quiet else None,  # None: shown if stderr is a terminal
             ncols=_terminal_columns(),
-            nrows=20,  # as with columns, a terminal that states 0 would show nothing
+            nrows=20,  # a terminal may report 0 rows, with which no bar is shown
             leave=False,
             unit="step",
         )
@@ -158,12 +158,12 @@ class Progress:
         self.bar.update(steps.done - self.bar.n)
 
     def expect(self, total: int) -> None:
-        """So many steps there are after all: a base path found in the cache takes none."""
+        """Corrects the total: a base path from the cache takes no steps."""
         self.bar.total = total
 
 
 def _terminal_columns() -> int:
-    """Of the terminal at stderr; 80 when it does not say."""
+    """The width of the terminal at stderr; 80 if it is unknown."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):  # no terminal, or no file behind stderr
@@ -191,7 +191,7 @@ def summary(job: Job, record: Record) -> str:
 
 
 def _timed_phases(job: Job) -> dict[str, str]:
-    """The names of the timings of the phases, by how the summary calls them."""
+    """The names of the phases' timings, by the summary's names of the phases."""
     if job.settings.preview:
         return {"base": "base"}
     if job.settings.overlap_phases:
@@ -217,7 +217,7 @@ def json_line(job: Job, record: Record) -> dict[str, Any]:
         "peak_memory": {
             "process": _peak_process_memory(),
             "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
-            # what graphs keep for themselves counts here alone
+            # includes the memory that graphs keep
             "cuda_reserved": torch.cuda.max_memory_reserved(pipe.device) if cuda else None,
         },
         "base_trajectory_read": job.trajectory is not None,

@@ -1,8 +1,8 @@
 """The settings of `python -m vfengine.generate`: flags over --config FILE over defaults.
 
-`SETTINGS` is the one list of them: flags, entries of a file, defaults, help and docs/settings.md
-(`make settings`) come of it. Nothing here imports torch, so that --help and mistyped flags are
-answered at once.
+`SETTINGS` lists them. Flags, entries of a file, defaults, help and docs/settings.md
+(`make settings`) are made from it. Nothing here imports torch, so that --help and errors are
+printed at once.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def generate_parser() -> Parser:
 def read_settings(argv: Sequence[str]) -> argparse.Namespace:
     """Flags over --config FILE over `DEFAULTS`, whose keys the result has as attributes.
 
-    Its `given` names those that flags or the file set; --seed sets none of the two by name. Raises
-    UsageError for whatever is not understood, or cannot go together.
+    Its `given` names those that flags or the file set; --seed does not count as the two seeds.
+    Raises UsageError for flags and entries that are unknown, have bad values or cannot go together.
     """
     parser = generate_parser()
     flags, given = _parse(parser, argv)
@@ -195,12 +195,12 @@ def read_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def written_settings(settings: argparse.Namespace) -> dict[str, Any]:
-    """The settings that flags or the file set, by name, without those that ask for nothing."""
+    """The settings that flags or the file set, by name, without those that change nothing."""
     return effective({name: vars(settings)[name] for name in DEFAULTS if name in settings.given})
 
 
 def _parse(parser: Parser, tokens: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """The settings in the tokens, --seed already in two, and the names that the tokens use."""
+    """The settings in the tokens, --seed as two seeds, and the names that the tokens use."""
     values = vars(parser.parse_args([_with_hyphens(token) for token in tokens]))
     given = set(values)
     if "seed" in values:
@@ -218,7 +218,7 @@ def _with_hyphens(token: str) -> str:
 
 
 def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[str]]:
-    """The file's entries, put through the same checks as flags; as `_parse`."""
+    """The settings and names in the file, checked as flags are; as `_parse`."""
     import json
 
     import yaml
@@ -241,7 +241,7 @@ def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[s
 
 
 def _tokens(entries: dict) -> list[str]:
-    """A file's entries as flags; UsageError for a name or a kind of value that there is not."""
+    """A file's entries as flags; UsageError for an unknown name or a value of a wrong kind."""
     known = {*DEFAULTS, "seed"} - {"list_labels"}
     tokens = {}
     for key, value in entries.items():
@@ -252,7 +252,7 @@ def _tokens(entries: dict) -> list[str]:
             raise UsageError(f"{name} is there twice")
         switch = name in _SWITCHES
         if value is None and (not switch or name in _ON_OFF):
-            continue  # as if it were not there
+            continue  # null is as good as no entry
         if switch is not isinstance(value, bool) or isinstance(value, (dict, list)):
             wanted = "true or false" if switch else "one value"
             raise UsageError(f"{name} must be {wanted}, got {one_line(value)}")

@@ -1,4 +1,4 @@
-"""What `python -m vfengine.train` does: train on rendered motion capture or a folder of videos.
+"""`python -m vfengine.train`: trains on rendered motion capture or a folder of videos.
 
 With --objective vdm it trains VDM* instead: plain video diffusion, one network that denoises all
 frames, which is what decomposed models are compared with.
@@ -62,7 +62,7 @@ def _train(settings: argparse.Namespace) -> int:
 
 
 def _trainer(settings: argparse.Namespace, options: TrainingOptions, state_file: Path) -> Trainer:
-    """The trainer on its clips, with the weights that it goes on from."""
+    """The trainer on its clips, with the weights that it starts from."""
     from ..training.trainer import Trainer
 
     clips, labels, names = _data(settings)
@@ -76,7 +76,7 @@ def _trainer(settings: argparse.Namespace, options: TrainingOptions, state_file:
 
 
 def _describe(trainer: Trainer, settings: argparse.Namespace) -> str:
-    """What is trained on what, in one line."""
+    """Clips, networks and device, in one line."""
     sizes = [
         f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
         for name, net in trainer.networks.items()
@@ -124,7 +124,7 @@ def _run(trainer: Trainer, settings: argparse.Namespace, log: TextIO) -> None:
 
 
 def _check(settings: argparse.Namespace) -> None:
-    """ValueError for numbers out of range and networks that cannot be, before clips are made."""
+    """ValueError for numbers out of range and impossible networks, before clips are rendered."""
     counts = ("num_clips", "num_frames", "size", "frame_stride", "patch_size")
     for name in (*counts, "save_every", "log_every"):
         if getattr(settings, name) < 1:
@@ -143,7 +143,7 @@ def _check(settings: argparse.Namespace) -> None:
 
 
 def _precision(settings: argparse.Namespace) -> str:
-    """What "auto" means: bf16 where the device computes in it, fp32 where it would emulate it."""
+    """The precision; auto is bf16 if the device computes in it, fp32 if it would emulate it."""
     import torch
 
     if settings.precision != AUTO:
@@ -202,7 +202,7 @@ def _config(settings: argparse.Namespace, labels: tuple[str, ...]):
 
     levels = len(settings.layers_per_block)
     coarsest = tuple(level == levels - 1 for level in range(levels))
-    base = UNetConfig(  # what comes out: see models/generators.py
+    base = UNetConfig(  # for the output channels see models/denoisers.py
         out_channels=4,
         block_out_channels=settings.base_channels,
         layers_per_block=settings.layers_per_block,

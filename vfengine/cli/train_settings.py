@@ -149,7 +149,7 @@ def train_parser() -> Parser:
 def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
     """All settings, as attributes; those of decomposed models are 0 or None for a VDM*.
 
-    Raises UsageError for what is not understood, or has no meaning for the objective.
+    Raises UsageError for unknown flags, bad values, and flags that the objective does not take.
     """
     settings = vars(train_parser().parse_args(argv))
     options = {field.name for field in fields(TrainingOptions)}

@@ -30,10 +30,10 @@ _FORMAT_1 = "vfengine.base_trajectory.1"  # before solvers with more history tha
 
 @dataclass(frozen=True, eq=False)
 class BaseTrajectory:
-    """A walked base path of S steps, for B clips.
+    """A base path of S steps, for B clips.
 
     states:      [S+1, B, C, H, W] fp32 or float64: d_t of each visited step, then the final frame
-    table:       the solver that walked it, and that the residual phase will follow
+    table:       the solver that made it, and that the residual phase will use
     schedule_id: `NoiseSchedule.fingerprint()` of its schedule
     base_path:   "stepwise" (the base network's estimates) or "clean" (d_t = √ᾱ_t x, so g_t = 0)
     metadata:    notes that travel with the file, such as seeds: str -> str
@@ -115,7 +115,7 @@ class BaseTrajectory:
         return BaseTrajectory(states, self.table, self.schedule_id, self.base_path, self.metadata)
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """ValueError when the path was walked on another schedule."""
+        """ValueError when the path was made on another schedule."""
         if schedule.fingerprint() != self.schedule_id:
             raise ValueError(
                 f"the base trajectory was made with noise schedule {self.schedule_id}, "
@@ -220,7 +220,7 @@ def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Base
 
 
 def _mixing_of_format_1(solver: str, w: Tensor) -> Tensor:
-    """What w [S] of ε̃ = ε + w (ε - ε_prev) is as mixing; ValueError where it cannot be."""
+    """The mixing of w [S] in ε̃ = ε + w (ε - ε_prev); ValueError where the solver has no w."""
     if w.ndim != 1 or w.dtype != torch.float64:
         raise ValueError(f"extrapolation is {w.dtype} {list(w.shape)}")
     if solver == "dpmsolver":

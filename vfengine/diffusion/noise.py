@@ -32,9 +32,9 @@ NOISE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class NoisePlace:
-    """What the noise of a clip's steps is drawn from.
+    """Where the noise of clips is drawn from: the arguments of `ops.decomposed_noise`.
 
-    seed:                        of the stream, base or residual
+    seed:                        of the base stream, or of the residual stream
     sample_offset, frame_offset: index of the first sample and of the first frame, where the clips
                                  are part of a larger batch or of a longer clip
     """
@@ -139,7 +139,7 @@ def _empty(
     device: torch.device | str | None,
     **offsets: int,
 ) -> Tensor:
-    """What the noise is drawn into: of dtype, or fp32 on its way to fp64."""
+    """An empty tensor to draw into: of dtype, but fp32 where dtype is float64."""
     if len(shape) != ndim or any(int(n) < 1 for n in shape):
         raise ValueError(f"{name}: expected {ndim} positive sizes, got {tuple(shape)}")
     if dtype not in NOISE_DTYPES:

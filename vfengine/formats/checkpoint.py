@@ -1,9 +1,9 @@
 """A model on disk: a folder of config.json and one .safetensors file per network.
 
-There are two kinds. A decomposed model has base.safetensors and residual.safetensors; plain video
+There are two kinds. A decomposed model has base.safetensors and residual.safetensors. Plain video
 diffusion, the baseline (VDM* in the paper, "vdm" in files), has video.safetensors. The
-configuration holds everything that sampling needs to know (shapes, labels, schedule, λ); the
-weights are read without executing code, and held against the SHA-256 that it records.
+configuration holds everything that sampling needs to know (shapes, labels, schedule, λ). Weights
+are read without executing code, and checked against the SHA-256 in the configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT = Path(__file__).parent.parent / "assets" / "default"
 
 Generator = BaseGenerator | ResidualGenerator | VideoGenerator
 
-# the order of the entries in config.json, which is older than the two kinds
+# The order of the entries in config.json, of both kinds.
 _ENTRIES = (
     *("num_frames", "height", "width", "channels", "lam", "labels", "fps", "schedule"),
     *("base", "residual", "base_std", "residual_std", "base_path", "clean_share"),
@@ -43,7 +43,7 @@ _ENTRIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(ABC):
-    """What a model is, apart from its weights; `DecomposedConfig` or `PlainConfig`.
+    """A model apart from its weights; `DecomposedConfig` or `PlainConfig`.
 
     num_frames, height, width, channels   of the clips it was trained on; pixels in -1..1
     labels      class names in the order of the class indices; the null class follows them
@@ -51,16 +51,16 @@ class CheckpointConfig(ABC):
     schedule    NoiseSchedule.to_dict()
     sha256      of the weight files, filled in by save_checkpoint
 
-    Of the kind, not of the model:
+    Of its kind:
     objective   what it was trained for, as --objective takes it: "decomposed" or "vdm"
     networks    the names of its networks, and of their files
     """
 
     objective: ClassVar[str]
     networks: ClassVar[tuple[str, ...]]
-    _format: ClassVar[str]  # how its files say their kind
-    _kind: ClassVar[str]  # how error texts say it
-    _pictures: ClassVar[tuple[int, ...]]  # in each network's input, side by side
+    _format: ClassVar[str]  # its name in config.json
+    _kind: ClassVar[str]  # its name in error texts
+    _num_images: ClassVar[tuple[int, ...]]  # in each network's input, concatenated
 
     num_frames: int
     height: int
@@ -85,11 +85,11 @@ class CheckpointConfig(ABC):
             isinstance(digest, str) for digest in self.sha256.values()
         ):
             raise ValueError(f"sha256 must be an object of strings, got {self.sha256!r}")
-        for name, pictures in zip(self.networks, self._pictures, strict=True):
+        for name, num_images in zip(self.networks, self._num_images, strict=True):
             unet = self.unet_config(name)
             if not isinstance(unet, UNetConfig):
                 raise TypeError(f"{name} must be a UNetConfig, got {unet!r}")
-            if unet.in_channels != pictures * self.channels:
+            if unet.in_channels != num_images * self.channels:
                 raise ValueError(
                     f"{name} takes {unet.in_channels} channels, not those of the clips"
                 )
@@ -98,7 +98,7 @@ class CheckpointConfig(ABC):
 
     @property
     def animates_pictures(self) -> bool:
-        """Whether it can go on from a given base frame (base_path="clean")."""
+        """Whether it can animate a given base frame (base_path="clean")."""
         return False
 
     @property
@@ -110,7 +110,7 @@ class CheckpointConfig(ABC):
         return NoiseSchedule.from_dict(self.schedule)
 
     def fingerprint(self) -> str:
-        """16 hex digits that name its first network: a base path of another one can be refused."""
+        """16 hex digits that name its first network; base paths of another one are refused."""
         return self.sha256.get(self.networks[0], "")[:16]
 
     def unet_config(self, name: str) -> UNetConfig:
@@ -125,7 +125,7 @@ class CheckpointConfig(ABC):
         """The network of this name around its UNet: what turns the UNet's output into ε."""
 
     def to_json(self) -> str:
-        """Its entries; what the format has gained since only where it says more."""
+        """Its entries as JSON, but an entry that the format gained later only where it is set."""
         names = sorted((f.name for f in fields(self)), key=_ENTRIES.index)
         values = {name: getattr(self, name) for name in names}
         if values.get("clean_share", 0) is None:
@@ -136,7 +136,7 @@ class CheckpointConfig(ABC):
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointConfig:
-        """Of the kind that its "format" names; ValueError for text that configures no model."""
+        """The configuration in a JSON text; ValueError if the text is none."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -170,7 +170,7 @@ class DecomposedConfig(CheckpointConfig):
     base, residual   UNetConfig of the two networks
     base_std, residual_std   standard deviation of what each network predicts (see
                 models/denoisers.py)
-    base_path   "stepwise" or "clean": how the base path is walked by default
+    base_path   "stepwise" or "clean": how the base path is followed by default
     clean_share share of the training clips on which the residual network saw the exact base noise;
                 None: not recorded
     """
@@ -179,7 +179,7 @@ class DecomposedConfig(CheckpointConfig):
     networks = ("base", "residual")
     _format = "vfengine-decomposed-1"
     _kind = "a decomposed model"
-    _pictures = (1, 2)
+    _num_images = (1, 2)
 
     lam: float
     base: UNetConfig
@@ -205,7 +205,7 @@ class DecomposedConfig(CheckpointConfig):
     def animates_pictures(self) -> bool:
         """Whether its residual network has seen exact base noise, as base_path="clean" shows it.
 
-        Where the share is not recorded, the base path that was found the better one says so.
+        Where the share is not recorded, base_path decides.
         """
         return self.base_path == "clean" if self.clean_share is None else self.clean_share > 0
 
@@ -228,7 +228,7 @@ class PlainConfig(CheckpointConfig):
     networks = ("video",)
     _format = "vfengine-vdm-1"
     _kind = "a VDM*"
-    _pictures = (1,)
+    _num_images = (1,)
 
     video: UNetConfig
     video_std: float = 0.5

@@ -1,7 +1,7 @@
-"""UNets that others have published, read into our own: `read_unet`, `load_unet`.
+"""Published UNets, read into our own: `read_unet`, `load_unet`.
 
-A format is a file beside this one: where its files lie, what its configuration says in our terms,
-and where our layers are among its weights.
+Each format has a module beside this one. It finds the files, translates the configuration, and maps
+the names of our layers to those of its weights.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def load_unet(
 ) -> UNet | PlannedUNet:
     """A published UNet, for inference: forward(x, t, context=None, class_labels=None).
 
-    What `read_unet` reads, as it runs fastest: on a CPU with its weights packed (vfengine/plan), in
-    float32 where bfloat16 is asked of a machine without the instructions (a warning says so).
+    It is the UNet of `read_unet` in its fastest form. On a CPU its weights are packed
+    (vfengine/plan). A CPU without bfloat16 instructions runs it in float32, with a warning.
     """
     device = torch.device(device)
     planned = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
@@ -47,17 +47,17 @@ def read_unet(
 ) -> UNet:
     """A published UNet as a module of our own: forward(x, t, context=None, class_labels=None).
 
-    source: of diffusers, the folder of a UNet2DConditionModel or UNet3DConditionModel, or of a
-            pipeline that has it in unet/; or one of the weight files in it, such as a variant
-            of ModelScope, the folder or the file text2video_pytorch_model.pth; without a
-            configuration.json beside it, shapes say what it would
+    source: diffusers: the folder of a UNet2DConditionModel or UNet3DConditionModel, or of a
+            pipeline with one in unet/; or one of its weight files, such as a variant.
+            ModelScope: the folder, or the file text2video_pytorch_model.pth; without a
+            configuration.json beside it, the shapes of the weights replace it
     dtype:  of weights and activations: float32, bfloat16 or float16
 
     A clip's frames come second here, x [B, N, C, H, W]; the context [B, M, C'] serves all of them.
     Weights are read without executing code, and cast one by one: memory holds the network once.
 
-    Raises FileNotFoundError where there is no network; ValueError for a dtype, an architecture, an
-    entry of the configuration or a set of weights that is not taken, naming it.
+    Raises FileNotFoundError where there is no network; ValueError, naming it, for a dtype, an
+    architecture, an entry of the configuration or a set of weights that is not supported.
     """
     if dtype not in NETWORK_DTYPES:
         raise ValueError(f"read_unet: dtype must be one of {NETWORK_DTYPES}, got {dtype!r}")
@@ -79,7 +79,7 @@ def read_unet(
 
 
 def read_unet_config(source: str | Path) -> UNetConfig:
-    """What `read_unet` would read, without its weights; raises what it does."""
+    """The configuration of the UNet that `read_unet` reads; raises what that does."""
     return _find(source).unet.config
 
 
@@ -107,7 +107,7 @@ def _find(source: str | Path) -> _Found:
 
 
 def locate(source: str | Path) -> tuple[Path | None, list[Path]]:
-    """The configuration and the weight files of a network; the first may lack with ModelScope's.
+    """The configuration, or None if ModelScope's is missing, and the weight files of a network.
 
     Raises FileNotFoundError where there is none, ValueError for an index that points elsewhere.
     """
@@ -129,13 +129,15 @@ def locate(source: str | Path) -> tuple[Path | None, list[Path]]:
 def fingerprint(source: str | Path | UNet | PlannedUNet, *notes: str) -> str:
     """16 hex digits that name a network: of its files, or of a module's configuration and weights.
 
-    notes: what else it depends on
+    notes: other values that are part of the name
     """
     digest = hashlib.sha256("\n".join(notes).encode())
     if isinstance(source, (UNet, PlannedUNet)):
         digest.update(repr(source.config.identity()).encode())
         hash_tensors(digest, source.state_dict())
-        if isinstance(source, PlannedUNet):  # whose first convolution was listed, without weights
+        if isinstance(
+            source, PlannedUNet
+        ):  # older releases listed its first convolution, without weights
             digest.update(b"unet.conv_in.weight torch.float64unet.conv_in.bias torch.float64")
         return digest.hexdigest()[:16]
     config, files = locate(source)

@@ -1,6 +1,6 @@
 """The UNet of ModelScope's text-to-video model.
 
-Whatever in a configuration would change the result and has no counterpart here is refused by name.
+A setting that would change the result, and that has no counterpart here, is refused by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..models.config import UNetConfig
 from ..models.topology import topology
-from .published import EVERY, EVERY_VIDEO, PublishedUNet, Unsupported
+from .published import COMMON, COMMON_VIDEO, PublishedUNet, Unsupported
 
 WEIGHTS = "text2video_pytorch_model.pth"
 _GROUPS = 32  # of every GroupNorm
@@ -32,7 +32,7 @@ _RESNET = {
 
 
 def locate(folder: Path, chosen: Path | None) -> tuple[Path | None, list[Path]]:
-    """The configuration, which may lack, and the file of weights in a folder."""
+    """The configuration, or None if it is missing, and the file of weights in a folder."""
     config = folder / "configuration.json"
     return (config if config.is_file() else None), [chosen or folder / WEIGHTS]
 
@@ -43,38 +43,38 @@ def locate(folder: Path, chosen: Path | None) -> tuple[Path | None, list[Path]]:
 def modelscope_unet(
     values: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> PublishedUNet:
-    """The UNet of a configuration.json; without one, what the shapes of weights say of it.
+    """The UNet of a configuration.json; values: None if that is missing: shapes replace it.
 
-    Raises ValueError, by name, for what there is not here.
+    Raises ValueError, naming it, for an entry that is not supported.
     """
     config = modelscope_config(model_cfg_of(shapes) if values is None else _model_cfg(values))
-    return PublishedUNet(config, _places(config), _RESNET)
+    return PublishedUNet(config, _layer_names(config), _RESNET)
 
 
-def _places(config: UNetConfig) -> dict[str, str]:
-    """Where our layers are: blocks are numbered through all levels."""
-    places = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1"}
-    places |= {"time_embedding": "time_embed", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    inputs, outputs = 0, -1  # the last blocks of either side
+def _layer_names(config: UNetConfig) -> dict[str, str]:
+    """The names of our layers in its files, where blocks are numbered through all levels."""
+    layers = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1"}
+    layers |= {"time_embedding": "time_embed", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    inputs, outputs = 0, -1  # numbers of the last blocks
     for step in topology(config):
         inputs += step.part in ("down", "downsamplers")
         outputs += step.part == "up"
         if step.kind == "downsample":
-            places[step.name] = f"input_blocks.{inputs}.op"
+            layers[step.name] = f"input_blocks.{inputs}.op"
         elif step.kind == "upsample":
             after = 3 if config.spatial_attention[step.level] else 1
-            places[step.name] = f"output_blocks.{outputs}.{after}.conv"
+            layers[step.name] = f"output_blocks.{outputs}.{after}.conv"
         else:
             block, first = f"input_blocks.{inputs}", 0
             if step.part == "up":
                 block = f"output_blocks.{outputs}"
             elif step.part == "mid":  # one block of two stages
                 block, first = "middle_block", 3 * int(step.name.removeprefix("mid."))
-            places[f"{step.name}.resnet"] = f"{block}.{first}"
-            places[f"{step.name}.temp_conv"] = f"{block}.{first}.temopral_conv"  # spelt so there
-            places[f"{step.name}.spatial"] = f"{block}.{first + 1}"
-            places[f"{step.name}.temporal"] = f"{block}.{first + 2}"
-    return places
+            layers[f"{step.name}.resnet"] = f"{block}.{first}"
+            layers[f"{step.name}.temp_conv"] = f"{block}.{first}.temopral_conv"  # spelt so there
+            layers[f"{step.name}.spatial"] = f"{block}.{first + 1}"
+            layers[f"{step.name}.temporal"] = f"{block}.{first + 2}"
+    return layers
 
 
 # -- configurations --------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def _model_cfg(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
-    """The UNet of a configuration.json's model_cfg; ValueError, by name, as `diffusers_config`."""
+    """The configuration of a model_cfg; ValueError, naming it, for an unsupported entry."""
     no_effect = {"unet_y_dim", "unet_dropout"}  # the first is read, and not used
     for entry, value in model_cfg.items():
         if entry.startswith("unet_") and entry not in _MODEL_CFG | no_effect:
@@ -100,38 +100,38 @@ def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
         raise ValueError(f"no {', '.join(sorted(missing))}")
     if str(model_cfg.get("temporal_attention", True)) != "True":  # a string, in the published file
         raise Unsupported("temporal_attention", model_cfg["temporal_attention"])
-    said = {name.removeprefix("unet_"): value for name, value in model_cfg.items()}
-    widths = tuple(said["dim"] * mult for mult in said["dim_mult"])
-    attention = tuple(0.5**level in said["attn_scales"] for level in range(len(widths)))
+    entries = {name.removeprefix("unet_"): value for name, value in model_cfg.items()}
+    widths = tuple(entries["dim"] * mult for mult in entries["dim_mult"])
+    attention = tuple(0.5**level in entries["attn_scales"] for level in range(len(widths)))
     used = (*attention[:-1], True)  # the middle always has attention
     for width, has in zip(widths, used, strict=True):
-        if has and width % said["head_dim"]:
-            raise Unsupported("unet_head_dim", said["head_dim"], f"does not divide {width}")
+        if has and width % entries["head_dim"]:
+            raise Unsupported("unet_head_dim", entries["head_dim"], f"does not divide {width}")
     return UNetConfig(
-        **EVERY,
-        **EVERY_VIDEO,
-        in_channels=said["in_dim"],
-        out_channels=said["out_dim"],
+        **COMMON,
+        **COMMON_VIDEO,
+        in_channels=entries["in_dim"],
+        out_channels=entries["out_dim"],
         block_out_channels=widths,
-        layers_per_block=(said["res_blocks"],) * len(widths),
+        layers_per_block=(entries["res_blocks"],) * len(widths),
         spatial_attention=attention,
         temporal_attention=attention,
         temporal_conv=(True,) * len(widths),
         mid_spatial_attention=True,
         mid_temporal_attention=True,
-        context_dim=said["context_dim"],
+        context_dim=entries["context_dim"],
         needs_context=True,
-        head_dim=said["head_dim"],
+        head_dim=entries["head_dim"],
         head_dims=tuple(
-            said["head_dim"] if has else width for width, has in zip(widths, used, strict=True)
+            entries["head_dim"] if has else width for width, has in zip(widths, used, strict=True)
         ),
-        transformer_in_heads=said["num_heads"],
+        transformer_in_heads=entries["num_heads"],
         norm_groups=_GROUPS,
     )
 
 
 def model_cfg_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The model_cfg of weights that come without one."""
+    """The model_cfg of weights without one, by their shapes."""
     try:
         dim = shapes["input_blocks.0.0.weight"][0]
         widths, blocks, scales = [], [], []

@@ -1,4 +1,4 @@
-"""What the formats of published networks share: a network on disk, and our names in theirs."""
+"""The common part of the formats of published networks: a UNet, and the names of its weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from ..models.config import UNetConfig
 
-# what every network of both formats has
-EVERY = {
+# entries that all networks of both formats have
+COMMON = {
     "position_buckets": 0,
     "feed_forward_mult": 4,
     "transformer_norm_eps": 1e-6,
     "any_size": True,
 }
-EVERY_VIDEO = {
+COMMON_VIDEO = {
     "temporal_conv_depth": 4,
     "frequency_shift": 0,
     "temporal_self_attentions": 2,
@@ -32,7 +32,7 @@ _TRANSFORMERS = ("spatial", "temporal", "transformer_in")
 
 
 class Unsupported(ValueError):
-    """An entry of a configuration that there is no counterpart for."""
+    """An entry of a configuration without a counterpart here."""
 
     def __init__(self, entry: str, value: object, why: str = "is not supported"):
         super().__init__(f"{entry} = {json.dumps(value, default=str)} {why}")
@@ -40,21 +40,21 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class PublishedUNet:
-    """A UNet of another format: its configuration in our terms, and where our layers are in it.
+    """A UNet of another format: our configuration of it, and its names of our layers.
 
-    places: of layers, by our names
-    resnet: the names of a residual block's layers, where they are not ours
+    layers: its names of layers, by ours
+    resnet: its names of the layers in a residual block, by ours, where they differ
     """
 
     config: UNetConfig
-    places: Mapping[str, str]
+    layers: Mapping[str, str]
     resnet: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, ours: str) -> str:
-        """A weight's name in the other format. Inside a layer both name things alike."""
+        """The other format's name of a weight; inside most layers names are the same."""
         parts = ours.split(".")
-        length = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.places)
-        place, inner = self.places[".".join(parts[:length])], parts[length:]
+        length = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in self.layers)
+        prefix, inner = self.layers[".".join(parts[:length])], parts[length:]
         kind = parts[length - 1]
         if kind == "resnet":
             inner[0] = self.resnet.get(inner[0], inner[0])
@@ -67,11 +67,11 @@ class PublishedUNet:
             layer, _, parameter = name.rpartition(".")
             block = 0 if number is None else int(number) + 1
             inner = [f"transformer_blocks.{block}", _BLOCK.get(layer, layer), parameter]
-        return ".".join([place, *inner])
+        return ".".join([prefix, *inner])
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is not JSON, or holds no names and values."""
+    """The object in a JSON file; ValueError for a file that is not JSON, or holds no object."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, or text that is not UTF-8

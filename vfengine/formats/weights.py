@@ -1,4 +1,4 @@
-"""Weights in files of others: safetensors, and pickles of torch of which no code is run."""
+"""Weights in published files: safetensors, and torch pickles, whose code is not run."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ def open_weights(files: Iterable[Path]) -> StoredWeights:
 
 
 def _safetensors(file: Path) -> StoredWeights:
-    held = ExitStack()
-    opened, seen = held.enter_context(open_tensors(file)), 0
+    mapping = ExitStack()
+    opened, bytes_read = mapping.enter_context(open_tensors(file)), 0
     shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
     def read(name: str) -> Tensor:
-        """The file is mapped anew now and then: pages that were read count as the process's own."""
-        nonlocal opened, seen
-        if seen > _MAPPED_BYTES:
-            held.close()
-            opened, seen = held.enter_context(open_tensors(file)), 0
+        """Maps the file again now and then: pages that were read count as the process's memory."""
+        nonlocal opened, bytes_read
+        if bytes_read > _MAPPED_BYTES:
+            mapping.close()
+            opened, bytes_read = mapping.enter_context(open_tensors(file)), 0
         tensor = opened.get_tensor(name)
-        seen += tensor.nbytes
+        bytes_read += tensor.nbytes
         return tensor
 
     return StoredWeights(shapes, read)
 
 
 def _pickle(file: Path) -> StoredWeights:
-    """A file of torch.save, by torch's reader that makes nothing but tensors; mapped if it can."""
+    """A file of torch.save, by torch's reader that makes only tensors; mapped if possible."""
     try:
         state = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
@@ -77,8 +77,8 @@ def check_weights(
 ) -> None:
     """ValueError unless a file holds all weights, in their shapes, and no others.
 
-    shapes, names: by our names: what is expected, and where it is in the file
-    found:         by names in the file
+    shapes, names: the expected shapes, and the names in the file, by our names
+    found:         the shapes in the file, by names in the file
     """
     expected = set(names.values())
     _refuse(file, "misses weights", sorted(expected - found.keys()))

@@ -1,1 +1,1 @@
-"""Videos and pictures, in and out of files."""
+"""Reading and writing videos and images."""

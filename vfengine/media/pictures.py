@@ -1,7 +1,7 @@
-"""Pictures in and out: files to a network's pixels, sampled clips to frames and sheets.
+"""Images in and out: files to a network's pixels, sampled clips to frames and sheets.
 
-A network's pixels are in -1..1. Frames are in 0..1, or uint8. torch is imported when a picture is
-made ready for a network.
+A network's pixels are in -1..1. Frames are in 0..1, or uint8. Torch is imported only where an image
+becomes a network's input.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def read_picture(file: str | Path) -> Image.Image:
 
 
 def to_network(image: Image.Image, channels: int, height: int, width: int) -> Tensor:
-    """The picture, cropped in the middle and resized: fp32 [1, C, H, W] in -1..1.
+    """The image, cropped in the middle and resized: fp32 [1, C, H, W] in -1..1.
 
-    channels: 3 for RGB (transparent parts on black), 1 for grey; ValueError for any other, and for
-              a picture that has not 8 bits a channel, or colours that are not of a screen
+    channels: 3 for RGB (transparent parts on black), 1 for grey
+
+    Raises ValueError for other channels, and for an image whose mode is not one of _MODES.
     """
     import torch
 
@@ -97,7 +98,7 @@ def to_frames(video: Tensor, output_type: str) -> np.ndarray | Tensor | list[lis
 
 
 def sheet(frames: np.ndarray, columns: int = SHEET_COLUMNS, gap: int = 1) -> np.ndarray:
-    """All frames in one picture, uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 3].
+    """All frames in one image, uint8 [rows (H + gap) - gap, columns (W + gap) - gap, 3].
 
     frames:  uint8 [N, H, W, 3], or several clips [B, N, H, W, 3], each starting a row
     columns: frames in a row at most; a longer clip goes on in the next row
@@ -149,7 +150,7 @@ def enlarge(frames: np.ndarray, factor: int, filter: str = "nearest") -> np.ndar
 
 
 def check_clip(name: str, frames: np.ndarray) -> None:
-    """TypeError or ValueError, in the name of a function, for frames that are no clip."""
+    """TypeError or ValueError for frames that are no clip; name: the calling function's."""
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
         kind = getattr(frames, "dtype", type(frames).__name__)
         raise TypeError(f"{name}: frames must be a uint8 array, got {kind}")

@@ -199,7 +199,7 @@ SUFFIXES = tuple(_WRITERS)
 
 
 class Video(NamedTuple):
-    """What a file holds: frames uint8 [N, H, W, 3]; fps, or None if it states none; truncated."""
+    """A file's frames uint8 [N, H, W, 3]; fps, or None if it states none; truncated or not."""
 
     frames: np.ndarray
     fps: float | None

@@ -1,4 +1,4 @@
-"""What a UNet is: its shape, level by level, and which variants of its layers it has."""
+"""The configuration of a UNet: its shape, level by level, and the variants of its layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,16 +16,16 @@ def _is_int(value: object) -> bool:
 
 
 def _field(default: Any, rule: Callable[[str, Any], None], later: bool, per_level=False) -> Any:
-    """later: a field that the configuration has gained: at its default neither shown nor written.
+    """A field and its rule.
 
-    Files, states of training and base caches name a model by what they show of it: older ones stay
-    good.
+    later: the field was added after the first release. At its default it appears neither in repr
+           nor in files, so that hashes in older checkpoints, training states and caches still hold
     """
     return field(default=default, repr=not later, metadata={"rule": rule, "per_level": per_level})
 
 
 def _count(default: int | None, least: int = 1, later: bool = False) -> Any:
-    """An int from `least` on; None too where it is the default."""
+    """An int of at least `least`; also None where that is the default."""
 
     def rule(name: str, value: Any) -> None:
         if not (value is None and default is None):
@@ -54,7 +54,7 @@ def _choice_or_none(later: bool) -> Any:
 
 
 def _number(default: float | None, later: bool = False) -> Any:
-    """A number in [0, 1]; None too where it is the default."""
+    """A number in [0, 1]; also None where that is the default."""
 
     def rule(name: str, value: Any) -> None:
         if not (value is None and default is None):
@@ -73,7 +73,7 @@ def _one_of(default: str, choices: Sequence[str], later: bool = False) -> Any:
 
 
 def _per_level(default: Sequence | None, later: bool, fits: Callable[[Any], bool]) -> Any:
-    """A sequence of entries that fit, one a level; None too where it is the default."""
+    """A sequence of one entry per level, all of which fit; also None where that is the default."""
 
     def rule(name: str, value: Any) -> None:
         for entry in value:
@@ -97,8 +97,8 @@ class UNetConfig:
 
     patch_size        p folds p x p pixels into channels before the first convolution, and back
                       after the last
-    spatial_attention, temporal_attention, temporal_conv    which levels have them (the middle: as
-                      the last level)
+    spatial_attention, temporal_attention, temporal_conv    which levels have them; the middle has
+                      what the last level has
     temporal_conv_depth    convolutions per temporal convolution block
     frame_embedding   adds an embedding of the frame's distance to the base frame N // 2
     num_classes       class labels 0 .. num_classes - 1, and the null class num_classes; None: no
@@ -109,7 +109,7 @@ class UNetConfig:
     feed_forward_mult, scale_shift, head_dim, norm_groups    see `layers`
     temporal_feed_forward    whether temporal transformers have the feed-forward layer too
 
-    Of networks that others have trained (`load_unet`):
+    For published networks (`load_unet`):
     head_dims, transformer_depths    per level, in place of head_dim and of one block a transformer
     transformer_in_heads    a temporal transformer after the first convolution, with these many
                       heads of head_dim, which may be wider than its channels; None: there is none
@@ -120,11 +120,11 @@ class UNetConfig:
     norm_eps, transformer_norm_eps    of the GroupNorms of residual blocks and the output, and of
                       transformers
     sin_first, frequency_shift    of the timestep's embedding, see `sinusoidal_embedding`
-    class_embedding   "null": num_classes and the null class, which is meant where there are no
-                      labels. Labels are needed by the others: "table" of num_classes;
-                      "timestep", embedded as t is; "projection" of class_features numbers
+    class_embedding   "null": a table of num_classes and the null class, which a call without labels
+                      uses. The others need labels: "table" of num_classes; "timestep", embedded
+                      as t is; "projection" of class_features numbers
     needs_context     whether a call without a context is refused
-    any_size          whether height and width may be no multiples of 2^(levels - 1)
+    any_size          whether height and width need not be multiples of 2^(levels - 1)
     """
 
     in_channels: int = _count(3)
@@ -199,7 +199,7 @@ class UNetConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """All entries but the later ones (`_field`) that are at their default."""
+        """All entries except later ones (`_field`) at their default."""
         values = asdict(self)
         for f in fields(self):
             if not f.repr and values[f.name] == f.default:
@@ -207,7 +207,7 @@ class UNetConfig:
         return values
 
     def identity(self) -> dict[str, Any]:
-        """The entries that hashes name a model by: they had temporal_feed_forward from the start"""
+        """The entries that hashes are made of: `to_dict`, and always temporal_feed_forward."""
         return {**self.to_dict(), "temporal_feed_forward": self.temporal_feed_forward}
 
     @property
@@ -228,7 +228,7 @@ class UNetConfig:
 
 
 def vdm_config(base: UNetConfig, channels: Sequence[int] | None = None) -> UNetConfig:
-    """VDM*: an image UNet made a plain video model (Ho et al. 2022, arXiv 2204.03458).
+    """VDM*: a plain video model made of an image UNet (Ho et al. 2022, arXiv 2204.03458).
 
     After every spatial attention comes a temporal one with a relative position bias, and nothing
     else: the image UNet's weights are a part of its weights, and a temporal layer starts at zero.

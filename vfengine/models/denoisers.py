@@ -1,8 +1,8 @@
-"""Generators, decomposed (base, residual) or plain: UNets that predict clean pictures, behind ε.
+"""Denoisers: UNets wrapped as estimators of the noise ε, for decomposed and plain models.
 
-Samplers and the loss speak of noise estimates (ε); the networks inside predict clean pixels. A
-wrapper scales what goes in to unit variance and turns what comes out into ε. Networks that others
-have trained predict ε or v (PretrainedGenerator).
+Samplers and losses use noise estimates (ε), but the UNets here predict clean pixels. A wrapper
+scales the UNet's input to unit variance and turns its output into ε. Published UNets predict ε or v
+(PretrainedGenerator).
 """
 
 import torch
@@ -16,9 +16,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class _Generator(nn.Module):
-    """What all have: the UNet, every timestep's ᾱ, the standard deviation of what is predicted."""
+    """The common part: the UNet, ᾱ of all timesteps, the standard deviation of what it predicts."""
 
-    takes_labels = True  # whether labels, and so their guidance, make a difference
+    takes_labels = True  # whether labels, and so guidance, change the estimate
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float):
         super().__init__()
@@ -38,11 +38,11 @@ class _Generator(nn.Module):
 
 
 class _BlendGenerator(_Generator):
-    """An ε estimate from a clean picture blended, pixel by pixel, from two.
+    """An ε estimate from a clean image that is a blend of two, pixel by pixel.
 
-    One is the noisy picture, shrunk as far as its noise demands; the other the UNet paints: what
-    little noise leaves visible need not be repainted. The UNet's outputs are the paint and the
-    weight (as a logit): C inputs, C + 1 outputs.
+    The first is the noisy image, shrunk according to its noise. The UNet paints the second. What
+    is visible through the noise thus need not be painted. The UNet outputs the second image and
+    its weight (as a logit): C inputs, C + 1 outputs.
     """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float = 0.5):
@@ -50,7 +50,7 @@ class _BlendGenerator(_Generator):
         super().__init__(unet, schedule, data_std)
 
     def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """Clean estimate x̂ of noisy pictures z [..., C, H, W]."""
+        """Clean estimate x̂ of noisy images z [..., C, H, W]."""
         a = self._alphas_cumprod(t, z.dim())
         total = a * self.data_std**2 + (1 - a)  # the variance of z
         out = self.unet(z * total.rsqrt(), t, **conditions)
@@ -76,10 +76,10 @@ class BaseGenerator(_BlendGenerator):
 
 
 class PretrainedGenerator(_Generator):
-    """z_φ by an image UNet that others have trained: one that predicts ε, or v.
+    """z_φ by a published image UNet, which predicts ε or v.
 
-    v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, arXiv 2202.00512). Labels go to a UNet that has
-    classes, and nowhere in one that has none.
+    v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, arXiv 2202.00512). A UNet without classes ignores
+    labels.
     """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, prediction_type: str = "epsilon"):
@@ -105,7 +105,7 @@ class PretrainedGenerator(_Generator):
 class VideoGenerator(_BlendGenerator):
     """The noise estimate of whole clips z [B, N, C, H, W] by one video UNet: VDM* (`vdm_config`).
 
-    The plain video diffusion that the paper compares with. While its temporal layers are at zero
+    It is the plain video diffusion that the paper compares with. If its temporal layers are zero,
     it is the BaseGenerator of the same weights, frame by frame.
     """
 
@@ -118,14 +118,14 @@ class VideoGenerator(_BlendGenerator):
 class ResidualGenerator(_Generator):
     """z_ψ: the estimate r̂_i of each frame's own noise, from z' = z - √λ √(1-ᾱ) b̂.
 
-    Its base frame z'_m = √ᾱ x̂_m carries no noise of its own and is shown to every frame. A clean
-    frame is blended, pixel by pixel, from three pictures: the base frame, for what does not move;
-    the noisy frame, shrunk towards the base frame as far as its noise demands, for what can be seen
-    through the noise; and one that the UNet paints, for what can not. The UNet's outputs are the
-    paint and the three weights (as logits), so it has 2 C inputs and C + 3 outputs.
+    The base frame z'_m = √ᾱ x̂_m has no residual noise, and is an input for every frame. A clean
+    frame is a blend of three images, pixel by pixel: the base frame, where nothing moves; the noisy
+    frame, shrunk towards the base frame according to its noise, where it is visible through the
+    noise; and one that the UNet paints, elsewhere. The UNet outputs the last image and the three
+    weights (as logits), so it has 2 C inputs and C + 3 outputs.
 
-    lam is the λ of training; a call may name another, as a number or [N], as the sampler does. In a
-    captured step [N] must be on the device.
+    lam is the λ of training. A call may pass another, a number or [N]. In a captured step [N] must
+    be on the device.
     """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, lam: float, data_std: float = 0.35):
@@ -153,12 +153,12 @@ class ResidualGenerator(_Generator):
         Where λ = 1 a frame has no noise of its own, and r̂ no meaning; a floor keeps it finite.
         """
         a = self._alphas_cumprod(t, z.dim())
-        weights = _weights(self.lam if lam is None else lam, z.shape[1], z.device)
+        weights = _weights_on_device(self.lam if lam is None else lam, z.shape[1], z.device)
         own = (1 - weights).clamp(min=1e-4).view(-1, 1, 1, 1)
         return own * (1 - a) / a
 
     def _change(self, z: Tensor, t: Tensor, lam: Lam | None, conditions: dict):
-        """x̂_m [B, 1, C, H, W]; how z'_i / √ᾱ differs from it; how x̂_i does (0 in frame m)."""
+        """x̂_m [B, 1, C, H, W]; z'_i / √ᾱ - x̂_m; and x̂_i - x̂_m, which is 0 in frame m."""
         m, channels = base_index(z.shape[1]), z.shape[2]
         frames = z / self._alphas_cumprod(t, z.dim()).sqrt()  # x_i + σ r_i, and x̂_m
         base = frames[:, m : m + 1]
@@ -174,10 +174,10 @@ class ResidualGenerator(_Generator):
         return base, difference, change * others.view(-1, 1, 1, 1)
 
 
-def _weights(lam: Lam, num_frames: int, device: torch.device) -> Tensor:
-    """`frame_weights` for every step: of a number or a tensor on the device, with no host copy.
+def _weights_on_device(lam: Lam, num_frames: int, device: torch.device) -> Tensor:
+    """`frame_weights`; of a number, or a tensor on the device, without a copy from the host.
 
-    A captured step can neither copy from the host nor look at values on the device.
+    A captured step can neither copy from the host nor read values of the device.
     """
     if isinstance(lam, Tensor) and lam.device == device and lam.shape == (num_frames,):
         weights = lam.to(torch.float32, copy=True)
@@ -190,7 +190,7 @@ def _weights(lam: Lam, num_frames: int, device: torch.device) -> Tensor:
 
 
 def _check_channels(name: str, unet: UNet, inputs: int, weights: int) -> None:
-    """ValueError unless the UNet takes `inputs` pictures, and gives one and `weights` weights."""
+    """ValueError unless the UNet takes `inputs` images, and outputs one and `weights` weights."""
     given, made = unet.config.in_channels, unet.config.out_channels
     if given % inputs or made != given // inputs + weights:
         raise ValueError(

@@ -7,8 +7,8 @@ same memory, never copies.
 Where `fused` says so (inference on CUDA), norms with what follows them, GEGLU and temporal
 attention run as kernels of vfengine/ops.
 
-A layer has `plan` beside `forward`: the same formula, told to a builder (vfengine/plan/walk.py),
-which chooses kernels for it. Of x and of what comes back the builder alone knows what they are.
+A layer has `plan` beside `forward`: the same formula as calls of a builder (vfengine/plan/walk.py),
+which chooses the kernels. Only the builder knows what x and the result are.
 """
 
 import torch
@@ -19,7 +19,7 @@ from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
 from vfengine.ops._dispatch import DTYPE_NUMBERS, MAX_HEAD_DIM
 from vfengine.ops.temporal_attention import MAX_FRAMES
 
-from ..devices import tf32_products
+from ..devices import matmul_in_tf32
 from ..ops.attention import attend
 from .positions import RelativePositionBias
 
@@ -69,10 +69,10 @@ class GroupNorm(nn.GroupNorm):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """SiLU(norm(x) (1 + scale) + shift) in x's dtype; SiLU, scale and shift where asked for.
+        """SiLU(norm(x) (1 + scale) + shift) in x's dtype; SiLU, scale and shift are optional.
 
-        x [B, C, H, W] channels_last; scale, shift [B, C], both or neither. Statistics over all
-        frames are those of a clip [B, C, N, H*W].
+        x [B, C, H, W] channels_last; scale, shift [B, C], both or neither. For statistics over all
+        frames pass a clip [B, C, N, H*W].
         """
         weight, bias = self.weight.float(), self.bias.float()
         if fused(x, self, scale, shift):
@@ -101,10 +101,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose fp32 is fp32, at inference on CUDA: TF32 only where products have it.
+    """A convolution that at inference on CUDA uses TF32 only if matrix products do.
 
-    By torch's default convolutions alone are rounded to TF32, an error of 3e-4. Which way is asked
-    of every call, so that no setting of the process is touched.
+    Torch's default rounds fp32 convolutions to TF32, an error of 3e-4, but not matrix products.
+    Every call passes its precision, so that no setting of the process changes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Conv2d(nn.Conv2d):
             cudnn.benchmark,
             deterministic,
             cudnn.enabled,
-            tf32_products(),
+            matmul_in_tf32(),
         )
 
 
@@ -143,9 +143,10 @@ class Downsample(Conv2d):
 
 
 class Upsample(Conv2d):
-    """3x3 on the picture enlarged by nearest pixels.
+    """3x3 after nearest-neighbour upsampling.
 
-    any_size: to the size of a skip, since an odd one was rounded up on the way down; else twice
+    any_size: upsample to the size of the skip, since downsampling rounds odd sizes up; otherwise
+              to twice the size
     """
 
     def __init__(self, channels: int, any_size: bool):
@@ -157,7 +158,7 @@ class Upsample(Conv2d):
         return super().forward(F.interpolate(x, **size, mode="nearest"))
 
     def plan(self, build, x, skip):
-        return build.enlarged_conv(x, self, skip)
+        return build.upsampled_conv(x, self, skip)
 
 
 class ResBlock(nn.Module):
@@ -262,7 +263,7 @@ class Attention(nn.Module):
         dim_fits = self.head_dim % 8 == 0 and self.head_dim <= MAX_HEAD_DIM
         if x.shape[1] > MAX_FRAMES or not dim_fits:  # no kernel takes these
             return self(x.transpose(1, 2).contiguous(), bias=bias).transpose(1, 2)
-        # put together anew at every call: weights may change, also under a captured graph
+        # concatenated at every call: weights may change, even under a captured graph
         into = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
         bias = bias if bias is None else bias.float().contiguous()
         return self.to_out(temporal_attention(F.linear(x, into), self.heads, bias))
@@ -284,7 +285,7 @@ class FeedForward(nn.Module):
         return self.out(value * F.gelu(gate))
 
     def plan(self, build, x, residual, then=None):
-        """residual + self(x), and through the linear layer that `then` is (`build.linear`)."""
+        """residual + self(x); with `then`, also the linear layer after it (`build.linear`)."""
         return build.linear(build.geglu(x, self.proj), self.out, residual=residual, then=then)
 
 
@@ -298,7 +299,7 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(self, channels: int, axis: str, config, head_dim: int, **ends: nn.Module):
-        """ends: layers around the block, which come before its own in the order of weights"""
+        """ends: layers around the block, whose weights come before its own"""
         super().__init__()
         for name, layer in ends.items():
             self.add_module(name, layer)
@@ -323,9 +324,9 @@ class TransformerBlock(nn.Module):
         context: Tensor | None = None,
         frames_first: bool = False,
     ) -> Tensor:
-        """h [B*N, H*W, C], over time [B, H*W, N, C] or, frames_first, [B, N, H*W, C] -> as h.
+        """h -> the same shape; context [B*N, M, C'] or None.
 
-        context [B*N, M, C'] or None.
+        h is [B*N, H*W, C]; over time [B, H*W, N, C], or with frames_first [B, N, H*W, C].
         """
         for norm, attention, source, bias in self.attentions(context):
             bias = None if bias is None else bias(num_frames, h.device)
@@ -338,13 +339,13 @@ class TransformerBlock(nn.Module):
         return h
 
     def attentions(self, context):
-        """(norm, attention, context or None, position bias or None) of each that runs."""
+        """(norm, attention, context or None, position bias or None) of each attention that runs."""
         yield self.norm1, self.attn1, None, self.bias
         if self.attn2 is not None and (self.axis == "time" or context is not None):
             yield self.norm2, self.attn2, context, None
 
     def plan(self, build, h, context=None, then=None):
-        """then: the linear layer that follows and what is added to its result (`build.linear`)"""
+        """then: the linear layer that follows, and what is added to its result (`build.linear`)"""
         over_frames = self.axis == "time"
         for norm, attention, source, bias in self.attentions(context):
             h = build.attention(h, norm, attention, source, bias=bias, over_frames=over_frames)
@@ -356,10 +357,10 @@ class TransformerBlock(nn.Module):
 class Transformer(TransformerBlock):
     """GroupNorm and a projection, transformer blocks, a projection back; added to the input.
 
-    It is the first of its blocks itself, and holds the others in `rest`.
+    It is itself its first block, for the names of weights in files; `rest` holds the others.
 
-    heads:  as many as fit into the channels, unless given; heads * head_dim is the blocks' width
-    depth:  how many blocks
+    heads:  None: as many as fit into the channels; heads * head_dim is the blocks' width
+    depth:  number of blocks
     """
 
     def __init__(
@@ -391,7 +392,7 @@ class Transformer(TransformerBlock):
         """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
         height, width = x.shape[-2:]
         over_time = self.axis == "time"
-        frames_first = over_time and fused(x, self)  # as the memory has them, and our kernel
+        frames_first = over_time and fused(x, self)  # the order in memory, and of the kernel
         if self.norm_over_frames:
             clip = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)  # [B, C, N, H*W]
             h = self.norm(clip).permute(0, 2, 3, 1)  # [B, N, H*W, C]

@@ -1,4 +1,4 @@
-"""What tells a network of places in time: sinusoids of a timestep or frame, a bias of distances."""
+"""Embeddings of positions in time: sinusoids of a timestep or frame, a bias by distance."""
 
 import math
 
@@ -13,7 +13,7 @@ def sinusoidal_embedding(
 
     sin_first: sin, then cos
     shift:     frequency k is 10000^(-k / (dim / 2 - shift)), rounded as diffusers does: at t = 1000
-               the last bit of a frequency shows. None: no shift, and this family's own rounding
+               the last bit of a frequency matters. None: no shift, and this family's own rounding
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=positions.device)

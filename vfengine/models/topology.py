@@ -1,4 +1,4 @@
-"""The order of a UNet's layers. Whoever builds, runs, plans or maps a UNet goes by this list."""
+"""The order of a UNet's layers: one list, by which a UNet is built, run, planned and mapped."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Step:
 
     name:        of the layer, as in state dicts: part, index, and in down and up the number
     kind:        "stage", "downsample" or "upsample"
-    level:       whose channels the layer makes
-    in_channels: of its input, with the skip that joins it
+    level:       the layer's output has this level's channels
+    in_channels: of its input, with a concatenated skip
     attends:     whether a stage has a spatial and a temporal transformer
     """
 
@@ -29,12 +29,12 @@ class Step:
 
     @property
     def leaves_skip(self) -> bool:
-        """Whether its result is put aside for the way up."""
+        """Whether its result is a skip for the way up."""
         return self.part in ("down", "downsamplers")
 
     @property
     def joins_skip(self) -> bool:
-        """Whether what was put aside last joins its input."""
+        """Whether the last skip is concatenated to its input."""
         return self.part == "up"
 
 
@@ -54,12 +54,18 @@ def topology(config: UNetConfig) -> Iterator[Step]:
             skips.append(channels)
     middle = (config.mid_spatial_attention, config.mid_temporal_attention)
     for number in range(config.mid_blocks):
-        own = [
+        attention = [
             side if chosen is None else chosen
             for chosen, side in zip(middle, attends[last], strict=True)
         ]
         first = number == 0
-        yield Step(f"mid.{number}", "stage", last, channels, (first and own[0], first and own[1]))
+        yield Step(
+            f"mid.{number}",
+            "stage",
+            last,
+            channels,
+            (first and attention[0], first and attention[1]),
+        )
         channels = widths[last]
     for index, level in enumerate(reversed(range(last + 1))):
         for number in range(depths[level] + 1):

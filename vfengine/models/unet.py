@@ -34,7 +34,7 @@ from .topology import Step, topology
 
 
 class Stage(nn.Module):
-    """A residual block, then the temporal convolution, spatial and temporal transformer it has."""
+    """A residual block, then temporal convolution, spatial and temporal transformer, if any."""
 
     def __init__(self, step: Step, config: UNetConfig):
         super().__init__()
@@ -81,7 +81,7 @@ class Stage(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """What tells a UNet the timestep, the class and the frame."""
+    """The embedding of timestep, class and frame, which conditions a UNet."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -91,8 +91,7 @@ class Embeddings(nn.Module):
         self.time_embedding = _mlp(self.time_dim, embed_dim)
         self.class_embedding = _class_embedding(config, self.time_dim, embed_dim)
         self.frame_embedding = _mlp(self.time_dim, embed_dim) if config.frame_embedding else None
-        # a sum lets class and frame act only side by side; this lets "frame 3 of a cartwheel" mean
-        # something
+        # a sum alone has no term for class and frame together, such as "frame 3 of a cartwheel"
         self.embedding_mixer = _mlp(embed_dim, embed_dim) if config.frame_embedding else None
 
     @property
@@ -104,7 +103,7 @@ class Embeddings(nn.Module):
         return self.time_embedding[-1].out_features
 
     def embed(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:
-        """[B*N, E]: of the timestep, the class and the frame; the network puts it through SiLU.
+        """The embedding [B*N, E] of timestep, class and frame, before the network's SiLU.
 
         Raises ValueError for missing labels where there is no null class.
         """
@@ -134,7 +133,7 @@ class Embeddings(nn.Module):
         return embedding.repeat_interleave(num_frames, dim=0)
 
     def _sinusoids(self, t: Tensor) -> Tensor:
-        """t [B] -> [B, C], as the first layer of an embedding takes it."""
+        """t [B] -> [B, C], the input of an embedding's first layer."""
         sin_first, shift = self.config.sin_first, self.config.frequency_shift
         return sinusoidal_embedding(t, self.time_dim, sin_first=sin_first, shift=shift).to(
             self.dtype
@@ -143,7 +142,7 @@ class Embeddings(nn.Module):
     def check_inputs(
         self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None
     ) -> None:
-        """ValueError for what a UNet of this configuration cannot take, or cannot do without."""
+        """ValueError for inputs that do not fit this configuration, or that it needs and lacks."""
         config, multiple = self.config, self.config.size_multiple
         form = "[B, N, C, H, W]" if config.is_video else "[B, C, H, W]"
         if x.dim() != (5 if config.is_video else 4) or x.shape[-3] != config.in_channels:
@@ -178,7 +177,7 @@ class Embeddings(nn.Module):
 
 
 class UNet(Embeddings):
-    """forward(x, t, context=None, class_labels=None): images or, with anything temporal, clips."""
+    """forward(x, t, context=None, class_labels=None): images, or clips if any layer is temporal."""
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
@@ -193,7 +192,7 @@ class UNet(Embeddings):
         self.downsamplers, self.mid = nn.ModuleList(), nn.ModuleList()
         self.up = nn.ModuleList(nn.ModuleList() for _ in widths)
         self.upsamplers = nn.ModuleList()
-        self.steps: list[tuple[Step, nn.Module]] = []  # each with its layer
+        self.steps: list[tuple[Step, nn.Module]] = []  # with their layers
         for step in topology(config):
             layer = _layer(step, config)
             self.get_submodule(step.name.rpartition(".")[0]).append(layer)
@@ -215,10 +214,10 @@ class UNet(Embeddings):
         context [B, M, C'], the same for all frames
         class_labels int64 [B], or [B, F] numbers where class_embedding is "projection"
 
-        Without class_labels a UNet that has a null class takes it, and without a context one that
-        does not need it leaves it out. Raises ValueError for a shape that does not fit the
-        configuration, and for labels or a context that the network has no place for or cannot do
-        without.
+        Without class_labels the null class is used, if there is one. Without a context its
+        attention is left out, unless needs_context. Raises ValueError for a shape that does not fit
+        the configuration, for labels or a context that the network does not take, and for missing
+        ones that it needs.
         """
         config = self.config
         self.check_inputs(x, t, context, class_labels)
@@ -236,13 +235,13 @@ class UNet(Embeddings):
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
         if self.transformer_in is not None:
             h = self.transformer_in(h, num_frames)
-        h = self._walk(h, stage, lambda layer, h, skip: layer(h, skip))
+        h = self._run_layers(h, stage, lambda layer, h, skip: layer(h, skip))
         h = self.conv_out(self.conv_norm_out(h, silu=True))
         h = F.pixel_shuffle(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
 
     def plan(self, build, x, context=None):
-        """As `forward`, of pictures in patches, recorded by a builder (vfengine/plan/walk.py)."""
+        """`forward` on images in patches, as calls of a builder (vfengine/plan/walk.py)."""
 
         def stage(layer: Stage, h, skip):
             return layer.plan(build, h if skip is None else build.cat(h, skip), context)
@@ -250,15 +249,15 @@ class UNet(Embeddings):
         h = build.conv(x, self.conv_in, padded=True)
         if self.transformer_in is not None:
             h = self.transformer_in.plan(build, h)
-        h = self._walk(h, stage, lambda layer, h, skip: layer.plan(build, h, skip))
+        h = self._run_layers(h, stage, lambda layer, h, skip: layer.plan(build, h, skip))
         h = build.group_norm(h, self.conv_norm_out, silu=True)
         return build.conv(h, self.conv_out, fp32=True)
 
-    def _walk(self, h: Any, stage: Callable, resample: Callable) -> Any:
-        """h on its way down, through the middle and up; a tensor, or what a builder has for it.
+    def _run_layers(self, h: Any, stage: Callable, resample: Callable) -> Any:
+        """Runs h down, through the middle and up; h is a tensor, or a builder's value.
 
-        stage:    (layer, h, the skip that joins h or None) -> h
-        resample: (layer, h, the last skip, whose size an enlarged picture takes) -> h
+        stage:    (layer, h, the skip to concatenate or None) -> h
+        resample: (layer, h, the last skip, to whose size an upsampler goes) -> h
         """
         skips = [h]
         for step, layer in self.steps:
@@ -271,7 +270,7 @@ class UNet(Embeddings):
         return h
 
     def embeddings(self) -> Embeddings:
-        """The embeddings alone: the same layers, under the same names."""
+        """The embeddings alone, with the same layers under the same names."""
         with torch.device("meta"), _WithoutInitialisation():
             alone = Embeddings(self.config)
         for name in [name for name, _ in alone.named_children()]:
@@ -288,7 +287,7 @@ def _layer(step: Step, config: UNetConfig) -> nn.Module:
 
 
 def _class_embedding(config: UNetConfig, time_dim: int, embed_dim: int) -> nn.Module | None:
-    """Of class labels; None: the network takes none."""
+    """The embedding of class labels; None if the network takes none."""
     if config.class_embedding == "timestep":
         return _mlp(time_dim, embed_dim)
     if config.class_embedding == "projection":
@@ -306,7 +305,7 @@ def _mlp(in_features: int, out_features: int) -> nn.Sequential:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leave new weights as they are: they are about to be replaced.
+    """Leaves new weights uninitialised: they are about to be replaced.
 
     Initialising on the meta device would also import torch._dynamo, a second of a cold start.
     """
@@ -318,6 +317,6 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 def empty_unet(config: UNetConfig) -> UNet:
-    """On the meta device, for weights that are read: `load_state_dict(…, assign=True)`."""
+    """A UNet on the meta device; `load_state_dict(…, assign=True)` gives it its weights."""
     with torch.device("meta"), _WithoutInitialisation():
         return UNet(config)

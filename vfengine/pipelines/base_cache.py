@@ -1,8 +1,8 @@
-"""A folder of base paths, so that no path is walked twice.
+"""A folder of base paths, so that no path is sampled twice.
 
-A path depends on the base network, its condition, its noise and the solver; the name of its file
-is a hash of all that, so that another model, label, seed or precision finds another file. Files are
-those of `BaseTrajectory.save`, and can be used by themselves.
+A path depends on the base network, its condition, its noise and the solver. Its file is named by a
+hash of all these: another model, label, seed or precision has another file. The files are those of
+`BaseTrajectory.save`, and can be used by themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def cache_key(
     place: NoisePlace,
     dtype: torch.dtype,
 ) -> dict[str, object]:
-    """All that a base path depends on, as JSON values; a changed one loses every cached path.
+    """Everything a base path depends on, as JSON values. A change here loses all cached paths.
 
     notes: the path's metadata: model, labels, seed, guidance scale
     dtype: of the base network
@@ -53,14 +53,14 @@ def cache_key(
 def cached_path(
     folder: str | Path,
     key: Mapping[str, object],
-    walk: Callable[[], BaseTrajectory],
+    sample_path: Callable[[], BaseTrajectory],
 ) -> BaseTrajectory:
-    """The path of this key, read from the folder, or walked and written there.
+    """The path of this key, read from the folder, or sampled and written there.
 
     key: of `cache_key`; kept in the file's metadata under "cache_key"
 
-    Raises ValueError, before anything is walked, for a folder that cannot be one or a file in it
-    that is no whole base path of this key; OSError, after the walk, where it cannot be written.
+    Raises ValueError, before a path is sampled, if `folder` is no folder or its file is not a whole
+    base path of this key; OSError, afterwards, if the path cannot be written.
     """
     folder, text = Path(folder), json.dumps(key, sort_keys=True)
     if folder.exists() and not folder.is_dir():
@@ -71,7 +71,7 @@ def cached_path(
         if path.metadata.get("cache_key") != text:
             raise ValueError(f"{file}: a base trajectory under another's name; remove it")
         return path
-    path = walk()
+    path = sample_path()
     folder.mkdir(parents=True, exist_ok=True)
     path = replace(path, metadata={**path.metadata, "cache_key": text})
     path.save(file)

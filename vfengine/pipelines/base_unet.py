@@ -1,8 +1,8 @@
 """A published image UNet as the base generator of a decomposed model.
 
-The base network of VideoFusion is an image diffusion model, and may be one that others have
-trained: on the same noise schedule, for pictures of the same channels, without a prompt. A clip's
-label then conditions its motion alone, unless the network knows the labels as its own classes.
+The base network of VideoFusion is an image diffusion model, and may be a published one: trained on
+the same noise schedule, on images of the same channels, without a prompt. A clip's label then
+conditions its motion alone, unless the network has the labels as its own classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PretrainedBase:
     def load(
         self, schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype
     ) -> PretrainedGenerator:
-        """The network; a UNet that was given stays as it is, whatever is done with this one."""
+        """The network; a UNet in memory stays as it is."""
         if isinstance(self.source, Path):
             unet = read_unet(self.source, dtype, device)
         elif isinstance(self.source, PlannedUNet):
@@ -52,14 +52,14 @@ def pretrained_base(
     dtype: torch.dtype,
     prediction_type: str | None = None,
 ) -> PretrainedBase:
-    """The base network in place of a checkpoint's own, once it is known to fit.
+    """The base network in place of a checkpoint's own, checked to fit.
 
     source:          a folder or file of `load_unet`, or a UNet, which stays as it is
     prediction_type: "epsilon" or "v_prediction"; None is what the scheduler beside the folder says,
                      or "epsilon"
 
-    Reads the files once, for their SHA-256. Raises ValueError, naming what does not fit, and for a
-    UNet what `load_unet` does.
+    Reads the files once, for their SHA-256. Raises ValueError, naming what does not fit, and what
+    `load_unet` raises.
     """
     if config.objective != "decomposed":
         raise ValueError("base_unet: a plain video model has no base network to replace")
@@ -86,7 +86,7 @@ def pretrained_base(
 
 
 def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
-    """ValueError unless the network makes such pictures from what there is to condition it on."""
+    """ValueError unless the network fits the clips' channels and size, and the labels."""
     channels = (unet.in_channels, unet.out_channels)
     labels = len(config.labels)
     known = unet.num_classes

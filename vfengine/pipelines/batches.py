@@ -1,7 +1,6 @@
-"""A request in batches: as many clips as are wanted, of which so many are made at a time.
+"""A request in batches of a given number of clips.
 
-Whoever takes requests iterates over `Batches.run()`: the command line writes each batch to files,
-and draws a bar of its steps.
+The command line iterates over `Batches.run()`: it writes each batch to files, and shows progress.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some of the clips: output holds clips first, first + 1, …; steps, how far they are."""
+    """One batch: output holds clips first, first + 1, …; steps is the progress after it."""
 
     first: int
     output: VideoFusionOutput
@@ -44,7 +43,8 @@ class Batches:
     request:    of one label and from sample 0 on; as an attribute, with its defaults filled in
     batch_size: clips of a batch, at most; the clips do not depend on it
 
-    Raises ValueError for another request, and for what does not fit the model.
+    Raises ValueError for a request with more labels or a sample_offset, and for one that does not
+    fit the model.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Batches:
     def _steps_from(self, index: int) -> int:
         """The steps of batch number `index` and of those after it."""
         phases = self.pipe.phases(self.request)
-        again = [phase for phase in phases if phase != "base" or not self.request.shares_path]
-        count = (len(self.firsts) - index) * len(again)
-        count += len(phases) - len(again) if index == 0 else 0  # a shared path is walked once
+        repeated = [phase for phase in phases if phase != "base" or not self.request.shares_path]
+        count = (len(self.firsts) - index) * len(repeated)
+        count += len(phases) - len(repeated) if index == 0 else 0  # a shared path is sampled once
         return count * self.request.num_inference_steps

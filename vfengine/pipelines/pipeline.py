@@ -1,4 +1,4 @@
-"""What the pipelines of both kinds of model share: a checkpoint on a device, labels and noise."""
+"""The common part of both pipelines: a checkpoint on a device, labels and noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .session import Session
 
 @dataclass(frozen=True, eq=False)
 class VideoFusionOutput:
-    """What a call of a pipeline returns.
+    """The result of a call of a pipeline.
 
     frames:     "np": float32 [B, N, H, W, C] in 0..1; "pt": float32 tensor [B, N, C, H, W] in 0..1
                 on the pipeline's device; "pil": B clips, each a list of N PIL images
@@ -42,7 +42,7 @@ class Pipeline:
     """A checkpoint, ready to sample on one device.
 
     request_type: the dataclass of its requests
-    lacks:        why it refuses settings that are no fields of it
+    lacks:        for error texts: why it refuses settings that its requests do not have
     """
 
     request_type: ClassVar[type[VideoRequest]]
@@ -57,7 +57,7 @@ class Pipeline:
         capture: bool,
         base: PretrainedBase | None = None,
     ) -> None:
-        if base is not None:  # paths and caches name the network that walks
+        if base is not None:  # base paths and caches name the network that made them
             config = replace(config, sha256={**config.sha256, "base": base.fingerprint})
         self.config = config
         self.schedule = config.noise_schedule()
@@ -101,7 +101,7 @@ class Pipeline:
         return solver_table(request.solver, self.schedule, steps, eta)
 
     def _clip_condition(self, request: VideoRequest) -> Condition:
-        """The condition of every clip; motions of one base path have that of the path."""
+        """The condition of every clip; clips that share a base path share its condition."""
         classes = self._classes(request).expand(request.num_clips)
         return Condition(classes, request.guidance_scale)
 
@@ -110,7 +110,7 @@ class Pipeline:
         return NoisePlace(request.residual_seed, request.sample_offset)
 
     def _clip_noise(self, request: VideoRequest, place: NoisePlace) -> Tensor:
-        """The noise that clips begin with, [B, N, C, H, W]."""
+        """The initial noise of the clips, r [B, N, C, H, W]."""
         config, offset = self.config, place.sample_offset
         size = (config.channels, config.height, config.width)
         shape = (request.num_clips, request.num_frames, *size)

@@ -1,7 +1,7 @@
 """PlainVideoPipeline: clips of a plain video diffusion model, in one phase.
 
-Such a model (VDM* in the paper) is the baseline that decomposed models are compared with: one
-network estimates the noise of all frames, and no base path is walked.
+Such a model (VDM* in the paper) is the baseline that decomposed models are compared with. One
+network estimates the noise of all frames; there is no base path.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class PlainVideoPipeline(Pipeline):
     ) -> VideoFusionOutput:
         """Makes num_videos clips of each label.
 
-        settings: the fields of `VideoRequest`; they mean what they mean in
-                  `VideoFusionPipeline.__call__`, of which all other keywords but base_seed are
-                  refused, unless they are at their defaults
+        settings: the fields of `VideoRequest`, as `VideoFusionPipeline.__call__` describes them.
+                  Other keywords of that call are refused unless they have their defaults;
+                  base_seed is ignored
         callback: called as callback("video", steps done, steps in all), first with 0 done
 
-        Raises ValueError for these, and what `VideoFusionPipeline.__call__` raises.
+        Raises what `VideoFusionPipeline.__call__` raises, and ValueError for its other keywords.
         """
         self.check_fields(changed(settings))
         without_effect = self.request_type.foreign(settings)
@@ -39,7 +39,7 @@ class PlainVideoPipeline(Pipeline):
         return self.sample(VideoRequest(label=label, **own), callback)
 
     def sample(self, request: VideoRequest, callback: Callback | None = None) -> VideoFusionOutput:
-        """Does what a request asks for; `__call__` makes one of its keywords."""
+        """Runs a request; `__call__` makes one of its keywords."""
         request = self.fill_defaults(request)
         table, condition = self._table(request), self._clip_condition(request)
         place = self._clip_place(request)
@@ -51,7 +51,7 @@ class PlainVideoPipeline(Pipeline):
     def fill_defaults(
         self, request: VideoRequest, base_needed_again: bool | None = None
     ) -> VideoRequest:
-        """The request, with what it leaves to the checkpoint."""
+        """The request, with the checkpoint's values for settings that are None."""
         if request.num_frames is not None:
             return request
         return replace(request, num_frames=self.config.num_frames)

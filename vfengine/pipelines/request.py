@@ -28,12 +28,12 @@ MAX_GUIDANCE_SCALE = 100.0
 
 
 class Conflict(NamedTuple):
-    """Two settings of which a request can have one only.
+    """Two settings that cannot go together.
 
     reason: why, as in "--image cannot go with --preview: the picture is the base frame"
-    error:  what a request says that is made with both. Empty: only a caller who knows what was
-            written down can tell, since a default that is spelled out is no mistake elsewhere
-    value:  of the other setting, where no other value is in the way
+    error:  error text of a request with both. Empty: a request accepts both, as one may have its
+            default; only the command line, which knows what the user wrote, refuses them
+    value:  the one value of `other` that conflicts; None: all do
     """
 
     setting: str
@@ -91,9 +91,9 @@ _WITHOUT_EFFECT = {"num_videos": 1, "num_residuals": 1, "preview": False, "overl
 
 
 def effective(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were written down, by name, without those that ask for nothing.
+    """The settings that the user wrote, by name, without those that change nothing.
 
-    Those are None, one video or one motion, which is what there is anyway, and a switch left off.
+    Those are None, one video, one residual, and a switch that is off.
     """
     return {
         name: value
@@ -103,7 +103,7 @@ def effective(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conflicts(written: Mapping[str, Any]) -> Iterator[Conflict]:
-    """The conflicts among the settings that were written down, by name."""
+    """The conflicts among the settings that the user wrote, given by name."""
     values = effective(written)
     for conflict in CONFLICTS:
         if conflict.setting in values and conflict.other in values:
@@ -116,9 +116,9 @@ def conflicts(written: Mapping[str, Any]) -> Iterator[Conflict]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VideoRequest:
-    """The settings of a plain video model; `VideoFusionPipeline.__call__` says what they mean.
+    """The settings of a plain video model; `VideoFusionPipeline.__call__` describes them.
 
-    Raises ValueError for what no model can do.
+    Raises ValueError for a value that no model can take.
     """
 
     label: str | Sequence[str] | None = None
@@ -160,16 +160,16 @@ class VideoRequest:
         return False
 
     def part(self, first: int, count: int) -> VideoRequest:
-        """The request of clips first … first + count - 1, which stay as they are in the whole."""
+        """The request for clips first … first + count - 1, which are those of the whole request."""
         return replace(self, num_videos=count, sample_offset=self.sample_offset + first)
 
     def following(self, trajectory: BaseTrajectory | None) -> VideoRequest:
-        """The request whose later parts use the base path of its first, where they share one."""
+        """The request for later clips: with the first clip's base path, if all clips share one."""
         return self
 
     @classmethod
     def foreign(cls, names: Iterable[str]) -> list[str]:
-        """Those of the names that are settings of another kind of model: no field of this one."""
+        """The names among these that are settings of another kind of model only."""
         own, known = field_names(cls), field_names(SamplingRequest)
         fields = {name: _FIELDS.get(name, name) for name in names}
         return [name for name, field in fields.items() if field in known - own]
@@ -177,11 +177,11 @@ class VideoRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplingRequest(VideoRequest):
-    """The settings of a decomposed model; `VideoFusionPipeline.__call__` says what they mean.
+    """The settings of a decomposed model; `VideoFusionPipeline.__call__` describes them.
 
     preview: make the base frames alone, as clips of one frame
 
-    Raises ValueError for what no model can do, and for settings that cannot go together.
+    Raises ValueError for a value that no model can take, and for settings that cannot go together.
     """
 
     base_seed: int = 0
@@ -203,8 +203,8 @@ class SamplingRequest(VideoRequest):
         _check_count("num_residuals", self.num_residuals)
         if self.num_residuals > 1 and self.num_paths > 1:
             raise ValueError(
-                f"num_residuals={self.num_residuals} is of one base path, {self.num_paths} are "
-                "asked for"
+                f"num_residuals={self.num_residuals} needs one base path, but label and num_videos "
+                f"make {self.num_paths}"
             )
         for conflict in conflicts(vars(self)):
             if conflict.error:
@@ -212,7 +212,7 @@ class SamplingRequest(VideoRequest):
 
     @property
     def num_clips(self) -> int:
-        """B, the number of clips; motions of one base path are clips, too."""
+        """B, the number of clips, those that share a base path included."""
         return max(super().num_clips, self.num_residuals)
 
     @property
@@ -242,7 +242,7 @@ class SamplingRequest(VideoRequest):
 def changed(values: Mapping[str, Any]) -> list[str]:
     """The settings of a `SamplingRequest` that are not at their defaults, seeds aside.
 
-    A seed of noise that is not drawn changes nothing, so that a call may always name both.
+    Seeds do not count: a call may set both, even where one of them is not used.
     """
     defaults = {field.name: field.default for field in fields(SamplingRequest)}
     return [

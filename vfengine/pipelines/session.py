@@ -1,6 +1,6 @@
 """A pipeline's session: its networks in memory, and the phases run with them.
 
-Networks are read when first asked for and can be let go; their loops stay with them
+A network is read when it is first needed, and can be released. Its loop is kept with it
 (sampling/reuse.py).
 """
 
@@ -32,9 +32,9 @@ class Session:
     """The networks of one checkpoint on one device, and the phases that they run.
 
     capture: on CUDA, replay steps from graphs
-    base:    in place of the checkpoint's own base network
+    base:    a base network in place of the checkpoint's own
 
-    Of pairs, the first is the base phase's. Noise is on the device.
+    In pairs, the base phase's comes first. Noise is on the device.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Session:
         place: NoisePlace,
         run: Run,
     ) -> Tensor:
-        """The residual phase on r [B, N, C, H, W] along a path, clean or not as it says: clips."""
-        lam = motion.seen_weights(noise.shape[1])
+        """The residual phase on r [B, N, C, H, W] along a base path, stepwise or clean: clips."""
+        lam = motion.frame_weights(noise.shape[1])
         model = self._model("residual", condition, run, lam)
         return self.driver.residual(model, noise, path, motion, place, run)
 
@@ -85,7 +85,7 @@ class Session:
         run: Run,
     ) -> tuple[Tensor, Tensor]:
         """Both phases at once: the clips, and the base path's states."""
-        lam = motion.seen_weights(noises[1].shape[1])
+        lam = motion.frame_weights(noises[1].shape[1])
         base = self._model("base", conditions[0], run)
         residual = self._model("residual", conditions[1], run, lam)
         return self.driver.overlapped((base, residual), noises, table, motion, places, run)
@@ -93,7 +93,7 @@ class Session:
     def video(
         self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
     ) -> Tensor:
-        """All frames of [B, N, C, H, W] by the one network of a plain video model."""
+        """A plain video model on noise [B, N, C, H, W]: clips."""
         model = self._model("video", condition, run)
         return self.driver.video(model, noise, table, place, run)
 
@@ -102,7 +102,7 @@ class Session:
     def _model(
         self, name: str, condition: Condition, run: Run, lam: Tensor | None = None
     ) -> ModelSpec:
-        """A network under a condition, which one that takes no labels does not see."""
+        """The spec of a network under a condition; one that takes no labels ignores it."""
         network = self._network(name, run)
         lam = None if lam is None else tuple(lam.tolist())
         if self.config.labels == () or not network.takes_labels:
@@ -110,7 +110,7 @@ class Session:
         return guided(network, condition, self.config.null_class, lam)
 
     def _network(self, name: str, run: Run) -> nn.Module:
-        """The network, from memory or from its file, as it computes fastest."""
+        """The network in its fastest form, from memory or from its file."""
         if (network := self.networks.get(name)) is None:
             with run.timed("load", self.device):
                 if name == "base" and self.pretrained is not None:
@@ -124,7 +124,7 @@ class Session:
         return network
 
     def release(self, name: str) -> None:
-        """Lets a network go, with the loop that holds it, and gives its memory back."""
+        """Frees a network and the loop that holds it."""
         if self.networks.pop(name, None) is None:
             return
         self.loops.release(name)
@@ -133,14 +133,14 @@ class Session:
         else:
             return_memory()
 
-    def lets_base_go(self, needed_again: bool) -> bool:
-        """What offload_base=None means: whether the base network goes before the residual phase.
+    def should_offload_base(self, needed_again: bool) -> bool:
+        """Whether offload_base=None frees the base network before the residual phase.
 
-        needed_again: by this call's or the command's later batches
+        needed_again: whether a later batch of the call or command needs it
 
-        On a CPU it goes unless it is needed again. On CUDA, where to read and capture it anew takes
-        longer than to sample, only where the weights that are still to come, and as much again to
-        work in, find no room.
+        On a CPU it is freed unless it is needed again. On CUDA, reading and capturing it again
+        takes longer than sampling. It is freed there only if memory has no room for twice the
+        weights that are still to be read: for themselves, and as much again to work in.
         """
         if self.device.type != "cuda":
             return not needed_again
@@ -150,13 +150,16 @@ class Session:
         for name in ("base", "residual"):
             file = self.folder / f"{name}.safetensors"
             if name not in self.networks and file.is_file():
-                with safe_open(str(file), framework="pt") as read:
-                    tensors = [read.get_slice(key) for key in list(read.keys())]
+                with safe_open(str(file), framework="pt") as opened:
+                    tensors = [opened.get_slice(key) for key in list(opened.keys())]
                     weights += sum(math.prod(tensor.get_shape()) for tensor in tensors)
         return 2 * weights * self.dtype.itemsize > room
 
     def check_complete(self, name: str) -> None:
-        """Finds a missing or cut-off weight file before the other network works for nothing."""
+        """FileNotFoundError or ValueError for a missing or truncated file of weights.
+
+        To be called before the other network runs, which would be in vain.
+        """
         if name in self.networks:
             return
         file = self.folder / f"{name}.safetensors"

@@ -1,13 +1,13 @@
 """VideoFusionPipeline: from a checkpoint and a label to the frames of a clip.
 
-Two phases (vfengine/sampling): the base generator walks the base frame's path, at the cost of
-one image; then the residual generator makes all frames along that path. Each network's weights are
-read when its phase first needs them, and on a CPU the base network leaves memory between the
-phases, so that the peak is the larger of the two and not their sum (`offload_base`).
+There are two phases (vfengine/sampling). The base generator samples the base frame and keeps its
+path, at the cost of one image. Then the residual generator makes all frames along that path. Each
+network's weights are read when its phase first needs them. On a CPU the base network is freed
+between the phases, so that peak memory is the larger of the two and not their sum (`offload_base`).
 
-A call becomes a request (request.py), which checks it. `sample` resolves the request into the four
-values that alone travel below: the solver's table, and for each phase a condition, the place of its
-noise, and for the residual phase its motion.
+A call becomes a request (request.py), which checks it. `sample` resolves the request into four
+kinds of values, and passes on no others: the solver's table, the condition and the noise place of
+each phase, and the motion of the residual phase.
 
 States are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
 seeds and on k alone (vfengine/diffusion/noise.py), never on the batch it is made in.
@@ -65,28 +65,28 @@ class VideoFusionPipeline(Pipeline):
     ) -> VideoFusionPipeline | PlainVideoPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
-        A plain video model has a `PlainVideoPipeline`, which takes the same call, without what only
-        a base path allows.
+        For a plain video model it is a `PlainVideoPipeline`. Its call is the same, but has no
+        settings of the base path.
 
         device:  "cpu", "cuda" or "cuda:<index>"; "auto" is CUDA where torch can use it, else the
                  CPU
         dtype:   of weights and activations: float32, bfloat16 or float16; "auto" is bfloat16 where
-                 that is faster (vfengine/devices.py), else float32. On CUDA float32 is no TF32, in
-                 convolutions either, unless torch.set_float32_matmul_precision allows it
-        capture: on CUDA, replay each phase's step from a graph, which later calls use again if only
-                 noise, seeds (where η = 0) and labels differ; it goes with its network
-                 (offload_base). Has no meaning on a CPU
-        base_unet: an image UNet that walks the base path in place of the checkpoint's own network:
-                 a source of `models.load_unet`, or a UNet of this device and dtype, which "auto"
-                 then stands for. It must fit the clips' channels and the noise schedule; one that
-                 needs a context (a prompt) is refused, and one without classes leaves labels to the
-                 residual network
+                 that is faster (vfengine/devices.py), else float32. On CUDA float32 is never TF32,
+                 not even in convolutions, unless torch.set_float32_matmul_precision allows it
+        capture: on CUDA, replay each phase's step from a graph. Later calls replay the same graph
+                 if only noise, labels or (where η = 0) seeds differ. It is freed with its network
+                 (offload_base). A CPU ignores this
+        base_unet: an image UNet in place of the checkpoint's base network: a source of
+                 `models.load_unet`, or a UNet, whose device and dtype "auto" then stands for. It
+                 must fit the clips' channels and the noise schedule. One that needs a context (a
+                 prompt) is refused. If it has no classes, labels condition the residual network
+                 alone
         base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
                  scheduler of its pipeline says, or "epsilon"
 
         Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, and
-        for a device, dtype or base_unet that cannot be used. The weights are read by the first
-        call, but those of a base_unet at once, for their SHA-256.
+        for a device, dtype or base_unet that cannot be used. The first call reads the weights; the
+        files of a base_unet are also read at once, for their SHA-256.
         """
         if isinstance(base_unet, (UNet, PlannedUNet)):
             device = next(base_unet.parameters()).device if device == AUTO else device
@@ -134,32 +134,33 @@ class VideoFusionPipeline(Pipeline):
         label:          one of `labels`, several of them, or None for no condition
         num_frames:     N; None is what the model was trained on
         guidance_scale: s of classifier-free guidance, ε_u + s (ε_c - ε_u), in [0, 100]; 1 is off
-        base_seed, residual_seed: what the base frames and the frames' own noise are drawn from
+        base_seed, residual_seed: seeds of the base frames' noise and of each frame's own noise
         base_path:      "stepwise" (the paper) or "clean" (the base frame is finished, then
-                        animated); None is the one that the checkpoint names as the better
-        num_residuals:  K motions of one base path, B = K; of one label and one video. Their base
-                        frame is that of sample 0, whatever the sample_offset of the motions
+                        animated); None is the one that the checkpoint names
+        num_residuals:  K clips along one base path, each with its own residual noise, B = K; needs
+                        one label and one video. The path is that of sample 0, whatever
+                        sample_offset is
         solver, eta:    see `solvers.solver_table`
         lam:            λ, a number or [N]; None is the λ of training
-        trajectory:     a base path to use instead of walking one, of 1 or of B clips; see
+        trajectory:     a base path of 1 or B clips, in place of the base phase; see
                         `check_trajectory`
-        image:          a picture to animate, cropped and resized to the model's size; it becomes
-                        the base frame. For models whose `config.animates_pictures` says so
-        base_cache:     a folder where base paths are looked up, and kept (pipelines/base_cache.py)
+        image:          an image to animate: cropped and resized to the model's size, it becomes the
+                        base frame. Only for models with `config.animates_pictures`
+        base_cache:     a folder in which base paths are looked up and kept (base_cache.py)
         window, window_overlap: frames that the residual network sees at a time, and how many of
                         them two neighbouring windows share (sampling/windows.py). None: windows of
                         the trained length where num_frames is larger; window=0: none
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
-        offload_base:   let the base network's weights go before the residual phase, and read them
-                        again when next needed; None does so on a CPU where there is one label,
-                        on CUDA only where the residual network would find no room beside them
+        offload_base:   free the base network before the residual phase, and read it again when it
+                        is next needed. None: on a CPU for a call of one label, on CUDA only if the
+                        residual network has no room beside it
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
                         phase is "base", then "residual"
 
-        Raises ValueError for an unknown label and for anything out of range or of no use together,
-        TypeError for a seed that is no int, for the checkpoint's files what `from_pretrained`
-        raises, and RuntimeError for a step that cannot be captured.
+        Raises ValueError for an unknown label, a value out of range or settings that cannot go
+        together; TypeError for a seed that is no int; RuntimeError for a step that cannot be
+        captured; and for the checkpoint's files what `from_pretrained` raises.
         """
         fields = field_names(SamplingRequest)  # the keywords, but for the callback
         settings = {name: value for name, value in locals().items() if name in fields}
@@ -168,14 +169,14 @@ class VideoFusionPipeline(Pipeline):
     def sample(
         self, request: SamplingRequest, callback: Callback | None = None
     ) -> VideoFusionOutput:
-        """Does what a request asks for; `__call__` makes one of its keywords.
+        """Runs a request; `__call__` makes one of its keywords.
 
         With request.preview the frames are the base frames alone, as clips of one frame.
         """
         request, table = self.fill_defaults(request), self._table(request)
         path, run = self._given_path(request, table), Run(callback)
         if request.preview:
-            path = self._walk(request, table, run) if path is None else path
+            path = self._base_phase(request, table, run) if path is None else path
             video = path.final[:, None].expand(request.num_clips, -1, -1, -1, -1)
             return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
         condition, place = self._clip_condition(request), self._clip_place(request)
@@ -186,13 +187,13 @@ class VideoFusionPipeline(Pipeline):
             conditions = (self._base_condition(request), condition)
             places = (self._base_place(request), place)
             noises = (self._base_noise(request, places[0]), noise)
-            both = self._session.overlapped(noises, conditions, table, motion, places, run)
-            video, path = both[0], self._path(request, both[1], table)
+            video, states = self._session.overlapped(noises, conditions, table, motion, places, run)
+            path = self._path(request, states, table)
             return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
-        path = self._walk(request, table, run) if path is None else path
+        path = self._base_phase(request, table, run) if path is None else path
         offload = request.offload_base
         if offload is None:
-            offload = self.lets_base_go(len(request.labels) > 1)
+            offload = self.should_offload_base(needed_again=len(request.labels) > 1)
         if offload:
             self._session.release("base")
         followed = path.clean() if motion.clean and path.base_path == "stepwise" else path
@@ -202,13 +203,13 @@ class VideoFusionPipeline(Pipeline):
     def fill_defaults(
         self, request: SamplingRequest, base_needed_again: bool | None = None
     ) -> SamplingRequest:
-        """The request, with what it leaves to the checkpoint.
+        """The request, with the checkpoint's values for settings that are None.
 
-        base_needed_again: whether calls that follow need the base network; this settles
-                           offload_base, which None leaves open until the base path is walked
+        base_needed_again: whether later calls need the base network: decides on offload_base now.
+                           None: that is decided after the base phase
 
-        Raises ValueError for λ or windows that do not fit, and for what the checkpoint's own
-        base_path cannot go with.
+        Raises ValueError for λ or windows that do not fit, and for settings that cannot go with
+        the checkpoint's own base_path.
         """
         if request.preview:
             return request
@@ -220,10 +221,10 @@ class VideoFusionPipeline(Pipeline):
         windows = choose_windows(num_frames, config.num_frames, window, overlap, lam=lam)
         window, overlap = windows or (0, None)
         given = request.trajectory
-        picture = request.image is not None or (given is not None and given.base_path == "clean")
-        base_path = request.base_path or ("clean" if picture else config.base_path)
+        is_clean = request.image is not None or (given is not None and given.base_path == "clean")
+        base_path = request.base_path or ("clean" if is_clean else config.base_path)
         if offload is None and base_needed_again is not None:
-            offload = not request.overlap_phases and self.lets_base_go(base_needed_again)
+            offload = not request.overlap_phases and self.should_offload_base(base_needed_again)
         return replace(
             request,
             num_frames=num_frames,
@@ -236,8 +237,8 @@ class VideoFusionPipeline(Pipeline):
 
     def phases(self, request: SamplingRequest) -> tuple[str, ...]:
         """The phases that a request has, as its callback names them."""
-        walked = request.trajectory is None and request.image is None
-        return (("base",) if walked else ()) + (() if request.preview else ("residual",))
+        has_base = request.trajectory is None and request.image is None
+        return (("base",) if has_base else ()) + (() if request.preview else ("residual",))
 
     def walk_base(
         self,
@@ -270,7 +271,7 @@ class VideoFusionPipeline(Pipeline):
             base_cache=base_cache,
         )
         run = Run(callback, zero_timings() if timings is None else timings)
-        return self._walk(request, self._table(request), run)
+        return self._base_phase(request, self._table(request), run)
 
     def preview(
         self,
@@ -281,9 +282,9 @@ class VideoFusionPipeline(Pipeline):
     ) -> VideoFusionOutput:
         """The base frames alone, as clips of one frame: bit for bit those that the clips will have.
 
-        settings: of `walk_base`. At the cost of one image; its trajectory goes on to the clips.
+        settings: of `walk_base`. This costs one image; pass its trajectory on to make the clips.
         """
-        SamplingRequest(output_type=output_type)  # refuses an unknown one before a path is walked
+        SamplingRequest(output_type=output_type)  # refuses an unknown one before the base phase
         timings = zero_timings()
         path = self.walk_base(label, timings=timings, **settings)
         return VideoFusionOutput(to_frames(path.final[:, None], output_type), path, timings)
@@ -296,7 +297,7 @@ class VideoFusionPipeline(Pipeline):
         solver: str = "ddim",
         eta: float = 0.0,
     ) -> BaseTrajectory:
-        """The base path of a picture, cropped in the middle and resized to the model's size.
+        """The base path of an image, cropped in the middle and resized to the model's size.
 
         Raises ValueError for a model whose residual network was not trained for it.
         """
@@ -328,21 +329,21 @@ class VideoFusionPipeline(Pipeline):
     ) -> None:
         """ValueError, naming both sides, when this model cannot follow a base path.
 
-        The path must have been walked by this base network, or come from an image; on this noise
-        schedule, with these steps, solver and eta; for 1 or num_clips clips of this size; and a
-        clean one (of an image) cannot be followed stepwise.
+        The path must come from this base network, or from an image. Its noise schedule, steps,
+        solver and eta must be the same. It must hold 1 or num_clips clips of this size. A clean
+        path (of an image) cannot be followed stepwise.
         """
         table = solver_table(solver, self.schedule, num_inference_steps, eta)
         self._check_path(trajectory, table, num_clips, base_path)
 
-    def lets_base_go(self, needed_again: bool) -> bool:
-        """What offload_base=None does: `Session.lets_base_go`."""
-        return self._session.lets_base_go(needed_again)
+    def should_offload_base(self, needed_again: bool) -> bool:
+        """Whether offload_base=None frees the base network: `Session.should_offload_base`."""
+        return self._session.should_offload_base(needed_again)
 
     # -- inside ------------------------------------------------------------------------------------
 
     def _given_path(self, request: SamplingRequest, table: SolverTable) -> BaseTrajectory | None:
-        """The base path that a request brings along, its own or its picture's, once it fits."""
+        """The request's trajectory or the path of its image, checked; None without either."""
         path = request.trajectory
         if request.image is not None:
             steps, solver, eta = request.num_inference_steps, request.solver, request.eta
@@ -376,11 +377,11 @@ class VideoFusionPipeline(Pipeline):
                 )
         if base_path == "stepwise" and trajectory.base_path == "clean":
             raise ValueError("the base trajectory is of an image: its base_path can only be clean")
-        picture = [config.channels, config.height, config.width]
+        ours = [config.channels, config.height, config.width]
         clips, *theirs = trajectory.final.shape
-        if theirs != picture:
+        if theirs != ours:
             raise ValueError(
-                f"the base trajectory's frames are [C, H, W] = {theirs}, this model's are {picture}"
+                f"the base trajectory's frames are [C, H, W] = {theirs}, this model's are {ours}"
             )
         if clips not in (1, num_clips):
             wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
@@ -390,33 +391,33 @@ class VideoFusionPipeline(Pipeline):
         windows = (request.window, request.window_overlap) if request.window else None
         return Motion(request.lam, windows, clean=request.base_path == "clean")
 
-    def _walk(self, request: SamplingRequest, table: SolverTable, run: Run) -> BaseTrajectory:
-        """The base phase: its path, found in the request's cache or walked."""
+    def _base_phase(self, request: SamplingRequest, table: SolverTable, run: Run) -> BaseTrajectory:
+        """The base path of a request, from its cache or sampled."""
         condition, place = self._base_condition(request), self._base_place(request)
 
-        def walk() -> BaseTrajectory:
+        def sample_path() -> BaseTrajectory:
             noise = self._base_noise(request, place)
             states = self._session.base(noise, condition, table, place, run)
             return self._path(request, states, table)
 
         if request.base_cache is None:
-            return walk()
+            return sample_path()
         if not self.config.fingerprint():
             raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
         key = cache_key(self.config, self._notes(request), table, condition, place, self.dtype)
-        return cached_path(request.base_cache, key, walk).to(self.device)
+        return cached_path(request.base_cache, key, sample_path).to(self.device)
 
     def _base_condition(self, request: SamplingRequest) -> Condition:
         return Condition(self._classes(request), request.guidance_scale)
 
     def _base_place(self, request: SamplingRequest) -> NoisePlace:
-        """Where the base frames' noise is from; motions of one path have that of sample 0."""
+        """The place of the base frames' noise; clips that share a path have sample 0's."""
         check_seed(request.base_seed, "base_seed")
         offset = request.sample_offset if request.num_residuals == 1 else 0
         return NoisePlace(request.base_seed, offset)
 
     def _base_noise(self, request: SamplingRequest, place: NoisePlace) -> Tensor:
-        """The noise that base frames begin with, [B, C, H, W]."""
+        """The initial noise of the base frames, b [B, C, H, W]."""
         config, offset = self.config, place.sample_offset
         shape = (request.num_paths, config.channels, config.height, config.width)
         return base_noise(shape, place.seed, sample_offset=offset, device=self.device)
@@ -426,7 +427,7 @@ class VideoFusionPipeline(Pipeline):
         return BaseTrajectory(states, table, self.schedule.fingerprint(), metadata=notes)
 
     def _notes(self, request: SamplingRequest) -> dict[str, str]:
-        """What is kept in a base path's metadata."""
+        """The metadata of a base path."""
         return {
             "model": self.config.fingerprint(),
             "labels": json.dumps(request.labels),

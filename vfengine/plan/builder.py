@@ -25,7 +25,7 @@ _EPILOGUES = {None: 0, "geglu": 1}
 
 @dataclass(frozen=True)
 class Source:
-    """What a product reads: rows, and for convolutions which row each tap takes.
+    """A source of a matrix product: rows, and for convolutions which row each tap reads.
 
     table:     int32 [taps, rows of an item of the result], -1 for padding; None: row by row
     item_rows: rows of an item in `rows`

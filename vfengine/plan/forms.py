@@ -1,7 +1,7 @@
 """The form in which a layer runs: its packed weights, and the calls that they are packed for.
 
-A form is chosen once, from the layer alone, when its weights are packed. It is the decision itself:
-`emit` records the calls of one shape, so that packing and planning cannot disagree.
+A form is chosen once, from the layer alone, when its weights are packed. Its `emit` records the
+calls for one shape, so that packing and planning cannot disagree.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_
 from .program import Rows
 
 if TYPE_CHECKING:
-    from .walk import Picture, Planner
+    from .walk import FeatureMap, Planner
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
-    """A linear layer: rows times a matrix, one product."""
+class MatMul:
+    """A linear layer: rows times a matrix."""
 
     weights: tuple[Weights]
 
     @classmethod
-    def of(cls, layer: nn.Linear, dtype: torch.dtype, epilogue: str | None = None) -> Product:
+    def of(cls, layer: nn.Linear, dtype: torch.dtype, epilogue: str | None = None) -> MatMul:
         return cls((pack(layer.weight, layer.bias, dtype, epilogue),))
 
     def emit(self, build: Builder, x: Rows, residual: Rows | None = None) -> Rows:
@@ -39,18 +39,18 @@ class Product:
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
-    """out(h + last(g)) = out h + (out last) g: one product in place of two."""
+class FusedMatMul:
+    """out(h + last(g)) = out h + (out last) g: one matrix product in place of two."""
 
     weights: tuple[Weights]
 
     @staticmethod
     def takes(last: nn.Linear, out: nn.Linear) -> bool:
-        """Not for wide ones, where the product of the weights takes longer than it saves."""
+        """Whether it pays: not for wide layers, where the longer sum costs more than it saves."""
         return out.out_features <= out.in_features <= 512
 
     @classmethod
-    def of(cls, last: nn.Linear, out: nn.Linear, dtype: torch.dtype) -> Joined:
+    def of(cls, last: nn.Linear, out: nn.Linear, dtype: torch.dtype) -> FusedMatMul:
         outer, bias = out.weight.float(), out.bias.float()
         if last.bias is not None:
             bias = bias + outer @ last.bias.float()
@@ -61,38 +61,40 @@ class Joined:
 
 
 @dataclass(frozen=True, eq=False)
-class Taps:
-    """A convolution as one product of the rows that its taps read (gather.py).
+class ImplicitGemm:
+    """A convolution as one matrix product: its taps read rows by tables (gather.py).
 
-    reads:  "same" (3x3), "halved" (3x3, stride 2) or "frames" (3 taps along frames)
-    joined: the 1x1 convolution of a shortcut is a part of the product
+    reads:        "same" (3x3), "halved" (3x3, stride 2) or "frames" (3 taps along frames)
+    has_shortcut: the 1x1 convolution of a shortcut is a part of the product
     """
 
     weights: tuple[Weights]
     reads: str
-    joined: bool = False
+    has_shortcut: bool = False
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, dtype: torch.dtype, padded: bool = False) -> Taps:
+    def of(cls, conv: nn.Conv2d, dtype: torch.dtype, padded: bool = False) -> ImplicitGemm:
         reads = "frames" if conv.kernel_size == (3, 1) else "same"
         reads = "halved" if conv.stride == (2, 2) else reads
         return cls((pack(conv_weight(conv, dtype, padded), conv.bias, dtype),), reads)
 
     @classmethod
-    def with_shortcut(cls, conv: nn.Conv2d, shortcut: nn.Conv2d, dtype: torch.dtype) -> Taps:
+    def with_shortcut(
+        cls, conv: nn.Conv2d, shortcut: nn.Conv2d, dtype: torch.dtype
+    ) -> ImplicitGemm:
         both = [conv_weight(conv, dtype), shortcut.weight.flatten(1).to(dtype)]
         bias = conv.bias.float() + shortcut.bias.float()
-        return cls((pack(torch.cat(both, 1), bias, dtype),), "same", joined=True)
+        return cls((pack(torch.cat(both, 1), bias, dtype),), "same", has_shortcut=True)
 
     def emit(
         self,
         plan: Planner,
-        x: Picture,
+        x: FeatureMap,
         *,
-        plus: Picture | None = None,
+        plus: FeatureMap | None = None,
         bias: tuple[Rows, int, int] | None = None,
         fp32: bool = False,
-    ) -> Picture:
+    ) -> FeatureMap:
         size, rows = (x.height, x.width), x.pixels
         if self.reads == "frames":
             rows *= plan.frames
@@ -103,7 +105,7 @@ class Taps:
         else:
             table = gather.same(*size)
         sources = [Source(x.rows, table, rows)]
-        if self.joined:
+        if self.has_shortcut:
             sources += [Source(part) for part in plus.parts]
         item_rows = table.shape[1]
         out = plan.build.matmul(
@@ -112,7 +114,7 @@ class Taps:
             rows=x.rows.count // rows * item_rows,
             item_rows=item_rows,
             bias=bias,
-            residual=None if plus is None or self.joined else plus.rows,
+            residual=None if plus is None or self.has_shortcut else plus.rows,
             out_dtype=torch.float32 if fp32 else None,
         )
         return replace(x, parts=(out,), height=size[0], width=size[1])
@@ -120,9 +122,10 @@ class Taps:
 
 @dataclass(frozen=True, eq=False)
 class Winograd:
-    """A convolution in the form of Winograd, behind it the product of a shortcut, if it has one.
+    """A convolution by Winograd's algorithm, added to the product of a shortcut, if it has one.
 
     weights: of the shortcut, if there is one; of the convolution
+    flat:    3 taps along frames in place of 3x3
     """
 
     weights: tuple[Weights, ...]
@@ -130,20 +133,20 @@ class Winograd:
 
     @classmethod
     def of(cls, conv: nn.Conv2d, dtype: torch.dtype, shortcut: nn.Conv2d | None = None) -> Winograd:
-        before = ()
+        first = ()
         if shortcut is not None:
-            before = (pack(shortcut.weight.flatten(1), shortcut.bias, dtype),)
+            first = (pack(shortcut.weight.flatten(1), shortcut.bias, dtype),)
         weights = pack_winograd(conv.weight, conv.bias, dtype)
-        return cls((*before, weights), conv.kernel_size == (3, 1))
+        return cls((*first, weights), conv.kernel_size == (3, 1))
 
     def emit(
         self,
         plan: Planner,
-        x: Picture,
+        x: FeatureMap,
         *,
-        plus: Picture | None = None,
+        plus: FeatureMap | None = None,
         bias: tuple[Rows, int, int] | None = None,
-    ) -> Picture:
+    ) -> FeatureMap:
         *shortcut, weights = self.weights
         residual = None
         if shortcut:
@@ -160,13 +163,14 @@ class Winograd:
 
 
 @dataclass(frozen=True, eq=False)
-class Enlarged:
-    """3x3 on a picture enlarged by nearest pixels: as it is, or per quarter of twice the size.
+class UpsampledConv:
+    """3x3 after nearest-neighbour upsampling: in one product, or at twice the size in quarters.
 
-    A quarter is 2x2 on the picture itself: taps that fall on the same pixel are one.
+    A quarter, such as the pixels of even rows and odd columns, is a 2x2 convolution of the input:
+    taps that fall on the same pixel are summed.
 
     whole:    weights for any size; None where the quarters are enough
-    quarters: of each of `gather.QUARTERS`; none where they would cost too much memory
+    quarters: weights for each of `gather.QUARTERS`; none where they would cost too much memory
     """
 
     whole: Weights | None
@@ -177,16 +181,16 @@ class Enlarged:
         return self.quarters if self.whole is None else (self.whole, *self.quarters)
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, dtype: torch.dtype) -> Enlarged:
-        """conv.any_size: keeps the weights for other factors than 2 as well"""
+    def of(cls, conv: nn.Conv2d, dtype: torch.dtype) -> UpsampledConv:
+        """conv.any_size: weights for other factors than 2 are needed as well"""
         whole, light = None, is_light(conv)
         if conv.any_size or not light:
             whole = pack(conv_weight(conv, dtype), conv.bias, dtype)
         return cls(whole, tuple(_quarters(conv, dtype)) if light else ())
 
-    def emit(self, plan: Planner, x: Picture, height: int, width: int) -> Picture:
+    def emit(self, plan: Planner, x: FeatureMap, height: int, width: int) -> FeatureMap:
         if not self.quarters or (height, width) != (2 * x.height, 2 * x.width):
-            table = gather.doubled(x.height, x.width, height, width)
+            table = gather.upsampled(x.height, x.width, height, width)
             out = plan.build.matmul(
                 [Source(x.rows, table, x.pixels)],
                 self.whole,
@@ -217,11 +221,13 @@ def _quarters(conv: nn.Conv2d, dtype: torch.dtype):
 
 
 @dataclass(frozen=True, eq=False)
-class Attend:
-    """Attention: q, k and v as one product, or q and, of a context, k and v; heads; a product.
+class AttentionForm:
+    """Attention: projection to q, k and v, the heads, and the projection back.
 
-    Heads are padded to whole steps of the kernel.
+    The dimension of a head is padded to a multiple of 8, the step of the kernels.
 
+    into:  weights of q, k and v together; of q alone, where a context gives k and v
+    kv:    weights of k and v of a context, else None
     heads: number, padded dimension, scale
     """
 
@@ -235,7 +241,7 @@ class Attend:
         return (self.into, self.out) if self.kv is None else (self.into, self.kv, self.out)
 
     @classmethod
-    def of(cls, attention: nn.Module, dtype: torch.dtype, crossed: bool) -> Attend:
+    def of(cls, attention: nn.Module, dtype: torch.dtype, crossed: bool) -> AttentionForm:
         heads, dim = attention.heads, attention.head_dim
         if dim > MAX_HEAD_DIM:
             raise ValueError(
@@ -260,7 +266,7 @@ class Attend:
         return cls(into, kv, back, (heads, dim + padded, dim**-0.5))
 
     def keys(self, build: Builder, context: Rows | None) -> Rows | None:
-        """k and v of a context; None: the rows attend to themselves."""
+        """k and v of a context; None in self-attention."""
         return None if self.kv is None else build.matmul(context, self.kv)
 
     def emit(
@@ -284,7 +290,7 @@ class Attend:
         return build.matmul(out, self.out, residual=residual)
 
 
-Form = Product | Joined | Taps | Winograd | Enlarged | Attend
+Form = MatMul | FusedMatMul | ImplicitGemm | Winograd | UpsampledConv | AttentionForm
 
 
 def convolution(
@@ -293,8 +299,8 @@ def convolution(
     shortcut: nn.Conv2d | None = None,
     padded: bool = False,
     fp32: bool = False,
-) -> Taps | Winograd:
-    """The fastest form. Winograd's takes no padded rows, and writes no fp32 of bf16.
+) -> ImplicitGemm | Winograd:
+    """The fastest form. Winograd takes no padded rows, and writes no fp32 from bf16.
 
     Raises ValueError for a convolution that is neither 3x3 nor 3 taps along frames.
     """
@@ -304,8 +310,8 @@ def convolution(
     if conv.stride == (1, 1) and not (padded or fp32) and takes_winograd(conv):
         return Winograd.of(conv, dtype, shortcut)
     if shortcut is not None:
-        return Taps.with_shortcut(conv, shortcut, dtype)
-    return Taps.of(conv, dtype, padded)
+        return ImplicitGemm.with_shortcut(conv, shortcut, dtype)
+    return ImplicitGemm.of(conv, dtype, padded)
 
 
 _KINDS = (

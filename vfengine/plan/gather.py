@@ -1,6 +1,6 @@
-"""Which row each tap of a convolution reads: the tables of a plan's products (csrc/row_matmul.h).
+"""The row that each tap of a convolution reads: tables for implicit GEMM (csrc/row_matmul.h).
 
-A table is int32 [taps, pixels of the result]: a row of the same picture or clip, -1 for padding.
+A table is int32 [taps, pixels of the result]: a row of the same image or clip, -1 for padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _taps(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
-    """int32 [taps, pixels] from each tap's coordinates; -1 outside of the picture."""
+    """int32 [taps, pixels] from each tap's coordinates; -1 outside of the image."""
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     return torch.where(inside, rows * width + columns, -1).flatten(1).to(torch.int32).contiguous()
 
@@ -21,8 +21,8 @@ def _taps(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
 def _table(height: int, width: int, out_height: int, out_width: int, step: float) -> Tensor:
     """3x3 taps with padding 1 on the grid of out_height x out_width, `step` apart.
 
-    step 1: the same grid; 2: every other pixel; 0.5: of the picture enlarged to the grid by nearest
-    pixels.
+    step 1: the same grid; 2: every other pixel; 0.5: the image is upsampled to the grid first, by
+    nearest neighbours.
     """
     offsets = torch.arange(3) - 1
     y = torch.arange(out_height)[None, None, :, None] * max(1, int(step))
@@ -46,8 +46,8 @@ def halved(height: int, width: int) -> Tensor:
     return _table(height, width, (height + 1) // 2, (width + 1) // 2, 2)
 
 
-def doubled(height: int, width: int, out_height: int, out_width: int) -> Tensor:
-    """3x3 on the picture enlarged to out_height x out_width by nearest pixels."""
+def upsampled(height: int, width: int, out_height: int, out_width: int) -> Tensor:
+    """3x3 on the image upsampled to out_height x out_width by nearest neighbours."""
     return _table(height, width, out_height, out_width, 0.5)
 
 
@@ -56,7 +56,7 @@ QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
 
 @functools.lru_cache(maxsize=64)
 def quarter(height: int, width: int, y: int, x: int) -> tuple[Tensor, Tensor]:
-    """Of a quarter of the picture twice as large: its 2x2 taps, and where its pixels go."""
+    """A quarter of the image at twice the size: the table of its 2x2 taps, and its pixels there."""
     rows, columns = torch.arange(height), torch.arange(width)
     at = torch.arange(2)
     from_rows = (rows + at[:, None] - 1 + y)[:, None, :, None].expand(2, 2, height, width)

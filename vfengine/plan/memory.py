@@ -1,4 +1,4 @@
-"""Memory of plans: where buffers lie in an arena, pages for it, and memory given back."""
+"""Memory of plans: the layout of an arena, its huge pages, and memory returned to the system."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Block:
 def arrange(blocks: Sequence[Block]) -> tuple[list[int], int]:
     """The offset of each block, and the size of an arena that holds them.
 
-    Blocks that a call needs at once lie apart. Large blocks choose first: each takes the lowest gap
+    Blocks that one call needs lie apart. Large blocks are placed first, each in the lowest gap
     between those that it meets (Pisarchyk and Lee 2020, arXiv 2001.03288, greedy by size).
     """
     placed: list[tuple[int, int, Block]] = []  # (offset, end, block)
@@ -53,8 +53,8 @@ def arrange(blocks: Sequence[Block]) -> tuple[list[int], int]:
 def huge_pages(size: int) -> Tensor:
     """uint8 [size] of zeros in pages of 2 MiB where the system has them.
 
-    The rows of one pixel in all frames lie in as many places as there are frames: too many for
-    small pages.
+    Temporal layers read one pixel in all frames, and its rows lie on as many small pages as there
+    are frames.
     """
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -64,7 +64,7 @@ def huge_pages(size: int) -> Tensor:
 
 
 def return_memory() -> None:
-    """Gives freed memory back to the system, which glibc would keep."""
+    """Returns freed memory to the system; glibc would keep it."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -1,8 +1,8 @@
 """Inference of the UNet family on a CPU: weights packed once, a static program per shape.
 
 A `PlannedUNet` takes a UNet's place. Its weights lie in the order in which this machine's kernels
-read them; activations are rows of one dtype from the first convolution to the last, with no copy
-for a layout, a concatenation, an upsampling or a padding: all those are tables of rows that a
+read them. Activations are rows of one dtype from the first convolution to the last. Nothing is
+copied for a layout, a concatenation, an upsampling or a padding: tables say which rows a matrix
 product reads (csrc/row_matmul.h). Statistics, sums and softmax are in fp32.
 """
 
@@ -24,12 +24,12 @@ from .builder import Builder
 from .memory import return_memory
 from .packing import Weights
 from .program import Program, Rows
-from .walk import Packed, Packer, Picture, Planner
+from .walk import FeatureMap, Packed, Packer, Planner
 
 _PROGRAMS = 4  # shapes whose programs are kept
-_TILED = 128  # rows, from which on transformers run in tiles: fewer do not occupy all threads
+_TILED = 128  # least rows with which transformers run in tiles: fewer do not occupy all threads
 # Parts of a UNet in the order in which their weights are numbered. Fingerprints of networks hash
-# the numbers: another order would make strangers of files that older releases wrote.
+# the numbers, and older files record fingerprints: the order must not change.
 _NUMBERED = (
     *("transformer_in", "down", "mid", "up"),
     *("conv_in", "downsamplers", "conv_out", "upsamplers"),
@@ -37,9 +37,10 @@ _NUMBERED = (
 
 
 def inference_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a network asked for in `dtype` is computed in: fp32 without bf16 instructions.
+    """The dtype in which a network of `dtype` is computed: float32 without bf16 instructions.
 
-    A UserWarning says so then. Raises ValueError for a dtype that is neither float32 nor bfloat16.
+    A UserWarning says so in that case. Raises ValueError for a dtype that is neither float32 nor
+    bfloat16.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"networks on a CPU run in float32 or bfloat16, got {dtype}")
@@ -54,7 +55,7 @@ def inference_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def for_inference(unet: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """The UNet as it is fastest: on a CPU a PlannedUNet, which uses it up; else itself.
+    """The UNet in its fastest form: on a CPU a PlannedUNet, which consumes it; else itself.
 
     float16 on a CPU is left to PyTorch.
     """
@@ -66,7 +67,7 @@ def for_inference(unet: nn.Module, dtype: torch.dtype, device: torch.device | st
 class PlannedUNet(nn.Module):
     """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on a CPU.
 
-    unet:  a `UNet`, used up: its weights move into the plan, so that they are held once
+    unet:  a `UNet`, consumed: its weights move into the plan, so that memory holds them once
     dtype: of weights and activations, float32 or bfloat16; see `inference_dtype`
 
     Results depend on neither batch size nor number of threads. Raises ValueError where UNet does,
@@ -87,8 +88,8 @@ class PlannedUNet(nn.Module):
         for index, weights in enumerate(_numbered(unet, self._packed)):
             self.register_buffer(f"packed_{index}", weights.packed)
             self.register_buffer(f"bias_{index}", weights.bias)
-        self._plan = unet.plan  # for further shapes; the layers have no weights but norms' any more
-        # Embeddings in double: rounded once, they do not show how they were summed.
+        self._plan = unet.plan  # for further shapes; of the layers' weights only norms' are left
+        # Embeddings in float64: once rounded, they do not depend on the order of sums.
         self.unet = unet.embeddings().double().requires_grad_(False)
         self.eval()
         return_memory()
@@ -116,15 +117,15 @@ class PlannedUNet(nn.Module):
         shape, frames = tuple(clips.shape), clips.flatten(0, 1)
         with self._lock, torch.no_grad():
             forward = self._forward(shape, None if context is None else tuple(context.shape))
-            pictures = F.pixel_unshuffle(frames, patch) if patch > 1 else frames
+            images = F.pixel_unshuffle(frames, patch) if patch > 1 else frames
             embedding = self.unet.embed(t, class_labels, shape[1] if forward.per_image else 1)
-            out = forward(pictures, F.silu(embedding), context)
-            out = F.pixel_shuffle(out, patch) if patch > 1 else out.clone()  # off the arena
+            out = forward(images, F.silu(embedding), context)
+            out = F.pixel_shuffle(out, patch) if patch > 1 else out.clone()  # out of the arena
         out = out.to(x.dtype, memory_format=torch.contiguous_format)
         return out.unflatten(0, shape[:2]) if config.is_video else out
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
-        """ValueError for what the kernels cannot take and UNet does not look at."""
+        """ValueError for inputs that the kernels cannot take and `check_inputs` does not check."""
         if x.numel() == 0:
             raise ValueError(f"PlannedUNet: x must not be empty, got {tuple(x.shape)}")
         width = self.config.context_dim
@@ -139,7 +140,7 @@ class PlannedUNet(nn.Module):
     def _forward(
         self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None
     ) -> PlannedForward:
-        """Of clips [B, N, C, H, W] and a context [B, L, C']."""
+        """The program for clips [B, N, C, H, W] and a context [B, L, C'], made if there is none."""
         key = (shape, context_shape)
         if key not in self._programs:
             while len(self._programs) >= _PROGRAMS:
@@ -154,7 +155,7 @@ class PlannedUNet(nn.Module):
         batch, frames, channels, height, width = shape
         patch = self.config.patch_size
         height, width, channels = height // patch, width // patch, channels * patch**2
-        # One embedding for all frames of a clip serves where it is only added.
+        # Where the embedding is only added, one row serves all frames of a clip.
         per_image = self.config.frame_embedding or self.config.scale_shift
         build = Builder(self.dtype)
         x = build.rows(batch * frames * height * width, channels + channels % 2)
@@ -165,13 +166,13 @@ class PlannedUNet(nn.Module):
         modulation = build.matmul(embedding, self._packed.embedding, out_dtype=torch.float32)
         planner = Planner(build, self._packed, batch, frames, modulation, per_image, _TILED)
         with torch.no_grad():
-            out = self._plan(planner, Picture((x,), height, width), context)
+            out = self._plan(planner, FeatureMap((x,), height, width), context)
         return PlannedForward(
             build.program(out.rows), (height, width), x, embedding, context, out.rows, per_image
         )
 
     def _apply(self, fn, recurse=True):
-        """Stays as it is where nothing changes; weights that are packed cannot be moved or cast."""
+        """Accepts only its own dtype and device: packed weights can be neither moved nor cast."""
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.device.type != "cpu" or probe.dtype != self.dtype:
             raise RuntimeError(
@@ -183,11 +184,11 @@ class PlannedUNet(nn.Module):
 
 @dataclass(frozen=True)
 class PlannedForward:
-    """The program of one shape, with the buffers by which values come and go.
+    """The program of one shape, with its input and output buffers.
 
-    size:      height and width of the pictures, in patches
-    x:         of the pictures, with a channel of zeros where they are odd
-    per_image: whether there is an embedding for each frame; otherwise for each clip
+    size:      height and width of the images, in patches
+    x:         buffer of the images; if their channels are odd, with a channel of zeros
+    per_image: whether each frame has an embedding of its own; otherwise each clip has one
     """
 
     program: Program
@@ -198,11 +199,11 @@ class PlannedForward:
     out: Rows
     per_image: bool
 
-    def __call__(self, pictures: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
-        """pictures [B*N, C, H, W] -> [B*N, C', H, W], which the next call writes over."""
-        program, channels = self.program, pictures.shape[1]
+    def __call__(self, images: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+        """images [B*N, C, H, W] -> [B*N, C', H, W], which the next call overwrites."""
+        program, channels = self.program, images.shape[1]
         rows = program.view(self.x).view(-1, *self.size, self.x.width)
-        rows[..., :channels].copy_(pictures.permute(0, 2, 3, 1))
+        rows[..., :channels].copy_(images.permute(0, 2, 3, 1))
         rows[..., channels:].zero_()
         program.view(self.embedding).copy_(embedding)
         if self.context is not None:
@@ -212,7 +213,7 @@ class PlannedForward:
 
 
 def _numbered(unet: nn.Module, packed: Packed) -> Iterator[Weights]:
-    """All weights in the order of their numbers; parts that are not in _NUMBERED come last."""
+    """All weights by number; those of parts that are not in _NUMBERED come last."""
     parts = [part for name in _NUMBERED if (part := getattr(unet, name)) is not None]
     order = {layer: number for number, layer in enumerate(_layers(parts))}
     for layer in sorted(packed.forms, key=lambda layer: order.get(layer, len(order))):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPE_NUMBERS
 
-# Input times output channels, above which a convolution keeps the form of fewest weights.
+# Input times output channels, above which a convolution takes the form with fewest weights.
 _LIGHT = 640 * 640
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Packed weights of a product (csrc/cpu/gemm/vector.h) and its bias.
+    """Packed weights of a matrix product (csrc/cpu/gemm/vector.h) and its bias.
 
     packed:  int32 words, in the order that this machine's kernel reads
     bias:    fp32 [columns], with geglu [2 columns]; None: none
@@ -72,17 +72,17 @@ def pack_winograd(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> We
 
 
 def conv_weight(conv: nn.Conv2d, dtype: torch.dtype, even: bool = False) -> Tensor:
-    """[C', taps * C], the channels of a tap side by side; even: padded to an even number."""
+    """[C', taps * C], with the channels of a tap side by side; even: padded to an even number."""
     weight = conv.weight.detach().to(dtype).permute(0, 2, 3, 1)
     return F.pad(weight, (0, weight.shape[-1] % 2 if even else 0)).flatten(1)
 
 
 def is_light(conv: nn.Conv2d) -> bool:
-    """Whether a faster form may cost memory: Winograd's, an upsampler's weights are 16/9 of it."""
+    """Whether it may take a faster form with 16/9 of the weights (Winograd's, an upsampler's)."""
     return conv.in_channels * conv.out_channels <= _LIGHT
 
 
 def takes_winograd(conv: nn.Conv2d) -> bool:
-    """Whether Winograd's form is the faster: not for few channels, whose transforms cost more."""
+    """Whether Winograd's form is faster: not for few channels, where the transforms dominate."""
     least = 128 if conv.kernel_size == (3, 1) else 32
     return min(conv.in_channels, conv.out_channels) >= least and is_light(conv)

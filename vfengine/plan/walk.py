@@ -1,14 +1,14 @@
-"""The two builders to which a network's `plan` is told: a `Packer` once, a `Planner` per shape.
+"""The two builders that a network's `plan` calls: a `Packer` once, a `Planner` per shape.
 
-Both have the same methods. A layer calls them in the order of its formula and hands on what it is
-given. The Packer chooses each layer's form (forms.py), packs its weights and lets go of the layer's
-own, so that memory holds the network once; its values mean nothing. The Planner records the kernel
-calls of one shape in the forms that were chosen; its values are `Picture`s, a context `Rows`.
+Both have the same methods. A layer calls them in the order of its formula, and passes their results
+on. The Packer chooses each layer's form (forms.py), packs its weights and frees the layer's own, so
+that memory holds the network once; its results mean nothing. The Planner records the kernel calls
+for one shape, in the chosen forms; its results are `FeatureMap`s, and a context is `Rows`.
 
     cat(x, y)                      channels side by side, without a copy
     conv(x, layer, …)              3x3, of stride 1 or 2; + shift(embedding), + shortcut(x)
     conv_over_frames(x, layer, …)  3 taps along frames; + residual
-    enlarged_conv(x, layer, skip)  3x3 on x enlarged by nearest pixels to the size of skip
+    upsampled_conv(x, layer, skip) 3x3 on x upsampled to the size of skip
     group_norm(x, layer, …)        with SiLU, with scale and shift by the embedding
     layer_norm(x, layer)           geglu(x, layer)       linear(x, layer, …)
     attention(x, norm, layer, …)   x + attention(norm(x))
@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from .builder import Builder
-from .forms import Attend, Enlarged, Form, Joined, Product, convolution
+from .forms import AttentionForm, Form, FusedMatMul, MatMul, UpsampledConv, convolution
 from .memory import return_memory
 from .packing import Weights, pack
 from .program import Rows
 
-_RETURNED = 2**22  # bytes of a layer from which on its memory goes back to the system
+_LARGE = 2**22  # bytes; the memory of larger layers is returned to the system at once
 
 
 @dataclass
 class Packed:
     """A network's layers in their forms.
 
-    columns:   where a layer's projection of the embedding begins in the product of all
+    columns:   the first column of each layer's projection of the embedding; all are one product
     embedding: the weights of that product
     """
 
@@ -48,7 +48,7 @@ class Packed:
 class Packer:
     """Packs the layers that a network's plan names, one by one."""
 
-    any = object()  # stands for every picture and context
+    any = object()  # stands for every feature map and context
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -57,10 +57,10 @@ class Packer:
         self._biases: list[Tensor] = []
 
     def packed(self) -> Packed:
-        """What was packed; the projections of the embedding become one product."""
+        """The packed layers, with all projections of the embedding as one product."""
         if self._projections:
             weight, bias = torch.cat(self._projections), torch.cat(self._biases)
-            self._projections.clear()  # before they are held a third time
+            self._projections.clear()  # frees them before `pack` copies them
             self._made.embedding = pack(weight, bias, self.dtype)
         return self._made
 
@@ -77,7 +77,7 @@ class Packer:
         padded: bool = False,
         fp32: bool = False,
     ) -> Any:
-        if shift is not None:  # the convolution's own bias comes with it
+        if shift is not None:  # its bias includes the convolution's
             self._project(shift, conv.bias)
         shortcut = None if plus is None or isinstance(plus[0], nn.Identity) else plus[0]
         form = convolution(conv, self.dtype, shortcut, padded, fp32)
@@ -88,8 +88,8 @@ class Packer:
         self._add(conv, convolution(conv, self.dtype))
         return x
 
-    def enlarged_conv(self, x: Any, conv: nn.Conv2d, skip: Any) -> Any:
-        self._add(conv, Enlarged.of(conv, self.dtype))
+    def upsampled_conv(self, x: Any, conv: nn.Conv2d, skip: Any) -> Any:
+        self._add(conv, UpsampledConv.of(conv, self.dtype))
         return x
 
     def group_norm(
@@ -111,7 +111,7 @@ class Packer:
         return x
 
     def geglu(self, x: Any, layer: nn.Linear) -> Any:
-        self._add(layer, Product.of(layer, self.dtype, "geglu"))
+        self._add(layer, MatMul.of(layer, self.dtype, "geglu"))
         return x
 
     def linear(
@@ -122,10 +122,10 @@ class Packer:
         residual: Any = None,
         then: tuple[nn.Linear, Any] | None = None,
     ) -> Any:
-        if then is not None and Joined.takes(layer, then[0]):
-            self._add(then[0], Joined.of(layer, then[0], self.dtype), layer)
+        if then is not None and FusedMatMul.takes(layer, then[0]):
+            self._add(then[0], FusedMatMul.of(layer, then[0], self.dtype), layer)
             return x
-        self._add(layer, Product.of(layer, self.dtype))
+        self._add(layer, MatMul.of(layer, self.dtype))
         return x if then is None else self.linear(x, then[0])
 
     def attention(
@@ -139,7 +139,7 @@ class Packer:
         over_frames: bool = False,
     ) -> Any:
         norm.float()
-        self._add(attention, Attend.of(attention, self.dtype, crossed=context is not None))
+        self._add(attention, AttentionForm.of(attention, self.dtype, crossed=context is not None))
         return x
 
     def runs_in_tiles(self, x: Any, transformer: nn.Module) -> bool:
@@ -153,25 +153,25 @@ class Packer:
         _free(projection)
 
     def _add(self, layer: nn.Module, form: Form, *more: nn.Module) -> None:
-        """more: other layers that the form holds the weights of"""
+        """more: other layers whose weights the form includes"""
         self._made.forms[layer] = form
         _free(layer, *more)
 
 
 def _free(*layers: nn.Module) -> None:
-    """The layers' own memory, before the next one's weights are packed."""
+    """Frees the layers' own weights before the next layer's are packed."""
     freed = 0
     for layer in layers:
         for parameter in layer.parameters():
             freed += parameter.nbytes
             parameter.data = parameter.data.new_empty(0)
-    if freed > _RETURNED:
+    if freed > _LARGE:
         return_memory()
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Activations [images, height, width]: buffers of one row a pixel, side by side."""
+class FeatureMap:
+    """Activations [images, height, width]: buffers with a row per pixel, concatenated."""
 
     parts: tuple[Rows, ...]
     height: int
@@ -183,10 +183,10 @@ class Picture:
 
     @property
     def rows(self) -> Rows:
-        """Its only buffer. Raises ValueError where it is several, which few kernels take."""
+        """Its only buffer. Raises ValueError if there are several, which few kernels take."""
         if len(self.parts) > 1:
             widths = [part.width for part in self.parts]
-            raise ValueError(f"plan: expected one picture, got pictures of {widths} side by side")
+            raise ValueError(f"plan: expected one buffer, got buffers of {widths} channels")
         return self.parts[0]
 
 
@@ -196,9 +196,9 @@ class Planner:
 
     images:     batch * frames
     packed:     the layers' forms
-    modulation: fp32 rows of all projections of the embedding: one an image where `per_image` says
-                so, else one a sample
-    tiled:      rows from which on transformers run in tiles
+    modulation: fp32 rows of all projections of the embedding: with `per_image` one an image, else
+                one a sample
+    tiled:      least number of rows with which transformers run in tiles
     """
 
     build: Builder
@@ -213,19 +213,19 @@ class Planner:
     def images(self) -> int:
         return self.batch * self.frames
 
-    def cat(self, x: Picture, y: Picture) -> Picture:
+    def cat(self, x: FeatureMap, y: FeatureMap) -> FeatureMap:
         return replace(x, parts=(*x.parts, *y.parts))
 
     def conv(
         self,
-        x: Picture,
+        x: FeatureMap,
         conv: nn.Conv2d,
         *,
         shift: nn.Linear | None = None,
-        plus: tuple[nn.Module, Picture] | None = None,
+        plus: tuple[nn.Module, FeatureMap] | None = None,
         padded: bool = False,
         fp32: bool = False,
-    ) -> Picture:
+    ) -> FeatureMap:
         options = {"plus": None if plus is None else plus[1]}
         if shift is not None:
             shared = x.pixels * (1 if self.per_image else self.frames)
@@ -235,22 +235,22 @@ class Planner:
         return self.packed.forms[conv].emit(self, x, **options)
 
     def conv_over_frames(
-        self, x: Picture, conv: nn.Conv2d, residual: Picture | None = None
-    ) -> Picture:
+        self, x: FeatureMap, conv: nn.Conv2d, residual: FeatureMap | None = None
+    ) -> FeatureMap:
         return self.packed.forms[conv].emit(self, x, plus=residual)
 
-    def enlarged_conv(self, x: Picture, conv: nn.Conv2d, skip: Picture) -> Picture:
+    def upsampled_conv(self, x: FeatureMap, conv: nn.Conv2d, skip: FeatureMap) -> FeatureMap:
         return self.packed.forms[conv].emit(self, x, skip.height, skip.width)
 
     def group_norm(
         self,
-        x: Picture,
+        x: FeatureMap,
         norm: nn.GroupNorm,
         *,
         silu: bool = False,
         modulation: nn.Linear | None = None,
         over_frames: bool = False,
-    ) -> Picture:
+    ) -> FeatureMap:
         table = None
         if modulation is not None:
             column = self.packed.columns[modulation]
@@ -261,23 +261,23 @@ class Planner:
         )
         return replace(x, parts=(out,))
 
-    def layer_norm(self, x: Picture, norm: nn.LayerNorm) -> Picture:
+    def layer_norm(self, x: FeatureMap, norm: nn.LayerNorm) -> FeatureMap:
         return replace(x, parts=(self.build.layer_norm(x.rows, norm),))
 
-    def geglu(self, x: Picture, layer: nn.Linear) -> Picture:
+    def geglu(self, x: FeatureMap, layer: nn.Linear) -> FeatureMap:
         return replace(x, parts=(self.packed.forms[layer].emit(self.build, x.rows),))
 
     def linear(
         self,
-        x: Picture,
+        x: FeatureMap,
         layer: nn.Linear,
         *,
-        residual: Picture | None = None,
-        then: tuple[nn.Linear, Picture] | None = None,
-    ) -> Picture:
+        residual: FeatureMap | None = None,
+        then: tuple[nn.Linear, FeatureMap] | None = None,
+    ) -> FeatureMap:
         """residual + layer(x); with then = (another layer, added): another(that) + added.
 
-        Of the two a builder may make one product.
+        A builder may fuse the two layers.
         """
         forms = self.packed.forms
         added = None if residual is None else residual.rows
@@ -289,17 +289,17 @@ class Planner:
 
     def attention(
         self,
-        x: Picture,
+        x: FeatureMap,
         norm: nn.LayerNorm,
         attention: nn.Module,
         context: Rows | None = None,
         *,
         bias: nn.Module | None = None,
         over_frames: bool = False,
-    ) -> Picture:
-        """x + attention(norm(x)): of an image's pixels to each other or to a context's rows.
+    ) -> FeatureMap:
+        """x + attention(norm(x)): an image's pixels attend to each other, or to a context's rows.
 
-        over_frames: of a pixel's frames to each other, with a `bias(frames, device)`
+        over_frames: a pixel's frames attend to each other, with a `bias(frames, device)`
         """
         form, h = self.packed.forms[attention], x.rows
         kv = form.keys(self.build, context)
@@ -307,13 +307,13 @@ class Planner:
         out = form.emit(self, normed, kv, h, over_frames, self._position_bias(bias))
         return replace(x, parts=(out,))
 
-    def runs_in_tiles(self, x: Picture, transformer: nn.Module) -> bool:
+    def runs_in_tiles(self, x: FeatureMap, transformer: nn.Module) -> bool:
         return not len(transformer.rest) and x.rows.count >= self.tiled
 
     def transformer(
-        self, x: Picture, transformer: nn.Module, context: Rows | None = None
-    ) -> Picture:
-        """All of a transformer of one block in one kernel, a tile of rows at a time."""
+        self, x: FeatureMap, transformer: nn.Module, context: Rows | None = None
+    ) -> FeatureMap:
+        """A whole transformer of one block in one kernel, a tile of rows at a time."""
         forms, ff = self.packed.forms, transformer.ff
         feed_forward = None
         if ff is not None:

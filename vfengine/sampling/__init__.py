@@ -1,4 +1,4 @@
-"""How a path is walked, from noise to a clip."""
+"""Sampling: from noise to a clip, in two phases."""
 
 from .api import sample, sample_base, sample_residual, sample_video
 

@@ -1,7 +1,8 @@
 """vf.sample and its phases: networks and noise to clips (VideoFusion, Algorithms 1 and 2).
 
-The arguments are checked here, and resolved to what the driver takes: the solver's table, the place
-of the noise on the way, the motion. two_phase.py says why two phases give the paper's result.
+This module checks the arguments and resolves them to what the driver takes: the solver's table, the
+place of the noise that steps add, and the motion. two_phase.py says why two phases give the paper's
+result.
 """
 
 from __future__ import annotations
@@ -51,21 +52,21 @@ def sample(
 
     base_model:     (z_m [B, C, H, W], t int64 [B]) -> b̂, called once per step on base frames alone
     residual_model: (z' [B, N, C, H, W], t int64 [B]) -> r̂
-                    Both are given buffers that the next step overwrites: a network that keeps its
-                    input keeps a clone
+                    The next step overwrites the inputs of both: a network that keeps its input
+                    must keep a clone
     base_noise:     b [B, C, H, W], residual_noise: r [B, N, C, H, W]; fp32, fp16, bf16 or float64,
-                    as of `decomposed_noise`
+                    as `decomposed_noise` draws them
     lam:            λ, a number or [N]; the base frame's entry is 1 whatever is passed
     solver, eta:    see `solvers.solver_table`; spacing: see `NoiseSchedule.timesteps`
     method:         "two_phase", or "interleaved" for Algorithms 1 and 2 as printed
     base_path:      "stepwise" is the paper; "clean" finishes the base frame, then animates it
                     (d_t = √ᾱ_t x_m; two-phase only)
-    base_seed, residual_seed: of the noise that η > 0 adds on the way
-    overlap_phases: the residual phase follows the base phase a step behind, which runs in a thread
-                    of its own on a CPU, on a stream of its own on CUDA, or on another device if
-                    base_noise lies there; the same bits (stepwise, two-phase only)
+    base_seed, residual_seed: seeds of the noise that steps add where η > 0
+    overlap_phases: run both phases at once, the residual phase one step behind; the bits are the
+                    same. The base phase has its own thread on a CPU, its own stream on CUDA, or
+                    its own device if base_noise is on another one (stepwise, two-phase only)
     capture:        on CUDA, replay each phase's step from a graph (vfengine/sampling/cuda_graph.py)
-    backend:        of the ops that step (vfengine/ops); float64 runs their references
+    backend:        backend of the step's ops (vfengine/ops); float64 runs their references
     callback:       called as callback(phase, steps done, steps in all), for progress bars; phase is
                     "base" or "residual", or "interleaved"
 
@@ -150,13 +151,13 @@ def sample_residual(
 ) -> Tensor:
     """The residual phase: all frames along a base path; returns [B, N, C, H, W].
 
-    path:           of `sample_base`, `BaseTrajectory.load` or `.from_image`; its solver leads.
-                    A path of one clip serves every sample of a larger batch
+    path:           from `sample_base`, `BaseTrajectory.load` or `.from_image`; the residual phase
+                    takes its solver and steps. A path of one clip serves a batch of any size
     residual_noise: r [B, N, C, H, W]; the result has its dtype and device
     sample_offset, frame_offset: place of the first sample and frame, where the clips are part of
                     a larger batch or a longer clip (η > 0)
-    window, window_overlap: call the network on so many frames at a time, for clips longer than it
-                    was trained on (vfengine/sampling/windows.py)
+    window, window_overlap: frames in one call of the network, and frames that two neighbouring
+                    windows share; for clips longer than it was trained on (sampling/windows.py)
     schedule:       refuse a path of any other schedule
 
     Frame m = N // 2 of the result is path.final, cast. All else as in `sample`, errors included.
@@ -191,8 +192,8 @@ def sample_video(
 ) -> Tensor:
     """A plain video diffusion model (VDM), for comparison; returns [B, N, C, H, W] as noise.
 
-    model: (z [B, N, C, H, W], t int64 [B]) -> ε̂; noise: [B, N, C, H, W], every frame its own
-    seed:  of the noise that η > 0 adds on the way; callback's phase is "video"
+    model: (z [B, N, C, H, W], t int64 [B]) -> ε̂; noise: [B, N, C, H, W], independent in every frame
+    seed:  seed of the noise that steps add where η > 0; callback's phase is "video"
 
     Everything else as in `sample`, and the same errors.
     """
@@ -204,7 +205,7 @@ def sample_video(
 
 
 def _run(callback: Callback | None) -> Run:
-    """Steps are reported as they are done; nothing is timed."""
+    """A run that reports finished steps and times nothing."""
     return Run(callback, timings=None, from_zero=False)
 
 
@@ -222,9 +223,9 @@ def _check_noise(name: str, noise: Tensor, axes: str) -> None:
 
 
 def _check_pair(name: str, base: Tensor, residual: Tensor, batches: Sequence[int]) -> None:
-    """Base frames [B, C, H, W], or a path's last, beside residual noise [B, N, C, H, W].
+    """Checks base noise or base frames [B, C, H, W] against residual noise [B, N, C, H, W].
 
-    batches: of the base frames, those that go with the residual noise
+    batches: the batch sizes that base may have
     """
     _check_noise("base_noise", base, _IMAGES)
     _check_noise("residual_noise", residual, _CLIPS)

@@ -1,11 +1,11 @@
 """A step over static buffers, captured once in a CUDA graph and replayed; run plainly on a CPU.
 
-What can be captured: a step that reads and writes only memory that stays where it is, finds its
-place in the tables from a counter on the device, never waits for the device and never branches on
-its values. The steps of two_phase.py and interleaved.py are such (tests/sampling).
+A step can be captured if all memory that it reads or writes stays in place, if a counter on the
+device selects its row of the tables, and if it neither waits for the device nor branches on values
+there. The steps of two_phase.py and interleaved.py are such (tests/sampling).
 
-Threads: a process captures one graph at a time, and nothing may wait for the whole device or empty
-torch's cache of memory meanwhile. All of that is done holding `exclusive`; replays never are.
+Threads: a process captures one graph at a time. Meanwhile no thread may wait for the whole device
+or empty torch's memory cache. Whoever does any of these holds `exclusive`; replays need no lock.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..devices import tf32_products
+from ..devices import matmul_in_tf32
 
 Step = Callable[[], None]
 
 _WARM_UP_STEPS = 2  # libraries choose algorithms and allocate workspaces in their first calls
 
-# Held while a graph is captured, by whatever would break a capture on another thread: capturing,
-# torch.cuda.synchronize, torch.cuda.empty_cache. To wait for one stream breaks none.
+# For everything that would break a capture on another thread: capturing, torch.cuda.synchronize,
+# torch.cuda.empty_cache. Waiting for one stream breaks no capture.
 exclusive = threading.RLock()
 
 _idle_streams: dict[tuple[int, str], list[torch.cuda.Stream]] = {}  # by device and use
@@ -36,11 +36,11 @@ def captured(step: Step, device: torch.device, before: Step) -> Step:
     """The replay of a CUDA graph that holds the step.
 
     step:   runs in inference mode
-    before: called ahead of every warm-up step, to bring the counter back to where a step can run;
-            warm-up and capture leave the buffers with values of no meaning
+    before: called before each warm-up step and the capture, to reset the counter; both leave
+            meaningless values in the buffers
 
-    The graph keeps a stream to itself, so that graphs may be replayed at the same time: libraries
-    have a workspace for each stream, whose address is in the graph.
+    Each graph has its own stream, so that graphs can be replayed at the same time: libraries keep
+    a workspace for each stream, whose address is in the graph.
 
     Raises RuntimeError for a step that cannot be captured: it is not run eagerly instead.
     """
@@ -61,28 +61,28 @@ def captured(step: Step, device: torch.device, before: Step) -> Step:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # Ending a broken capture raises once more; CUDA's own words go on for lines.
+                # Ending a failed capture raises a second error; CUDA's message has several lines.
                 cause = str(error.__context__ or error).partition("\n")[0]
                 raise RuntimeError(
                     f"this step cannot be captured in a CUDA graph ({cause}); run it with "
                     "capture=False"
                 ) from error
         finally:
-            torch.cuda.set_stream(here)  # a capture that fails would leave the other one
+            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
             here.wait_stream(stream)
     return graph.replay
 
 
 def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, step: Step) -> None:
-    """Captures the step, as seen in inference mode, in a graph that is not.
+    """Captures the step, which runs in inference mode; the capture begins outside of it.
 
-    Of torch before 2.11, a capture begun in inference mode makes its generator's state there, and
-    while that graph lives no other capture of the process can begin outside
+    Torch before 2.11 creates the graph's generator state where the capture begins. If that is in
+    inference mode, no capture can begin outside of it while the graph lives
     (github.com/pytorch/pytorch/issues/166792).
     """
     with (
         torch.inference_mode(False),
-        # thread_local: what other threads ask of CUDA meanwhile is their own affair
+        # thread_local: CUDA calls of other threads do not break this capture
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         torch.inference_mode(),
     ):
@@ -90,14 +90,14 @@ def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, step: Step)
 
 
 def empty_cache() -> None:
-    """Gives memory that torch keeps back to the device, when no capture is underway."""
+    """Returns memory that torch caches to the device, while no capture is underway."""
     with exclusive:
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """A stream for what is to run beside the current one; work left on it is waited for in turn."""
+    """A stream for work beside the current one; its next user queues behind work left on it."""
     stream, idle = _take_stream(device, "side")
     try:
         yield stream
@@ -106,10 +106,9 @@ def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 
 def _take_stream(device: torch.device, use: str) -> tuple[torch.cuda.Stream, list]:
-    """A stream, and the list to which it goes back when it is idle again.
+    """A stream, and the list to which it is returned after use.
 
-    Torch hands out few and libraries keep memory for each, so there are never more than were in
-    use at once.
+    Streams are reused: torch has few, and libraries keep memory for each.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     idle = _idle_streams.setdefault((index, use), [])
@@ -132,8 +131,8 @@ def weights_key(*modules: nn.Module) -> tuple:
     )
 
 
-def surroundings_key(device: torch.device) -> tuple:
-    """What else a graph would keep: settings of the process that choose how a step is computed."""
+def process_settings_key(device: torch.device) -> tuple:
+    """The settings of the process that decide how a step is computed; a graph keeps them too."""
     names = ("VFENGINE_KERNEL_BACKEND", "VFENGINE_ATTENTION_BACKEND")
     return (
         *(os.environ.get(name) for name in names),
@@ -144,13 +143,13 @@ def surroundings_key(device: torch.device) -> tuple:
 
 
 def _cuda_settings() -> tuple:
-    """Those of torch's CUDA libraries; None for what this torch has not."""
+    """The settings of torch's CUDA libraries; None for one that this torch does not have."""
     cudnn, cuda, matmul = torch.backends.cudnn, torch.backends.cuda, torch.backends.cuda.matmul
     reductions = ("fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
     splits = (f"{name}_split_k" for name in reductions)
     attentions = ("flash", "mem_efficient", "math", "cudnn")
     return (
-        tf32_products(),
+        matmul_in_tf32(),
         *(getattr(matmul, f"allow_{name}", None) for name in (*reductions, *splits)),
         getattr(matmul, "allow_fp16_accumulation", None),
         cuda.preferred_blas_library(),

@@ -28,14 +28,14 @@ from .two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 
 class Driver:
-    """Runs the phases, of models (z, t int64 [B]) -> ε̂ on noise, each to its result.
+    """Runs each phase from its noise to its result, with models (z, t int64 [B]) -> ε̂.
 
     capture: on CUDA, replay each phase's step from a graph (cuda_graph.py)
-    backend: of the ops that step (vfengine/ops)
-    loops:   where loops are kept between calls; models are then `ModelSpec`s, of which they are
-             made, and results are copies of the loops' buffers
+    backend: backend of the step's ops (vfengine/ops)
+    loops:   keeps loops between calls: models are then given as `ModelSpec`s, and results are
+             copies of the loops' buffers. None: every call makes its loops
 
-    Of pairs, the first is the base phase's. Raises what the networks raise; ValueError for λ,
+    In pairs, the base phase's comes first. Raises what the networks raise; ValueError for λ,
     windows or estimates that do not fit; RuntimeError for a step that cannot be captured.
     """
 
@@ -67,7 +67,7 @@ class Driver:
         place: NoisePlace,
         run: Run,
     ) -> Tensor:
-        """The residual phase on r [B, N, C, H, W] along a path, clean or not as it says: clips."""
+        """The residual phase on r [B, N, C, H, W] along a base path, stepwise or clean: clips."""
         states = path.states.to(noise.device)
         spec = ResidualSpec.of(
             noise,
@@ -162,5 +162,5 @@ class Driver:
             loop.run(step, run.report)
 
     def _result(self, buffer: Tensor) -> Tensor:
-        """What a loop's buffer holds, where the next run may write over it."""
+        """The buffer, or a copy of it if the loop is kept: its next run would overwrite it."""
         return buffer if self.loops is None else buffer.clone()

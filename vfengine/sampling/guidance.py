@@ -1,8 +1,8 @@
 """Classifier-free guidance: ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
 
-ε_c is a network's estimate under a condition, ε_u the one without; both come from one call on a
-doubled batch. The labels lie in a buffer that is read at every call, so that one model, and the
-CUDA graph of its step, serves calls of other labels.
+ε_c is a network's estimate under a condition, ε_u the one without. Both come from one call on a
+doubled batch. Labels are read from a buffer, so that one model, and the CUDA graph of its step,
+serves calls with other labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .cuda_graph import weights_key
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the clips of a call are to show, and how strongly.
+    """The classes of a call's clips, and the strength of guidance.
 
     classes:        int64 [B], on the networks' device
     guidance_scale: s of classifier-free guidance; 1 is off
@@ -30,14 +30,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that a model is made from, and the labels that it is called with.
+    """Everything that a model is made from, and the labels that it is called with.
 
-    network: (z, t, class_labels=…, lam=…) -> ε̂, of which the last two are left out if None here
-    labels:  int64 [B]; [2 B], with and without condition, where s is not 1; their values make no
-             difference between specs, only their number
+    network: (z, t, class_labels=…, lam=…) -> ε̂; a keyword whose value is None here is left out
+    labels:  int64 [B]; where s is not 1, [2 B]: the classes, then the null class. Equal specs may
+             have labels of other values, but as many
     scale:   s
-    lam:     λ of the frames that a residual network sees
-    weights: where the network's weights lie and how often they were written to; set here
+    lam:     λ of the frames in one call of a residual network
+    weights: addresses and version counters of the network's weights; set here
     """
 
     network: Callable[..., Tensor]
@@ -63,7 +63,7 @@ def guided(
     null_class: int,
     lam: tuple[float, ...] | None = None,
 ) -> ModelSpec:
-    """A network under a condition; guided where that makes a difference.
+    """The spec of a network under a condition, with guidance where it changes the estimate.
 
     null_class: the class that stands for no condition
     """
@@ -83,7 +83,7 @@ class GuidedModel:
         self.lam = None if spec.lam is None else torch.tensor(spec.lam, device=device)
 
     def set_labels(self, labels: Tensor | None) -> None:
-        """Other labels, as many as before."""
+        """Replaces the labels by as many others."""
         if labels is not None:
             self.labels.copy_(labels)
 

@@ -1,6 +1,6 @@
 """VideoFusion's sampler as printed: both networks at every step, on one clip.
 
-It is what the two phases are held against (two_phase.py), so it shares none of their algebra.
+Tests compare the two phases (two_phase.py) with it, so it shares none of their algebra.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .loop import Loop, LoopSpec, Mixing, estimate
 
 @dataclass(frozen=True, kw_only=True)
 class InterleavedSpec(LoopSpec):
-    """What an interleaved loop is made from; its shape, dtype and place are of the residual noise.
+    """The spec of an interleaved loop; shape, dtype and place are those of the residual noise.
 
-    base: the same of the base noise
+    base: the same for the base noise
     lam:  λ, a number or [N]
     """
 

@@ -1,10 +1,10 @@
-"""What all sampling loops share: steps over static buffers, which a CUDA graph can replay.
+"""The common part of sampling loops: steps over static buffers, which a CUDA graph can replay.
 
-A loop allocates its buffers once. `start` fills them, every `step` moves them on by one row of the
-solver's table; the row is a counter on the device, so all steps are the same list of operations on
-the same memory. Loops can be started again, with other noise.
+A loop allocates its buffers once. `start` fills them; every `step` applies one row of the solver's
+table to them. A counter on the device selects the row, so that all steps are the same operations on
+the same memory. A loop can be started again, with other noise.
 
-The loops themselves: two_phase.py and interleaved.py, with their mathematics.
+The loops and their mathematics are in two_phase.py and interleaved.py.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .run import Callback
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec:
-    """All that a loop is made from, but its network: loops of equal specs do the same.
+    """Everything that a loop is made from except its network: loops of equal specs do the same.
 
-    shape, dtype, device: of the noise that it starts from
-    table:                of the solver
-    place:                of the noise on the way; None where the table adds none, so that no seed
-                          tells two specs apart
-    backend:              of the ops that step (vfengine/ops)
+    shape, dtype, device: those of the initial noise
+    table:                the solver's table
+    place:                place of the noise that steps add; None where the table adds none, so
+                          that specs do not differ by an unused seed
+    backend:              backend of the step's ops (vfengine/ops)
     """
 
-    phase: ClassVar[str]  # of the loops, for progress: "base", "residual", "interleaved", "video"
+    phase: ClassVar[str]  # name in progress reports: "base", "residual", "interleaved", "video"
 
     shape: torch.Size
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class LoopSpec:
         backend: str = "auto",
         **more: Any,
     ) -> Self:
-        """The spec of a loop that starts from such noise; more: what else this kind of loop has."""
+        """The spec of a loop that starts from such noise; more: fields of the subclass."""
         return cls(
             shape=noise.shape,
             dtype=noise.dtype,
@@ -64,9 +64,9 @@ class LoopSpec:
 
 
 class Loop:
-    """What all have: the table on the device, the counter, the timestep of every sample.
+    """A loop's common part: the table on the device, the counter, the timestep of every sample.
 
-    phase: as of its spec
+    phase: its spec's
     """
 
     def __init__(self, spec: LoopSpec) -> None:
@@ -75,7 +75,7 @@ class Loop:
         self.state_dtype = torch.promote_types(spec.dtype, torch.float32)
         self.coeffs = spec.table.coeffs.to(self.device, self.state_dtype)
         self.timesteps = spec.table.timesteps.to(self.device)
-        self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)  # of the steps done
+        self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)  # steps done
         self.t = torch.empty(spec.shape[0], dtype=torch.int64, device=self.device)
         self._replay: Step | None = None
 
@@ -87,10 +87,10 @@ class Loop:
         raise NotImplementedError
 
     def stepper(self, capture: bool) -> Step:
-        """`step`, on CUDA captured in a graph if asked; to be called before `start`.
+        """`step`, or with capture on CUDA the replay of its graph; call this before `start`.
 
-        Raises RuntimeError for a step that cannot be captured, as one of float64, whose references
-        wait for the device.
+        Raises RuntimeError for a step that cannot be captured, such as one in float64, whose
+        reference ops wait for the device.
         """
         if not capture or self.device.type != "cuda":
             return self.step
@@ -101,7 +101,7 @@ class Loop:
         return self._replay
 
     def run(self, step: Step, callback: Callback | None = None) -> None:
-        """All steps, from `stepper`, after `start`."""
+        """Takes all steps, each by `step` of `stepper`; call `start` first."""
         for k in range(len(self)):
             step()
             if callback is not None:
@@ -117,7 +117,7 @@ class Loop:
 class Mixing:
     """(ε̃, h) <- mixing[k] (ε, h): the history of multistep solvers, in fp32 or float64.
 
-    Products and sums element by element, so that no element depends on the others' number.
+    It multiplies and adds element by element, so that results do not depend on the batch size.
     """
 
     def __init__(
@@ -162,6 +162,6 @@ def estimate(name: str, model: Model, z: Tensor, t: Tensor) -> Tensor:
 
 
 def unshared(out: Tensor, state: Tensor) -> Tensor:
-    """Contiguous, and not in the state's memory, which is about to be written."""
+    """out, contiguous and apart from the state's memory, which is about to be written."""
     shared = out.untyped_storage()._cdata == state.untyped_storage()._cdata
     return out.clone() if shared else out.contiguous()

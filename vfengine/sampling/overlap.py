@@ -1,7 +1,7 @@
 """Both phases at once: the base loop runs ahead, the residual loop follows a step behind.
 
-The base loop never waits for the residual loop, and hands over one small image d a step. Nothing
-else is shared, so the results are those of one phase after the other, bit for bit.
+The base loop never waits for the residual loop. It passes on one small image d a step, and nothing
+else is shared. The results are therefore those of one phase after the other, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def run_overlapped(
 ) -> None:
     """Start and run both loops; the result is in residual.u, the path in residual.states.
 
-    residual.states is base.states itself, or a copy on another device that is filled on the way.
-    callback is called from the caller's thread, for both phases. What a network raises is raised.
+    residual.states is base.states itself, or a copy on another device that is filled row by row.
+    callback is called from the caller's thread, for both phases. Errors of networks are raised.
     """
     base_step, residual_step = base.stepper(capture), residual.stepper(capture)
     count = len(base)
@@ -41,7 +41,7 @@ def run_overlapped(
     with ahead(base_step, count, base.device, residual.device) as wait:
 
         def receive(row: int) -> None:
-            """Row d of the path; behind the last step's lies the finished frame."""
+            """Waits for a row of the path: a step's d, or after the last the finished frame."""
             if row < count:
                 wait(row)
                 if callback is not None:
@@ -72,7 +72,7 @@ def _in_thread(
         enabled=torch.is_autocast_enabled(device.type),
     )
 
-    def run() -> None:  # what a thread does not inherit, it is given
+    def run() -> None:  # a thread inherits neither of these settings
         torch.set_num_threads(threads)
         with torch.inference_mode(), autocast:
             for future in done:
@@ -97,7 +97,7 @@ def _in_thread(
 def _on_stream(
     step: Step, count: int, device: torch.device, target: torch.device
 ) -> Iterator[Wait]:
-    """`count` steps on a stream of their own, each launched when target is about to wait for it."""
+    """`count` steps on a stream of their own; each is launched when target first waits for it."""
     events: list[torch.cuda.Event] = []
 
     def wait(k: int) -> None:

@@ -1,7 +1,7 @@
-"""Loops that are used again: with their buffers, and on CUDA their graph, from call to call.
+"""Loops kept between calls, with their buffers and, on CUDA, their graphs.
 
-A loop is kept until a call needs another: for other shapes, scales, solvers or weights, not for
-other noise or labels. One loop a phase, so memory does not grow from call to call.
+A loop is kept until a call needs a different one: for another shape, guidance scale, solver or
+weights, but not for other noise or labels. One loop is kept per phase: memory does not grow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .cuda_graph import surroundings_key
+from .cuda_graph import process_settings_key
 from .guidance import GuidedModel, ModelSpec
 from .loop import Loop
 from .two_phase import BaseSpec, ResidualSpec
@@ -21,9 +21,9 @@ from .two_phase import BaseSpec, ResidualSpec
 
 @dataclass(frozen=True, eq=False)
 class KeptLoop:
-    """A loop between runs, its model, and all that the two were made from."""
+    """A loop between runs, its model, and a key of all that the two were made from."""
 
-    made_from: tuple
+    key: tuple
     loop: Loop
     model: GuidedModel
 
@@ -36,22 +36,22 @@ class KeptLoops:
 
     @contextmanager
     def borrow(self, spec: BaseSpec | ResidualSpec, model: ModelSpec) -> Iterator[Any]:
-        """The phase's loop for one run: the last one if it was made from the same, or a new one.
+        """The phase's loop for one run: the kept one if it was made from the same, or a new one.
 
-        Meanwhile it is out of reach, so that a call inside a callback or in another thread makes
-        its own; after an error it is not used again.
+        No other call can borrow it meanwhile: a call inside a callback or in another thread makes
+        its own loop. After an error the loop is not kept.
         """
-        made_from = (spec, model, surroundings_key(spec.device))
+        key = (spec, model, process_settings_key(spec.device))
         kept = self.kept.pop(spec.phase, None)
-        if kept is None or kept.made_from != made_from:
-            kept = None  # its buffers go before the new ones come
+        if kept is None or kept.key != key:
+            kept = None  # frees its buffers before the new ones are allocated
             guided = model.build(spec.device)
             with torch.inference_mode():
-                kept = KeptLoop(made_from, spec.build(guided), guided)
+                kept = KeptLoop(key, spec.build(guided), guided)
         kept.model.set_labels(model.labels)
         yield kept.loop
         self.kept[spec.phase] = kept
 
     def release(self, phase: str) -> None:
-        """Lets the phase's loop go, and with it its network."""
+        """Drops the phase's loop, which holds its network."""
         self.kept.pop(phase, None)

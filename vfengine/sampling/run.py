@@ -1,4 +1,4 @@
-"""What a call reports on its way: progress to its callback, seconds to its timings."""
+"""Progress and timings of one call."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Callback = Callable[[str, int, int], None]  # (phase, steps done, steps in all)
 
 
 def zero_timings() -> dict[str, float]:
-    """Seconds of a call that has not begun: reading weights, and the two phases."""
+    """Timings of a call that has not begun, in seconds: reading weights, and the two phases."""
     return {"load": 0.0, "base": 0.0, "residual": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Progress and time of one call, handed down to whatever takes steps.
+    """The callback and the timings of one call; everything that takes steps gets it.
 
     callback:  called as callback(phase, steps done, steps in all)
     timings:   seconds are added to "load", "base" and "residual", the device's work included;
@@ -47,7 +47,7 @@ class Run:
         self.timings[name] = self.timings.get(name, 0.0) + _now(device) - started
 
     def phase(self, name: str, device: torch.device) -> AbstractContextManager[None]:
-        """Times the `with` block: a phase, of which all but the base phase count as "residual"."""
+        """Times the `with` block as a phase; every phase but "base" counts as "residual"."""
         return self.timed("base" if name == "base" else "residual", device)
 
 

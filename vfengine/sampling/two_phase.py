@@ -2,8 +2,8 @@
 
 Interleaved is the paper (VideoFusion, Algorithms 1 and 2; interleaved.py): per step, the base
 network, then the residual network, on one clip z. The base frame's path never sees a residual, so
-it can be walked first and alone, at the cost of one image. In u_i = z'_i, the residual network's
-own input, what is left is one line per step:
+it can be sampled first and alone, at the cost of one image. In terms of u_i = z'_i, the residual
+network's own input, the rest is one line per step:
 
     u_i <- c1 u_i + √λ_i g_t + √(1-λ_i) (c2 r̂_i + σ ξ_i),     g_t = d_p - c1 d_t
 
@@ -32,7 +32,7 @@ from .windows import windowed
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSpec(LoopSpec):
-    """What a base loop is made from."""
+    """The spec of a base loop."""
 
     phase = "base"
 
@@ -53,7 +53,7 @@ class BaseLoop(Loop):
         like = {"dtype": self.state_dtype, "device": self.device}
         self.noise_levels = (1.0 - table.alphas_cumprod).sqrt().to(**like)
         self.lam = torch.ones(1, device=self.device)
-        self.z = torch.zeros(spec.shape, **like).unsqueeze(1)  # a clip of one frame, the base's
+        self.z = torch.zeros(spec.shape, **like).unsqueeze(1)  # a clip of one frame: z_m
         self.d = torch.zeros_like(self.z)
         self.states = torch.zeros(len(table) + 1, *spec.shape, **like)
         self.mix = Mixing(table, self.z.shape, **like)
@@ -83,7 +83,7 @@ class BaseLoop(Loop):
         b = self.mix(row, b)
         step |= {"coeffs": self.coeffs, **self.noise}
         self.advance(z, b[:, 0], b, **step, out=z)  # λ = 1: ε̂ = b̂
-        self.states.index_copy_(0, row + 1, z.transpose(0, 1))  # the last one stays
+        self.states.index_copy_(0, row + 1, z.transpose(0, 1))  # replaced by the next step's d_t
         self.counter.add_(1)
 
 
@@ -95,8 +95,9 @@ class Motion:
     """How the frames of a clip follow its base path.
 
     lam:     λ, a number or [N]; kept as a number or a tuple
-    windows: (window, overlap) of frames that the network sees at a time (windows.py); None: all
-    clean:   whether they follow the path of a finished picture, on which g = 0
+    windows: (window, overlap), the frames in one call of the network and those that two windows
+             share (windows.py); None: no windows
+    clean:   whether frames follow the path of a finished base frame, on which g = 0
     """
 
     lam: Lam
@@ -106,10 +107,10 @@ class Motion:
     def __post_init__(self) -> None:
         lam = self.lam.tolist() if isinstance(self.lam, Tensor) else self.lam
         lam = tuple(lam) if isinstance(lam, Iterable) else lam
-        object.__setattr__(self, "lam", lam)  # values, which can be compared and do not change
+        object.__setattr__(self, "lam", lam)  # comparable, and immutable
 
-    def seen_weights(self, num_frames: int) -> Tensor:
-        """λ of the frames that the network sees at a time, fp32: all of a clip's, or a window's."""
+    def frame_weights(self, num_frames: int) -> Tensor:
+        """λ of the frames in one call of the network, fp32: a clip's, or a window's."""
         window = None if self.windows is None else self.windows[0]
         return frame_weights(self.lam, num_frames if window is None else min(window, num_frames))
 
@@ -118,9 +119,9 @@ class Motion:
 class PathSpec:
     """Where a residual loop reads its base path, [S+1, B or 1, C, H, W].
 
-    shared:  states that are read where they lie, as they come; None: memory of the loop's own,
-             where a path of this shape is put before each run
-    address: of `shared`, which stays its own while it is held here
+    shared:  states that the loop reads in place, as they are computed; None: the loop has its own
+             buffer, to which a path is copied before each run
+    address: of `shared`; no other tensor has it while this spec refers to the tensor
     """
 
     shape: torch.Size
@@ -130,13 +131,13 @@ class PathSpec:
 
     @classmethod
     def of(cls, states: Tensor, *, shared: bool) -> PathSpec:
-        """Of these states, or of others like them."""
+        """The spec for exactly these states (shared), or for any of their shape and dtype."""
         if not shared:
             return cls(states.shape, states.dtype)
         return cls(states.shape, states.dtype, states.data_ptr(), states)
 
     def memory(self, device: torch.device) -> Tensor:
-        """The states themselves, or new memory for them."""
+        """The shared states, or a new buffer."""
         if self.shared is not None:
             return self.shared
         return torch.empty(self.shape, dtype=self.dtype, device=device)
@@ -144,9 +145,9 @@ class PathSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSpec(LoopSpec):
-    """What a residual loop is made from.
+    """The spec of a residual loop.
 
-    motion, path: a plain video model has neither; path is None then
+    path: None for a plain video model, which has no motion either
     """
 
     motion: Motion = Motion(lam=0.0)
@@ -170,14 +171,14 @@ class ResidualSpec(LoopSpec):
 class ResidualLoop(Loop):
     """The residual phase: u <- c1 u + √λ g + √(1-λ) (c2 r̂ + σ ξ) for all frames.
 
-    states: [S+1, B or 1, C, H, W], the base path; read where it lies, step by step. None for a
-            plain video model: g and λ are 0, and u <- c1 u + c2 ε̂ + σ ξ
-    u:      [B, N, C, H, W] in noise's dtype: the clip less its base noise, at last the clip
+    states: [S+1, B or 1, C, H, W], the base path; each step reads two rows. None for a plain video
+            model: g and λ are 0, and u <- c1 u + c2 ε̂ + σ ξ
+    u:      [B, N, C, H, W] in noise's dtype: z' of the clip; after the last step, the clip
     """
 
     def __init__(self, model: Model, spec: ResidualSpec) -> None:
         super().__init__(spec)
-        batch, frames, *picture = spec.shape
+        batch, frames, *image = spec.shape
         like = {"dtype": self.dtype, "device": self.device}
         self.model, self.clean, self.m = model, spec.motion.clean, base_index(frames)
         self.estimated = "model" if spec.path is None else "residual_model"
@@ -188,14 +189,14 @@ class ResidualLoop(Loop):
             self.lam = frame_weights(spec.motion.lam, frames, device=self.device)
         self.c1 = spec.table.coeffs[:, 0].to(self.device)  # float64: g is a small difference
         self.u = torch.zeros(spec.shape, **like)
-        self.g = torch.zeros(batch, *picture, **like)
+        self.g = torch.zeros(batch, *image, **like)
         self.mix = Mixing(spec.table, spec.shape, self.state_dtype, self.device)
         kind = (self.dtype, self.backend)
         self.advance = step_op(ops.residual_step, ops.residual_step_reference, *kind)
         self.noise = {} if spec.place is None else asdict(spec.place)
 
     def start(self, noise: Tensor) -> None:
-        """noise: r [B, N, C, H, W]; the first state of the path must be there."""
+        """noise: r [B, N, C, H, W]; the first state of the path must be known."""
         self._rewind()
         self.mix.clear()
         if self.states is None:
@@ -217,5 +218,5 @@ class ResidualLoop(Loop):
         r = unshared(self.mix(row, r), u)
         self.advance(u, r, self.g, self.lam, self.coeffs, self.counter, **self.noise, out=u)
         if states is not None:
-            u[:, self.m].copy_(d_p)  # λ_m = 1 makes it so up to rounding; written, bit for bit
+            u[:, self.m].copy_(d_p)  # already equal up to rounding, as λ_m = 1; now bit for bit
         self.counter.add_(1)

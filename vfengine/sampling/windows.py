@@ -1,10 +1,10 @@
 """Clips longer than a network was trained on: overlapping windows around one shared base frame.
 
 The network is called on W frames at a time, each time with the clip's base frame in the middle,
-where it was trained to find it; its estimates are blended, weighted by a triangle over the window.
-The frame whose place the base frame takes gets its estimate from the neighbouring windows. The
-solver's step runs on the whole clip, so windows meet at every step and not only in the end. Memory
-for the network stays that of one window.
+where it was trained to find it. Its estimates are blended, weighted by a triangle over the window.
+A window's own middle frame, whose place the base frame takes, is estimated by neighbouring windows.
+The solver's step runs on the whole clip, so that windows are blended at every step and not only at
+the end. The network needs the memory of one window.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..diffusion.decompose import Lam, Model, base_index
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the windows of a clip begin, and what each of their frames weighs.
+    """Where the windows of a clip begin, and the weight of each of their frames.
 
     starts:  first frame of each window
     weights: fp32 [number of windows, W]; every frame's weights sum to 1
@@ -32,18 +32,18 @@ class Windows:
 
 
 def largest_stride(window: int) -> int:
-    """From window to window: so far that every window's middle frame lies in another window too."""
+    """The largest stride with which every window's middle frame lies in another window too."""
     return (window - 1) // 2
 
 
 def plan_windows(
     num_frames: int, window: int, overlap: int | None = None, *, lam: Lam = 0.5
 ) -> Windows:
-    """Windows of `window` frames, of which two neighbours share `overlap`, over num_frames frames.
+    """Windows of `window` frames over num_frames frames; two neighbours share `overlap` of them.
 
     overlap: None is the least possible, window - (window - 1) // 2; the last window ends with the
              clip and may overlap more
-    lam:     λ of the clip, which must be one number: a window has no frames of its own λ
+    lam:     λ of the clip, which must be one number if there are several windows
 
     Raises ValueError for a window under 3 frames, for an overlap that leaves the middle frame of a
     window to that window alone, and for more than one window of a clip with a λ for each frame.
@@ -84,9 +84,11 @@ def choose_windows(
     *,
     lam: Lam = 0.5,
 ) -> tuple[int, int] | None:
-    """(window, overlap) as asked for; of the trained length where the clip is longer; or None.
+    """(window, overlap) as given, or for a clip longer than the trained length; None: no windows.
 
-    window: 0 asks for none, None for what suits the clip; overlap: None is the least possible
+    trained: frames of the clips that the network was trained on
+    window:  0 is none; None is `trained` for a longer clip, else none
+    overlap: None is the least possible
 
     Raises ValueError as `plan_windows`, and for an overlap without windows.
     """
@@ -112,9 +114,9 @@ def windowed(
 ) -> Model:
     """The residual network, called window by window: (z' [B, N, C, H, W], t) -> r̂.
 
-    window: W; None is an error where an overlap is given. A clip of at most W frames is one window,
-            so the model itself
-    lam:    as of `plan_windows`
+    window: W; None is refused, as it means that an overlap was given alone. For a clip of at most
+            W frames the result is the model itself
+    lam:    as in `plan_windows`
     device: of the clips
 
     Raises ValueError as `plan_windows`.
@@ -128,7 +130,7 @@ def windowed(
 
 
 class _Windowed:
-    """What `windowed` returns; all it needs is on the device before the first call."""
+    """The model that `windowed` returns; its weights are on the device before the first call."""
 
     def __init__(self, model: Model, plan: Windows, device: torch.device | str) -> None:
         self.model, self.plan = model, plan

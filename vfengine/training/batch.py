@@ -11,7 +11,7 @@ from ..media.pictures import pixels_to_network
 
 
 class BatchSampler:
-    """What is random in one step, in the order that it is asked for: all of it from (seed, step).
+    """Draws everything random in one step from (seed, step); the order of the calls matters.
 
     clips uint8 [M, N, H, W, C], labels int64 [M]; class_dropout: share of labels to be null_class
     """

@@ -3,9 +3,9 @@
     DIR/walk/a.mp4  DIR/walk/b.webm  DIR/run/c.gif     sub-folders are the classes
     DIR/a.mp4  DIR/b.avi                               no sub-folders: one class, named after DIR
 
-Frames are counted by decoding. The centre of each frame is cut to the wanted shape and resized with
-antialiasing, and the video is then cut into as many clips as fit one after the other. What cannot
-be used is left out and named.
+Frames are counted by decoding. The centre of each frame is cropped to the wanted shape and resized
+with antialiasing. The video is then cut into as many clips as fit one after the other. Files that
+cannot be used are skipped and named.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def read_folder(
 
 
 def _classes(folder: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, list[Path]]]:
-    """Each class's folder and its video files, sorted; what is passed over goes to skipped."""
+    """Each class's folder and its video files, sorted; other files are added to skipped."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
@@ -143,7 +143,7 @@ def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = min(h / height, w / width)
     top, left = (h - height * scale) / 2, (w - width * scale) / 2
     box = (left, top, w - left, h - top)
-    # Pillow widens its filter when it shrinks a picture, so nothing aliases.
+    # Pillow widens its filter when it shrinks an image, so nothing aliases.
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box))
 
 

@@ -1,10 +1,10 @@
-"""Rendered mocap: recorded human motions with a random actor, room and side to see them from.
+"""Rendered motion capture: recorded human motions with a random actor, room and viewpoint.
 
 The motions are the 15 performances that pybullet ships (`humanoid3d_*.txt` in its data/motions);
 pybullet's software renderer draws them. A clip is 16 frames of 64 x 64 by default, about one period
-of the action, the camera following the actor so that the figure fills the picture. Content (actor,
-room, view, light, phase) is random; motion is the class. This is not real video, and one
-performance per action is all there is of each motion.
+of the action. The camera follows the actor, who fills the image. Content (actor, room, view, light,
+phase) is random; motion is the class. This is not real video, and there is only one performance of
+each action.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class MocapRenderer:
             )
 
     def _camera(self, rng: np.random.Generator) -> dict:
-        """In front, up to 35 degrees to a side and 18 above, close enough to fill the picture."""
+        """In front, up to 35 degrees to a side and 18 above, close enough to fill the image."""
         yaw, elevation = np.radians(rng.uniform(-35, 35)), np.radians(rng.uniform(0, 18))
         distance, target = rng.uniform(2.85, 3.25), np.array([0, 0.9, 0])
         direction = [
@@ -225,8 +225,8 @@ class MocapRenderer:
         )
         actor = np.asarray(colour, np.uint8).reshape(side, side, 4)[..., :3]
         outside = np.asarray(segmentation).reshape(side, side, 1) < 0
-        picture = np.where(outside, room, actor)
-        blocks = picture.reshape(self.size, _SUPERSAMPLING, self.size, _SUPERSAMPLING, 3)
+        image = np.where(outside, room, actor)
+        blocks = image.reshape(self.size, _SUPERSAMPLING, self.size, _SUPERSAMPLING, 3)
         return blocks.mean((1, 3)).round().astype(np.uint8)
 
 
@@ -289,7 +289,7 @@ _worker: dict[tuple[int, int], MocapRenderer] = {}
 
 
 def _start_worker() -> None:
-    """Every worker process starts without the renderers that it may have inherited."""
+    """Drops the renderers that a forked worker process inherits."""
     _worker.clear()
 
 
@@ -302,7 +302,7 @@ def _render_chunk(indices: range, seed: int, size: int, num_frames: int) -> np.n
 
 @contextlib.contextmanager
 def _native_output_hidden():
-    """Send what C code writes to stdout and stderr nowhere for a while."""
+    """Discards what C code writes to stdout and stderr."""
     saved = [(stream, os.dup(stream)) for stream in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,8 +1,8 @@
-"""What is trained: an objective owns its networks, their loss, and how a clip is sampled from them.
+"""Objectives: each owns its networks and their loss, and samples clips from them.
 
-`Decomposed` is VideoFusion (the joint loss of `decompose.py`); `PlainVideo` is plain video
-diffusion, the baseline (VDM* in the paper). Everything else about a training is `Trainer`'s and
-the same for both; everything random in a step comes from its `BatchSampler`.
+`Decomposed` is VideoFusion (the joint loss of `decompose.py`). `PlainVideo` is plain video
+diffusion, the baseline (VDM* in the paper). `Trainer` does everything else, and is the same for
+both. Everything random in a step comes from its `BatchSampler`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, an
 
 
 class _Objective:
-    """What both have: a model's configuration, how to train it, its networks by name."""
+    """The common part: a model's configuration, how to train it, its networks by name."""
 
     networks: dict[str, nn.Module]
 
@@ -68,13 +68,13 @@ class Decomposed(_Objective):
 
     @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
-        """Which network of a checkpoint of this configuration each of ours may start from."""
+        """The network of such a checkpoint from which each of ours may start, by our names."""
         if config.objective != "decomposed":
             raise ValueError("a decomposed model starts from a decomposed model, not from a VDM*")
         return {"base": "base", "residual": "residual"}
 
     def losses(self, batch: BatchSampler) -> Losses:
-        """Of the base network on B + extra_images samples, of the residual network on B."""
+        """The base network's losses on B + extra_images samples, the residual network's on B."""
         base, residual = self.networks["base"], self.networks["residual"]
         options, lam = self.options, self.config.lam
         x, labels = batch.clips(options.batch_size)
@@ -117,9 +117,9 @@ class Decomposed(_Objective):
         return {"base": (base_loss, base_t), "residual": (residual_loss, t)}
 
     def _jitter(self, batch: BatchSampler, exact: Tensor, shape) -> Tensor:
-        """Noise [B, C, H, W] on the base frames that the residual network is shown.
+        """Noise [B, C, H, W] for the base frames in the residual network's input.
 
-        Zero where b̂ is the base network's.
+        Zero for samples with the base network's b̂.
         """
         std = batch.uniform(len(exact), 1, 1, 1) * self.options.base_jitter
         return batch.normal(shape) * std * exact.view(-1, 1, 1, 1)
@@ -146,7 +146,7 @@ class PlainVideo(_Objective):
 
     @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
-        """Which network of a checkpoint of this configuration ours may start from."""
+        """The network of such a checkpoint from which ours may start."""
         return {"video": config.networks[0]}  # a base network is one without temporal layers
 
     def losses(self, batch: BatchSampler) -> Losses:

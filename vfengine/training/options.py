@@ -21,12 +21,12 @@ class TrainingOptions:
     precision        "bf16" (autocast) or "fp32"
     seed             of all that is random
 
-    Of decomposed models alone; a plain model's frames all have noise of their own:
+    For decomposed models only:
     extra_images     base frames of further clips a step, for the base network alone
     clean_share      share of clips on which the residual network sees the exact base noise
                      (base_path="clean")
-    base_jitter      noise on the base frame that those clips show it, of a standard deviation
-                     uniform up to this: a generated base frame is not as clean as a real one
+    base_jitter      largest standard deviation of the noise on those clips' base frames, which is
+                     drawn uniformly: a generated base frame is not as clean as a real one
     """
 
     steps: int = 20_000

@@ -1,4 +1,4 @@
-"""Training a model on clips: optimizer steps, averaged weights, state. For losses: objectives.py.
+"""Training on clips: optimizer steps, averaged weights, state. Losses are in objectives.py.
 
 Everything random in step k is drawn from (seed, k), by batch.py. A run that is stopped and resumed
 takes, bit for bit, the steps of one that was never stopped (same machine, thread count and torch).
@@ -21,10 +21,10 @@ from .batch import BatchSampler
 from .objectives import OBJECTIVES, Losses, build_networks
 from .options import TrainingOptions
 
-# the log shows the losses by fifths of the schedule: where motion is decided, where detail
+# the log shows losses by fifths of the schedule: early fifths are detail, late ones motion
 TIME_BINS = 5
 
-# entries of decomposed models that plain ones had too when their first states were named
+# entries of decomposed models that the names of plain models' states include
 _ONCE_IN_PLAIN_MODELS = {
     **{"lam": None, "base": None, "residual": None},
     **{"base_std": 0.5, "residual_std": 0.35, "base_path": "stepwise"},
@@ -98,7 +98,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():  # early on a shorter average, or the first weights would linger
+        with torch.no_grad():  # a shorter average at first, so that initial weights do not linger
             torch._foreach_lerp_(
                 self.averages, self.parameters, 1 - min(options.ema, (k + 1) / (k + 10))
             )
@@ -116,7 +116,7 @@ class Trainer:
         return self.objective.losses(self.batch_sampler(step))
 
     def batch_sampler(self, step: int) -> BatchSampler:
-        """What is random in a step, from its beginning."""
+        """A sampler for everything random in a step."""
         return BatchSampler(
             self.clips,
             self.labels,
@@ -138,7 +138,7 @@ class Trainer:
 
         A plain model may start from a decomposed model's base network. Returns the names of the
         weights that keep their fresh initialisation. Raises FileNotFoundError or ValueError for a
-        folder that holds no whole checkpoint, or none that ours can start from.
+        folder without a whole checkpoint, or with one of a kind that ours cannot start from.
         """
         config = read_config(folder)
         fresh = []
@@ -157,7 +157,7 @@ class Trainer:
         return save_checkpoint(folder, self.config, *states)
 
     def save(self, file: Path) -> None:
-        """Everything a run continues from, in one .safetensors file that is whole or not there."""
+        """Writes everything that a run continues from to one .safetensors file, atomically."""
         tensors = {
             f"{kind}.{i}": value
             for kind, values in self._state().items()

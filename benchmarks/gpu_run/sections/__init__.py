@@ -55,7 +55,7 @@ def verdict(case: str, passed: bool, note: str = "", **place: object) -> None:
 
 @contextmanager
 def guarded(case: str, **place: object) -> Iterator[None]:
-    """What fails inside costs its own rows: a missing package, or an error that is a verdict.
+    """Turns errors inside into rows: a missing package, or an error that is a verdict.
 
     After an error that the device itself reports, nothing of this process can be trusted: it ends.
     """
@@ -88,7 +88,7 @@ def timed(
     dtype: str,
     seconds: float = 0.3,
 ) -> None:
-    """Time, GB/s and share of a copy's, of contenders in turns, from graphs of many calls each.
+    """Time, GB/s and share of a copy's GB/s of contenders in turns, from graphs of many calls.
 
     moved_bytes: what the op must read and write; the copy moves as many, in as much memory
     """

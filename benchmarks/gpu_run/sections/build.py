@@ -2,7 +2,7 @@
 
     python -m gpu_run.sections.build FOLDER
 
-No package registry is asked: a machine with a GPU may have none in reach.
+It uses no package registry: a machine with a GPU may reach none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The shipped model's clip, 50 steps, as users ask for it: plain, captured, overlapped, K of one.
+"""The shipped model's clip, 50 steps, as users make it: plain, captured, overlapped, K of one path.
 
-The same clip is expected of the first three: bit for bit in all likelihood, though libraries may
-choose by stream; the largest difference is told, and is a failure above what bf16 explains. The
-first call of a pipeline holds reading, warm-up and capture; "per step" is of later calls.
+The first three should give the same clip, most likely bit for bit, though libraries may choose
+algorithms by stream. The largest difference is printed; more than bf16 explains is a failure.
+The first call of a pipeline includes reading, warm-up and capture; "per step" is of later calls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the card can do: copies in memory and in L2, a bf16 product, a node of a graph."""
+"""The card's ceilings: copies in memory and in L2, a bf16 matrix product, a node of a graph."""
 
 from __future__ import annotations
 

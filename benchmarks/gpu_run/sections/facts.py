@@ -1,6 +1,6 @@
-"""What the run is of and on: one JSON object on stdout. No fact that is missing costs the others.
+"""Facts of sources and machine: one JSON object on stdout. A missing fact does not cost the others.
 
-Exit status 2: there is no NVIDIA GPU that torch can use (not asked in a dry run).
+Exit status 2: there is no NVIDIA GPU that torch can use (not checked in a dry run).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def output(*command: str) -> str:
-    """What a command prints; RuntimeError, OSError where it can not."""
+    """The output of a command; RuntimeError or OSError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -35,12 +35,12 @@ def or_none(fact: Callable[[], object]) -> object:
 
 
 def nvml() -> dict[str, object]:
-    """Clocks in MHz, watts, degrees Celsius, driver: each asked alone, a VM may refuse some."""
+    """Clocks in MHz, watts, degrees Celsius, driver: each read alone, as a VM may refuse some."""
     import pynvml  # of nvidia-ml-py
 
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    asked = {
+    queries = {
         "driver": pynvml.nvmlSystemGetDriverVersion,
         "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "max_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -50,7 +50,7 @@ def nvml() -> dict[str, object]:
             handle, pynvml.NVML_TEMPERATURE_GPU
         ),
     }
-    return {name: or_none(fact) for name, fact in asked.items()}
+    return {name: or_none(fact) for name, fact in queries.items()}
 
 
 def nvcc() -> str:
@@ -59,7 +59,7 @@ def nvcc() -> str:
 
 
 def commit() -> dict[str, object]:
-    """Of git; where the sources came without it, of VFENGINE_COMMIT."""
+    """The commit from git, or from VFENGINE_COMMIT if the sources have no git."""
     if given := os.environ.get("VFENGINE_COMMIT"):
         return {"commit": given, "dirty": None}
     return {

@@ -30,14 +30,14 @@ def peak(size: str, name: str, graph: bool) -> peak_memory.Peak:
 def main() -> None:
     sizes, graphs = (SIZES[:1], (True,)) if DRY else (SIZES, (False, True))
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        asked = {
+        pending = {
             (size, graph, name): pool.submit(peak, size, name, graph)
             for size in sizes
             for graph in graphs
             for name in NAMES
         }
         seen: dict[tuple, peak_memory.Peak] = {}
-        for (size, graph, name), answer in asked.items():
+        for (size, graph, name), answer in pending.items():
             place = {"contender": name, "dtype": "bf16", "graph": graph}
             with guarded(f"{size}, 1 clip", **place):
                 seen[size, graph, name] = found = answer.result()

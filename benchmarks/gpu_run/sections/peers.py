@@ -1,4 +1,4 @@
-"""What others would do with the same work: diffusers' UNet3D, and torch.compile on our own VDM*.
+"""Other libraries on the same work: diffusers' UNet3D, and torch.compile on our own VDM*.
 
 A step is the network and DDIM's line for all frames. Eager, captured by hand in a CUDA graph, and
 compiled with mode="reduce-overhead", weights in channels_last, attention as each brings it.
@@ -106,7 +106,7 @@ def compiled(step: nn.Module, z: Tensor) -> Callable[[], object]:
 
 
 def compiled_and_captured(step: nn.Module, z: Tensor) -> Callable[[], object]:
-    """The compiler's kernels in a graph of ours, in case it does without one."""
+    """The compiler's kernels in a graph of ours, in case the compiler makes none."""
     return captured(step if DRY else torch.compile(step, dynamic=False), z)
 
 

@@ -1,6 +1,6 @@
-"""What one replayed step of each network launches: kernels by name, their number and time.
+"""The kernels that one replayed step of each network launches: their names, number and time.
 
-The step is that of the sampling loop, network, solver and all: the list of what to work on next.
+It is a step of the sampling loop, solver included. The list shows what to optimise next.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """compute-sanitizer over every kernel on small shapes: memory, races, reads of nothing, barriers.
 
-Without torch's caching allocator, so that a step beyond one tensor is a step beyond its memory; of
-our own kernels alone, by the beginning of their mangled names. Only initcheck has to see every
-kernel, since it must know what all of them wrote; of what it finds, reads by our kernels count.
+Torch's caching allocator is off, so that an access beyond a tensor is one beyond its memory. Only
+our own kernels are checked, by the beginning of their mangled names. But initcheck has to see every
+kernel, since it must know what all of them wrote; only reads by our kernels count.
 """
 
 from __future__ import annotations

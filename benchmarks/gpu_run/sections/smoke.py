@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def roughly(name: str, out: Tensor, exact: Tensor) -> None:
-    """ValueError beyond 16 roundings of the largest value: another function, not another order."""
+    """ValueError beyond 16 roundings of the largest value: no order of sums explains that."""
     error = (out.to(exact.dtype) - exact).abs().max()
     if not error <= 16 * exact.abs().max() * torch.finfo(out.dtype).eps:
         raise ValueError(f"{name} is off by {error:.3g}")

@@ -56,7 +56,7 @@ def build(
     """Compile the module into `out_dir` and return its path.
 
     sources: replaces csrc by a folder of the same layout; defines: more macros, "NAME=value".
-    Raises RuntimeError with the compiler's words.
+    Raises RuntimeError with the compiler's output.
     """
     flags = _variant(variant)
     out_dir, sources = Path(out_dir).resolve(), Path(sources or CSRC).resolve()
@@ -106,7 +106,7 @@ def build_program(
 
 
 def command(variant: str) -> list[str]:
-    """What goes before a program of this variant on a command line."""
+    """The words before a program of this variant on a command line."""
     _variant(variant)
     # ThreadSanitizer of g++ 12 refuses the address layout of recent kernels.
     return ["setarch", "-R"] if variant == "thread" else []
