@@ -73,7 +73,9 @@ def multiply(case: Case, dtype: torch.dtype, residual: Tensor | None = None) -> 
         options["bias"] = (table, 3, case.shared)
     if residual is not None:
         options["residual"] = options["out"] = build.rows(*residual.shape)
-    out = build.matmul(sources, weights, rows=case.rows, item_rows=case.item_rows, **options)
+    if case.item_rows is not None:
+        options["items"] = (case.rows // case.item_rows, case.item_rows)
+    out = build.matmul(sources, weights, **options)
     program = build.program()
     for source, (x, _, _) in zip(sources, case.sources, strict=True):
         program.view(source.rows).copy_(x)
@@ -148,9 +150,7 @@ def convolution(
         return out + sum(F.linear(*pair) for pair in zip(x[1:], points, strict=True))
 
     sources = [(rows, table, height * width), *others]
-    return Case(
-        sources, weight, formula, rows=images * pixels, item_rows=pixels, **changes
-    )  # fmt: skip
+    return Case(sources, weight, formula, rows=images * pixels, item_rows=pixels, **changes)
 
 
 def in_time(clips: int, frames: int, pixels: int, channels: int, columns: int) -> Case:
@@ -190,18 +190,22 @@ CASES = {
     "3x3 of one row": lambda: convolution((1, 6), (8, 20), taps.same(1, 6)),
     "stride 2": lambda: convolution((6, 8), (16, 16), taps.halved(6, 8), stride=2),
     "stride 2, odd size": lambda: convolution(
-        (7, 5), (10, 18), taps.halved(7, 5), stride=2, bias=normal(18, seed=3), images=3),
+        (7, 5), (10, 18), taps.halved(7, 5), stride=2, bias=normal(18, seed=3), images=3
+    ),
     "3x3, a bias for each image": lambda: convolution(
-        (5, 5), (12, 20), taps.same(5, 5), bias=normal(2, 20, seed=3), shared=25),
+        (5, 5), (12, 20), taps.same(5, 5), bias=normal(2, 20, seed=3), shared=25
+    ),
     "3x3 and 1x1": lambda: convolution((4, 6), (12, 20), taps.same(4, 6), joined=(6,)),
     "3x3 and two of 1x1": lambda: convolution(
-        (5, 3), (8, 33), taps.same(5, 3), joined=(14, 2), bias=normal(33, seed=3)),
+        (5, 3), (8, 33), taps.same(5, 3), joined=(14, 2), bias=normal(33, seed=3)
+    ),
     "3x3 in parts": lambda: convolution(
-        (3, 4), (1280, 35), taps.same(3, 4), bias=normal(35, seed=3)),
+        (3, 4), (1280, 35), taps.same(3, 4), bias=normal(35, seed=3)
+    ),
     "temporal": lambda: in_time(2, 5, 6, 16, 24),
     "temporal, one frame": lambda: in_time(2, 1, 3, 8, 9),
     "temporal, two frames": lambda: in_time(1, 2, 7, 6, 40),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=vfengine_native.cpu_isas)
@@ -275,7 +279,7 @@ def test_row_matmul_scatters_the_quarters_of_an_upsampling(dtype, isa):
         build.matmul(
             [Source(x, table, height * width)],
             pack(weight, bias, dtype),
-            item_rows=height * width,
+            items=(images, height * width),
             out=out,
             scatter=(places, 4 * height * width),
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfengine.native import vfengine_native as native
 from vfengine.ops._dispatch import DTYPE_NUMBERS
@@ -34,6 +34,22 @@ class Source:
     rows: Rows
     table: Tensor | None = None
     item_rows: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class TransformerLayers:
+    """The layers of a transformer of one block.
+
+    norm:         its GroupNorm
+    attentions:   (layer norm, q k v or q, out, rows of a context's k and v, position bias)
+    feed_forward: (layer norm, gate, out); out None: multiplied into proj_out
+    """
+
+    norm: nn.Module
+    proj_in: Weights
+    attentions: Sequence[tuple[nn.Module, Weights, Weights, Rows | None, Tensor | None]]
+    feed_forward: tuple[nn.Module, Weights, Weights | None] | None
+    proj_out: Weights
 
 
 class Builder:
@@ -71,8 +87,7 @@ class Builder:
         sources: Rows | Sequence[Source],
         weights: Weights,
         *,
-        rows: int | None = None,
-        item_rows: int | None = None,
+        items: tuple[int, int] | None = None,
         bias: tuple[Rows, int, int] | None = None,
         residual: Rows | None = None,
         out: Rows | None = None,
@@ -81,7 +96,7 @@ class Builder:
     ) -> Rows:
         """epilogue(sources x weights + bias) + residual.
 
-        rows, item_rows: of the result, and of one item of it; both as in the only source by default
+        items: how many the result has, and rows of each; one item of the only source's by default
         bias: (fp32 rows, first column, rows of the result that share one) in place of the weights'
         out: where to write, possibly the residual itself; by default new rows, or the residual's
             where nothing else reads it
@@ -90,8 +105,8 @@ class Builder:
         """
         if isinstance(sources, Rows):
             sources = [Source(sources)]
-        rows = rows or sources[0].rows.count
-        item_rows = item_rows or rows
+        count, item_rows = items or (1, sources[0].rows.count)
+        rows = count * item_rows
         out = out or self.rows(rows, weights.columns, out_dtype, over=residual)
         places, item_rows_out = (None, 0) if scatter is None else scatter
         self._call(
@@ -243,31 +258,26 @@ class Builder:
     def transformer(
         self,
         x: Rows,
-        norm,
+        layers: TransformerLayers,
         shape: tuple[int, int, int],
+        heads: tuple[int, int, float],
         *,
         time: bool,
         norm_frames: int,
-        heads: tuple[int, int, float],
-        proj_in: Weights,
-        attentions: Sequence[tuple[object, Weights, Weights, Rows | None, Tensor | None]],
-        feed_forward: tuple[object, Weights, Weights | None] | None,
-        proj_out: Weights,
     ) -> Rows:
         """A whole transformer of one block, + x (csrc/cpu/transformer.cpp).
 
-        shape: (batch, frames, pixels); norm_frames: frames whose group statistics are shared
-        attentions: (layer norm, q k v or q, out, rows of a context's k and v, position bias)
-        feed_forward: (layer norm, gate, out); out None: multiplied into proj_out
+        shape: (batch, frames, pixels); heads: (number, dimension, scale)
+        norm_frames: frames whose group statistics are shared
         """
         (batch, frames, _), (number, dim, _) = shape, heads
-        inner = proj_in.columns
+        inner, feed_forward = layers.proj_in.columns, layers.feed_forward
         coefficients = self.rows(batch * frames, 3 * x.width, torch.float32)
         self._group_norm(
-            x, norm, batch * frames, norm_frames, coefficients=coefficients, silu=False
+            x, layers.norm, batch * frames, norm_frames, coefficients=coefficients, silu=False
         )
         own = () if time else (self.rows(x.count, inner), self.rows(x.count, 3 * number * dim))
-        out = self.rows(x.count, proj_out.columns)
+        out = self.rows(x.count, layers.proj_out.columns)
         self._call(
             "transformer",
             x=x,
@@ -279,7 +289,7 @@ class Builder:
             channels=x.width,
             inner=inner,
             time=time,
-            proj_in=self._linear(proj_in, x.width),
+            proj_in=self._linear(layers.proj_in, x.width),
             attentions=tuple(
                 Struct(
                     native.TransformerAttention,
@@ -290,9 +300,9 @@ class Builder:
                     kv_len=0 if kv is None else kv.count // batch,
                     bias=self._keep(bias),
                 )
-                for layer_norm, into, back, kv, bias in attentions
+                for layer_norm, into, back, kv, bias in layers.attentions
             ),
-            proj_out=self._linear(proj_out, inner),
+            proj_out=self._linear(layers.proj_out, inner),
         )
         return out
 

@@ -107,12 +107,10 @@ class ImplicitGemm:
         sources = [Source(x.rows, table, rows)]
         if self.has_shortcut:
             sources += [Source(part) for part in plus.parts]
-        item_rows = table.shape[1]
         out = plan.build.matmul(
             sources,
             self.weights[0],
-            rows=x.rows.count // rows * item_rows,
-            item_rows=item_rows,
+            items=(x.rows.count // rows, table.shape[1]),
             bias=bias,
             residual=None if plus is None or self.has_shortcut else plus.rows,
             out_dtype=torch.float32 if fp32 else None,
@@ -194,8 +192,7 @@ class UpsampledConv:
             out = plan.build.matmul(
                 [Source(x.rows, table, x.pixels)],
                 self.whole,
-                rows=plan.images * height * width,
-                item_rows=height * width,
+                items=(plan.images, height * width),
             )
             return replace(x, parts=(out,), height=height, width=width)
         out = plan.build.rows(4 * x.rows.count, self.quarters[0].columns)
@@ -204,7 +201,7 @@ class UpsampledConv:
             plan.build.matmul(
                 [Source(x.rows, table, x.pixels)],
                 weights,
-                item_rows=x.pixels,
+                items=(plan.images, x.pixels),
                 out=out,
                 scatter=(places, 4 * x.pixels),
             )

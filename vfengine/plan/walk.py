@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .builder import Builder
+from .builder import Builder, TransformerLayers
 from .forms import AttentionForm, Form, FusedMatMul, MatMul, UpsampledConv, convolution
 from .memory import return_memory
 from .packing import Weights, pack
@@ -324,17 +324,16 @@ class Planner:
             form = forms[attention]
             kv = form.keys(self.build, source)
             attentions.append((norm, form.into, form.out, kv, self._position_bias(bias)))
+        proj_in, proj_out = (
+            forms[layer].weights[0] for layer in (transformer.proj_in, transformer.proj_out)
+        )
         out = self.build.transformer(
             x.rows,
-            transformer.norm,
+            TransformerLayers(transformer.norm, proj_in, attentions, feed_forward, proj_out),
             (self.batch, self.frames, x.pixels),
+            forms[transformer.attn1].heads,
             time=transformer.axis == "time",
             norm_frames=self.frames if transformer.norm_over_frames else 1,
-            heads=forms[transformer.attn1].heads,
-            proj_in=forms[transformer.proj_in].weights[0],
-            attentions=attentions,
-            feed_forward=feed_forward,
-            proj_out=forms[transformer.proj_out].weights[0],
         )
         return replace(x, parts=(out,))
 
