@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import vfengine
-from vfengine._moved import MOVED
+from vfengine._moved import MOVED, SPLIT
 
 # from the bottom: a folder or file may import those of lower floors and of its own
 FLOORS = (
@@ -145,3 +145,11 @@ def test_help_needs_no_torch(door):
 @pytest.mark.parametrize("old", MOVED)
 def test_old_path_is_the_module_that_moved(old):
     assert importlib.import_module(old) is importlib.import_module(MOVED[old])
+
+
+@pytest.mark.parametrize("old", SPLIT)
+def test_old_path_has_the_names_of_the_modules_that_it_became(old):
+    module = importlib.import_module(old)
+    for part in map(importlib.import_module, SPLIT[old]):
+        for name, value in vars(part).items():
+            assert name.startswith("__") or getattr(module, name) is value, name

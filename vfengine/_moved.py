@@ -9,7 +9,6 @@ MOVED = {
     "vfengine.base_cache": "vfengine.pipelines.base_cache",
     "vfengine.capture": "vfengine.sampling.cuda_graph",
     "vfengine.checkpoint": "vfengine.formats.checkpoint",
-    "vfengine.decompose": "vfengine.diffusion.decompose",
     "vfengine.models.attention": "vfengine.ops.attention",
     "vfengine.models.generators": "vfengine.models.denoisers",
     "vfengine.models.peers": "vfengine.formats.load",
@@ -25,24 +24,33 @@ MOVED = {
     "vfengine.video_io": "vfengine.media.video",
     "vfengine.windows": "vfengine.sampling.windows",
 }
+SPLIT = {"vfengine.decompose": ("vfengine.diffusion.decompose", "vfengine.diffusion.noise")}
 
 
 class _OldPaths:
     """Imports an old path as the module that took its place: one module under two names.
 
+    A module that was split is a new one with the names of its parts.
     A finder and a loader, without the base classes: importing importlib.abc takes 4 ms.
     """
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in MOVED else None
+        return ModuleSpec(name, self) if name in MOVED or name in SPLIT else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.name in SPLIT:
+            module = ModuleType(spec.name)
+            for part in map(importlib.import_module, SPLIT[spec.name]):
+                names = {name: value for name, value in vars(part).items() if name[:2] != "__"}
+                vars(module).update(names)
+            module.__spec__ = spec
+            return module
         module = importlib.import_module(MOVED[spec.name])
         spec.loader_state = module.__spec__  # importing it under the old name replaces this
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = module.__spec__.loader_state
+        module.__spec__ = module.__spec__.loader_state or module.__spec__
 
 
 def install() -> None:

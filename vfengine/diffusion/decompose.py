@@ -13,9 +13,7 @@ the lines of this list; the code below cites them.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +22,6 @@ from .schedule import NoiseSchedule
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (z, t int64 [B]) -> noise of the shape of z
 Lam = float | Sequence[float] | Tensor  # λ: one number, or one per frame
-
-
-_DRAWING = ("DecomposedNoise", "base_noise", "decomposed_noise", "philox4x32_10", "residual_noise")
-
-
-def __getattr__(name: str) -> Any:
-    """Noise is drawn in noise.py; here are its names for imports of earlier releases."""
-    if name in _DRAWING:
-        return getattr(importlib.import_module("vfengine.diffusion.noise"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def base_index(num_frames: int) -> int:

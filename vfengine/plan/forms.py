@@ -1,13 +1,13 @@
 """The form in which a layer runs: its packed weights, and the calls that they are packed for.
 
 A form is chosen once, from the layer alone, when its weights are packed. Its `emit` records the
-calls for one shape, so that packing and planning cannot disagree.
+calls for one shape, so that packing and planning cannot disagree. `plan` is the `Planner` of
+walk.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,26 @@ from .builder import Builder, Source
 from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_winograd
 from .program import Rows
 
-if TYPE_CHECKING:
-    from .walk import FeatureMap, Planner
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Activations [images, height, width]: buffers with a row per pixel, concatenated."""
+
+    parts: tuple[Rows, ...]
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def rows(self) -> Rows:
+        """Its only buffer. Raises ValueError if there are several, which few kernels take."""
+        if len(self.parts) > 1:
+            widths = [part.width for part in self.parts]
+            raise ValueError(f"plan: expected one buffer, got buffers of {widths} channels")
+        return self.parts[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +106,7 @@ class ImplicitGemm:
 
     def emit(
         self,
-        plan: Planner,
+        plan,
         x: FeatureMap,
         *,
         plus: FeatureMap | None = None,
@@ -139,7 +157,7 @@ class Winograd:
 
     def emit(
         self,
-        plan: Planner,
+        plan,
         x: FeatureMap,
         *,
         plus: FeatureMap | None = None,
@@ -186,7 +204,7 @@ class UpsampledConv:
             whole = pack(conv_weight(conv, dtype), conv.bias, dtype)
         return cls(whole, tuple(_quarters(conv, dtype)) if light else ())
 
-    def emit(self, plan: Planner, x: FeatureMap, height: int, width: int) -> FeatureMap:
+    def emit(self, plan, x: FeatureMap, height: int, width: int) -> FeatureMap:
         if not self.quarters or (height, width) != (2 * x.height, 2 * x.width):
             table = gather.upsampled(x.height, x.width, height, width)
             out = plan.build.matmul(
@@ -268,7 +286,7 @@ class AttentionForm:
 
     def emit(
         self,
-        plan: Planner,
+        plan,
         x: Rows,
         kv: Rows | None,
         residual: Rows,

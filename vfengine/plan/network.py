@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from vfengine.native import vfengine_native
 
 from .builder import Builder
+from .forms import FeatureMap
 from .memory import return_memory
 from .packing import Weights
 from .program import Program, Rows
-from .walk import FeatureMap, Packed, Packer, Planner
+from .walk import Packed, Packer, Planner
 
 _PROGRAMS = 4  # shapes whose programs are kept
 _TILED = 128  # least rows with which transformers run in tiles: fewer do not occupy all threads

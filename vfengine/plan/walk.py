@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from .builder import Builder, TransformerLayers
-from .forms import AttentionForm, Form, FusedMatMul, MatMul, UpsampledConv, convolution
+from .forms import (
+    AttentionForm,
+    FeatureMap,
+    Form,
+    FusedMatMul,
+    MatMul,
+    UpsampledConv,
+    convolution,
+)
 from .memory import return_memory
 from .packing import Weights, pack
 from .program import Rows
@@ -167,27 +175,6 @@ def _free(*layers: nn.Module) -> None:
             parameter.data = parameter.data.new_empty(0)
     if freed > _LARGE:
         return_memory()
-
-
-@dataclass(frozen=True)
-class FeatureMap:
-    """Activations [images, height, width]: buffers with a row per pixel, concatenated."""
-
-    parts: tuple[Rows, ...]
-    height: int
-    width: int
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    @property
-    def rows(self) -> Rows:
-        """Its only buffer. Raises ValueError if there are several, which few kernels take."""
-        if len(self.parts) > 1:
-            widths = [part.width for part in self.parts]
-            raise ValueError(f"plan: expected one buffer, got buffers of {widths} channels")
-        return self.parts[0]
 
 
 @dataclass
