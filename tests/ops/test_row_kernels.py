@@ -1,11 +1,9 @@
-"""Products of rows (csrc/cpu/gemm/row_matmul.cpp) and programs' memory (vfengine/plan/program.py).
+"""Products of rows (csrc/cpu/gemm/row_matmul.cpp).
 
 Every case runs on every instruction set of this machine, in fp32 and bf16.
 """
 
 import importlib
-import itertools
-import math
 import os
 import subprocess
 import sys
@@ -17,8 +15,6 @@ import pytest
 import test_layer_norm
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import SMALL, as_it_is, assert_as_close_as_pytorch
 from seeded import normal
 from torch import Tensor
@@ -27,9 +23,7 @@ from vfengine.native import vfengine_native
 from vfengine.plan import gather as taps
 from vfengine.plan import packing as packed
 from vfengine.plan.builder import Builder, Source
-from vfengine.plan.memory import Block, arrange
 from vfengine.plan.packing import pack
-from vfengine.plan.program import Program, Rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW_OPS = ("group_norm_silu", "geglu", "spatial_attention", "temporal_attention")
@@ -337,98 +331,6 @@ def test_layer_norm_matches_its_reference(shape, dtype, isa):
 
 
 # -- memory ----------------------------------------------------------------------------------------
-
-
-blocks = st.builds(
-    lambda nbytes, first, calls: Block(nbytes, first, first + calls),
-    st.integers(1, 5000),
-    st.integers(0, 12),
-    st.one_of(st.integers(0, 6), st.just(math.inf)),
-)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(blocks, max_size=40))
-def test_blocks_that_a_call_needs_at_once_are_disjoint_and_aligned(made):
-    offsets, size = arrange(made)
-    places = list(zip(offsets, made, strict=True))
-    for offset, block in places:
-        assert offset >= 0 and offset % 64 == 0 and offset + block.nbytes <= size
-    for (a, one), (b, other) in itertools.combinations(places, 2):
-        if one.first <= other.last and other.first <= one.last:
-            assert a + one.nbytes <= b or b + other.nbytes <= a
-
-
-def test_blocks_share_what_no_call_needs_twice():
-    assert arrange([]) == ([], 0)
-    one_after_the_other = [Block(640, first, first) for first in range(5)]
-    assert arrange(one_after_the_other) == ([0] * 5, 640)
-    small, large = Block(64, 0, 2), Block(640, 1, 1)
-    assert arrange([small, large, Block(100, 3, 3)]) == ([640, 0, 0], 704)
-
-
-def sums(build: Builder, x: Rows, count: int, **options) -> Rows:
-    """x multiplied by a square matrix `count` times."""
-    for _ in range(count):
-        weights = pack(normal(x.width, x.width), None, torch.float32)
-        x = build.matmul(x, weights, **options)
-    return x
-
-
-def test_a_buffer_lasts_to_the_last_call_that_names_it():
-    build = Builder(torch.float32)
-    x = build.rows(32, 16)
-    assert len(build.program(sums(build, x, 9)).arena) == 2 * x.nbytes
-
-    build = Builder(torch.float32)
-    x = build.rows(32, 16)
-    kept = sums(build, x, 1)
-    out = build.matmul(
-        [Source(sums(build, kept, 4)), Source(kept)], pack(normal(16, 32), None, torch.float32)
-    )
-    assert len(build.program(out).arena) == 3 * x.nbytes
-
-
-def test_results_and_buffers_that_no_call_names_are_left_alone():
-    build = Builder(torch.float32)
-    x, unnamed = build.rows(4, 16), build.rows(4, 16)
-    first = sums(build, x, 1)
-    program = build.program(first, sums(build, first, 3))
-    program.view(x).fill_(1)
-    program.view(unnamed).fill_(7)
-    program.run()
-    assert (program.view(unnamed) == 7).all()
-    program.view(x).fill_(1)
-    expected = multiply(Case([(torch.ones(4, 16), None, 0)], normal(16, 16), None), torch.float32)
-    assert torch.equal(program.view(first), expected)
-
-
-@pytest.mark.parametrize("read_again", [False, True])
-def test_a_sum_is_written_over_what_it_adds_to_unless_that_is_read_again(read_again):
-    build = Builder(torch.float32)
-    x, added = build.rows(4, 16), build.rows(4, 16)
-    out = sums(build, x, 1, residual=added)
-    if read_again:
-        sums(build, added, 1)
-    program = build.program(out)
-    assert (program.offset(out) == program.offset(added)) is not read_again
-
-    build = Builder(torch.float32)
-    x = build.rows(4, 16)
-    program = build.program(out := sums(build, x, 1, residual=x))
-    assert program.offset(out) != program.offset(x), "which the product itself reads"
-
-
-def test_views_of_a_program_are_aligned_and_start_as_zeros():
-    build = Builder(torch.bfloat16)
-    buffers = [build.rows(3, 5), build.rows(1, 7, torch.float32), build.rows(2, 2)]
-    program = build.program()
-    for rows in buffers:
-        view = program.view(rows)
-        assert view.shape == (rows.count, rows.width) and view.dtype is rows.dtype
-        assert view.data_ptr() % 64 == 0 and not view.any()
-        view.fill_(1)
-    assert isinstance(program, Program)
 
 
 def test_the_native_product_refuses_more_than_it_has_room_for():
