@@ -244,7 +244,7 @@ def test_on_cuda_the_base_network_goes_only_for_want_of_room(
         sum(weight.numel() for weight in build_network(pipe.config, name).unet.parameters())
         for name in pipe.config.networks
     )
-    assert pipe.should_offload_base(needed_again) is not needed_again  # on a CPU
+    assert pipe.lets_base_go(needed_again) is not needed_again  # on a CPU
     cuda = torch.device("cuda", 0)
     session = engine.Session(pipe.config, pipe.folder, cuda, pipe.dtype, capture=False)
     session.networks = dict.fromkeys(loaded)
@@ -252,7 +252,7 @@ def test_on_cuda_the_base_network_goes_only_for_want_of_room(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 2 * free * size))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * size)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: (10 - idle) * size)
-    assert session.should_offload_base(needed_again) is goes
+    assert session.lets_base_go(needed_again) is goes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -133,7 +133,7 @@ class Session:
         else:
             return_memory()
 
-    def should_offload_base(self, needed_again: bool) -> bool:
+    def lets_base_go(self, needed_again: bool) -> bool:
         """Whether offload_base=None frees the base network before the residual phase.
 
         needed_again: whether a later batch of the call or command needs it

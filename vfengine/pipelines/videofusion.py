@@ -193,7 +193,7 @@ class VideoFusionPipeline(Pipeline):
         path = self._base_phase(request, table, run) if path is None else path
         offload = request.offload_base
         if offload is None:
-            offload = self.should_offload_base(needed_again=len(request.labels) > 1)
+            offload = self.lets_base_go(needed_again=len(request.labels) > 1)
         if offload:
             self._session.release("base")
         followed = path.clean() if motion.clean and path.base_path == "stepwise" else path
@@ -224,7 +224,7 @@ class VideoFusionPipeline(Pipeline):
         is_clean = request.image is not None or (given is not None and given.base_path == "clean")
         base_path = request.base_path or ("clean" if is_clean else config.base_path)
         if offload is None and base_needed_again is not None:
-            offload = not request.overlap_phases and self.should_offload_base(base_needed_again)
+            offload = not request.overlap_phases and self.lets_base_go(base_needed_again)
         return replace(
             request,
             num_frames=num_frames,
@@ -336,9 +336,9 @@ class VideoFusionPipeline(Pipeline):
         table = solver_table(solver, self.schedule, num_inference_steps, eta)
         self._check_path(trajectory, table, num_clips, base_path)
 
-    def should_offload_base(self, needed_again: bool) -> bool:
-        """Whether offload_base=None frees the base network: `Session.should_offload_base`."""
-        return self._session.should_offload_base(needed_again)
+    def lets_base_go(self, needed_again: bool) -> bool:
+        """Whether offload_base=None frees the base network: `Session.lets_base_go`."""
+        return self._session.lets_base_go(needed_again)
 
     # -- inside ------------------------------------------------------------------------------------
 
