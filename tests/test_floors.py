@@ -36,7 +36,8 @@ def name_of(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {name_of(file): file for file in ROOT.rglob("*.py")}
+# Without kernels/, which a wheel holds as _kernels: its files are loaded by ops alone.
+FILES = {name_of(file): file for file in ROOT.rglob("*.py") if "_kernels" not in file.parts}
 del FILES[""]  # the package itself, which loads its names when they are used
 
 

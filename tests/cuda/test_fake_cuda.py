@@ -133,16 +133,15 @@ def op_and_buffers(op: str, device: str):
         buffers = {**shared, "z": clip, "b": still, "noise_levels": levels, "out": clip.clone()}
         return lambda: ops.remove_base(**buffers), buffers
     shared |= {"r": clip.clone(), "coeffs": torch.zeros(10, 3, device=device)}
-    guidance = {"r_uncond": clip.clone()}
     if op == "decomposed_step":
-        buffers = {**shared, **guidance, "z": clip, "b": still}
+        buffers = {**shared, "z": clip, "b": still}
         seeds = {"base_seed": 1, "residual_seed": 2**63}
-        return lambda: ops.decomposed_step(**buffers, guidance_scale=2.0, **seeds), buffers
+        return lambda: ops.decomposed_step(**buffers, **seeds), buffers
     if op == "residual_step":
-        buffers = {**shared, **guidance, "u": clip, "g": still}
+        buffers = {**shared, "r_uncond": clip.clone(), "u": clip, "g": still}
         return lambda: ops.residual_step(**buffers, guidance_scale=2.0, seed=2**63), buffers
-    buffers = {"out": clip, "lam": lam, "step": step}
-    return lambda: ops.decomposed_noise(clip, 1, 2, lam), buffers
+    buffers = {"out": clip, "step": step}
+    return lambda: ops.decomposed_noise(clip, residual_seed=2), buffers
 
 
 def network_op_and_buffers(op: str, device: str):
@@ -160,8 +159,8 @@ def network_op_and_buffers(op: str, device: str):
     if op == "group_norm_silu":
         x = buffers["x"] = x.contiguous(memory_format=torch.channels_last)
         rest = {"scale": torch.ones(2, 8, device=device), "shift": torch.ones(2, 8, device=device)}
-        buffers |= {**rest, "residual": x.clone(), "out": torch.empty_like(x)}
-        rest |= {"residual": buffers["residual"], "out": buffers["out"]}
+        rest["out"] = torch.empty_like(x)
+        buffers |= rest
         return lambda: ops.group_norm_silu(x, 2, num_frames=2, **rest), buffers
     if op == "layer_norm":
         out = buffers["out"] = torch.empty_like(x)
