@@ -1,5 +1,6 @@
 """The UNet family: shapes, memory layout, what sees what, and that published blocks map onto it."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,16 @@ def test_folding_frames_and_pixels_copies_nothing():
     temporal = rows(x).unflatten(0, (-1, 3)).permute(0, 3, 1, 2)  # as TemporalConv sees it
     assert temporal.data_ptr() == x.data_ptr()
     assert temporal.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_skip_is_gone_once_it_is_joined():
+    unet, skips, held = UNet(IMAGE).eval(), [], []
+    unet.conv_in.register_forward_hook(lambda layer, x, h: skips.append(weakref.ref(h)))
+    last = [stage for step, stage in unet.steps if step.kind == "stage"][-1]
+    last.register_forward_pre_hook(lambda layer, x: held.append(skips[0]() is not None))
+    with torch.no_grad():
+        unet(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.int64))
+    assert held == [False]
 
 
 def test_starts_as_zero_and_every_weight_learns():

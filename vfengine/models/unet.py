@@ -227,15 +227,18 @@ class UNet(Embeddings):
         if context is not None:
             context = context.to(self.dtype).repeat_interleave(num_frames, dim=0)
 
-        def stage(layer: Stage, h: Tensor, skip: Tensor | None) -> Tensor:
-            h = h if skip is None else torch.cat([h, skip], dim=1)
-            return layer(h, embedding, num_frames, context)
-
         h = F.pixel_unshuffle(frames.to(self.dtype), config.patch_size)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
         if self.transformer_in is not None:
             h = self.transformer_in(h, num_frames)
-        h = self._run_layers(h, stage, lambda layer, h, skip: layer(h, skip))
+        skips = [h]
+        del h  # the list alone keeps it, and lets it go where it is joined
+        h = self._run_layers(
+            skips,
+            join=lambda h, skip: torch.cat([h, skip], dim=1),
+            stage=lambda layer, h: layer(h, embedding, num_frames, context),
+            resample=lambda layer, h, skip: layer(h, skip),
+        )
         h = self.conv_out(self.conv_norm_out(h, silu=True))
         h = F.pixel_shuffle(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
@@ -243,28 +246,33 @@ class UNet(Embeddings):
     def plan(self, build, x, context=None):
         """`forward` on images in patches, as calls of a builder (vfengine/plan/walk.py)."""
 
-        def stage(layer: Stage, h, skip):
-            return layer.plan(build, h if skip is None else build.cat(h, skip), context)
-
         h = build.conv(x, self.conv_in, padded=True)
         if self.transformer_in is not None:
             h = self.transformer_in.plan(build, h)
-        h = self._run_layers(h, stage, lambda layer, h, skip: layer.plan(build, h, skip))
+        h = self._run_layers(
+            [h],
+            join=build.cat,
+            stage=lambda layer, h: layer.plan(build, h, context),
+            resample=lambda layer, h, skip: layer.plan(build, h, skip),
+        )
         h = build.group_norm(h, self.conv_norm_out, silu=True)
         return build.conv(h, self.conv_out, fp32=True)
 
-    def _run_layers(self, h: Any, stage: Callable, resample: Callable) -> Any:
+    def _run_layers(
+        self, skips: list[Any], *, join: Callable, stage: Callable, resample: Callable
+    ) -> Any:
         """Runs h down, through the middle and up; h is a tensor, or a builder's value.
 
-        stage:    (layer, h, the skip to concatenate or None) -> h
+        skips:    the first h, which is a skip itself; used up
+        join:     (h, skip) -> h, concatenated
+        stage:    (layer, h) -> h
         resample: (layer, h, the last skip, to whose size an upsampler goes) -> h
         """
-        skips = [h]
+        h = skips[-1]
         for step, layer in self.steps:
-            if step.kind == "stage":
-                h = stage(layer, h, skips.pop() if step.joins_skip else None)
-            else:
-                h = resample(layer, h, skips[-1])
+            if step.joins_skip:
+                h = join(h, skips.pop())
+            h = stage(layer, h) if step.kind == "stage" else resample(layer, h, skips[-1])
             if step.leaves_skip:
                 skips.append(h)
         return h

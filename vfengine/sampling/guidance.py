@@ -80,7 +80,9 @@ class GuidedModel:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.network, self.scale = spec.network, spec.scale
         self.labels = None if spec.labels is None else spec.labels.clone()
-        self.lam = None if spec.lam is None else torch.tensor(spec.lam, device=device)
+        self.lam = (
+            None if spec.lam is None else torch.tensor(spec.lam, dtype=torch.float32, device=device)
+        )
 
     def set_labels(self, labels: Tensor | None) -> None:
         """Replaces the labels by as many others."""

@@ -10,7 +10,7 @@ The loops and their mathematics are in two_phase.py and interleaved.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from .cuda_graph import Step, captured
 from .run import Callback
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11 on
 
 
 @dataclass(frozen=True, kw_only=True)

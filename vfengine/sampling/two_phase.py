@@ -140,7 +140,7 @@ class PathSpec:
         """The shared states, or a new buffer."""
         if self.shared is not None:
             return self.shared
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
