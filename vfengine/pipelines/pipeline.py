@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from ..diffusion.noise import NoisePlace, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import CheckpointConfig
 from ..sampling.guidance import Condition
-from .base_unet import PretrainedBase
 from .request import VideoRequest
 from .session import Session
+
+if TYPE_CHECKING:
+    from .base_unet import PretrainedBase
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
+from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
 from ..plan.memory import return_memory
@@ -25,7 +26,9 @@ from ..sampling.guidance import Condition, ModelSpec, guided
 from ..sampling.reuse import KeptLoops
 from ..sampling.run import Run
 from ..sampling.two_phase import Motion
-from .base_unet import PretrainedBase
+
+if TYPE_CHECKING:
+    from .base_unet import PretrainedBase
 
 
 class Session:
@@ -150,7 +153,7 @@ class Session:
         for name in ("base", "residual"):
             file = self.folder / f"{name}.safetensors"
             if name not in self.networks and file.is_file():
-                with safe_open(str(file), framework="pt") as opened:
+                with open_tensors(file) as opened:
                     tensors = [opened.get_slice(key) for key in list(opened.keys())]
                     weights += sum(math.prod(tensor.get_shape()) for tensor in tensors)
         return 2 * weights * self.dtype.itemsize > room
@@ -165,8 +168,5 @@ class Session:
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             raise FileNotFoundError(f"checkpoint {self.folder} has no {file.name}")
-        try:
-            with safe_open(str(file), framework="pt"):  # compares the header with the file's length
-                return
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+        with open_tensors(file):
+            return

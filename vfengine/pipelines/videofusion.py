@@ -39,7 +39,6 @@ from ..sampling.run import Callback, Run, zero_timings
 from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
 from .base_cache import cache_key, cached_path
-from .base_unet import pretrained_base
 from .pipeline import Pipeline, VideoFusionOutput
 from .plain_video import PlainVideoPipeline
 from .request import SamplingRequest, field_names
@@ -100,6 +99,8 @@ class VideoFusionPipeline(Pipeline):
             if base_prediction_type is not None:
                 raise ValueError("base_prediction_type is that of a base_unet, and none is given")
             return kind(config, folder, device, dtype, capture)
+        from .base_unet import pretrained_base  # with the formats of published networks
+
         base = pretrained_base(base_unet, config, device, dtype, base_prediction_type)
         return kind(config, folder, device, dtype, capture, base)
 
