@@ -2,24 +2,34 @@
 
 Also the difference between clips made on one thread and on two: the noise is the same bit for bit,
 but convolutions and matrix products add in another order.
+
+--neighbours K: only what the clip takes on a busy machine, where K single-threaded processes are
+pinned to its cores.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lib.harness import Row, main
+from lib.clip_turns import HERE, Worker
+from lib.harness import Row, Target, main
+from lib.neighbours import fair_share, neighbours
 
 from vfengine import VideoFusionPipeline
+from vfengine.devices import chosen_dtype
+from vfengine.generate import wait_briefly
 from vfengine.pipelines.videofusion import to_uint8
 
 LABEL = "cartwheel"
+SHARED = "times the fair share"
 
 
 def command(dtype: str, steps: int, rounds: int) -> list[Row]:
@@ -68,6 +78,34 @@ def measure(steps: int = 50, rounds: int = 3) -> list[Row]:
     return rows
 
 
+def busy(count: int, rounds: int = 5) -> list[Row]:
+    """Seconds of the warm default clip, alone and with `count` neighbours in turns."""
+    dtype = str(chosen_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    rows, fair = [], fair_share(count)
+    for threads in sorted({1, torch.get_num_threads()}):
+        variables = {"OMP_NUM_THREADS": str(threads)}
+        wait_briefly(variables)  # as the command does
+        worker = Worker(HERE, dtype, variables)
+        times: dict[int, list[float]] = {0: [], count: []}
+        try:
+            for _ in range(rounds):
+                for number, seconds in times.items():
+                    with neighbours(number):
+                        seconds.append(worker.clip())
+        finally:
+            worker.close()
+        alone, shared = (statistics.median(seconds) for seconds in times.values())
+        case = f"clip, {dtype}, {count} neighbours" + (", one thread" if threads == 1 else "")
+        rows += [
+            Row(case, "vfengine", "alone", alone, "s"),
+            Row(case, "vfengine", "with neighbours", shared, "s"),
+            Row(case, "vfengine", "with neighbours / alone", shared / alone, "x"),
+            Row(case, "vfengine", "fair share", fair, "x"),
+            Row(case, "vfengine", SHARED, shared / alone / fair, "x"),
+        ]
+    return rows
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def bench_default_clip(benchmark, dtype, short):
     pipeline = VideoFusionPipeline.from_pretrained(device="cpu", dtype=getattr(torch, dtype))
@@ -77,5 +115,21 @@ def bench_default_clip(benchmark, dtype, short):
     benchmark.pedantic(pipeline, args=(LABEL,), rounds=2, warmup_rounds=1)
 
 
+def bench_busy_machine(benchmark, short):
+    """One clip beside two neighbours."""
+    pipeline = VideoFusionPipeline.from_pretrained(device="cpu")
+    with neighbours(2):
+        steps = {"num_inference_steps": 2 if short else 50}
+        benchmark.pedantic(pipeline, args=(LABEL,), kwargs=steps, rounds=1)
+
+
 if __name__ == "__main__":
-    main(measure, __doc__)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--neighbours", type=int, metavar="K", help="beside K busy processes")
+    count = parser.parse_known_args()[0].neighbours
+    if count is None:
+        main(measure, __doc__)
+    else:
+        cases = [f"clip, {dtype}, {count} neighbours" for dtype in ("bfloat16", "float32")]
+        targets = [Target(case, "vfengine", SHARED, 1.3, at_most=True) for case in cases]
+        main(partial(busy, count), __doc__, targets, parser)

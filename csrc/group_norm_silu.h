@@ -14,8 +14,10 @@ namespace vf {
 
 // CPU alone: x2 and channels2, further channels beside those of x, and coefficients, where fp32
 // [images, 3, channels] are written (cpu/norm.h) and nothing else.
-// CUDA alone: workspace, fp32 scratch, and chunk_rows, the rows of one chunk
-// (vfengine/ops/group_norm_silu.py); modulation_stride is the number of channels there.
+// workspace: fp32 scratch for statistics; on a CPU group_norm_workspace() numbers, needed in a
+// program (cpu/base/parallel.h) and the kernel's own elsewhere.
+// CUDA alone: chunk_rows, the rows of one chunk (vfengine/ops/group_norm_silu.py);
+// modulation_stride is the number of channels there.
 #define VF_GROUP_NORM_SILU_FIELDS(FIELD, OPTIONAL) \
   FIELD(const void*, x)                            \
   OPTIONAL(const void*, x2)                        \

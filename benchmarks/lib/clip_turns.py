@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import vfengine
@@ -34,10 +35,10 @@ def _entries(path: str) -> list[str]:
 
 
 class Worker:
-    """A process that makes clips with the vfengine found on `path`."""
+    """A process that makes clips with the vfengine found on `path`; variables: of it alone."""
 
-    def __init__(self, path: str, dtype: str) -> None:
-        environment = child_environment()
+    def __init__(self, path: str, dtype: str, variables: Mapping[str, str] | None = None) -> None:
+        environment = child_environment() | dict(variables or {})
         entries = [*_entries(path), *_entries(environment["PYTHONPATH"])]
         environment["PYTHONPATH"] = os.pathsep.join(entries)
         self._process = subprocess.Popen(

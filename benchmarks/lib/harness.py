@@ -203,10 +203,19 @@ def verdicts(rows: Sequence[Row], targets: Sequence[Target]) -> str:
 
 
 def main(
-    measure: Callable[[], list[Row]], description: str | None, targets: Sequence[Target] = ()
+    measure: Callable[[], list[Row]],
+    description: str | None,
+    targets: Sequence[Target] = (),
+    parser: argparse.ArgumentParser | None = None,
 ) -> None:
-    """The script form of a bench file: print a table and verdicts, and write --json FILE."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    """The script form of a bench file: print a table and verdicts, and write --json FILE.
+
+    parser: has the bench's own arguments, and no help
+    """
+    parents = [parser] if parser else []
+    parser = argparse.ArgumentParser(
+        description=(description or "").splitlines()[0], parents=parents
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows there")
     arguments = parser.parse_args()
     facts = machine()

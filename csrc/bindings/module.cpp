@@ -24,6 +24,7 @@ VF_CUDA_OPS(VF_DECLARE_OP)
 namespace bindings {
 
 void define_fast_call(py::module_& m);  // fast_call.cpp
+void define_program(py::module_& m);    // program.cpp
 
 namespace {
 
@@ -62,6 +63,17 @@ void define_ops(py::module_& m) {
       },
       py::arg("columns"), py::arg("depth"), py::arg("geglu"), py::arg("dtype"),
       "Words that pack_weights_cpu writes");
+  m.def(
+      "group_norm_workspace",
+      [](int64_t images, int64_t rows, int64_t channels, int64_t channels2, int64_t groups,
+         int64_t num_frames) {
+        GroupNormSiluArgs args{};
+        args.images = images, args.rows = rows, args.channels = channels;
+        args.channels2 = channels2, args.groups = groups, args.num_frames = num_frames;
+        return cpu_kernels().group_norm_workspace(args);
+      },
+      py::arg("images"), py::arg("rows"), py::arg("channels"), py::arg("channels2"),
+      py::arg("groups"), py::arg("num_frames"), "fp32 numbers of group_norm_silu_cpu's workspace");
 }
 
 void define_facts(py::module_& m) {
@@ -104,4 +116,5 @@ PYBIND11_MODULE(vfengine_native, m) {
   vf::bindings::define_facts(m);
   vf::bindings::define_ops(m);
   vf::bindings::define_fast_call(m);
+  vf::bindings::define_program(m);
 }

@@ -14,6 +14,7 @@ struct CpuKernels {
   VF_CPU_OPS(VF_DECLARE_OP)
 #undef VF_DECLARE_OP
   int64_t (*packed_words)(int64_t columns, int64_t depth, bool geglu, DType dtype);
+  int64_t (*group_norm_workspace)(const GroupNormSiluArgs& args);
   bool has_bf16;  // whether one instruction multiplies and adds bf16
 };
 

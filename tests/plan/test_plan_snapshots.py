@@ -178,7 +178,7 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
     arena = f"arena of {forward.program.arena.nbytes} bytes"
     return [
         ", ".join([arena, *(f"{name} {text(rows)}" for name, rows in ends.items())]),
-        *(f"{kernel.__name__}{text(args)}" for kernel, args in forward.program._unbound),
+        *(f"{op}_cpu{text(args)}" for op, args in forward.program._unbound),
     ]
 
 

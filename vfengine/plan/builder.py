@@ -7,7 +7,7 @@ how long it is needed: two buffers share a place wherever no call needs both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,7 +58,7 @@ class Builder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._number = DTYPE_NUMBERS[dtype]
-        self._calls: list[tuple[Callable[..., None], Struct]] = []
+        self._calls: list[tuple[str, Struct]] = []
         self._kept: list[Tensor] = []  # what calls hold addresses of
         self._made: dict[Rows, int] = {}  # buffers, and how many calls came before
         self._over: dict[Rows, Rows] = {}  # what a buffer may be written over, element by element
@@ -187,16 +187,12 @@ class Builder:
         return out
 
     def _group_norm(self, x: Rows, norm, images: int, num_frames: int, **fields: object) -> None:
+        sizes = {"images": images, "rows": x.count // images, "groups": norm.num_groups}
+        sizes |= {"channels": x.width, "num_frames": num_frames}
+        size = native.group_norm_workspace(channels2=fields.get("channels2", 0), **sizes)
+        workspace = self.rows(1, size, torch.float32)
         self._call(
-            "group_norm_silu",
-            x=x,
-            **self._norm(norm),
-            images=images,
-            rows=x.count // images,
-            channels=x.width,
-            groups=norm.num_groups,
-            num_frames=num_frames,
-            **fields,
+            "group_norm_silu", x=x, **self._norm(norm), workspace=workspace, **sizes, **fields
         )
 
     def layer_norm(self, x: Rows, norm) -> Rows:
@@ -341,8 +337,7 @@ class Builder:
         return {"bias": rows.at(column), "bias_rows": shared, "bias_stride": rows.width}
 
     def _call(self, op: str, **fields: object) -> None:
-        struct = Struct(native.args[op], **fields, dtype=self._number)
-        self._calls.append((getattr(native, f"{op}_cpu"), struct))
+        self._calls.append((op, Struct(native.args[op], **fields, dtype=self._number)))
 
     def _keep(self, tensor: Tensor | None) -> int:
         """The tensor's address, which stays good; 0: there is none."""

@@ -6,11 +6,13 @@ static: addresses, sizes and order are the same in every run. `Builder` makes it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vfengine.native import vfengine_native as native
 
 from .memory import huge_pages
 
@@ -63,7 +65,7 @@ class Program:
 
     def __init__(
         self,
-        calls: list[tuple[Callable[..., None], Struct]],
+        calls: list[tuple[str, Struct]],
         kept: list[Tensor],
         places: dict[Rows, int],
         size: int,
@@ -79,7 +81,7 @@ class Program:
                 return value.kind(**{name: bound(part) for name, part in value.fields.items()})
             return tuple(map(bound, value)) if isinstance(value, tuple) else value
 
-        self.calls = [(kernel, bound(args)) for kernel, args in calls]
+        self._native = native.Program([(op, bound(args)) for op, args in calls])
 
     def offset(self, place: Rows | Place) -> int:
         """Where it begins in the arena, in bytes."""
@@ -94,6 +96,4 @@ class Program:
         return part.view(rows.dtype).view(rows.count, rows.width)
 
     def run(self) -> None:
-        threads = torch.get_num_threads()
-        for kernel, args in self.calls:
-            kernel(args, threads)
+        self._native.run(torch.get_num_threads())
