@@ -78,7 +78,7 @@ def measure(steps: int = 50, rounds: int = 3) -> list[Row]:
     return rows
 
 
-def busy(count: int, rounds: int = 5) -> list[Row]:
+def busy(count: int, rounds: int = 3) -> list[Row]:
     """Seconds of the warm default clip, alone and with `count` neighbours in turns."""
     dtype = str(chosen_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     rows, fair = [], fair_share(count)

@@ -11,9 +11,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace vf {
 
@@ -84,30 +81,9 @@ class Team {
 
   int64_t threads() const { return threads_; }
 
-  // Takes the calling thread off a core that another thread of the team is on. Linux wakes a thread
-  // near the one that woke it, and on a small machine may leave both on one core for seconds.
-  void spread(int64_t thread) {
-#if defined(__linux__)
-    const int cpu = sched_getcpu();
-    cpu_set_t allowed, others;
-    bool shared = false;
-    for (int64_t i = 0; i < threads_; ++i) shared |= parts_[i].cpu == cpu;
-    if (shared && sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-      others = allowed;
-      for (int64_t i = 0; i < threads_; ++i)
-        if (parts_[i].cpu >= 0) CPU_CLR(parts_[i].cpu, &others);
-      // The first call moves the thread at once; the second leaves it free to go where it could.
-      if (CPU_COUNT(&others) && sched_setaffinity(0, sizeof others, &others) == 0)
-        sched_setaffinity(0, sizeof allowed, &allowed);
-    }
-    parts_[thread].cpu = sched_getcpu();
-#endif
-  }
-
  private:
   struct alignas(64) Part {
     std::atomic<uint64_t> claimed{0};  // region << 32 | tasks of it, from the part's first on
-    std::atomic<int> cpu{-1};          // where its thread began, or -1
   };
 
   void wake() {
@@ -151,7 +127,6 @@ void run_team(int64_t threads, void (*walk)(const void* context), const void* co
     Member member{&team, 0, 0, 0};
 #endif
     current = &member;
-    team.spread(member.thread);
     try {
       walk(context);
     } catch (const Stopped&) {
