@@ -14,8 +14,9 @@ struct CpuKernels {
   VF_CPU_OPS(VF_DECLARE_OP)
 #undef VF_DECLARE_OP
   int64_t (*packed_words)(int64_t columns, int64_t depth, bool geglu, DType dtype);
-  bool has_bf16;   // whether one instruction multiplies and adds bf16
-  bool has_tiles;  // whether a matrix unit does (cpu/base/tiles.h)
+  double (*bf16_gain)();  // measured once: rate of bf16 products over that of fp32
+  bool has_bf16;          // whether one instruction multiplies and adds bf16
+  bool has_tiles;         // whether a matrix unit does (cpu/base/tiles.h)
 };
 
 // Of the instruction set in use.

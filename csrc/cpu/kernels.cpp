@@ -8,6 +8,7 @@ namespace vf::VF_ISA {
 VF_CPU_OPS(VF_DECLARE_OP)
 #undef VF_DECLARE_OP
 int64_t packed_words(int64_t columns, int64_t depth, bool geglu, DType dtype);
+double bf16_gain();
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16 = true;
@@ -18,6 +19,7 @@ constexpr bool kHasBf16 = VF_TILES;
 // A constant that needs no code: what the compiler made of it could not run on every machine.
 extern const CpuKernels kCpuKernels;
 #define VF_OP_ENTRY(name, Args) &name##_cpu,
-const CpuKernels kCpuKernels = {VF_CPU_OPS(VF_OP_ENTRY) packed_words, kHasBf16, VF_TILES != 0};
+const CpuKernels kCpuKernels = {VF_CPU_OPS(VF_OP_ENTRY) packed_words, &bf16_gain, kHasBf16,
+                                VF_TILES != 0};
 
 }  // namespace vf::VF_ISA
