@@ -64,7 +64,7 @@ def test_an_instruction_set_that_is_not_there_is_refused():
     assert done.stderr.rstrip().endswith(", got sse") and done.stderr.count("\n") == 1
     missing = {"avx2", "avx512", "avx512_bf16", "amx"} - set(vfengine_native.cpu_isas)
     for isa in missing:
-        with pytest.raises(ValueError, match=f"got {isa}, which lacks "):
+        with pytest.raises(ValueError, match=f"got {isa}(, which lacks |$)"):
             vfengine_native.set_cpu_isa(isa)
 
 
