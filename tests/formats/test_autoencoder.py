@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from seeded import filled, normal
 from test_load import copied
 
-from vfengine.models import Autoencoder, PlannedDecoder, load_autoencoder
+from vfengine.models import Autoencoder, Decoder, PlannedDecoder, load_autoencoder
 
 THREE = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 CASES = {  # changes to the configuration, and the shape of z
@@ -103,6 +103,13 @@ def test_the_encoder_need_not_be_there(folder, tmp_path):
     z = normal(1, 4, 4, 4)
     expected = load_autoencoder(folder, torch.float32).decode(z)
     assert torch.equal(load_autoencoder(tmp_path, torch.float32).decode(z), expected)
+
+
+def test_float16_is_left_to_pytorch(folder):
+    decoder = load_autoencoder(folder, torch.float16).decoder
+    assert isinstance(decoder, Decoder) and not decoder.training
+    assert {p.dtype for p in decoder.parameters()} == {torch.float16}
+    assert not any(p.requires_grad for p in decoder.parameters())
 
 
 # -- what is refused -------------------------------------------------------------------------------
