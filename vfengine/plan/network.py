@@ -55,34 +55,17 @@ def inference_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def for_inference(
-    network: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    planned: type[PlannedNetwork] | None = None,
-) -> nn.Module:
-    """The network in its fastest form: on a CPU a `planned`, which consumes it; else itself.
-
-    planned: None: PlannedUNet
-
-    float16 on a CPU is left to PyTorch.
-    """
-    if torch.device(device).type != "cpu" or dtype is torch.float16:
-        return network.eval().requires_grad_(False)
-    return (planned or PlannedUNet)(network, dtype)
-
-
 class PlannedNetwork(nn.Module):
     """The common part of planned networks: packed weights, and the programs of the last shapes.
 
     network: consumed: its weights move into the plan, so that memory holds them once
     dtype:   of weights and activations, float32 or bfloat16; see `inference_dtype`
-    inputs:  what `network.plan` takes besides the images: whether there is a context
+    inputs:  what `network.plan` takes besides the images, in terms of a Packer
 
     A subclass makes the program of a shape, in `_planned`.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, *inputs: bool) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, **inputs: object) -> None:
         super().__init__()
         self.config = network.config
         self.dtype = inference_dtype(dtype)
@@ -91,7 +74,7 @@ class PlannedNetwork(nn.Module):
         self._programs: OrderedDict[tuple, PlannedForward] = OrderedDict()
         packer = Packer(self.dtype)
         with torch.no_grad():
-            network.plan(packer, packer.any, *(packer.any if given else None for given in inputs))
+            network.plan(packer, packer.any, **inputs)
             self._packed = packer.packed()
         for index, weights in enumerate(_numbered(network, self._packed)):
             self.register_buffer(f"packed_{index}", weights.packed)
@@ -137,11 +120,9 @@ class PlannedUNet(PlannedNetwork):
     """
 
     def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__(unet, dtype, unet.config.context_dim is not None)
+        super().__init__(unet, dtype, context=Packer.any if unet.config.context_dim else None)
         # Embeddings in float64: once rounded, they do not depend on the order of sums.
-        self.unet = unet.embeddings().double().requires_grad_(False)
-        self.eval()
-        return_memory()
+        self.unet = unet.embeddings().double().requires_grad_(False).eval()
 
     @property
     def class_embedding(self) -> nn.Module | None:
@@ -205,6 +186,21 @@ class PlannedUNet(PlannedNetwork):
         return PlannedForward(
             build.program(out.rows), (height, width), x, out.rows, embedding, context, per_image
         )
+
+
+def for_inference(
+    network: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    planned: type[PlannedNetwork] = PlannedUNet,
+) -> nn.Module:
+    """The network in its fastest form: on a CPU a `planned`, which consumes it; else itself.
+
+    float16 on a CPU is left to PyTorch.
+    """
+    if torch.device(device).type != "cpu" or dtype is torch.float16:
+        return network.eval().requires_grad_(False)
+    return planned(network, dtype)
 
 
 @dataclass(frozen=True)
