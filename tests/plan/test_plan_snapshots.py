@@ -35,8 +35,8 @@ from vfengine.models import (
     UNetConfig,
     vdm_config,
 )
+from vfengine.plan import forms, program
 from vfengine.plan import network as planned
-from vfengine.plan import program
 
 FILE = Path(__file__).with_name("plan_snapshots.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32}
@@ -156,12 +156,15 @@ SNAPSHOTS = {
 
 @functools.lru_cache(maxsize=1)
 def plan(case: str, dtype: str) -> tuple[PlannedUNet | PlannedDecoder, dict[int, str]]:
-    """The network, and the names of its tensors by address; bf16 on CPUs without it, too."""
+    """The network, and the names of its tensors by address; bf16 as AVX512_BF16 runs it."""
     config = CASES[case][0]
     decodes = isinstance(config, AutoencoderConfig)
     module = Decoder(config) if decodes else UNet(config)
     parameters = dict(module.named_parameters())
-    with mock.patch.object(planned, "inference_dtype", lambda dtype: dtype):
+    with (
+        mock.patch.object(planned, "inference_dtype", lambda dtype: dtype),
+        mock.patch.object(forms, "in_tiles", lambda dtype: False),
+    ):
         network = (PlannedDecoder if decodes else PlannedUNet)(module, DTYPES[dtype])
     named = {**parameters, **dict(network.named_buffers())}
     return network, {tensor.data_ptr(): name for name, tensor in named.items() if tensor.numel()}

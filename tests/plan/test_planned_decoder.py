@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from seeded import filled, normal
-from test_planned import all_dtypes, distance, isas  # noqa: F401  a fixture
+from test_planned import BF16_ISAS, all_dtypes, distance
 from test_planned_bits import threads  # noqa: F401  a fixture
 
 from vfengine.models import Autoencoder, AutoencoderConfig, Decoder, PlannedDecoder
@@ -20,7 +20,7 @@ def decoder() -> Decoder:
 
 @pytest.mark.parametrize("isa", vfengine_native.cpu_isas)
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 1)])
-def test_planned_decoder_matches_the_module_on_every_isa(size, isa, isas):  # noqa: F811
+def test_planned_decoder_matches_the_module_on_every_isa(size, isa, isas):
     isas(isa)
     module, z = decoder(), normal(2, 4, *size)
     with torch.no_grad():
@@ -29,6 +29,19 @@ def test_planned_decoder_matches_the_module_on_every_isa(size, isa, isas):  # no
     out = PlannedDecoder(module, torch.float32)(z)
     assert out.shape == expected.shape and out.dtype is torch.float32 and out.is_contiguous()
     assert distance(out, exact) < max(1e-5, distance(expected, exact))
+
+
+@pytest.mark.parametrize("isa", BF16_ISAS)
+@pytest.mark.parametrize("widths", [(32, 40), (512,)], ids=["narrow", "a head of 512"])
+def test_planned_decoder_in_bf16_is_as_close_as_the_module(widths, isa, isas):
+    isas(isa)
+    config = AutoencoderConfig(block_out_channels=widths, layers_per_block=1, norm_groups=8)
+    module, z = filled(Decoder(config)), normal(1, 4, 5, 7)
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(z.double())
+        peer = copy.deepcopy(module).bfloat16()(z)
+    out = PlannedDecoder(module, torch.bfloat16)(z)
+    assert distance(out, exact) <= 1.5 * distance(peer, exact)
 
 
 @all_dtypes
