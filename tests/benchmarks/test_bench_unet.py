@@ -33,13 +33,21 @@ def test_flops_of_half_the_frames_are_less_than_half():
     assert contenders.flops("unet3d-8") < contenders.flops("unet3d") / 2  # attention: with N²
 
 
+def test_flops_of_the_decoder_are_those_of_decode_alone():
+    assert contenders.flops("vae-decoder") / 1e9 == pytest.approx(622.2, abs=0.05)
+
+
 @pytest.mark.parametrize("name", contenders.CASES)
 def test_inputs_fit_the_network(name):
-    sample, timestep, context = case(name).inputs()
-    width = contenders.NETWORKS[case(name).network].config["cross_attention_dim"]
-    assert sample.shape == case(name).shape and timestep.shape == (1,)
-    assert context.shape == (1, case(name).tokens, width)
+    sample, *more = case(name).inputs()
+    assert sample.shape == case(name).shape
     assert torch.equal(sample, case(name).inputs()[0])
+    if name == "vae-decoder":
+        assert not more and "tokens" not in case(name).description
+        return
+    timestep, context = more
+    width = contenders.NETWORKS[case(name).network].config["cross_attention_dim"]
+    assert timestep.shape == (1,) and context.shape == (1, case(name).tokens, width)
 
 
 def test_no_saved_weight_is_zero(tmp_path, monkeypatch):
@@ -77,6 +85,25 @@ def test_our_networks_take_frames_second(monkeypatch):
         assert torch.equal(contenders.load(contender, case(), Path())(), expected)
     assert [x.shape for x in seen] == [(1, 16, 4, 32, 32), (1, 4, 16, 32, 32)]
     assert seen[0].is_contiguous()
+
+
+def test_autoencoders_are_decoded(tmp_path, monkeypatch):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 8,
+    }
+    tiny = contenders.Network("AutoencoderKL", config, method="decode")
+    monkeypatch.setitem(contenders.NETWORKS, "vae", tiny)
+    small = contenders.Case("tiny", "vae", (1, 4, 6, 4), {})
+    (tmp_path / "vae").mkdir()
+    contenders.save_network("vae", tmp_path / "vae")
+    exact = contenders.load(contenders.REFERENCE, small, tmp_path)()
+    assert exact.shape == (1, 3, 12, 8)
+    for contender in (OURS, EAGER):
+        out = contenders.load(contender, small, tmp_path)()
+        assert out.dtype is torch.bfloat16 and contenders.relative_error(out, exact) < 0.1
 
 
 def test_convolution_of_the_ceiling_is_a_convolution():
@@ -159,7 +186,9 @@ def test_targets_are_these():
     assert targets["modelscope", OPENVINO, bench.MEMORY] == 1
     assert targets["temporal_attention", OURS, "speedup_over_SDPA"] == 10
     assert targets["unet3d-64", OPENVINO, bench.FASTER] == 1.4
-    assert len(targets) == 3 + 3 + 4 + 2 + 2 + 2
+    assert targets["vae-decoder", OPENVINO, bench.FASTER] == 1.3
+    assert targets["vae-decoder", EAGER, bench.FASTER] == 1.8
+    assert len(targets) == 3 + 3 + 4 + 2 + 2 + 2 + 2 + 2
 
 
 def test_baselines_are_contenders(monkeypatch):
