@@ -1,4 +1,4 @@
-"""Whole UNets and their ops on a CPU in bf16, beside diffusers, torch.compile and OpenVINO.
+"""UNets, a decoder and their ops on a CPU in bf16, beside diffusers, torch.compile, OpenVINO.
 
 Networks  random weights in a folder (unet_contenders.py), read by all. First every contender's
           output is compared with diffusers' in fp32: ours may be off by 1.5 times what diffusers in
@@ -55,6 +55,8 @@ from lib.unet_contenders import (
     weights_mib,
 )
 from lib.unet_ops import BASELINES, DESCRIPTIONS, OPS, SPEEDUPS, convolutions, op_rows
+
+from vfengine.native import vfengine_native
 
 FASTER, OF_CEILING = "time / vfengine", "of conv ceiling"
 MEMORY = "peak memory / vfengine"
@@ -337,7 +339,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
-    facts = machine()
+    facts = machine() | {"instruction set": vfengine_native.cpu_isa()}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     report = measure(options.case, options.rounds, before=options.before)
     print(in_words(report))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.harness import Contender, Row, compare
-from lib.unet_contenders import OURS, relative_error, require_accuracy
+from lib.unet_contenders import OURS, by_unit, relative_error, require_accuracy
 from vfengine import ops
 
 SDPA, TORCH = "SDPA", "PyTorch"
@@ -106,7 +106,11 @@ OPS: dict[str, Callable[[], Op]] = {
     "spatial_attention": spatial_attention,
     "group_norm_silu": group_norm_silu,
 }
-SPEEDUPS = {"temporal_attention": 10.0, "spatial_attention": 4.0, "group_norm_silu": 4.0}
+SPEEDUPS = {
+    "temporal_attention": by_unit(6.0, 5.0),
+    "spatial_attention": by_unit(2.0, 2.6),
+    "group_norm_silu": 4.0,
+}
 BASELINES = {"temporal_attention": SDPA, "spatial_attention": SDPA, "group_norm_silu": TORCH}
 DESCRIPTIONS = {
     "temporal_attention": "1,024 pixels x 2 heads x 16 frames x 32, bf16",
@@ -135,11 +139,11 @@ def op_rows(name: str, seconds: float) -> list[Row]:
 
 def convolutions(calls: int = 5) -> dict[str, tuple[Contender, int]]:
     """3 x 3, oneDNN, channels_last, bf16, weights packed ahead: (so many calls, their FLOPs)."""
-    return {f"conv 3x3, {width}": _convolution(width, calls) for width in WIDTHS}
+    return {f"conv 3x3, {width}": convolution(width, calls) for width in WIDTHS}
 
 
-def _convolution(width: int, calls: int) -> tuple[Contender, int]:
-    x = _normal(FRAMES, width, 32, 32).to(memory_format=torch.channels_last)
+def convolution(width: int, calls: int, pixels: int = 32) -> tuple[Contender, int]:
+    x = _normal(FRAMES, width, pixels, pixels).to(memory_format=torch.channels_last)
     one, shape = [1, 1], list(x.shape)
     weight = _normal(width, width, 3, 3)
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, one, one, one, 1, shape)
