@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPE_NUMBERS
 
-# Input times output channels, above which a convolution takes the form with fewest weights.
+# Input times output channels, above which a convolution holds no weights but its own.
 _LIGHT = 640 * 640
 
 
@@ -78,11 +78,11 @@ def conv_weight(conv: nn.Conv2d, dtype: torch.dtype, even: bool = False) -> Tens
 
 
 def is_light(conv: nn.Conv2d) -> bool:
-    """Whether it may take a faster form with 16/9 of the weights (Winograd's, an upsampler's)."""
+    """Whether it may hold 16/9 of the weights to be faster (Winograd's, an upsampler's)."""
     return conv.in_channels * conv.out_channels <= _LIGHT
 
 
 def takes_winograd(conv: nn.Conv2d) -> bool:
     """Whether Winograd's form is faster: not for few channels, where the transforms dominate."""
     least = 128 if conv.kernel_size == (3, 1) else 32
-    return min(conv.in_channels, conv.out_channels) >= least and is_light(conv)
+    return min(conv.in_channels, conv.out_channels) >= least

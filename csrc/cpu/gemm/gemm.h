@@ -11,9 +11,10 @@
 //   pack(args)                    puts the weights into this form's order
 //   multiply(args, rows, panels, scratch)
 //                                 a range of the rows by a range of the panels, epilogue and all
-//   PanelSums(columns, depth, rows, zeros)(x, weights, panel, sums)
-//                                 one panel for dense rows: fp32 [rows, columns of the panel], and
-//                                 no epilogue
+//   PanelSums(columns, rows, zeros)(x, depth, weights, panel, opens, sums)
+//                                 one panel for dense rows of the weights' `depth`, which begin at
+//                                 `weights`: fp32 [rows, columns of the panel], no epilogue; sums
+//                                 that do not open go on
 #pragma once
 #include "cpu/gemm/vector.h"
 
