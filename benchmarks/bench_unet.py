@@ -56,6 +56,8 @@ from lib.unet_contenders import (
 )
 from lib.unet_ops import BASELINES, DESCRIPTIONS, OPS, SPEEDUPS, convolutions, op_rows
 
+from vfengine.native import vfengine_native
+
 FASTER, OF_CEILING = "time / vfengine", "of conv ceiling"
 MEMORY = "peak memory / vfengine"
 CEILING = "conv 3x3, the best"
@@ -337,7 +339,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
-    facts = machine()
+    facts = machine() | {"instruction set": vfengine_native.cpu_isa()}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     report = measure(options.case, options.rounds, before=options.before)
     print(in_words(report))

@@ -19,6 +19,7 @@ from vfengine.formats.checkpoint import (
     save_checkpoint,
 )
 from vfengine.models import UNetConfig, vdm_config
+from vfengine.native import vfengine_native
 
 TESTS = Path(__file__).resolve().parent
 BENCHMARKS = TESTS.parent / "benchmarks"
@@ -115,6 +116,14 @@ def save_random(folder: Path, config: CheckpointConfig, seed: int = 0) -> Path:
         states.append(state)
     save_checkpoint(folder, config, *states, dtype=torch.float32)
     return folder
+
+
+@pytest.fixture
+def isas():
+    """Sets an instruction set of the CPU until the test ends."""
+    former = vfengine_native.cpu_isa()
+    yield vfengine_native.set_cpu_isa
+    vfengine_native.set_cpu_isa(former)
 
 
 @pytest.fixture(scope="session")

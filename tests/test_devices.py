@@ -18,11 +18,12 @@ from_pretrained = VideoFusionPipeline.from_pretrained
 def machine(monkeypatch):
     """Makes torch and vfengine_native see a machine of this kind."""
 
-    def make(capability=None, isa="avx2", amx=False):
+    def make(capability=None, isa="avx2", gain=2.0):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(vfengine_native, "cpu_has_bf16", lambda: isa == "avx512_bf16")
+        has_bf16 = isa in ("avx512_bf16", "amx")
+        monkeypatch.setattr(vfengine_native, "cpu_has_bf16", lambda: has_bf16)
+        monkeypatch.setattr(vfengine_native, "bf16_gain", lambda: gain)
 
     return make
 
@@ -34,7 +35,8 @@ def machine(monkeypatch):
         ({"capability": (8, 0)}, "cuda", torch.bfloat16),
         ({"capability": (7, 5), "isa": "avx512_bf16"}, "cuda", torch.float32),
         ({"isa": "avx512_bf16"}, "cpu", torch.bfloat16),
-        ({"isa": "avx512_bf16", "amx": True}, "cpu", torch.float32),
+        ({"isa": "avx512_bf16", "gain": 1.0}, "cpu", torch.float32),
+        ({"isa": "amx", "gain": 10.0}, "cpu", torch.bfloat16),
         ({"isa": "avx512"}, "cpu", torch.float32),
         ({"isa": "baseline"}, "cpu", torch.float32),
     ],

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,13 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 import vfengine
+from vfengine.native import vfengine_native
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_versions_agree():
-    import vfengine_native
-
     assert vfengine_native.__version__ == vfengine.__version__
     assert importlib.metadata.version("vfengine") == vfengine.__version__
 
@@ -39,13 +39,38 @@ def test_native_module_is_top_level():
 
 
 def test_native_module_says_what_it_was_built_with():
-    import vfengine_native
-
     assert vfengine_native.cuda_built == hasattr(vfengine_native, "residual_step_cuda")
     assert bool(vfengine_native.cuda_architectures) == vfengine_native.cuda_built
     assert vfengine_native.cpu_isa() in vfengine_native.cpu_isas
     with pytest.raises(ValueError, match="mmx"):
         vfengine_native.set_cpu_isa("mmx")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "amx_emulated"])
+def test_the_instruction_set_may_be_named(isa):
+    done = with_isa(
+        isa,
+        "-c",
+        "from vfengine.native import vfengine_native as native; "
+        "print(native.cpu_isa(), native.cpu_has_tiles())",
+    )
+    assert done.stdout.split() == [isa, str(isa == "amx_emulated")], done.stderr
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    done = with_isa("sse", "-m", "vfengine.generate", "--label", "kick", "--output", "none.mp4")
+    assert done.returncode == 2
+    assert done.stderr.startswith("vfengine.generate: error: VFENGINE_CPU_ISA: this machine and")
+    assert done.stderr.rstrip().endswith(", got sse") and done.stderr.count("\n") == 1
+    missing = {"avx2", "avx512", "avx512_bf16", "amx"} - set(vfengine_native.cpu_isas)
+    for isa in missing:
+        with pytest.raises(ValueError, match=f"got {isa}(, which lacks |$)"):
+            vfengine_native.set_cpu_isa(isa)
+
+
+def with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "VFENGINE_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
 def test_triton_kernels_are_found():

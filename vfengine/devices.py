@@ -9,6 +9,7 @@ import torch
 
 from .names import AUTO
 
+_LEAST_GAIN = 1.4  # of products in bfloat16, for a gain in whole networks
 NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,20 +54,17 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the networks of this device are faster in bfloat16 than in float32.
 
     CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
-    CPU:  plans (vfengine/plan/network.py) multiply bfloat16 with AVX512_BF16. On two cores of an
-          AMD EPYC (Zen 5) the default clip then takes 0.9 s instead of 1.5. Intel's CPUs with AMX
-          have that instruction too, but took 3.2 s instead of 2.5. This must be measured again
-          once plans use AMX.
-
-    (`python benchmarks/bench_generate.py`, medians of 3)
+    CPU:  plans (vfengine/plan/network.py) need AVX512_BF16 or AMX, and a core that multiplies
+          faster with it than in float32. That is measured, for cores differ: AVX512_BF16 doubles
+          the products of AMD's and gains nothing on Intel's, where AMX multiplies them by ten. On
+          two cores of an AMD EPYC (Zen 5) the default clip takes 0.9 s instead of 1.5
+          (`python benchmarks/bench_generate.py`).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     from .native import vfengine_native
 
-    if torch.cpu._is_amx_tile_supported():
-        return False
-    return vfengine_native.cpu_has_bf16()
+    return vfengine_native.cpu_has_bf16() and vfengine_native.bf16_gain() >= _LEAST_GAIN
 
 
 def matmul_in_tf32() -> bool:

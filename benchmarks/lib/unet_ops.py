@@ -135,11 +135,11 @@ def op_rows(name: str, seconds: float) -> list[Row]:
 
 def convolutions(calls: int = 5) -> dict[str, tuple[Contender, int]]:
     """3 x 3, oneDNN, channels_last, bf16, weights packed ahead: (so many calls, their FLOPs)."""
-    return {f"conv 3x3, {width}": _convolution(width, calls) for width in WIDTHS}
+    return {f"conv 3x3, {width}": convolution(width, calls) for width in WIDTHS}
 
 
-def _convolution(width: int, calls: int) -> tuple[Contender, int]:
-    x = _normal(FRAMES, width, 32, 32).to(memory_format=torch.channels_last)
+def convolution(width: int, calls: int, pixels: int = 32) -> tuple[Contender, int]:
+    x = _normal(FRAMES, width, pixels, pixels).to(memory_format=torch.channels_last)
     one, shape = [1, 1], list(x.shape)
     weight = _normal(width, width, 3, 3)
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, one, one, one, 1, shape)

@@ -71,8 +71,15 @@ void define_facts(py::module_& m) {
   // A tenth of what os.environ.get costs, which shows beside the kernel of a small clip.
   m.def("environment", &std::getenv, py::arg("name"), "Value of a variable, or None");
   m.def("cpu_isa", &cpu_isa, "Instruction set in use");
-  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another one (tests, benchmarks)");
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another one");
   m.attr("cpu_isas") = py::tuple(py::cast(cpu_isas()));
+  m.attr("refused_isa") = refused_isa();
+  m.def(
+      "bf16_gain", [] { return cpu_kernels().bf16_gain(); },
+      "How many times as fast as fp32 it multiplies bf16 on this machine, measured once");
+  m.def(
+      "cpu_has_tiles", [] { return cpu_kernels().has_tiles; },
+      "Whether the instruction set in use multiplies bf16 in a matrix unit's tiles");
   m.def(
       "cpu_has_bf16", [] { return cpu_kernels().has_bf16; },
       "Whether the instruction set in use multiplies bf16 in one instruction");

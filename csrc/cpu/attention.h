@@ -3,14 +3,21 @@
 // Queries lie in the lanes: a vector holds one number (or two neighbouring bf16) of kLanes queries,
 // and keys and values enter as broadcast words, so that the softmax needs no shuffles. Scores of a
 // block of keys stay in L1; sums are in fp32, probabilities are rounded to the rows' dtype.
+//
+// A matrix unit computes the same two products, k q^T and v^T p, from the same memory: words of
+// queries, and of probabilities, are tiles of its second factor. Its first factor is a row of the
+// keys, or of the values turned, filled up with zeros to whole tiles.
 #pragma once
 #include <type_traits>
 #include <vector>
 
 #include "cpu/base/math.h"
+#include "cpu/base/tiles.h"
 #include "spatial_attention.h"
 
 namespace vf::VF_ISA {
+
+constexpr int round_up(int x, int step) { return (x + step - 1) / step * step; }
 
 constexpr int kKeyBlock = 128;
 #if defined(__AVX512F__)
@@ -19,23 +26,27 @@ constexpr int kUnroll = 8;  // keys, or numbers of a head, in flight per vector 
 constexpr int kUnroll = 4;
 #endif
 
-// Room for packed values, the thread's own.
-static inline uint32_t* values_scratch(int64_t words) {
-  static thread_local std::vector<uint32_t> memory;
-  if (int64_t(memory.size()) < words) memory.resize(words);
-  return memory.data();
-}
+// Vectors of queries that are one tile wide, or one.
+template <class T>
+constexpr int kQueryVectors = kInTiles<T> ? kTile / kLanes : 1;
 
 // What logits are multiplied with.
 static inline float logit_scale(float given, int64_t head_dim) {
   return given > 0 ? given : float(1.0 / std::sqrt(double(head_dim)));
 }
 
+// Gives the thread its tiles, where attention is computed in them; the caller's.
+template <class T>
+using AttentionScope = std::conditional_t<kInTiles<T>, TileScope, NoTileScope>;
+
+// k and v: as set_keys leaves them.
 template <class T>
 struct Head {
-  const T *q, *k;
-  int64_t q_stride, k_stride;
-  const uint32_t* v;  // words of pack_values, or of v's own rows where T is fp32
+  const T* q;
+  int64_t q_stride;
+  const T* k;
+  int64_t k_stride;
+  const uint32_t* v;  // words of pack_values, or of v's own rows where T is fp32; in tiles: of v^T
   int64_t v_stride;   // in words
   const float* bias;  // of transposed_bias, or null
   int64_t bias_stride;
@@ -63,8 +74,8 @@ static inline void pack_values(const T* v, int64_t stride, int k_len, int head_d
   }
 }
 
-// Queries that a bias has room for: attend_block may read two vectors from its last row on.
-static inline int64_t bias_stride(int64_t q_len) { return q_len + 2 * kLanes; }
+// Queries that a bias has room for: attend_block may read as many from its last row on.
+static inline int64_t bias_stride(int64_t q_len) { return q_len + 2 * std::max(kLanes, kTile); }
 
 // bias [q_len, k_len] with queries in the lanes, for `exponential`: [k_len, bias_stride(q_len)].
 template <class T>
@@ -97,6 +108,49 @@ VF_INLINE void scores(const Head<T>& h, const U32* q, int words, const T* k, flo
     }
 }
 
+#if VF_TILES
+// out [16 G, 16 Q] = the products of rows of a, a_stride bytes apart, and of the words b [16 steps,
+// 16 Q]; `add`: to what is there.
+template <int G, int Q>
+static __attribute__((noinline)) void multiply_tiles(const char* a, int64_t a_stride, const U32* b,
+                                                     int steps, bool add, float* out) {
+  const int64_t stride = Q * kTileRowBytes;
+  const auto* words = reinterpret_cast<const char*>(b);
+  const auto each_sum = [&](const auto& body) {
+    unrolled<G>([&](auto g) {
+      unrolled<Q>([&](auto i) {
+        body(std::integral_constant<int, g * Q + i>(), out + (g * kTile * Q + i) * kTile);
+      });
+    });
+  };
+  if (add)
+    each_sum([&](auto tile, const float* from) { tile_load<tile>(from, stride); });
+  else
+    each_sum([](auto tile, const float*) { tile_zero<tile>(); });
+  for (int step = 0; step < steps; ++step, words += kTile * stride) {
+    unrolled<Q>([&](auto i) { tile_load<4 + i>(words + i * kTileRowBytes, stride); });
+    unrolled<G>([&](auto g) {
+      tile_load<6 + g>(a + g * kTile * a_stride + step * kTileRowBytes, a_stride);
+      unrolled<Q>([&](auto i) { tile_multiply_add<g * Q + i, 6 + g, 4 + i>(); });
+    });
+  }
+  each_sum([&](auto tile, float* to) { tile_store<tile>(to, stride); });
+}
+
+// The same for `groups` of 16 rows.
+template <int Q>
+VF_INLINE void multiply_tiles(const char* a, int64_t a_stride, int groups, const U32* b, int steps,
+                              bool add, float* out) {
+  int g = 0;
+  for (; g + 2 <= groups; g += 2)
+    multiply_tiles<2, Q>(a + g * kTile * a_stride, a_stride, b, steps, add,
+                         out + g * kTile * kTile * Q);
+  if (g < groups)
+    multiply_tiles<1, Q>(a + g * kTile * a_stride, a_stride, b, steps, add,
+                         out + g * kTile * kTile * Q);
+}
+#endif
+
 // The head's attention for up to QV * kLanes queries from `row` on.
 template <class T, int QV>
 static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
@@ -115,6 +169,7 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
                           h.q_stride * sizeof(T), rows[i], words, column);
     for (int w = 0; w < words; ++w) q[w * QV + i] = column[w];
   }
+  if constexpr (kInTiles<T>) std::fill(q + words * QV, q + round_up(words, kTile) * QV, U32{});
 
   F32 top[QV], total[QV];
   for (int i = 0; i < QV; ++i) top[i] = splat(-1e30f), total[i] = splat(0);
@@ -123,18 +178,29 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
     const T* k = h.k + first * h.k_stride;
     F32 highest[QV];
     for (int i = 0; i < QV; ++i) highest[i] = top[i];
-    int j = 0;
-    const auto next = [&](auto count) {
-      constexpr int KU = decltype(count)::value;
-      for (; j + KU <= keys; j += KU)
-        scores<T, QV, KU>(h, q, words, k + j * h.k_stride, score + j * kQueries, highest);
-    };
-    next(std::integral_constant<int, kUnroll>());
-    next(std::integral_constant<int, kUnroll / 2>());
-    next(std::integral_constant<int, 1>());
+    if constexpr (kInTiles<T>) {
+#if VF_TILES
+      multiply_tiles<kQueries / kTile>(reinterpret_cast<const char*>(k), h.k_stride * sizeof(T),
+                                       round_up(keys, kTile) / kTile, q,
+                                       round_up(words, kTile) / kTile, false, score);
+#endif
+      for (int j = 0; j < keys && !h.bias; ++j)
+        for (int i = 0; i < QV; ++i)
+          highest[i] = maximum(highest[i], load<F32>(score + (j * QV + i) * kLanes));
+    } else {
+      int j = 0;
+      const auto next = [&](auto count) {
+        constexpr int KU = decltype(count)::value;
+        for (; j + KU <= keys; j += KU)
+          scores<T, QV, KU>(h, q, words, k + j * h.k_stride, score + j * kQueries, highest);
+      };
+      next(std::integral_constant<int, kUnroll>());
+      next(std::integral_constant<int, kUnroll / 2>());
+      next(std::integral_constant<int, 1>());
+    }
     if (h.bias) {  // logits are then complete
       for (int i = 0; i < QV; ++i) highest[i] = top[i];
-      for (j = 0; j < keys; ++j)
+      for (int j = 0; j < keys; ++j)
         for (int i = 0; i < QV; ++i) {
           const F32 bias = load<F32>(h.bias + (first + j) * h.bias_stride + row + i * kLanes);
           float* s = score + (j * QV + i) * kLanes;
@@ -165,6 +231,20 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
         probability[p * QV + i] = words_of<T>(even, odd);
       }
     for (int i = 0; i < QV; ++i) total[i] += sum[i];
+    if constexpr (kInTiles<T>) {
+#if VF_TILES
+      std::fill(probability + pairs * QV, probability + round_up(pairs, kTile) * QV, U32{});
+      for (int d = 0; d < h.head_dim && first; ++d)
+        for (int i = 0; i < QV; ++i) {
+          float* o = out + (d * QV + i) * kLanes;
+          store(o, load<F32>(o) * fade[i]);
+        }
+      multiply_tiles<kQueries / kTile>(reinterpret_cast<const char*>(h.v + first / 2),
+                                       h.v_stride * 4, round_up(h.head_dim, kTile) / kTile,
+                                       probability, round_up(pairs, kTile) / kTile, first, out);
+#endif
+      continue;
+    }
     const uint32_t* v = h.v + first / kPerWord<T> * h.v_stride;
     for (int d = 0; d < h.head_dim; d += kUnroll) {
       F32 acc[kUnroll][QV] = {};
@@ -202,15 +282,63 @@ static __attribute__((noinline)) void attend_block(const Head<T>& h, int row) {
   }
 }
 
-// v as `Head` wants it: in `scratch`, ceil(k_len / 2) * head_dim words, where T is bf16.
+// v [k_len, head_dim], rows of `stride` numbers, turned: [head_dim, k_len] in rows of `out_stride`,
+// filled up with zeros to multiples of 16 and 32.
+static inline void turn_values(const BFloat16* v, int64_t stride, int k_len, int head_dim,
+                               BFloat16* out, int64_t out_stride) {
+#if defined(__AVX512F__)
+  const auto row = [&](int j, int d) {
+    if (j >= k_len) return _mm512_setzero_si512();
+    const __mmask16 mask = head_dim - d >= 16 ? 0xffff : __mmask16((1u << (head_dim - d)) - 1);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + j * stride + d));
+  };
+  for (int j = 0; j < k_len; j += 32)
+    for (int d = 0; d < head_dim; d += 16) {
+      U32 block[16];
+      for (int i = 0; i < 16; ++i)
+        block[i] =
+            (U32)_mm512_or_si512(row(j + 2 * i, d), _mm512_slli_epi32(row(j + 2 * i + 1, d), 16));
+      transpose_16(block);
+      for (int i = 0; i < 16; ++i) store(out + (d + i) * out_stride + j, block[i]);
+    }
+#else
+  for (int d = 0; d < round_up(head_dim, 16); ++d)
+    for (int j = 0; j < round_up(k_len, 32); ++j)
+      out[d * out_stride + j] = d < head_dim && j < k_len ? v[j * stride + d] : BFloat16{};
+#endif
+}
+
+// k and v [k_len, head_dim], rows of `stride` numbers, as the products read them; what is packed is
+// good until the thread's next call. Of h, k_len and head_dim are known.
 template <class T>
-static inline void set_values(Head<T>& h, const T* v, int64_t stride, uint32_t* scratch) {
-  if constexpr (sizeof(T) == 4) {
+static inline void set_keys(Head<T>& h, const T* k, const T* v, int64_t stride) {
+  static thread_local std::vector<uint32_t> memory;
+  const auto room = [](int64_t words) {
+    if (int64_t(memory.size()) < words) memory.resize(words);
+    return memory.data();
+  };
+  h.k = k;
+  h.k_stride = stride;
+  if constexpr (kInTiles<T>) {
+    // Values' rows a multiple of 4 KiB apart would share one set of L1.
+    const int keys = round_up(h.k_len, 32), dim = round_up(h.head_dim, 32), width = keys + 32;
+    uint32_t* packed = room((int64_t(keys) * dim + int64_t(dim) * width) / 2);
+    T* rows = reinterpret_cast<T*>(packed);
+    std::memset(static_cast<void*>(rows), 0, int64_t(keys) * dim * sizeof(T));
+    for (int j = 0; j < h.k_len; ++j)
+      std::memcpy(rows + int64_t(j) * dim, k + j * stride, h.head_dim * sizeof(T));
+    h.k = rows;
+    h.k_stride = dim;
+    h.v = packed + int64_t(keys) * dim / 2;
+    h.v_stride = width / 2;
+    turn_values(v, stride, h.k_len, h.head_dim, rows + int64_t(keys) * dim, width);
+  } else if constexpr (sizeof(T) == 4) {
     h.v = reinterpret_cast<const uint32_t*>(v);
     h.v_stride = stride;
   } else {
-    pack_values(v, stride, h.k_len, h.head_dim, scratch);
-    h.v = scratch;
+    uint32_t* words = room(int64_t(h.k_len + 1) / 2 * h.head_dim);
+    pack_values(v, stride, h.k_len, h.head_dim, words);
+    h.v = words;
     h.v_stride = h.head_dim;
   }
 }
@@ -218,9 +346,10 @@ static inline void set_values(Head<T>& h, const T* v, int64_t stride, uint32_t* 
 // All queries from first to last.
 template <class T>
 static inline void attend_rows(const Head<T>& h, int first, int last) {
+  constexpr int kVectors = kQueryVectors<T>, kQueries = kVectors * kLanes;
   int row = first;
-  for (; last - row > kLanes; row += 2 * kLanes) attend_block<T, 2>(h, row);
-  if (row < last) attend_block<T, 1>(h, row);
+  for (; last - row > kQueries; row += 2 * kQueries) attend_block<T, 2 * kVectors>(h, row);
+  if (row < last) attend_block<T, kVectors>(h, row);
 }
 
 }  // namespace vf::VF_ISA

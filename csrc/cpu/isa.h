@@ -14,7 +14,9 @@ struct CpuKernels {
   VF_CPU_OPS(VF_DECLARE_OP)
 #undef VF_DECLARE_OP
   int64_t (*packed_words)(int64_t columns, int64_t depth, bool geglu, DType dtype);
-  bool has_bf16;  // whether one instruction multiplies and adds bf16
+  double (*bf16_gain)();  // measured once: rate of bf16 products over that of fp32
+  bool has_bf16;          // whether one instruction multiplies and adds bf16
+  bool has_tiles;         // whether a matrix unit does (cpu/base/tiles.h)
 };
 
 // Of the instruction set in use.
@@ -24,7 +26,10 @@ const char* cpu_isa();
 // Those that this machine and build have, the best last.
 std::vector<std::string> cpu_isas();
 
-// For tests and benchmarks. Throws std::invalid_argument for one that is not of cpu_isas().
+// Why the best one that this CPU has is not in use, such as a kernel that keeps its tiles; or "".
+std::string refused_isa();
+
+// Throws std::invalid_argument for one that is not of cpu_isas(), and says what it lacks.
 void set_cpu_isa(const std::string& name);
 
 }  // namespace vf

@@ -8,7 +8,7 @@
 
 namespace vf::VF_ISA {
 
-// v is packed once per task: its share falls with the queries of a task.
+// Keys are packed once per task: their share falls with the queries of a task.
 constexpr int kTaskQueries = 256;
 
 template <class T>
@@ -20,17 +20,16 @@ static void spatial_attention(const SpatialAttentionArgs& a, int64_t threads) {
     const int64_t column = head * a.head_dim, keys = frame / shared * a.k_len * a.kv_stride;
     Head<T> h{};
     h.q = static_cast<const T*>(a.q) + frame * a.q_len * a.q_stride + column;
-    h.k = static_cast<const T*>(a.k) + keys + column;
     h.out = static_cast<T*>(a.out) + frame * a.q_len * width + column;
     h.q_stride = a.q_stride;
-    h.k_stride = a.kv_stride;
     h.out_stride = width;
     h.q_len = int(a.q_len);
     h.k_len = int(a.k_len);
     h.head_dim = int(a.head_dim);
     h.scale = logit_scale(a.scale, a.head_dim);
-    set_values(h, static_cast<const T*>(a.v) + keys + column, a.kv_stride,
-               values_scratch((a.k_len + 1) / 2 * a.head_dim));
+    set_keys(h, static_cast<const T*>(a.k) + keys + column,
+             static_cast<const T*>(a.v) + keys + column, a.kv_stride);
+    const AttentionScope<T> scope;
     const int first = int(task % parts) * kTaskQueries;
     attend_rows(h, first, std::min(first + kTaskQueries, h.q_len));
   });

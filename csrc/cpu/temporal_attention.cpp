@@ -25,13 +25,13 @@ static void temporal_attention(const TemporalAttentionArgs& a, int64_t threads) 
     static thread_local std::vector<T> gathered;
     if (int64_t(gathered.size()) < n * width) gathered.resize(n * width);
     Head<T> h{};
-    h.q_stride = h.k_stride = width;
+    h.q_stride = width;
     h.out_stride = a.pixels * channels;
     h.q_len = h.k_len = n;
     h.head_dim = int(a.head_dim);
     h.scale = logit_scale(a.scale, a.head_dim);
     h.bias_stride = bias_stride(n);
-    uint32_t* values = values_scratch((n + 1) / 2 * a.head_dim);
+    const AttentionScope<T> scope;
     for (int64_t pixel = task % blocks * kPixels; pixel < last; ++pixel) {
       const int64_t row = b * n * a.pixels + pixel;
       for (int frame = 0; frame < n; ++frame)
@@ -40,10 +40,9 @@ static void temporal_attention(const TemporalAttentionArgs& a, int64_t threads) 
                     width * sizeof(T));
       for (int64_t head = 0; head < a.heads; ++head) {
         h.q = gathered.data() + head * a.head_dim;
-        h.k = h.q + channels;
         h.out = static_cast<T*>(a.out) + row * channels + head * a.head_dim;
         if (a.bias) h.bias = bias.data() + head * n * bias_stride(n);
-        set_values(h, h.k + channels, width, values);
+        set_keys(h, h.q + channels, h.q + 2 * channels, width);
         attend_rows(h, 0, n);
       }
     }

@@ -78,7 +78,7 @@ class Worker {  // of one tile at a time, in memory of the thread
 
   Head<T> head(int64_t stride) const {
     Head<T> h{};
-    h.q_stride = h.k_stride = stride;
+    h.q_stride = stride;
     h.out_stride = a_.heads * a_.head_dim;
     h.head_dim = int(a_.head_dim);
     h.scale = a_.scale;
@@ -93,14 +93,13 @@ class Worker {  // of one tile at a time, in memory of the thread
     h.out_stride = pixels * heads;
     h.q_len = h.k_len = n;
     h.bias_stride = bias_stride(n);
-    uint32_t* values = values_scratch((n + 1) / 2 * a_.head_dim);
+    const AttentionScope<T> scope;
     for (int64_t pixel = 0; pixel < pixels; ++pixel)
       for (int64_t i = 0; i < a_.heads; ++i) {
         h.q = gates + pixel * 3 * heads + i * a_.head_dim;
-        h.k = h.q + heads;
         h.out = attended + pixel * heads + i * a_.head_dim;
         if (!bias_[attention].empty()) h.bias = bias_[attention].data() + i * n * bias_stride(n);
-        set_values(h, h.k + heads, h.k_stride, values);
+        set_keys(h, h.q + heads, h.q + 2 * heads, h.q_stride);
         attend_rows(h, 0, n);
       }
   }
@@ -109,16 +108,14 @@ class Worker {  // of one tile at a time, in memory of the thread
   void attend_space(const T* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t k_len,
                     int64_t rows, T* out) {
     const int64_t heads = a_.heads * a_.head_dim;
-    Head<T> h = head(k_stride);
-    h.q_stride = q_stride;
+    Head<T> h = head(q_stride);
     h.q_len = int(rows);
     h.k_len = int(k_len);
-    uint32_t* values = values_scratch((k_len + 1) / 2 * a_.head_dim);
+    const AttentionScope<T> scope;
     for (int64_t i = 0; i < a_.heads; ++i) {
       h.q = q + i * a_.head_dim;
-      h.k = k + i * a_.head_dim;
       h.out = out + i * a_.head_dim;
-      set_values(h, h.k + heads, k_stride, values);
+      set_keys(h, k + i * a_.head_dim, k + heads + i * a_.head_dim, k_stride);
       attend_rows(h, 0, int(rows));
     }
   }
@@ -153,7 +150,9 @@ int64_t tile_rows(const TransformerArgs& a) {
   const int64_t heads = a.heads * a.head_dim;
   const int64_t width =
       2 * a.channels + 2 * a.inner + heads + std::max(3 * heads, a.feed_forward.gate.columns);
-  return std::clamp<int64_t>(kTileBytes / (width * int64_t(sizeof(T))) / 12 * 12, 24, 192);
+  constexpr int64_t kStep = std::max<int64_t>(Gemm<T>::kRowStep, 12);
+  return std::clamp<int64_t>(kTileBytes / (width * int64_t(sizeof(T))) / kStep * kStep, 2 * kStep,
+                             192);
 }
 
 template <class T>

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from vfengine.formats.checkpoint import read_config
 from vfengine.models import PlannedUNet, UNet, UNetConfig, vdm_config
+from vfengine.plan import forms, program
 from vfengine.plan import network as planned
-from vfengine.plan import program
 
 FILE = Path(__file__).with_name("plan_snapshots.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32}
@@ -143,10 +143,13 @@ SNAPSHOTS = {
 
 @functools.lru_cache(maxsize=1)
 def plan(case: str, dtype: str) -> tuple[PlannedUNet, dict[int, str]]:
-    """The network, and the names of its tensors by address; bf16 on CPUs without it, too."""
+    """The network, and the names of its tensors by address; bf16 as AVX512_BF16 runs it."""
     unet = UNet(CASES[case][0])
     parameters = dict(unet.named_parameters())
-    with mock.patch.object(planned, "inference_dtype", lambda dtype: dtype):
+    with (
+        mock.patch.object(planned, "inference_dtype", lambda dtype: dtype),
+        mock.patch.object(forms, "in_tiles", lambda dtype: False),
+    ):
         network = PlannedUNet(unet, DTYPES[dtype])
     named = {**parameters, **dict(network.named_buffers())}
     return network, {tensor.data_ptr(): name for name, tensor in named.items() if tensor.numel()}

@@ -8,11 +8,12 @@ import pytest
 import torch
 from seeded import filled, normal
 from test_plan_snapshots import IMAGE
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfengine.models import PlannedUNet, UNet, for_inference, vdm_config
 from vfengine.native import vfengine_native
 from vfengine.plan import network as planned
+from vfengine.plan.forms import ImplicitGemm, Winograd, convolution
 from vfengine.plan.network import inference_dtype
 
 VIDEO = replace(
@@ -174,14 +175,9 @@ def exact_result(unet: UNet, values: dict) -> Tensor:
         return copy.deepcopy(unet).double()(**cast(values, torch.float64))
 
 
-@pytest.fixture
-def isas():
-    """Sets an instruction set until the test ends."""
-    former = vfengine_native.cpu_isa()
-    yield vfengine_native.set_cpu_isa
-    vfengine_native.set_cpu_isa(former)
-
-
+BF16_ISAS = [
+    isa for isa in vfengine_native.cpu_isas if isa in ("amx_emulated", "avx512_bf16", "amx")
+]
 FORMS = {"tiled": 1, "layer by layer": 1 << 40, "as it is": planned._TILED}
 
 
@@ -205,7 +201,9 @@ def test_planned_unet_matches_the_module(case, form):
 
 
 @all_cases
-def test_planned_unet_in_bf16_is_as_close_as_the_module(case, form):
+@pytest.mark.parametrize("isa", BF16_ISAS)
+def test_planned_unet_in_bf16_is_as_close_as_the_module(case, isa, isas, form):
+    isas(isa)
     unet, values = network(case), inputs(case)
     exact = exact_result(unet, values)
     with torch.no_grad():
@@ -251,7 +249,7 @@ def test_bf16_runs_in_fp32_where_there_are_no_instructions(isa, isas):
     isas(isa)
     unet, values = network("image"), inputs("image")
     expected = plan(unet)(**values)
-    if isa == "avx512_bf16":
+    if isa in BF16_ISAS:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert PlannedUNet(unet, torch.bfloat16).dtype is torch.bfloat16
@@ -272,6 +270,13 @@ def test_refuses_another_instruction_set_than_its_weights_were_packed_for(isas):
             unet(**values)
     isas("baseline")
     assert torch.equal(unet(**values), before)
+
+
+def test_a_matrix_unit_multiplies_convolutions_directly(isas):
+    isas("amx_emulated")
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    assert isinstance(convolution(layer, torch.bfloat16), ImplicitGemm)
+    assert isinstance(convolution(layer, torch.float32), Winograd)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])

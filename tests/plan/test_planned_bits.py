@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from seeded import normal
-from test_planned import FORMS, all_dtypes, distance, inputs, network, plan, some_cases
+from test_planned import BF16_ISAS, FORMS, distance, inputs, network, plan, some_cases
 
 from vfengine.plan import network as planned
 
@@ -17,13 +17,21 @@ def threads():
     torch.set_num_threads(former)
 
 
+@pytest.fixture(params=["fp32", *BF16_ISAS])
+def dtype(request, isas):
+    """Of networks: float32, and bfloat16 on every instruction set that has it."""
+    if request.param == "fp32":
+        return torch.float32
+    isas(request.param)
+    return torch.bfloat16
+
+
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """How transformers run."""
     monkeypatch.setattr(planned, "_TILED", FORMS[request.param])
 
 
-@all_dtypes
 @pytest.mark.parametrize("case", ["image, context", "video"])
 def test_results_do_not_depend_on_the_number_of_threads(case, dtype, threads, form):
     unet, values = plan(network(case), dtype), inputs(case)
@@ -35,7 +43,6 @@ def test_results_do_not_depend_on_the_number_of_threads(case, dtype, threads, fo
         assert torch.equal(other, results[0])
 
 
-@all_dtypes
 @some_cases
 @pytest.mark.parametrize("count", [1, 2])
 def test_results_do_not_depend_on_the_batch(case, dtype, count, threads, form):
@@ -48,7 +55,6 @@ def test_results_do_not_depend_on_the_batch(case, dtype, count, threads, form):
         assert torch.equal(single[0], whole[i])
 
 
-@all_dtypes
 @some_cases
 def test_tiles_do_not_change_results(case, dtype, monkeypatch):
     unet, values, results = network(case), inputs(case), []
@@ -86,7 +92,6 @@ def test_contexts_of_several_lengths_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("case", ["image", "image, patches of 2", "video", "video, patches of 2"])
-@all_dtypes
 def test_results_keep_their_values_when_the_next_are_computed(case, dtype):
     unet, values = plan(network(case), dtype), inputs(case)
     first = unet(**values)

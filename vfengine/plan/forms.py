@@ -17,7 +17,7 @@ from vfengine.ops._dispatch import MAX_HEAD_DIM
 
 from . import gather
 from .builder import Builder, Source
-from .packing import Weights, conv_weight, is_light, pack, pack_winograd, takes_winograd
+from .packing import Weights, conv_weight, in_tiles, is_light, pack, pack_winograd, takes_winograd
 from .program import Rows
 
 # Tiles of a clip, from which on it pays to transform heavy weights in every call.
@@ -342,12 +342,15 @@ def convolution(
 ) -> ImplicitGemm | Winograd:
     """The fastest form. Winograd takes no padded rows, and writes no fp32 from bf16.
 
+    It saves products, which a matrix unit makes so fast that its transforms would take longer.
+
     Raises ValueError for a convolution that is neither 3x3 nor 3 taps along frames.
     """
     kind = (conv.kernel_size, conv.stride, conv.padding)
     if kind not in _KINDS or conv.dilation != (1, 1) or conv.groups != 1:
         raise ValueError(f"plans have convolutions of 3x3 or 3 frames, padded by 1, got {conv}")
-    if conv.stride == (1, 1) and not (padded or fp32) and takes_winograd(conv):
+    direct = padded or fp32 or in_tiles(dtype)
+    if conv.stride == (1, 1) and not direct and takes_winograd(conv):
         return Winograd.of(conv, dtype, shortcut)
     if shortcut is not None:
         return ImplicitGemm.with_shortcut(conv, shortcut, dtype)

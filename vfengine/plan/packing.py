@@ -77,6 +77,11 @@ def conv_weight(conv: nn.Conv2d, dtype: torch.dtype, even: bool = False) -> Tens
     return F.pad(weight, (0, weight.shape[-1] % 2 if even else 0)).flatten(1)
 
 
+def in_tiles(dtype: torch.dtype) -> bool:
+    """Whether a matrix unit multiplies rows of this dtype (csrc/cpu/gemm/tile.h)."""
+    return dtype is torch.bfloat16 and vfengine_native.cpu_has_tiles()
+
+
 def is_light(conv: nn.Conv2d) -> bool:
     """Whether it may hold 16/9 of the weights to be faster (Winograd's, an upsampler's)."""
     return conv.in_channels * conv.out_channels <= _LIGHT

@@ -122,6 +122,11 @@ VF_INLINE void for_columns(int64_t width, const Body& body) {
   if (c < width) body(c, int(width - c));
 }
 
+// Those of a vector at column c that a row has.
+VF_INLINE int columns_left(int64_t width, int64_t c) {
+  return int(std::clamp<int64_t>(width - c, 0, kLanes));
+}
+
 template <class T>
 VF_INLINE F32 load_columns(const T* p, int n) {
   return n == kLanes ? load_row(p) : load_row(p, n);

@@ -1,12 +1,14 @@
 // Products of rows with packed weights, whatever instructions compute them.
 //
-// A form is a class of static functions for rows of T, in a file of its own. vector.h has the one
-// there is: for a matrix unit or another type of rows write a second, and let Gemm choose it.
+// A form is a class of static functions for rows of T, in a file of its own: vector.h has that of
+// vector instructions, tile.h that of a matrix unit. Gemm chooses.
 //
-//   Panels(columns, geglu)        how the columns of a product are dealt to panels: `count` of
-//   them;
+//   Panels(columns, geglu)        how the columns of a product are dealt to panels, `count` of
+//   them:
 //                                 first(panel), vectors(panel): its first vector, and how many
 //   kColumns                      of the widest panel
+//   kRowStep                      rows that are multiplied together
+//   block_rows(args)              rows that are best multiplied in one call
 //   packed_words(panels, depth)   32-bit words of the weights
 //   pack(args)                    puts the weights into this form's order
 //   multiply(args, rows, panels, scratch)
@@ -16,12 +18,20 @@
 //                                 `weights`: fp32 [rows, columns of the panel], no epilogue; sums
 //                                 that do not open go on
 #pragma once
+#include <type_traits>
+
+#include "cpu/gemm/tile.h"
 #include "cpu/gemm/vector.h"
 
 namespace vf::VF_ISA {
 
+#if VF_TILES
+template <class T>
+using Gemm = std::conditional_t<kInTiles<T>, TileGemm, VectorGemm<T>>;
+#else
 template <class T>
 using Gemm = VectorGemm<T>;
+#endif
 
 // Calls run(T()) with the type of a product's rows.
 template <class Run>

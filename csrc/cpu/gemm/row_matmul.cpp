@@ -16,25 +16,26 @@ namespace vf::VF_ISA {
 template <class T>
 static void row_matmul(const RowMatmulArgs& a, int64_t threads) {
   const typename Gemm<T>::Panels panels(a.columns, a.epilogue == Epilogue::geglu);
-  int64_t bytes = 0, widest = 0, taps = 0;
+  constexpr int64_t kStep = Gemm<T>::kRowStep;
+  int64_t widest = 0, taps = 0;
   for (int i = 0; i < a.sources.count; ++i) {
     const RowSource& source = a.sources.at[i];
-    bytes += source.width * sizeof(T);
     widest = std::max(widest, source.width);
     taps += source.taps;
   }
   if (taps > kMaxTaps)
     throw std::invalid_argument("row_matmul: too many taps, " + std::to_string(taps));
-  const int64_t most = std::clamp<int64_t>(128 * 1024 / bytes, 48, 384);  // rows that stay in L2
+  const int64_t most = Gemm<T>::block_rows(a);
   int64_t rows = std::min(a.rows, most), groups = panels.count;
   if (threads > 1 && (a.rows > most * threads || panels.count < 4 * threads)) {
     // the same number of blocks for every thread
     const int64_t shares = threads * ((a.rows + most * threads - 1) / (most * threads));
-    rows = ((a.rows + shares - 1) / shares + 5) / 6 * 6;
+    rows = ((a.rows + shares - 1) / shares + kStep - 1) / kStep * kStep;
     if (shares >= 4 * threads)
       groups = 1;
     else
-      rows = std::min(std::max<int64_t>(a.rows * panels.count / (4 * threads) / 6 * 6, 12), rows);
+      rows = std::min(std::max(a.rows * panels.count / (4 * threads) / kStep * kStep, 2 * kStep),
+                      rows);
   }
   const int64_t blocks = (a.rows + rows - 1) / rows;
   parallel_for(blocks * groups, threads, [&](int64_t task) {

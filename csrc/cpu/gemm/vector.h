@@ -43,10 +43,10 @@ struct Panels {
   int64_t words(int64_t depth_words) const { return units * unit * kLanes * depth_words; }
 };
 
-template <class T>
-static void pack_panels(const PackWeightsArgs& a) {
-  const int64_t depth = a.depth / kPerWord<T>;
-  const Panels panels(a.columns, a.geglu);
+// depth: of a column of the packed weights, in words; what the weights lack is 0.
+template <class T, class Panels>
+static void pack_panels(const PackWeightsArgs& a, const Panels& panels, int64_t depth) {
+  const int64_t given = a.depth / kPerWord<T>;
   const auto* words = static_cast<const uint32_t*>(a.weights);  // [columns, depth]
   auto* out = static_cast<uint32_t*>(a.out);
   for (int64_t p = 0; p < panels.count; ++p) {
@@ -54,10 +54,10 @@ static void pack_panels(const PackWeightsArgs& a) {
     for (int v = 0; v < vectors; ++v)
       for (int i = 0; i < kLanes; ++i) {
         const int64_t column = (panels.first(p) + v % values) * kLanes + i;
-        const uint32_t* from = words + (column + (v >= values ? a.columns : 0)) * depth;
+        const uint32_t* from = words + (column + (v >= values ? a.columns : 0)) * given;
         uint32_t* to = out + v * kLanes + i;
         for (int64_t k = 0; k < depth; ++k)
-          to[k * vectors * kLanes] = column < a.columns ? from[k] : 0;
+          to[k * vectors * kLanes] = column < a.columns && k < given ? from[k] : 0;
       }
     out += vectors * kLanes * depth;
   }
@@ -108,7 +108,7 @@ VF_INLINE void write(const Tile<T>& t, const int64_t (&to)[MR], F32 (&acc)[MR][N
   }
   for (int r = 0; r < MR; ++r, residual += a.residual_stride)
     for (int v = 0; v < Stored; ++v) {
-      const int n = int(std::min<int64_t>(kLanes, a.columns - t.column - v * kLanes));
+      const int n = columns_left(a.columns, t.column + v * kLanes);
       if (a.residual) acc[r][v] += load_columns(residual + v * kLanes, n);
       store_columns(first + to[r] * a.out_stride + v * kLanes, acc[r][v], n);
     }
@@ -156,7 +156,7 @@ VF_INLINE void load_bias(const RowMatmulArgs& a, const float* bias, int64_t colu
   }
   for (int v = 0; v < NV; ++v) {
     const int64_t c = column + (v < values ? v : v - values) * kLanes;
-    const int n = int(std::min<int64_t>(kLanes, a.columns - c));
+    const int n = columns_left(a.columns, c);
     out[v] = load_columns(bias + c + (v < values ? 0 : a.columns), n);
   }
 }
@@ -330,12 +330,23 @@ template <class T>
 struct VectorGemm {
   using Panels = vf::VF_ISA::Panels;
   static constexpr int64_t kColumns = kPanel * kLanes;
+  static constexpr int64_t kRowStep = kTileRows;
 
   static int64_t packed_words(const Panels& panels, int64_t depth) {
     return panels.words(depth / kPerWord<T>);
   }
 
-  static void pack(const PackWeightsArgs& a) { pack_panels<T>(a); }
+  static void pack(const PackWeightsArgs& a) {
+    const Panels panels(a.columns, a.geglu);
+    pack_panels<T>(a, panels, a.depth / kPerWord<T>);
+  }
+
+  // Rows that stay in L2.
+  static int64_t block_rows(const RowMatmulArgs& a) {
+    int64_t width = 0;
+    for (int i = 0; i < a.sources.count; ++i) width += a.sources.at[i].width;
+    return std::clamp<int64_t>(128 * 1024 / (width * int64_t(sizeof(T))), 48, 384);
+  }
 
   static void multiply(const RowMatmulArgs& a, Range rows, Range part, const Scratch<T>& scratch) {
     const Panels panels(a.columns, a.epilogue == Epilogue::geglu);

@@ -202,7 +202,7 @@ class Block {
     const Place p = place(tile);
     for (int v = 0; v < vectors; ++v) {
       const int64_t c = column + v * kLanes;
-      const int n = int(std::min<int64_t>(kLanes, a_.columns - c));
+      const int n = columns_left(a_.columns, c);
       const auto sum = [&](int position) {
         return load<F32>(sums_ + ((position * count + row) * vectors + v) * kLanes);
       };
