@@ -31,6 +31,18 @@ all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 both_weights = pytest.mark.parametrize("transformed", [True, False], ids=["transformed", "taps"])
 
 
+VECTOR_ISAS = [name for name in vfengine_native.cpu_isas if not name.startswith("amx")]
+
+
+@pytest.fixture(params=VECTOR_ISAS)
+def vector_isa(request):
+    """Every instruction set of this machine without a matrix unit in turn."""
+    former = vfengine_native.cpu_isa()
+    vfengine_native.set_cpu_isa(request.param)
+    yield
+    vfengine_native.set_cpu_isa(former)
+
+
 HALF = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 INTO = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 BACK = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
@@ -109,13 +121,13 @@ def assert_close(out: Tensor, expected: Tensor, direct: Tensor) -> None:
 @both_weights
 @all_dtypes
 @all_shapes
-def test_winograd_matches_a_convolution(shape, dtype, transformed, isa):  # noqa: F811
+def test_winograd_matches_a_convolution(shape, dtype, transformed, vector_isa):
     assert_close(*convolve(shape, dtype, transformed=transformed))
 
 
 @all_dtypes
 @all_shapes
-def test_winograd_adds_each_items_bias_and_a_residual_in_place(shape, dtype, isa):  # noqa: F811
+def test_winograd_adds_each_items_bias_and_a_residual_in_place(shape, dtype, vector_isa):
     items, height, width, _, columns, _ = shape
     residual = normal(items * height * width, columns, seed=5)
     assert_close(*convolve(shape, dtype, shared=height * width, residual=residual))
@@ -128,6 +140,7 @@ def test_winograd_is_the_same_on_any_number_of_threads(
     shape,
     dtype,
     transformed,
+    vector_isa,
     threads,  # noqa: F811
 ):
     results = []
@@ -141,7 +154,7 @@ def test_winograd_is_the_same_on_any_number_of_threads(
 @both_weights
 @all_dtypes
 @all_shapes
-def test_winograd_stays_within_its_memory(shape, dtype, transformed, isa):  # noqa: F811
+def test_winograd_stays_within_its_memory(shape, dtype, transformed, vector_isa):
     """Buffers end where inaccessible pages begin."""
     items, height, width, channels, columns, flat = shape
     weight = normal(columns, channels, 3, 1 if flat else 3, seed=2)
@@ -165,6 +178,14 @@ def test_winograd_stays_within_its_memory(shape, dtype, transformed, isa):  # no
     )
     vfengine_native.winograd_cpu(args, 2)
     assert out.isfinite().all()
+
+
+def test_winograd_rejects_bf16_beside_a_matrix_unit_alone(isa):  # noqa: F811
+    if isa in VECTOR_ISAS:
+        convolve(SHAPES["3x3"], torch.bfloat16)
+        return
+    with pytest.raises(ValueError, match="expected fp32 beside a matrix unit, got bf16"):
+        convolve(SHAPES["3x3"], torch.bfloat16)
 
 
 def test_winograd_is_not_for_convolutions_of_few_channels():

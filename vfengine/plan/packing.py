@@ -61,12 +61,12 @@ def pack_winograd(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> We
     The taps transformed for F(2, 3) (Lavin and Gray 2016), in fp32: 16 or 4 packed products.
     """
     half = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-    taps = torch.einsum("ai,ocij->aocj", half, weight.float())
-    if weight.shape[-1] == 3:
-        taps = torch.einsum("bj,aocj->aboc", half, taps).flatten(0, 1)
-    else:
-        taps = taps[..., 0]
-    parts = [pack(part, None, dtype).packed for part in taps]
+    parts = []
+    for row in torch.einsum("ai,ocij->aocj", half, weight.float()):  # a row in memory at a time
+        taps = row[None, ..., 0]
+        if weight.shape[-1] == 3:
+            taps = torch.einsum("bj,ocj->boc", half, row)
+        parts += [pack(tap, None, dtype).packed for tap in taps]
     bias = None if bias is None else bias.detach().float().contiguous()
     return Weights(torch.cat(parts), bias, weight.shape[0])
 

@@ -13,10 +13,8 @@
 //   pack(args)                    puts the weights into this form's order
 //   multiply(args, rows, panels, scratch)
 //                                 a range of the rows by a range of the panels, epilogue and all
-//   PanelSums(columns, rows, zeros)(x, depth, weights, panel, opens, sums)
-//                                 one panel for dense rows of the weights' `depth`, which begin at
-//                                 `weights`: fp32 [rows, columns of the panel], no epilogue; sums
-//                                 that do not open go on
+//
+// Winograd's form needs products without an epilogue as well, PanelSums, which VectorGemm has.
 #pragma once
 #include <type_traits>
 

@@ -11,6 +11,7 @@
 // twentieth of the products.
 #include "winograd.h"
 
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/base/parallel.h"
@@ -43,7 +44,7 @@ VF_INLINE void transform_taps(const F32 (&g)[3], F32 (&t)[4]) {
 template <class T, bool Flat>
 class Block {
  public:
-  using Form = Gemm<T>;
+  using Form = VectorGemm<T>;
   static constexpr int kAcross = Flat ? 1 : 4, kPositions = 4 * kAcross;
   static constexpr int kTapsAcross = Flat ? 1 : 3, kTaps = 3 * kTapsAcross;
   static constexpr int kNumbers = kPerWord<T>;
@@ -252,7 +253,7 @@ class Block {
 template <class T, bool Flat>
 void winograd(const WinogradArgs& a, int64_t threads) {
   const int64_t tiles = a.items * ((a.height + 1) / 2) * (Flat ? a.width : (a.width + 1) / 2);
-  const int64_t panels = typename Gemm<T>::Panels(a.columns, false).count;
+  const int64_t panels = typename VectorGemm<T>::Panels(a.columns, false).count;
   const int64_t most = a.transformed ? 132 : 192;
   // The same number of blocks for every thread; few blocks are dealt out by panels as well.
   const int64_t shares = threads * ((tiles + most * threads - 1) / (most * threads));
@@ -272,7 +273,12 @@ void winograd(const WinogradArgs& a, int64_t threads) {
 void winograd_cpu(const WinogradArgs& args, int64_t threads) {
   by_product_dtype(args.dtype, [&](auto kind) {
     using T = decltype(kind);
-    args.flat ? winograd<T, true>(args, threads) : winograd<T, false>(args, threads);
+    if constexpr (kInTiles<T>) {  // whose weights have another order, and a direct product is
+                                  // faster
+      throw std::invalid_argument("winograd: expected fp32 beside a matrix unit, got bf16");
+    } else {
+      args.flat ? winograd<T, true>(args, threads) : winograd<T, false>(args, threads);
+    }
   });
 }
 
