@@ -1,4 +1,4 @@
-"""Whole UNets and their ops on a CPU in bf16, beside diffusers, torch.compile and OpenVINO.
+"""UNets, a decoder and their ops on a CPU in bf16, beside diffusers, torch.compile, OpenVINO.
 
 Networks  random weights in a folder (unet_contenders.py), read by all. First every contender's
           output is compared with diffusers' in fp32: ours may be off by 1.5 times what diffusers in

@@ -11,7 +11,8 @@
 
 namespace vf {
 
-constexpr int kMaxHeadDim = 256;  // of this op and of temporal_attention: 8, 16, ..., 256
+// Of a CPU's attention kernels: 8, 16, ..., 512. Those of a GPU take up to 256.
+constexpr int kMaxHeadDim = 512;
 
 #define VF_SPATIAL_ATTENTION_FIELDS(FIELD, OPTIONAL) \
   FIELD(const void*, q)                              \

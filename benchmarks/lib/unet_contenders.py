@@ -4,8 +4,9 @@ Networks   diffusers' classes with random weights, drawn once and saved with sav
            runs them reads that folder. Layers that start from zeros (proj_out, the last convolution
            of a temporal one, biases) get small normal values, so that nothing multiplies by zero
 Contenders a function of no arguments that makes one forward pass and returns its output in fp32 or
-           bf16: vfengine.models.load_unet; diffusers as it comes, eager; the same compiled by
-           inductor with frozen weights; OpenVINO, from an IR that a process of its own converts
+           bf16: vfengine.models.load_unet, or load_autoencoder; diffusers as it comes, eager; the
+           same compiled by inductor with frozen weights; OpenVINO, from an IR that a process of its
+           own converts
 FLOPs      counted by costs.trace from fake tensors, attention included: torch's FlopCounterMode
            counts nothing for attention on a CPU
 """
@@ -28,6 +29,7 @@ from torch._subclasses import FakeTensorMode
 from lib import child_environment
 from lib.costs import to_fake, trace
 from lib.peak_memory import MIB
+from vfengine.native import vfengine_native
 
 REFERENCE = "diffusers fp32"
 OURS, EAGER = "vfengine", "diffusers eager"
@@ -43,11 +45,16 @@ NO_OPENVINO = (
 
 @dataclass(frozen=True)
 class Network:
-    """A class of diffusers and its configuration; stored: dtype of the weights in the folder."""
+    """A class of diffusers and its configuration.
+
+    stored: dtype of the weights in the folder
+    method: what is timed
+    """
 
     kind: str
     config: Mapping[str, object]
     stored: torch.dtype = torch.float32
+    method: str = "forward"
 
 
 NETWORKS = {
@@ -92,6 +99,18 @@ NETWORKS = {
             "attention_head_dim": (4, 8, 16),  # in this class the number of heads: of 32 each
         },
     ),
+    # Stable Diffusion's and ModelScope's.
+    "vae": Network(
+        "AutoencoderKL",
+        {
+            "sample_size": 256,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+        },
+        method="decode",
+    ),
 }
 
 
@@ -100,7 +119,7 @@ class Case:
     """One network on one input.
 
     shape    of the sample: [1, C, N, H, W], or [1, C, H, W]
-    tokens   of the context, [1, tokens, cross_attention_dim]
+    tokens   of the context, [1, tokens, cross_attention_dim]; an autoencoder has none
     targets  how many times vfengine's time each contender's should be, at least
     also     contenders that are timed without a target
     rounds   turns that each contender takes, unless told otherwise
@@ -126,21 +145,29 @@ class Case:
         widths = ", ".join(map(str, NETWORKS[self.network].config["block_out_channels"]))
         shape = "x".join(map(str, self.shape))
         kind = NETWORKS[self.network].kind
-        return f"{kind} ({widths}), {shape}, {self.tokens} context tokens, bf16"
+        context = f", {self.tokens} context tokens" if len(self.inputs()) > 1 else ""
+        return f"{kind} ({widths}), {shape}{context}, bf16"
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample, timestep [1] and context, the same at every call."""
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The same at every call: sample, timestep [1] and context; an autoencoder's latents."""
         random = torch.Generator().manual_seed(5)
-        width = NETWORKS[self.network].config["cross_attention_dim"]
+        width = NETWORKS[self.network].config.get("cross_attention_dim")
         sample = torch.randn(self.shape, generator=random)
+        if width is None:
+            return (sample,)
         context = torch.randn(1, self.tokens, width, generator=random)
         return sample, torch.tensor([500]), context
+
+
+def by_unit(tiles: float | None, vectors: float) -> float | None:
+    """A target, on CPUs with a matrix unit or on others."""
+    return tiles if vfengine_native.cpu_has_tiles() else vectors
 
 
 def _frames(count: int, tokens: int = 8, rounds: int = 10) -> Case:
     name = f"unet3d-{count}" if tokens == 8 else f"unet3d-{tokens}tokens"
     shape = (1, 4, count, 32, 32)
-    return Case(name, "unet3d", shape, {OPENVINO: 1.4}, tokens, (EAGER,), rounds)
+    return Case(name, "unet3d", shape, {OPENVINO: by_unit(1.8, 1.6)}, tokens, (EAGER,), rounds)
 
 
 CASES = {
@@ -150,8 +177,8 @@ CASES = {
             "unet3d",
             "unet3d",
             (1, 4, 16, 32, 32),
-            {EAGER: 2.5, COMPILED: 2.2, OPENVINO: 1.5},
-            of_ceiling=78,
+            {EAGER: 2.5, COMPILED: by_unit(2.0, 2.2), OPENVINO: by_unit(1.8, 1.6)},
+            of_ceiling=by_unit(None, 78),
         ),
         _frames(8),
         _frames(24),
@@ -161,12 +188,25 @@ CASES = {
             "modelscope",
             "modelscope",
             (1, 4, 16, 32, 32),
-            {EAGER: 2.0, OPENVINO: 1.3},
+            {EAGER: by_unit(2.0, 1.6), OPENVINO: by_unit(1.5, 1.3)},
             tokens=77,
             rounds=3,
             memory=True,
         ),
-        Case("unet2d", "unet2d", (1, 3, 64, 64), {EAGER: 1.8, OPENVINO: 1.2}, rounds=20),
+        Case(
+            "unet2d",
+            "unet2d",
+            (1, 3, 64, 64),
+            {EAGER: by_unit(2.0, 1.8), OPENVINO: 1.3},
+            rounds=20,
+        ),
+        Case(
+            "vae-decoder",
+            "vae",
+            (1, 4, 32, 32),
+            {EAGER: by_unit(2.0, 1.8), OPENVINO: 1.3},
+            memory=True,
+        ),
     )
 }
 
@@ -204,7 +244,13 @@ def flops(case_name: str) -> int:
         model = diffusers_class(case.network)(**NETWORKS[case.network].config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model, inputs = to_fake(model), case.inputs()
-        return trace(lambda: model(*inputs)).flops
+        return trace(lambda: _timed(case.network, model)(*inputs)).flops
+
+
+def _timed(network: str, model: nn.Module) -> Callable:
+    """The method of a network of diffusers that is timed; its forward goes by the object itself."""
+    method = NETWORKS[network].method
+    return model if method == "forward" else getattr(model, method)
 
 
 # -- contenders ------------------------------------------------------------------------------------
@@ -219,15 +265,14 @@ def load(contender: str, case: Case, root: Path) -> Callable[[], Tensor]:
         return _load_openvino(case, root)
     dtype = torch.float32 if contender == REFERENCE else torch.bfloat16
     network = _load_torch(contender, case, root, dtype)
-    sample, timestep, context = case.inputs()
-    sample, context = sample.to(dtype), context.to(dtype)
+    sample, *more = (x.to(dtype) if x.is_floating_point() else x for x in case.inputs())
     frames_second = contender == OURS and sample.dim() == 5  # vfengine's clips: [B, N, C, H, W]
     if frames_second:
         sample = sample.transpose(1, 2).contiguous()
 
     def call() -> Tensor:
         with torch.no_grad():
-            out = as_tensor(network(sample, timestep, context))
+            out = as_tensor(network(sample, *more))
         return out.transpose(1, 2) if frames_second else out
 
     if contender == COMPILED:
@@ -241,9 +286,11 @@ def _load_torch(contender: str, case: Case, root: Path, dtype: torch.dtype) -> C
     if contender == OURS:
         from vfengine import models
 
+        if NETWORKS[case.network].method == "decode":
+            return models.load_autoencoder(folder, dtype=dtype).decode
         return models.load_unet(folder, dtype=dtype)
     network = diffusers_class(case.network).from_pretrained(folder, torch_dtype=dtype).eval()
-    return torch.compile(network) if contender == COMPILED else network
+    return torch.compile(network) if contender == COMPILED else _timed(case.network, network)
 
 
 def as_tensor(output: object) -> Tensor:
@@ -303,12 +350,12 @@ def convert(case: Case, root: Path) -> None:
 class _Outputs(nn.Module):
     """A network of diffusers that returns a tensor, as tracing wants it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, call: Callable) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.call = network, call
 
-    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.network(sample, timestep, context, return_dict=False)[0]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.call(*inputs, return_dict=False)[0]
 
 
 def _convert_here(case: Case, root: Path) -> None:
@@ -323,7 +370,7 @@ def _convert_here(case: Case, root: Path) -> None:
     inputs = case.inputs()
     with torch.no_grad():
         model = openvino.convert_model(
-            _Outputs(network).eval(),
+            _Outputs(network, _timed(case.network, network)).eval(),
             example_input=inputs,
             input=[openvino.PartialShape(list(tensor.shape)) for tensor in inputs],
         )

@@ -61,5 +61,5 @@ def test_a_kernel_takes_its_own_struct_alone():
 
 def test_python_has_the_names_and_constants_of_csrc():
     assert set(_frame_ops._TYPES) <= set(native.FrameArgs.fields)
-    assert native.MAX_HEAD_DIM == _dispatch.MAX_HEAD_DIM
+    assert native.MAX_HEAD_DIM >= _dispatch.MAX_HEAD_DIM  # a CPU takes more than a GPU
     assert native.STEP_BITS == STEP_BITS

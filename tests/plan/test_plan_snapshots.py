@@ -1,4 +1,4 @@
-"""The kernel calls of a PlannedUNet's programs are those in plan_snapshots.json.
+"""The kernel calls of planned networks' programs are those in plan_snapshots.json.
 
 A snapshot is a list of lines: the arena, then one line per call, whose values are
     offset:rowsxwidth:dtype      a buffer of the arena
@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from vfengine.formats.checkpoint import read_config
-from vfengine.models import PlannedUNet, UNet, UNetConfig, vdm_config
+from vfengine.models import (
+    AutoencoderConfig,
+    Decoder,
+    PlannedDecoder,
+    PlannedUNet,
+    UNet,
+    UNetConfig,
+    vdm_config,
+)
 from vfengine.plan import forms, program
 from vfengine.plan import network as planned
 
@@ -132,6 +140,11 @@ CASES = {
         ["fp32"],
         [((1, 1, 3, 4, 4), None)],
     ),
+    "decoder": (  # of latents [B, C, h, w]
+        AutoencoderConfig(block_out_channels=(8, 32), layers_per_block=1, norm_groups=8),
+        ["fp32", "bf16"],
+        [((2, 4, 3, 5), None)],
+    ),
 }
 SNAPSHOTS = {
     f"{case}, {dtype}, {'x'.join(map(str, shape))}, context {length}": (case, dtype, shape, length)
@@ -142,15 +155,17 @@ SNAPSHOTS = {
 
 
 @functools.lru_cache(maxsize=1)
-def plan(case: str, dtype: str) -> tuple[PlannedUNet, dict[int, str]]:
+def plan(case: str, dtype: str) -> tuple[PlannedUNet | PlannedDecoder, dict[int, str]]:
     """The network, and the names of its tensors by address; bf16 as AVX512_BF16 runs it."""
-    unet = UNet(CASES[case][0])
-    parameters = dict(unet.named_parameters())
+    config = CASES[case][0]
+    decodes = isinstance(config, AutoencoderConfig)
+    module = Decoder(config) if decodes else UNet(config)
+    parameters = dict(module.named_parameters())
     with (
         mock.patch.object(planned, "inference_dtype", lambda dtype: dtype),
         mock.patch.object(forms, "in_tiles", lambda dtype: False),
     ):
-        network = PlannedUNet(unet, DTYPES[dtype])
+        network = (PlannedDecoder if decodes else PlannedUNet)(module, DTYPES[dtype])
     named = {**parameters, **dict(network.named_buffers())}
     return network, {tensor.data_ptr(): name for name, tensor in named.items() if tensor.numel()}
 
@@ -159,7 +174,8 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
     """The lines of one program; only this function knows how programs are stored."""
     network, names = plan(case, dtype)
     context = None if length is None else (shape[0], length, network.config.context_dim)
-    forward = network._forward(shape, context)
+    inputs = (shape,) if isinstance(network, PlannedDecoder) else (shape, context)
+    forward = network._forward(*inputs)
     kept = {tensor.data_ptr(): tensor for tensor in forward.program._kept}
 
     def text(value: object) -> str:

@@ -71,8 +71,8 @@ CASES = {  # a configuration, the shape of x, and the length of a context
         3,
     ),
     "image, heads of 1": (replace(IMAGE, head_dim=1), (2, 3, 8, 4), None),
-    "image, a head of 256": (
-        replace(IMAGE, block_out_channels=(8, 256), head_dims=(8, 256)),
+    "image, a head of 512": (
+        replace(IMAGE, block_out_channels=(8, 512), head_dims=(8, 512)),
         (1, 3, 6, 4),
         None,
     ),

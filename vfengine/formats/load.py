@@ -1,4 +1,4 @@
-"""Published UNets, read into our own: `read_unet`, `load_unet`.
+"""Published networks, read into our own: `read_unet`, `load_unet`, `load_autoencoder`.
 
 Each format has a module beside this one. It finds the files, translates the configuration, and maps
 the names of our layers to those of its weights.
@@ -7,21 +7,34 @@ the names of our layers to those of its weights.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..devices import NETWORK_DTYPES
+from ..models.autoencoder import Autoencoder, AutoencoderConfig, empty_decoder
 from ..models.config import UNetConfig
 from ..models.unet import UNet, empty_unet
+from ..plan.decoder import PlannedDecoder
 from ..plan.network import PlannedUNet, for_inference, inference_dtype
 from . import diffusers, modelscope
 from .diffusers import read_scheduler
+from .diffusers_autoencoder import decoder_layers, decoder_weights, diffusers_autoencoder_config
 from .published import PublishedUNet, read_json
 from .weights import StoredWeights, check_weights, hash_files, hash_tensors, open_weights
 
-__all__ = ["fingerprint", "load_unet", "locate", "read_scheduler", "read_unet", "read_unet_config"]
+__all__ = [
+    "fingerprint",
+    "load_autoencoder",
+    "load_unet",
+    "locate",
+    "read_scheduler",
+    "read_unet",
+    "read_unet_config",
+]
 
 
 def load_unet(
@@ -34,10 +47,48 @@ def load_unet(
     It is the UNet of `read_unet` in its fastest form. On a CPU its weights are packed
     (vfengine/plan). A CPU without bfloat16 instructions runs it in float32, with a warning.
     """
-    device = torch.device(device)
-    planned = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    read = inference_dtype(dtype) if planned else dtype
+    device, read = torch.device(device), _read_dtype(dtype, device)
     return for_inference(read_unet(source, read, device), read, device)
+
+
+def load_autoencoder(
+    source: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Autoencoder:
+    """A published autoencoder, for inference: decode(z [B, N, C, h, w]) -> [B, N, 3, H, W].
+
+    source: the folder of diffusers' AutoencoderKL, or of a pipeline with one in vae/; or one of its
+            weight files
+    dtype:  of weights and activations: float32, bfloat16 or float16
+
+    On a CPU its weights are packed (vfengine/plan); without bfloat16 instructions it runs in
+    float32, with a warning. Only the decoder is read. Raises what `read_unet` does.
+    """
+    _check_dtype("load_autoencoder", dtype)
+    device, read = torch.device(device), _read_dtype(dtype, device)
+    file, weights, config = _find_autoencoder(source)
+    found = decoder_weights(weights.shapes)
+    decoder = empty_decoder(config)
+    layers = decoder_layers(config, found)
+    names = {}
+    for name in decoder.state_dict():
+        ours = max((layer for layer in layers if name.startswith(f"{layer}.")), key=len)
+        names[name] = layers[ours] + name.removeprefix(ours)
+    weights = StoredWeights({name: weights.shapes[name] for name in found}, weights.read)
+    _assign_weights(decoder, file, names, weights, read, device)
+    return Autoencoder(config, for_inference(decoder, read, device, PlannedDecoder)).eval()
+
+
+def _check_dtype(caller: str, dtype: torch.dtype) -> None:
+    if dtype not in NETWORK_DTYPES:
+        raise ValueError(f"{caller}: dtype must be one of {NETWORK_DTYPES}, got {dtype!r}")
+
+
+def _read_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The dtype in which weights are read that run on the device in `dtype`."""
+    planned = torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return inference_dtype(dtype) if planned else dtype
 
 
 def read_unet(
@@ -59,23 +110,34 @@ def read_unet(
     Raises FileNotFoundError where there is no network; ValueError, naming it, for a dtype, an
     architecture, an entry of the configuration or a set of weights that is not supported.
     """
-    if dtype not in NETWORK_DTYPES:
-        raise ValueError(f"read_unet: dtype must be one of {NETWORK_DTYPES}, got {dtype!r}")
+    _check_dtype("read_unet", dtype)
     found = _find(source)
     unet = empty_unet(found.unet.config)
-    shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-    names = {name: found.unet.name(name) for name in shapes}
-    check_weights(found.file, shapes, names, found.weights.shapes)
+    names = {name: found.unet.name(name) for name in unet.state_dict()}
+    _assign_weights(unet, found.file, names, found.weights, dtype, device)
+    return unet.eval().requires_grad_(False)
+
+
+def _assign_weights(
+    network: nn.Module,
+    file: Path,
+    names: Mapping[str, str],
+    weights: StoredWeights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Gives an empty network its weights; names: those in the file, by our names."""
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    check_weights(file, shapes, names, weights.shapes)
     state = {}
     for ours, theirs in names.items():
-        tensor = found.weights.read(theirs)
+        tensor = weights.read(theirs)
         if not tensor.is_floating_point():
-            raise ValueError(f"{found.file}: {theirs} holds {tensor.dtype}, not weights")
+            raise ValueError(f"{file}: {theirs} holds {tensor.dtype}, not weights")
         tensor = tensor.reshape(shapes[ours])
         form = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
         state[ours] = tensor.to(device, dtype, copy=True, memory_format=form)
-    unet.load_state_dict(state, assign=True)
-    return unet.eval().requires_grad_(False)
+    network.load_state_dict(state, assign=True)
 
 
 def read_unet_config(source: str | Path) -> UNetConfig:
@@ -106,17 +168,34 @@ def _find(source: str | Path) -> _Found:
     return _Found(files[0], unet, weights)
 
 
+def _find_autoencoder(source: str | Path) -> tuple[Path, StoredWeights, AutoencoderConfig]:
+    """The first weight file of an autoencoder on disk, all its weights, and its configuration."""
+    folder, chosen = _folder(source, "vae")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no autoencoder in {source}: no config.json, of diffusers")
+    file, files = diffusers.locate(folder, chosen)
+    weights = open_weights(files)
+    try:
+        return files[0], weights, diffusers_autoencoder_config(read_json(file))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _folder(source: str | Path, part: str) -> tuple[Path, Path | None]:
+    """The folder of a network, `part` of a pipeline or by itself, and the file that was named."""
+    source = Path(source)
+    if source.is_file():
+        return source.parent, source
+    nested = source / part
+    return (nested if (nested / "config.json").is_file() else source), None
+
+
 def locate(source: str | Path) -> tuple[Path | None, list[Path]]:
     """The configuration, or None if ModelScope's is missing, and the weight files of a network.
 
     Raises FileNotFoundError where there is none, ValueError for an index that points elsewhere.
     """
-    source = Path(source)
-    if source.is_file():
-        folder, chosen = source.parent, source
-    else:
-        nested = (source / "unet" / "config.json").is_file()
-        folder, chosen = (source / "unet" if nested else source), None
+    folder, chosen = _folder(source, "unet")
     if chosen.suffix == ".pth" if chosen else (folder / modelscope.WEIGHTS).is_file():
         return modelscope.locate(folder, chosen)
     if not (folder / "config.json").is_file():

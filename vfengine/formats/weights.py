@@ -16,6 +16,8 @@ from torch import Tensor
 from ..files import open_tensors
 
 _MAPPED_BYTES = 64 * 2**20
+# Linear layers that files may hold as 1x1 convolutions.
+_PROJECTIONS = ("proj_in.weight", "proj_out.weight", "post_quant_conv.weight")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def check_weights(
     for ours, theirs in names.items():
         shape, other = shapes[ours], found[theirs]
         # linear layers may be written as 1x1 convolutions, and ours over frames are 2-D
-        ones = 2 if ours.endswith(("proj_in.weight", "proj_out.weight")) else 0
+        ones = 2 if ours.endswith(_PROJECTIONS) else 0
         ones = 1 if ".convs." in ours and ours.endswith("weight") else ones
         if other not in [shape + (1,) * extra for extra in range(ones + 1)]:
             odd.append(f"{theirs} {list(other)} instead of {list(shape)}")

@@ -6,23 +6,31 @@ Names of other folders are loaded when first used: models know nothing of plans 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .autoencoder import Autoencoder, AutoencoderConfig, Decoder
 from .config import UNetConfig, vdm_config
 from .denoisers import BaseGenerator, PretrainedGenerator, ResidualGenerator, VideoGenerator
 from .unet import UNet
 
 if TYPE_CHECKING:
-    from vfengine.formats.load import load_unet, read_unet
+    from vfengine.formats.load import load_autoencoder, load_unet, read_unet
+    from vfengine.plan.decoder import PlannedDecoder
     from vfengine.plan.network import PlannedUNet, for_inference
 
 _ELSEWHERE = {
+    "PlannedDecoder": "vfengine.plan.decoder",
     "PlannedUNet": "vfengine.plan.network",
     "for_inference": "vfengine.plan.network",
+    "load_autoencoder": "vfengine.formats.load",
     "load_unet": "vfengine.formats.load",
     "read_unet": "vfengine.formats.load",
 }
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
     "BaseGenerator",
+    "Decoder",
+    "PlannedDecoder",
     "PlannedUNet",
     "PretrainedGenerator",
     "ResidualGenerator",
@@ -30,6 +38,7 @@ __all__ = [
     "UNetConfig",
     "VideoGenerator",
     "for_inference",
+    "load_autoencoder",
     "load_unet",
     "read_unet",
     "vdm_config",

@@ -153,25 +153,25 @@ class Upsample(Conv2d):
         super().__init__(channels, channels, 3, padding=1)
         self.any_size = any_size
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         size = {"size": skip.shape[-2:]} if self.any_size else {"scale_factor": 2}
         return super().forward(F.interpolate(x, **size, mode="nearest"))
 
-    def plan(self, build, x, skip):
+    def plan(self, build, x, skip=None):
         return build.upsampled_conv(x, self, skip)
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions; between them the embedding scales and shifts.
 
-    With scale_shift=False it only shifts.
+    With scale_shift=False it only shifts. embed_dim None: there is no embedding.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        embed_dim: int,
+        embed_dim: int | None,
         groups: int,
         scale_shift: bool,
         eps: float = 1e-5,
@@ -180,22 +180,26 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
+        self.time_emb_proj = None
+        if embed_dim is not None:
+            self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = zero_(Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = (
             Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x [B*N, C, H, W], embedding [B*N, E] (already through SiLU) -> [B*N, C', H, W]."""
         h = self.conv1(self.norm1(x, silu=True))
-        modulation = self.time_emb_proj(embedding)
-        if self.scale_shift:
-            h = self.norm2(h, True, *modulation.chunk(2, dim=1))
-        else:
-            h = self.norm2(h + modulation[:, :, None, None], silu=True)
-        return self.conv_shortcut(x) + self.conv2(h)
+        scale_and_shift = ()
+        if self.time_emb_proj is not None:
+            modulation = self.time_emb_proj(embedding)
+            if self.scale_shift:
+                scale_and_shift = modulation.chunk(2, dim=1)
+            else:
+                h = h + modulation[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(self.norm2(h, True, *scale_and_shift))
 
     def plan(self, build, x):
         h = build.group_norm(x, self.norm1, silu=True)
@@ -236,14 +240,19 @@ class TemporalConv(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of rows x [..., L, C] to themselves or to a context [..., M, C']."""
+    """Multi-head attention of rows x [..., L, C] to themselves or to a context [..., M, C'].
 
-    def __init__(self, channels: int, head_dim: int, context_dim: int | None = None):
+    bias: of q, k and v; the projection back always has one
+    """
+
+    def __init__(
+        self, channels: int, head_dim: int, context_dim: int | None = None, bias: bool = False
+    ):
         super().__init__()
         self.heads, self.head_dim = channels // head_dim, head_dim
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias)
         self.to_out = nn.Linear(channels, channels)
 
     def forward(

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..diffusion.decompose import base_index
 from .config import UNetConfig
+from .empty import without_weights
 from .layers import (
     Conv2d,
     Downsample,
@@ -279,7 +279,7 @@ class UNet(Embeddings):
 
     def embeddings(self) -> Embeddings:
         """The embeddings alone, with the same layers under the same names."""
-        with torch.device("meta"), _WithoutInitialisation():
+        with without_weights():
             alone = Embeddings(self.config)
         for name in [name for name, _ in alone.named_children()]:
             setattr(alone, name, getattr(self, name))
@@ -312,19 +312,7 @@ def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     )
 
 
-class _WithoutInitialisation(TorchFunctionMode):
-    """Leaves new weights uninitialised: they are about to be replaced.
-
-    Initialising on the meta device would also import torch._dynamo, a second of a cold start.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def empty_unet(config: UNetConfig) -> UNet:
     """A UNet on the meta device; `load_state_dict(…, assign=True)` gives it its weights."""
-    with torch.device("meta"), _WithoutInitialisation():
+    with without_weights():
         return UNet(config)

@@ -24,7 +24,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 KERNELS = ("cuda", "triton", "cpu")
 # As csrc/common/dtype.h has them.
 DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MAX_HEAD_DIM = 256  # of attention kernels, as vfengine_native says too
+MAX_HEAD_DIM = 256  # of attention ops on any device; a plan's kernels take vfengine_native's
 
 # Names that `unobserved` would otherwise look up at every call.
 _is_compiling = torch.compiler.is_compiling

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfengine.ops._dispatch import MAX_HEAD_DIM
+from vfengine.native import vfengine_native
 
 from . import gather
 from .builder import Builder, Source
@@ -283,10 +283,9 @@ class AttentionForm:
     @classmethod
     def of(cls, attention: nn.Module, dtype: torch.dtype, crossed: bool) -> AttentionForm:
         heads, dim = attention.heads, attention.head_dim
-        if dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"PlannedUNet: heads may have up to {MAX_HEAD_DIM} dimensions, got {dim}"
-            )
+        most = vfengine_native.MAX_HEAD_DIM
+        if dim > most:
+            raise ValueError(f"PlannedUNet: heads may have up to {most} dimensions, got {dim}")
         padded = -dim % 8
 
         def rows(layer: nn.Linear) -> tuple[Tensor, Tensor]:

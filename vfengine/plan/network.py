@@ -1,9 +1,9 @@
-"""Inference of the UNet family on a CPU: weights packed once, a static program per shape.
+"""Inference of networks on a CPU: weights packed once, a static program per shape.
 
-A `PlannedUNet` takes a UNet's place. Its weights lie in the order in which this machine's kernels
-read them. Activations are rows of one dtype from the first convolution to the last. Nothing is
-copied for a layout, a concatenation, an upsampling or a padding: tables say which rows a matrix
-product reads (csrc/row_matmul.h). Statistics, sums and softmax are in fp32.
+A `PlannedUNet` takes a UNet's place. The weights of a planned network lie in the order in which
+this machine's kernels read them. Activations are rows of one dtype from the first convolution to
+the last. Nothing is copied for a layout, a concatenation, an upsampling or a padding: tables say
+which rows a matrix product reads (csrc/row_matmul.h). Statistics, sums and softmax are in fp32.
 """
 
 from __future__ import annotations
@@ -55,17 +55,61 @@ def inference_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def for_inference(unet: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """The UNet in its fastest form: on a CPU a PlannedUNet, which consumes it; else itself.
+class PlannedNetwork(nn.Module):
+    """The common part of planned networks: packed weights, and the programs of the last shapes.
 
-    float16 on a CPU is left to PyTorch.
+    network: consumed: its weights move into the plan, so that memory holds them once
+    dtype:   of weights and activations, float32 or bfloat16; see `inference_dtype`
+    inputs:  what `network.plan` takes besides the images, in terms of a Packer
+
+    A subclass makes the program of a shape, in `_planned`.
     """
-    if torch.device(device).type != "cpu" or dtype is torch.float16:
-        return unet.eval().requires_grad_(False)
-    return PlannedUNet(unet, dtype)
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, **inputs: object) -> None:
+        super().__init__()
+        self.config = network.config
+        self.dtype = inference_dtype(dtype)
+        self._isa = vfengine_native.cpu_isa()
+        self._lock = threading.Lock()
+        self._programs: OrderedDict[tuple, PlannedForward] = OrderedDict()
+        packer = Packer(self.dtype)
+        with torch.no_grad():
+            network.plan(packer, packer.any, **inputs)
+            self._packed = packer.packed()
+        for index, weights in enumerate(_numbered(network, self._packed)):
+            self.register_buffer(f"packed_{index}", weights.packed)
+            self.register_buffer(f"bias_{index}", weights.bias)
+        self._plan = network.plan  # for further shapes; of layers' weights only norms' are left
+        self.eval()
+        return_memory()
+
+    def _check_isa(self) -> None:
+        """RuntimeError where the instruction set was changed since the weights were packed."""
+        name, isa = type(self).__name__, vfengine_native.cpu_isa()
+        if isa != self._isa:
+            raise RuntimeError(f"{name}: weights are packed for {self._isa}, not {isa}")
+
+    def _forward(self, *key: tuple[int, ...] | None) -> PlannedForward:
+        """The program for shapes of inputs, made by `_planned` if there is none."""
+        if key not in self._programs:
+            while len(self._programs) >= _PROGRAMS:
+                self._programs.popitem(last=False)
+            self._programs[key] = self._planned(*key)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _apply(self, fn, recurse=True):
+        """Accepts only its own dtype and device: packed weights can be neither moved nor cast."""
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.device.type != "cpu" or probe.dtype != self.dtype:
+            raise RuntimeError(
+                f"{type(self).__name__}: packed for {self.dtype} on the CPU; load the network "
+                f"anew for {probe.dtype} on {probe.device}"
+            )
+        return self
 
 
-class PlannedUNet(nn.Module):
+class PlannedUNet(PlannedNetwork):
     """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on a CPU.
 
     unet:  a `UNet`, consumed: its weights move into the plan, so that memory holds them once
@@ -76,24 +120,9 @@ class PlannedUNet(nn.Module):
     """
 
     def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = unet.config
-        self.dtype = inference_dtype(dtype)
-        self._isa = vfengine_native.cpu_isa()
-        self._lock = threading.Lock()
-        self._programs: OrderedDict[tuple, PlannedForward] = OrderedDict()
-        packer = Packer(self.dtype)
-        with torch.no_grad():
-            unet.plan(packer, packer.any, packer.any if self.config.context_dim else None)
-            self._packed = packer.packed()
-        for index, weights in enumerate(_numbered(unet, self._packed)):
-            self.register_buffer(f"packed_{index}", weights.packed)
-            self.register_buffer(f"bias_{index}", weights.bias)
-        self._plan = unet.plan  # for further shapes; of the layers' weights only norms' are left
+        super().__init__(unet, dtype, context=Packer.any if unet.config.context_dim else None)
         # Embeddings in float64: once rounded, they do not depend on the order of sums.
-        self.unet = unet.embeddings().double().requires_grad_(False)
-        self.eval()
-        return_memory()
+        self.unet = unet.embeddings().double().requires_grad_(False).eval()
 
     @property
     def class_embedding(self) -> nn.Module | None:
@@ -107,10 +136,7 @@ class PlannedUNet(nn.Module):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
-        if vfengine_native.cpu_isa() != self._isa:
-            raise RuntimeError(
-                f"PlannedUNet: weights are packed for {self._isa}, not {vfengine_native.cpu_isa()}"
-            )
+        self._check_isa()
         self.unet.check_inputs(x, t, context, class_labels)
         self._check(x, context)
         config, patch = self.config, self.config.patch_size
@@ -138,21 +164,10 @@ class PlannedUNet(nn.Module):
                 f"PlannedUNet: context must be [{batch}, 1 or more, {width}], got {form}"
             )
 
-    def _forward(
-        self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None
-    ) -> PlannedForward:
-        """The program for clips [B, N, C, H, W] and a context [B, L, C'], made if there is none."""
-        key = (shape, context_shape)
-        if key not in self._programs:
-            while len(self._programs) >= _PROGRAMS:
-                self._programs.popitem(last=False)
-            self._programs[key] = self._planned(*key)
-        self._programs.move_to_end(key)
-        return self._programs[key]
-
     def _planned(
         self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None
     ) -> PlannedForward:
+        """The program for clips [B, N, C, H, W] and a context [B, L, C']."""
         batch, frames, channels, height, width = shape
         patch = self.config.patch_size
         height, width, channels = height // patch, width // patch, channels * patch**2
@@ -169,57 +184,67 @@ class PlannedUNet(nn.Module):
         with torch.no_grad():
             out = self._plan(planner, FeatureMap((x,), height, width), context)
         return PlannedForward(
-            build.program(out.rows), (height, width), x, embedding, context, out.rows, per_image
+            build.program(out.rows), (height, width), x, out.rows, embedding, context, per_image
         )
 
-    def _apply(self, fn, recurse=True):
-        """Accepts only its own dtype and device: packed weights can be neither moved nor cast."""
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        if probe.device.type != "cpu" or probe.dtype != self.dtype:
-            raise RuntimeError(
-                f"PlannedUNet: packed for {self.dtype} on the CPU; load the network anew for "
-                f"{probe.dtype} on {probe.device}"
-            )
-        return self
+
+def for_inference(
+    network: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    planned: type[PlannedNetwork] = PlannedUNet,
+) -> nn.Module:
+    """The network in its fastest form: on a CPU a `planned`, which consumes it; else itself.
+
+    float16 on a CPU is left to PyTorch.
+    """
+    if torch.device(device).type != "cpu" or dtype is torch.float16:
+        return network.eval().requires_grad_(False)
+    return planned(network, dtype)
 
 
 @dataclass(frozen=True)
 class PlannedForward:
     """The program of one shape, with its input and output buffers.
 
-    size:      height and width of the images, in patches
+    size:      height and width of the result, in patches
     x:         buffer of the images; if their channels are odd, with a channel of zeros
+    embedding: None: the network has none
     per_image: whether each frame has an embedding of its own; otherwise each clip has one
     """
 
     program: Program
     size: tuple[int, int]
     x: Rows
-    embedding: Rows
-    context: Rows | None
     out: Rows
-    per_image: bool
+    embedding: Rows | None = None
+    context: Rows | None = None
+    per_image: bool = False
 
-    def __call__(self, images: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
-        """images [B*N, C, H, W] -> [B*N, C', H, W], which the next call overwrites."""
+    def __call__(
+        self, images: Tensor, embedding: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """images [B*N, C, H, W] -> [B*N, C', H', W'], which the next call overwrites."""
         program, channels = self.program, images.shape[1]
-        rows = program.view(self.x).view(-1, *self.size, self.x.width)
+        rows = program.view(self.x).view(-1, *images.shape[2:], self.x.width)
         rows[..., :channels].copy_(images.permute(0, 2, 3, 1))
         rows[..., channels:].zero_()
-        program.view(self.embedding).copy_(embedding)
+        if self.embedding is not None:
+            program.view(self.embedding).copy_(embedding)
         if self.context is not None:
             program.view(self.context).copy_(context.flatten(0, 1))
         program.run()
         return program.view(self.out).view(-1, *self.size, self.out.width).permute(0, 3, 1, 2)
 
 
-def _numbered(unet: nn.Module, packed: Packed) -> Iterator[Weights]:
+def _numbered(network: nn.Module, packed: Packed) -> Iterator[Weights]:
     """All weights by number; those of parts that are not in _NUMBERED come last."""
-    parts = [part for name in _NUMBERED if (part := getattr(unet, name)) is not None]
+    parts = [part for name in _NUMBERED if (part := getattr(network, name, None)) is not None]
     order = {layer: number for number, layer in enumerate(_layers(parts))}
     for layer in sorted(packed.forms, key=lambda layer: order.get(layer, len(order))):
         yield from packed.forms[layer].weights
-    yield packed.embedding
+    if packed.embedding is not None:
+        yield packed.embedding
 
 
 def _layers(parts: list[nn.Module]) -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ for one shape, in the chosen forms; its results are `FeatureMap`s, and a context
     cat(x, y)                      channels side by side, without a copy
     conv(x, layer, …)              3x3, of stride 1 or 2; + shift(embedding), + shortcut(x)
     conv_over_frames(x, layer, …)  3 taps along frames; + residual
-    upsampled_conv(x, layer, skip) 3x3 on x upsampled to the size of skip
+    upsampled_conv(x, layer, skip) 3x3 on x upsampled to the size of skip; None: to twice its own
     group_norm(x, layer, …)        with SiLU, with scale and shift by the embedding
     layer_norm(x, layer)           geglu(x, layer)       linear(x, layer, …)
     attention(x, norm, layer, …)   x + attention(norm(x))
@@ -96,7 +96,7 @@ class Packer:
         self._add(conv, convolution(conv, self.dtype))
         return x
 
-    def upsampled_conv(self, x: Any, conv: nn.Conv2d, skip: Any) -> Any:
+    def upsampled_conv(self, x: Any, conv: nn.Conv2d, skip: Any = None) -> Any:
         self._add(conv, UpsampledConv.of(conv, self.dtype))
         return x
 
@@ -139,7 +139,7 @@ class Packer:
     def attention(
         self,
         x: Any,
-        norm: nn.LayerNorm,
+        norm: nn.LayerNorm | nn.GroupNorm,
         attention: nn.Module,
         context: Any = None,
         *,
@@ -183,18 +183,18 @@ class Planner:
 
     images:     batch * frames
     packed:     the layers' forms
-    modulation: fp32 rows of all projections of the embedding: with `per_image` one an image, else
-                one a sample
+    modulation: fp32 rows of all projections of the embedding, where there is one: with `per_image`
+                one an image, else one a sample
     tiled:      least number of rows with which transformers run in tiles
     """
 
     build: Builder
     packed: Packed
     batch: int
-    frames: int
-    modulation: Rows | None
-    per_image: bool
-    tiled: int
+    frames: int = 1
+    modulation: Rows | None = None
+    per_image: bool = False
+    tiled: int = 0
 
     @property
     def images(self) -> int:
@@ -226,8 +226,11 @@ class Planner:
     ) -> FeatureMap:
         return self.packed.forms[conv].emit(self, x, plus=residual)
 
-    def upsampled_conv(self, x: FeatureMap, conv: nn.Conv2d, skip: FeatureMap) -> FeatureMap:
-        return self.packed.forms[conv].emit(self, x, skip.height, skip.width)
+    def upsampled_conv(
+        self, x: FeatureMap, conv: nn.Conv2d, skip: FeatureMap | None = None
+    ) -> FeatureMap:
+        size = (2 * x.height, 2 * x.width) if skip is None else (skip.height, skip.width)
+        return self.packed.forms[conv].emit(self, x, *size)
 
     def group_norm(
         self,
@@ -277,7 +280,7 @@ class Planner:
     def attention(
         self,
         x: FeatureMap,
-        norm: nn.LayerNorm,
+        norm: nn.LayerNorm | nn.GroupNorm,
         attention: nn.Module,
         context: Rows | None = None,
         *,
@@ -290,8 +293,8 @@ class Planner:
         """
         form, h = self.packed.forms[attention], x.rows
         kv = form.keys(self.build, context)
-        normed = self.build.layer_norm(h, norm)
-        out = form.emit(self, normed, kv, h, over_frames, self._position_bias(bias))
+        normed = (self.group_norm if isinstance(norm, nn.GroupNorm) else self.layer_norm)(x, norm)
+        out = form.emit(self, normed.rows, kv, h, over_frames, self._position_bias(bias))
         return replace(x, parts=(out,))
 
     def runs_in_tiles(self, x: FeatureMap, transformer: nn.Module) -> bool:
