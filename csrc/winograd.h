@@ -12,8 +12,8 @@
 
 namespace vf {
 
-// weights: 4 or 16 of pack_weights, one after another: transformed taps; bias: as of row_matmul;
-// flat: 1-D.
+// weights: of pack_weights, [columns, taps * channels], as for a direct product; `transformed`: 4
+// or 16 of pack_weights, one after another: transformed taps; bias: as of row_matmul; flat: 1-D.
 #define VF_WINOGRAD_FIELDS(FIELD, OPTIONAL) \
   FIELD(const void*, x)                     \
   FIELD(const void*, weights)               \
@@ -28,6 +28,7 @@ namespace vf {
   FIELD(int64_t, channels)                  \
   FIELD(int64_t, columns)                   \
   FIELD(bool, flat)                         \
+  OPTIONAL(bool, transformed)               \
   FIELD(DType, dtype)
 VF_ARGS(WinogradArgs, VF_WINOGRAD_FIELDS);
 

@@ -11,7 +11,9 @@ from triton_tools import guarded
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPE_NUMBERS as NUMBERS
 from vfengine.plan.builder import Builder
-from vfengine.plan.packing import pack_winograd, takes_winograd
+from vfengine.plan.forms import FeatureMap, convolution
+from vfengine.plan.packing import Weights, pack, pack_winograd, takes_winograd
+from vfengine.plan.walk import Packed, Planner
 
 SHAPES = {  # items, height, width, channels, columns
     "3x3": (2, 8, 6, 64, 96, False),
@@ -23,8 +25,22 @@ SHAPES = {  # items, height, width, channels, columns
     "frames": (2, 16, 9, 64, 80, True),
     "odd frames": (1, 5, 7, 30, 20, True),
     "single frame": (2, 1, 6, 16, 48, True),
+    "wide frames": (1, 3, 2, 1040, 20, True),
 }
 all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+both_weights = pytest.mark.parametrize("transformed", [True, False], ids=["transformed", "taps"])
+
+
+VECTOR_ISAS = [name for name in vfengine_native.cpu_isas if not name.startswith("amx")]
+
+
+@pytest.fixture(params=VECTOR_ISAS)
+def vector_isa(request):
+    """Every instruction set of this machine without a matrix unit in turn."""
+    former = vfengine_native.cpu_isa()
+    vfengine_native.set_cpu_isa(request.param)
+    yield
+    vfengine_native.set_cpu_isa(former)
 
 
 HALF = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -50,7 +66,15 @@ def in_winograd(pictures: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return out.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
-def convolve(shape, dtype, shared=0, residual=None) -> tuple[Tensor, Tensor, Tensor]:
+def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transformed: bool) -> Weights:
+    if transformed:
+        return pack_winograd(weight, bias, dtype)
+    return pack(weight.permute(0, 2, 3, 1).flatten(1), bias, dtype)
+
+
+def convolve(
+    shape, dtype, shared=0, residual=None, transformed=True
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's result, in place of the residual; `in_winograd`'s; the convolution's in fp64.
 
     shared: rows of one bias each
@@ -58,14 +82,15 @@ def convolve(shape, dtype, shared=0, residual=None) -> tuple[Tensor, Tensor, Ten
     items, height, width, channels, columns, flat = shape
     count = items * height * width
     x = normal(count, channels).to(dtype)
-    weight = normal(columns, channels, 3, 1 if flat else 3, seed=2)
+    weight = normal(columns, channels, 3, 1 if flat else 3, seed=2).to(dtype).float()
     bias = normal(count // shared if shared else 1, columns, seed=3)
     build = Builder(dtype)
     rows, table = build.rows(*x.shape), build.rows(*bias.shape, torch.float32)
-    weights = pack_winograd(weight, None if shared else bias[0], dtype)
+    weights = packed(weight, None if shared else bias[0], dtype, transformed)
     place = None if residual is None else build.rows(count, columns)
     given = (table, 0, shared) if shared else None
-    out = build.winograd(rows, weights, shape[:3], flat=flat, bias=given, residual=place, out=place)
+    options = {"flat": flat, "transformed": transformed, "bias": given}
+    out = build.winograd(rows, weights, shape[:3], residual=place, out=place, **options)
     program = build.program()
     program.view(rows).copy_(x)
     program.view(table).copy_(bias)
@@ -93,39 +118,48 @@ def assert_close(out: Tensor, expected: Tensor, direct: Tensor) -> None:
     assert error(direct) <= (eps if out.dtype is torch.bfloat16 else 16 * eps)
 
 
+@both_weights
 @all_dtypes
 @all_shapes
-def test_winograd_matches_a_convolution(shape, dtype, isa):  # noqa: F811
-    assert_close(*convolve(shape, dtype))
+def test_winograd_matches_a_convolution(shape, dtype, transformed, vector_isa):
+    assert_close(*convolve(shape, dtype, transformed=transformed))
 
 
 @all_dtypes
 @all_shapes
-def test_winograd_adds_each_items_bias_and_a_residual_in_place(shape, dtype, isa):  # noqa: F811
+def test_winograd_adds_each_items_bias_and_a_residual_in_place(shape, dtype, vector_isa):
     items, height, width, _, columns, _ = shape
     residual = normal(items * height * width, columns, seed=5)
     assert_close(*convolve(shape, dtype, shared=height * width, residual=residual))
 
 
+@both_weights
 @all_dtypes
 @all_shapes
-def test_winograd_is_the_same_on_any_number_of_threads(shape, dtype, threads):  # noqa: F811
+def test_winograd_is_the_same_on_any_number_of_threads(
+    shape,
+    dtype,
+    transformed,
+    vector_isa,
+    threads,  # noqa: F811
+):
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
-        results.append(convolve(shape, dtype)[0])
+        results.append(convolve(shape, dtype, transformed=transformed)[0])
     for other in results[1:]:
         assert torch.equal(other, results[0])
 
 
+@both_weights
 @all_dtypes
 @all_shapes
-def test_winograd_stays_within_its_memory(shape, dtype, isa):  # noqa: F811
+def test_winograd_stays_within_its_memory(shape, dtype, transformed, vector_isa):
     """Buffers end where inaccessible pages begin."""
     items, height, width, channels, columns, flat = shape
     weight = normal(columns, channels, 3, 1 if flat else 3, seed=2)
     x = guarded(normal(items * height * width, channels).to(dtype))
-    weights = guarded(pack_winograd(weight, None, dtype).packed)
+    weights = guarded(packed(weight, None, dtype, transformed).packed)
     bias, out = guarded(normal(columns)), guarded(normal(len(x), columns).to(dtype))
     args = vfengine_native.WinogradArgs(
         x=x.data_ptr(),
@@ -139,18 +173,54 @@ def test_winograd_stays_within_its_memory(shape, dtype, isa):  # noqa: F811
         channels=channels,
         columns=columns,
         flat=flat,
+        transformed=transformed,
         dtype=NUMBERS[dtype],
     )
     vfengine_native.winograd_cpu(args, 2)
     assert out.isfinite().all()
 
 
-def test_winograd_is_for_convolutions_of_middling_width():
+def test_winograd_rejects_bf16_beside_a_matrix_unit_alone(isa):  # noqa: F811
+    if isa in VECTOR_ISAS:
+        convolve(SHAPES["3x3"], torch.bfloat16)
+        return
+    with pytest.raises(ValueError, match="expected fp32 beside a matrix unit, got bf16"):
+        convolve(SHAPES["3x3"], torch.bfloat16)
+
+
+def test_winograd_is_not_for_convolutions_of_few_channels():
     def conv(inputs, outputs, kernel=(3, 3)):
         return nn.Conv2d(inputs, outputs, kernel, device="meta")
 
-    assert takes_winograd(conv(32, 32))
-    assert takes_winograd(conv(640, 640))
-    assert takes_winograd(conv(128, 128, (3, 1)))
-    for refused in (conv(4, 64), conv(64, 4), conv(1280, 640), conv(64, 64, (3, 1))):
+    for taken in (conv(32, 32), conv(1280, 640), conv(128, 128, (3, 1))):
+        assert takes_winograd(taken)
+    for refused in (conv(4, 64), conv(64, 4), conv(64, 64, (3, 1))):
         assert not takes_winograd(refused)
+
+
+@pytest.mark.parametrize(
+    "shape, flat, kernel",
+    [
+        ((1, 8, 8), False, "row_matmul"),
+        ((1, 16, 15), False, "winograd"),
+        ((2, 3, 4), True, "row_matmul"),
+        ((16, 3, 3), True, "winograd"),
+    ],
+)
+def test_heavy_weights_are_transformed_where_a_clip_has_many_tiles(shape, flat, kernel):
+    """shape: frames, height, width; the same bits in a batch."""
+    taps, padding = ((3, 1), (1, 0)) if flat else ((3, 3), (1, 1))
+    conv = nn.Conv2d(656, 640, taps, padding=padding).requires_grad_(False)
+    form, (frames, height, width) = convolution(conv, torch.float32), shape
+    x, results = normal(3 * frames * height * width, 656), []
+    for batch in (1, 3):
+        build = Builder(torch.float32)
+        planner = Planner(build, Packed(), batch, frames, None, False, 0)
+        rows = build.rows(batch * frames * height * width, 656)
+        out = form.emit(planner, FeatureMap((rows,), height, width)).rows
+        program = build.program(out)
+        assert [call.__name__ for call, _ in program.calls] == [f"{kernel}_cpu"]
+        program.view(rows).copy_(x[: rows.count])
+        program.run()
+        results.append(program.view(out).clone())
+    assert torch.equal(results[1][: len(results[0])], results[0])

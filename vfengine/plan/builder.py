@@ -135,12 +135,14 @@ class Builder:
         shape: tuple[int, int, int],
         *,
         flat: bool = False,
+        transformed: bool = False,
         bias: tuple[Rows, int, int] | None = None,
         residual: Rows | None = None,
         out: Rows | None = None,
     ) -> Rows:
-        """A convolution of `pack_winograd`; shape: (items, height, width).
+        """A convolution; shape: (items, height, width).
 
+        weights: of `conv_weight`, or with `transformed` of `pack_winograd`
         flat: 3 taps along height; bias, residual, out: as in `matmul`
         """
         out = out or self.rows(x.count, weights.columns, over=residual)
@@ -158,6 +160,7 @@ class Builder:
             channels=x.width,
             columns=weights.columns,
             flat=flat,
+            transformed=transformed,
         )
         return out
 

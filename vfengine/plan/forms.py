@@ -20,6 +20,9 @@ from .builder import Builder, Source
 from .packing import Weights, conv_weight, in_tiles, is_light, pack, pack_winograd, takes_winograd
 from .program import Rows
 
+# Tiles of a clip, from which on it pays to transform heavy weights in every call.
+_FEWEST_TILES = 32
+
 
 @dataclass(frozen=True)
 class FeatureMap:
@@ -140,20 +143,29 @@ class ImplicitGemm:
 class Winograd:
     """A convolution by Winograd's algorithm, added to the product of a shortcut, if it has one.
 
-    weights: of the shortcut, if there is one; of the convolution
-    flat:    3 taps along frames in place of 3x3
+    Light weights are transformed once. Heavy ones stay as they are, and each call transforms them
+    anew. That takes as long as the products of a few tiles: for fewest tiles a direct product is
+    faster. A clip's own tiles count, so that results do not depend on the batch.
+
+    weights:     of the shortcut, if there is one; of the convolution
+    flat:        3 taps along frames in place of 3x3
+    transformed: whether the convolution's weights are
     """
 
     weights: tuple[Weights, ...]
     flat: bool
+    transformed: bool
 
     @classmethod
     def of(cls, conv: nn.Conv2d, dtype: torch.dtype, shortcut: nn.Conv2d | None = None) -> Winograd:
-        first = ()
+        first, transformed = (), is_light(conv)
         if shortcut is not None:
             first = (pack(shortcut.weight.flatten(1), shortcut.bias, dtype),)
-        weights = pack_winograd(conv.weight, conv.bias, dtype)
-        return cls((*first, weights), conv.kernel_size == (3, 1))
+        if transformed:
+            weights = pack_winograd(conv.weight, conv.bias, dtype)
+        else:
+            weights = pack(conv_weight(conv, dtype), conv.bias, dtype)
+        return cls((*first, weights), conv.kernel_size == (3, 1), transformed)
 
     def emit(
         self,
@@ -164,18 +176,31 @@ class Winograd:
         bias: tuple[Rows, int, int] | None = None,
     ) -> FeatureMap:
         *shortcut, weights = self.weights
-        residual = None
         if shortcut:
-            residual = plan.build.matmul([Source(part) for part in plus.parts], shortcut[0])
-        elif plus is not None:
-            residual = plus.rows
+            sources = [Source(part) for part in plus.parts]
+            plus = replace(x, parts=(plan.build.matmul(sources, shortcut[0]),))
+        if not self.transformed and self._tiles(plan.frames, x) < _FEWEST_TILES:
+            direct = ImplicitGemm((weights,), "frames" if self.flat else "same")
+            return direct.emit(plan, x, plus=plus, bias=bias)
         shape = (plan.images, x.height, x.width)
         if self.flat:
             shape = (plan.batch, plan.frames, x.pixels)
         out = plan.build.winograd(
-            x.rows, weights, shape, flat=self.flat, bias=bias, residual=residual
+            x.rows,
+            weights,
+            shape,
+            flat=self.flat,
+            transformed=self.transformed,
+            bias=bias,
+            residual=None if plus is None else plus.rows,
         )
         return replace(x, parts=(out,))
+
+    def _tiles(self, frames: int, x: FeatureMap) -> int:
+        """Of a clip: 2x2 pixels, or a pixel in two frames."""
+        if self.flat:
+            return (frames + 1) // 2 * x.pixels
+        return frames * ((x.height + 1) // 2) * ((x.width + 1) // 2)
 
 
 @dataclass(frozen=True, eq=False)

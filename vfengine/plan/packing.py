@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vfengine.native import vfengine_native
 from vfengine.ops._dispatch import DTYPE_NUMBERS
 
-# Input times output channels, above which a convolution takes the form with fewest weights.
+# Input times output channels, above which a convolution holds no weights but its own.
 _LIGHT = 640 * 640
 
 
@@ -61,12 +61,12 @@ def pack_winograd(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> We
     The taps transformed for F(2, 3) (Lavin and Gray 2016), in fp32: 16 or 4 packed products.
     """
     half = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-    taps = torch.einsum("ai,ocij->aocj", half, weight.float())
-    if weight.shape[-1] == 3:
-        taps = torch.einsum("bj,aocj->aboc", half, taps).flatten(0, 1)
-    else:
-        taps = taps[..., 0]
-    parts = [pack(part, None, dtype).packed for part in taps]
+    parts = []
+    for row in torch.einsum("ai,ocij->aocj", half, weight.float()):  # a row in memory at a time
+        taps = row[None, ..., 0]
+        if weight.shape[-1] == 3:
+            taps = torch.einsum("bj,ocj->boc", half, row)
+        parts += [pack(tap, None, dtype).packed for tap in taps]
     bias = None if bias is None else bias.detach().float().contiguous()
     return Weights(torch.cat(parts), bias, weight.shape[0])
 
@@ -83,11 +83,11 @@ def in_tiles(dtype: torch.dtype) -> bool:
 
 
 def is_light(conv: nn.Conv2d) -> bool:
-    """Whether it may take a faster form with 16/9 of the weights (Winograd's, an upsampler's)."""
+    """Whether it may hold 16/9 of the weights to be faster (Winograd's, an upsampler's)."""
     return conv.in_channels * conv.out_channels <= _LIGHT
 
 
 def takes_winograd(conv: nn.Conv2d) -> bool:
     """Whether Winograd's form is faster: not for few channels, where the transforms dominate."""
     least = 128 if conv.kernel_size == (3, 1) else 32
-    return min(conv.in_channels, conv.out_channels) >= least and is_light(conv)
+    return min(conv.in_channels, conv.out_channels) >= least

@@ -215,6 +215,17 @@ inline U32 words_of<BFloat16>(F32 even, F32 odd) {
 #endif
 }
 
+// The numbers in words: what words_of was given.
+template <class T>
+VF_INLINE void numbers_of(U32 words, F32 (&out)[kPerWord<T>]) {
+  if constexpr (kPerWord<T> == 1) {
+    out[0] = reinterpret_cast<F32>(words);
+  } else {
+    out[0] = reinterpret_cast<F32>(words << 16);
+    out[1] = reinterpret_cast<F32>(words & 0xffff0000u);
+  }
+}
+
 // 16 vectors of 16 words, turned; for 512-bit vectors alone.
 VF_INLINE void transpose_16(U32* r) {
 #if defined(__AVX512F__)

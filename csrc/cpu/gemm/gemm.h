@@ -13,9 +13,8 @@
 //   pack(args)                    puts the weights into this form's order
 //   multiply(args, rows, panels, scratch)
 //                                 a range of the rows by a range of the panels, epilogue and all
-//   PanelSums(columns, depth, rows, zeros)(x, weights, panel, sums)
-//                                 one panel for dense rows: fp32 [rows, columns of the panel], and
-//                                 no epilogue
+//
+// Winograd's form needs products without an epilogue as well, PanelSums, which VectorGemm has.
 #pragma once
 #include <type_traits>
 

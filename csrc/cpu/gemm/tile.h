@@ -82,39 +82,6 @@ class TileGemm {
     }
   }
 
-  class PanelSums {
-   public:
-    PanelSums(int64_t columns, int64_t depth, int64_t rows, const T*)
-        : panels(columns, false), depth_(padded(depth) / 2), rows_(rows) {
-      product_.sources.count = 1;
-      product_.sources.at[0] = {nullptr, depth, depth, nullptr, 1, rows};
-      product_.rows = product_.item_rows = rows;
-      product_.columns = columns;
-    }
-
-    void operator()(const T* x, const uint32_t* weights, int64_t panel, float* sums) {
-      product_.sources.at[0].x = x;
-      const int64_t columns = panels.vectors(panel) * kLanes;
-      TileGemm product(product_, {0, rows_});
-      const TileScope scope;
-      while (product.next_part()) {
-        float* made = product.sums_of(1);
-        product.run(weights + panels.first(panel) * kLanes * depth_, columns, made,
-                    [&](int64_t group, int64_t groups, const float* from) {
-                      const int64_t row = group * kTile;
-                      const int64_t last = std::min(row + groups * kTile, rows_);
-                      std::memcpy(sums + row * columns, from, (last - row) * columns * 4);
-                    });
-      }
-    }
-
-    const Panels panels;
-
-   private:
-    const int64_t depth_, rows_;
-    RowMatmulArgs product_{};
-  };
-
  private:
   static constexpr int64_t kPartDepth = 2048, kBlockBytes = 768 * 1024;
   static constexpr int64_t kPartBytes = 1024 * 1024;

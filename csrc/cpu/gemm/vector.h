@@ -388,25 +388,27 @@ struct VectorGemm {
 
   class PanelSums {
    public:
-    PanelSums(int64_t columns, int64_t depth, int64_t rows, const T* zeros)
-        : panels(columns, false), depth_(depth / kPerWord<T>), rows_(rows), zeros_(zeros) {
+    PanelSums(int64_t columns, int64_t rows, const T* zeros)
+        : panels(columns, false), rows_(rows), zeros_(zeros) {
       product_.sources.count = 1;
-      product_.sources.at[0] = {nullptr, depth, depth, nullptr, 1, rows};
+      product_.sources.at[0] = {nullptr, 0, 0, nullptr, 1, rows};
       product_.rows = product_.item_rows = rows;
       product_.columns = columns;
     }
 
-    void operator()(const T* x, const uint32_t* weights, int64_t panel, float* sums) {
+    void operator()(const T* x, int64_t depth, const uint32_t* weights, int64_t panel, bool opens,
+                    float* sums) {
+      RowSource& source = product_.sources.at[0];
+      source.x = x, source.stride = source.width = depth;
       const int64_t column = panels.first(panel) * kLanes;
-      product_.sources.at[0].x = x;
-      Tile<T> t{&product_, weights + column * depth_, 0, 1, true, false, sums, 0, column, zeros_};
+      Tile<T> t{&product_, weights, 0, 1, opens, false, sums, 0, column, zeros_};
       panel_tiles<T, false>(t, rows_, panels.vectors(panel));
     }
 
     const Panels panels;
 
    private:
-    const int64_t depth_, rows_;
+    const int64_t rows_;
     const T* zeros_;
     RowMatmulArgs product_{};
   };
