@@ -27,8 +27,8 @@ def compile_program(folder: Path, vectors: str) -> Path:
             flags = [*OPTIONS, *VECTORS[vectors], *tiles, f"-DVF_ISA={isa}"]
             file = ROOT / "csrc" / "cpu" / f"{source}.cpp"
             subprocess.run(["g++", *flags, "-c", file, "-o", objects[-1]], check=True)
-    program = folder / "run"
-    subprocess.run(["g++", *OPTIONS, TOOLS / "run.cpp", *objects, "-o", program], check=True)
+    program, shared = folder / "run", [TOOLS / "run.cpp", ROOT / "csrc" / "cpu" / "team.cpp"]
+    subprocess.run(["g++", *OPTIONS, *shared, *objects, "-o", program], check=True)
     return program
 
 
