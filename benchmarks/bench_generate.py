@@ -9,6 +9,7 @@ pinned to its cores.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def busy(count: int, rounds: int = 3) -> list[Row]:
     dtype = str(chosen_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     rows, fair = [], fair_share(count)
     for threads in sorted({1, torch.get_num_threads()}):
-        variables = {"OMP_NUM_THREADS": str(threads)}
+        given = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        variables = {name: os.environ[name] for name in given if name in os.environ}
+        variables["OMP_NUM_THREADS"] = str(threads)
         wait_briefly(variables)  # as the command does
         worker = Worker(HERE, dtype, variables)
         times: dict[int, list[float]] = {0: [], count: []}
