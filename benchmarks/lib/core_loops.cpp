@@ -2,13 +2,13 @@
 //
 // Each loop multiplies as the kernels of csrc/cpu do, 6 rows by 4 vectors or 2 tiles by 2, of which
 // every operand is loaded from L1 in each round; "no loads": from registers. Results are not used.
-#include <chrono>
-#include <cstdint>
-#include <cstring>
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <immintrin.h>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
 
 namespace {
 
@@ -26,8 +26,8 @@ ALWAYS void six_by_four(const char* x, long rounds, const Load& load, const Dot&
   for (long round = 0; round < rounds; ++round)
     for (int k = 0; k < 64; ++k) {
       asm volatile("" ::: "memory");
-      const auto w0 = load(x + k * 256), w1 = load(x + k * 256 + 64),
-                 w2 = load(x + k * 256 + 128), w3 = load(x + k * 256 + 192);
+      const auto w0 = load(x + k * 256), w1 = load(x + k * 256 + 64), w2 = load(x + k * 256 + 128),
+                 w3 = load(x + k * 256 + 192);
 #pragma GCC unroll 6
       for (int r = 0; r < 6; ++r) {
         int word;
@@ -48,24 +48,24 @@ ALWAYS void six_by_four(const char* x, long rounds, const Load& load, const Dot&
 ALWAYS __m512i load_words(const char* p) { return _mm512_load_si512(p); }
 
 void bf16_dot(const char* x, long rounds) {
-  six_by_four<__m512>(x, rounds, load_words, [](__m512& acc, __m512i w, __m512i row)
-                      __attribute__((always_inline)) {
-    acc = _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)row);
-  });
+  six_by_four<__m512>(x, rounds, load_words,
+                      [](__m512& acc, __m512i w, __m512i row) __attribute__((always_inline)) {
+                        acc = _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)row);
+                      });
 }
 
 void int8_dot(const char* x, long rounds) {
-  six_by_four<__m512i>(x, rounds, load_words, [](__m512i& acc, __m512i w, __m512i row)
-                       __attribute__((always_inline)) {
-    acc = _mm512_dpbusd_epi32(acc, row, w);
-  });
+  six_by_four<__m512i>(x, rounds, load_words,
+                       [](__m512i& acc, __m512i w, __m512i row) __attribute__((always_inline)) {
+                         acc = _mm512_dpbusd_epi32(acc, row, w);
+                       });
 }
 
 void fp32_fma(const char* x, long rounds) {
-  six_by_four<__m512>(x, rounds, load_words, [](__m512& acc, __m512i w, __m512i row)
-                      __attribute__((always_inline)) {
-    acc = _mm512_fmadd_ps((__m512)w, (__m512)row, acc);
-  });
+  six_by_four<__m512>(x, rounds, load_words,
+                      [](__m512& acc, __m512i w, __m512i row) __attribute__((always_inline)) {
+                        acc = _mm512_fmadd_ps((__m512)w, (__m512)row, acc);
+                      });
 }
 
 // bf16 in memory, products in fp32: both halves of a word are widened when it is loaded.
@@ -91,24 +91,24 @@ void bf16_widened(const char* x, long rounds) {
 #pragma GCC pop_options
 
 // 2 x 2 tiles of sums: in each step 2 tiles of rows and 2 of weights are loaded for 4 products.
-#define TILE_LOOP(Name, Product, Loads)                                              \
-  void Name(const char* x, long rounds) {                                            \
-    alignas(64) unsigned char shapes[64] = {1};                                      \
-    for (int tile = 0; tile < 8; ++tile) shapes[16 + 2 * tile] = 64, shapes[48 + tile] = 16; \
-    asm volatile("ldtilecfg %0" ::"m"(shapes));                                      \
-    for (long round = 0; round < rounds; ++round)                                    \
-      for (int k = 0; k < 8; ++k) {                                                  \
-        const char* at = x + k * 4096;                                               \
-        if (Loads)                                                                   \
-          asm volatile(                                                              \
-              "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd 1024(%0,%1,1), %%tmm5\n\t"   \
-              "tileloadd 2048(%0,%1,1), %%tmm6\n\ttileloadd 3072(%0,%1,1), %%tmm7" ::"r"(at), \
-              "r"(64L)                                                               \
-              : "memory");                                                           \
-        asm volatile(Product " %tmm4, %tmm6, %tmm0\n\t" Product " %tmm5, %tmm6, %tmm1\n\t" \
-                     Product " %tmm4, %tmm7, %tmm2\n\t" Product " %tmm5, %tmm7, %tmm3");   \
-      }                                                                              \
-    asm volatile("tilerelease");                                                     \
+#define TILE_LOOP(Name, Product, Loads)                                                            \
+  void Name(const char* x, long rounds) {                                                          \
+    alignas(64) unsigned char shapes[64] = {1};                                                    \
+    for (int tile = 0; tile < 8; ++tile) shapes[16 + 2 * tile] = 64, shapes[48 + tile] = 16;       \
+    asm volatile("ldtilecfg %0" ::"m"(shapes));                                                    \
+    for (long round = 0; round < rounds; ++round)                                                  \
+      for (int k = 0; k < 8; ++k) {                                                                \
+        const char* at = x + k * 4096;                                                             \
+        if (Loads)                                                                                 \
+          asm volatile(                                                                            \
+              "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd 1024(%0,%1,1), %%tmm5\n\t"                 \
+              "tileloadd 2048(%0,%1,1), %%tmm6\n\ttileloadd 3072(%0,%1,1), %%tmm7" ::"r"(at),      \
+              "r"(64L)                                                                             \
+              : "memory");                                                                         \
+        asm volatile(Product " %tmm4, %tmm6, %tmm0\n\t" Product " %tmm5, %tmm6, %tmm1\n\t" Product \
+                             " %tmm4, %tmm7, %tmm2\n\t" Product " %tmm5, %tmm7, %tmm3");           \
+      }                                                                                            \
+    asm volatile("tilerelease");                                                                   \
   }
 
 TILE_LOOP(bf16_tiles, "tdpbf16ps", true)
@@ -131,8 +131,8 @@ constexpr double kWords = 64.0 * 6 * 4 * 16, kTiles = 8.0 * 4 * 16 * 16;
 
 const Loop kLoops[] = {
     {"fp32", fp32_fma, [] { return bool(__builtin_cpu_supports("avx512f")); }, kWords},
-    {"bf16, widened to fp32", bf16_widened,
-     [] { return bool(__builtin_cpu_supports("avx512bw")); }, 2 * kWords},
+    {"bf16, widened to fp32", bf16_widened, [] { return bool(__builtin_cpu_supports("avx512bw")); },
+     2 * kWords},
     {"bf16, AVX512_BF16", bf16_dot, [] { return bool(__builtin_cpu_supports("avx512bf16")); },
      2 * kWords},
     {"int8, AVX512_VNNI", int8_dot, [] { return bool(__builtin_cpu_supports("avx512vnni")); },
