@@ -55,10 +55,10 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
     CUDA: tensor cores multiply bfloat16 from compute capability 8.0 on.
     CPU:  plans (vfengine/plan/network.py) need AVX512_BF16 or AMX, and a core that multiplies
-          faster with it than in float32. That is measured, for cores differ: AVX512_BF16 doubles
-          the products of AMD's and gains nothing on Intel's, where AMX multiplies them by ten. On
-          two cores of an AMD EPYC (Zen 5) the default clip takes 0.9 s instead of 1.5
-          (`python benchmarks/bench_generate.py`).
+          faster with it than in float32. That is measured, for cores differ: on AMD's EPYC (Zen 5)
+          AVX512_BF16 doubles the products, and a warm default clip takes 1.0 s instead of 1.6
+          (`python benchmarks/bench_unet.py --case clip-bf16 clip-fp32`). On a Xeon with AMX,
+          before its tiles were used, bfloat16 was the slower one.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,5 +1,5 @@
 // The kernels of the instruction set amx against those of amx_emulated, bit for bit, over random
-// products, attentions and transformers. Both are built with the same other features, so that only
+// products and attentions. Both are built with the same other features, so that only
 // their tiles differ. Without AMX its instructions are emulated (instructions.h); with AMX they
 // run.
 #include <sys/syscall.h>
