@@ -16,7 +16,7 @@ VECTORS = {  # what both are built with beside their tiles
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
 }
 TILES = {"amx": ["-mamx-tile", "-mamx-bf16"], "amx_emulated": ["-DVF_EMULATED_TILES"]}
-OPTIONS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
+OPTIONS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
 
 
 def compile_program(folder: Path, vectors: str) -> Path:

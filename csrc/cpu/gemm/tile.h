@@ -71,12 +71,8 @@ class TileGemm {
       float* sums = product.whole() ? scratch<float>(kSums, 4 * kTile * kColumns)
                                     : product.sums_of(part.last - part.first);
       for (int64_t panel = part.first; panel < part.last; ++panel) {
-        const int64_t columns = panels.vectors(panel) * kLanes;
         const uint32_t* mine = weights + panels.words(depth) / panels.units * panels.first(panel);
-        product.run(mine, columns, sums, [&](int64_t group, int64_t groups, const float* made) {
-          product.finish_rows(panels.vectors(panel), panels.first(panel) * kLanes, group * kTile,
-                              std::min((group + groups) * kTile, rows.last - rows.first), made);
-        });
+        product.run(mine, panels.vectors(panel), panels.first(panel) * kLanes, sums);
         if (!product.whole()) sums += product.groups_ * kTile * kColumns;
       }
     }
@@ -243,10 +239,10 @@ class TileGemm {
     return width / kTileDepth % 2 ? width : width + kTileDepth;
   }
 
-  // One panel of this part: sums of all rows, four groups at a time. Where the last part ends, they
-  // go to done(group, groups, sums), fp32 [rows of the groups, columns].
-  template <class Done>
-  void run(const uint32_t* weights, int64_t columns, float* sums, const Done& done) {
+  // One panel of this part, whose first column of the result is `out`: sums of all rows, four
+  // groups at a time, [rows of the groups, columns]. Where the last part ends, they are finished.
+  void run(const uint32_t* weights, int vectors, int64_t out, float* sums) {
+    const int64_t columns = vectors * kLanes;
     const auto* panel = reinterpret_cast<const char*>(weights + first_word_ * columns);
     for (int64_t group = 0; group < groups_; group += kGroups) {
       const int64_t groups = std::min<int64_t>(kGroups, groups_ - group);
@@ -268,7 +264,8 @@ class TileGemm {
             block<1, 1>(group + g, from, columns, to + g * kTile * columns);
         }
       }
-      if (closes()) done(group, groups, mine);
+      if (closes())
+        finish_rows(vectors, out, group * kTile, std::min((group + groups) * kTile, rows_), mine);
     }
   }
 
