@@ -228,6 +228,14 @@ def test_later_lines_win_and_verdicts_are_of_the_latest_run(page):
     assert "Run 1, of commit 33f3af2" in found and "Run 2, of commit abcdef0" in found
 
 
+def test_what_is_cut_off_again_is_said_of_the_latest_run(page):
+    def cut(seconds):
+        return [line("peers", status="skipped", note=f"cut off after {seconds} s"), done("peers")]
+
+    peers = part(page([head(), *cut(84), tail()] + second(cut(186))), "### Peers")
+    assert "skipped: cut off after 186 s" in peers and "84" not in peers
+
+
 def test_what_fails_in_a_later_run_has_failed(page):
     first = [head(), line("smoke", case="geglu", status="passed"), done("smoke"), tail()]
     again = second([line("smoke", case="geglu", status="failed", note="NaN"), done("smoke")])
