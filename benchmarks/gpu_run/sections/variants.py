@@ -8,14 +8,15 @@ from collections.abc import Callable
 
 import torch
 from lib.table4_models import Networks, size
+from lib.table4_ways import ddim, step_loops
 
 from gpu_run.sections import BACKENDS, DEVICE, DRY, emit, guarded
-from gpu_run.sections.profile import loops
 from gpu_run.sections.table4 import seconds
 from vfengine.sampling.loop import Loop
 
 SIZES = ("default", "large")
 ROUNDS = 5
+STEPS = 5 if DRY else 20
 PER_GRAPH = 5  # steps
 
 
@@ -26,7 +27,9 @@ def main() -> None:
             for network in ("base", "residual", "video"):
                 for variant, make in VARIANTS.items():
                     with guarded(f"{name}, {network}", contender=variant, dtype="bf16"):
-                        loop, start = loops(networks)[network]  # a new one: it captures anew
+                        loop, start = step_loops(networks, ddim(STEPS))[
+                            network
+                        ]  # a new one: it captures anew
                         measure(f"{name}, {network}", variant, loop, start, make)
 
 
