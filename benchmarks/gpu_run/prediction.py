@@ -8,8 +8,8 @@ NODE       what a node of a CUDA graph costs beside its work
 rate       of the card's bf16 matrix product, 8192 a side: its "ceilings" in gpu.jsonl
 bandwidth  of its copy of 2 GiB, likewise
 
-The terms are added, as if none overlapped. No product or copy of a network reaches the ceilings, and
-caches spare bytes; the two errors are of opposite sign. Like gpu_report.py it imports no torch.
+The terms are added, as if none overlapped. No product or copy of a network reaches the ceilings,
+and caches spare bytes; the two errors are of opposite sign. Like gpu_report.py it imports no torch.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ def chapter(results: Results, counted: Counted) -> list[str]:
     words = (
         f"A captured step, one clip, bf16: predicted = kernels x {NODE * 1e6:.1f} µs + FLOP / "
         f"{card.rate / 1e12:,.0f} TFLOP/s + bytes / {card.bandwidth / 1e9:,.0f} GB/s, the ceilings "
-        f"below. Kernels, FLOP and bytes are counted on fake CUDA tensors at commit "
-        f"{sentence(counted.commit)}; a measured figure is of its run's commit. Of two phases and VDM*, "
-        "measured is a step of the loop; of base and residual, the time of a step's kernels."
+        "below. Kernels, FLOP and bytes are counted on fake CUDA tensors at commit "
+        f"{sentence(counted.commit)}; a measured figure is of its run's commit. Of two phases and "
+        "VDM*, measured is a step of the loop; of base and residual, the time of its kernels."
     )
     return ["### Predicted and measured", words, rows([*HEAD, "measured", "run"], body)]
 

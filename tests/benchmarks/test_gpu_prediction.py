@@ -33,7 +33,7 @@ def test_the_terms_are_the_nodes_the_arithmetic_and_the_bytes():
 
 
 def test_predicted_stands_beside_measured(found):
-    heading, words, table = prediction.chapter(found(whole_run()), COUNTED)
+    _, words, table = prediction.chapter(found(whole_run()), COUNTED)
     assert "741 TFLOP/s" in words and "2,987 GB/s" in words and "abc1234" in words
     rows = table.splitlines()[2:]
     assert "| 0.20 ms | 1.35 ms | 0.33 ms | 1.88 ms | 1.71 ms |" in rows[0]
