@@ -124,7 +124,8 @@ def _peers(figures: Figures) -> Iterator[Verdict]:
     times = {
         line["contender"]: line["value"]
         for line in figures.values()
-        if (line["section"], line["case"], line["metric"]) == ("peers", case, "per step")
+        if line["section"] in ("peers", "unet3d")
+        and (line["case"], line["metric"]) == (case, "per step")
     }
     for ours, peer, target in PEERS:
         theirs = [time for name, time in times.items() if name.startswith(peer)]

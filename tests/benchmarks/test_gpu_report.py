@@ -116,7 +116,9 @@ def test_targets_are_reached_or_short(page):
     assert "| at most 0.33 of VDM* | paper, 1 clip | 0.38, **short by 12 %** |" in targets
     assert "| at most 0.6 of VDM* | default, 16 clips | 0.71, **short by 15 %** |" in targets
     assert "| paper, 1 clip, memory (reserved) | 0.69, **short by 14 %** |" in targets
-    assert "| at least 4 x the speed of plain calls | default clip, 50 steps |  | 4.33, r" in targets
+    assert (
+        "| at least 4 x the speed of plain calls | default clip, 50 steps |  | 4.33, r" in targets
+    )
     assert "default, 1 clip" not in targets
 
 

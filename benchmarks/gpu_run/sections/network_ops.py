@@ -15,7 +15,7 @@ import bench_temporal_attention
 import torch
 from lib.network_cases import OURS, error_of
 
-from gpu_run.sections import DRY, guarded, timed
+from gpu_run.sections import DRY, PREPARE, guarded, prepared_in_parts, timed
 
 OPS = {  # and the backend that "auto" takes for it on CUDA
     "group_norm_silu": (bench_group_norm_silu, "cuda"),
@@ -27,25 +27,33 @@ OPS = {  # and the backend that "auto" takes for it on CUDA
 
 
 def main() -> None:
-    for op, (bench, backend) in OPS.items():
-        for case in list(bench.CASES)[: 1 if DRY else None]:
-            shape, dtype = case.rsplit(" ", 1)
-            here = f"{op}, {shape}"
-            with guarded(here, dtype=dtype), torch.inference_mode():
-                calls, exact, moved = bench.contenders(case)
-                if DRY:
-                    calls.pop("compiled", None)
-                right, eager = {}, calls["eager"]()
-                for name, call in calls.items():
-                    name = backend if name == op else name
-                    with guarded(here, contender=name, dtype=dtype):
-                        ours = name in OURS
-                        if problem := error_of(call(), exact, eager if ours else None):
-                            raise ValueError(f"{name} {problem}")
-                        right[name] = call
-                timed(here, right, moved_bytes=moved, dtype=dtype)
-            with contextlib.suppress(AttributeError):
-                torch.compiler.reset()  # other shapes are not other sizes of these
+    if not PREPARE:
+        for op in OPS:
+            measure(op)
+    elif op := prepared_in_parts("network_ops", tuple(OPS)):
+        measure(op)
+
+
+def measure(op: str) -> None:
+    bench, backend = OPS[op]
+    for case in list(bench.CASES)[: 1 if DRY else None]:
+        shape, dtype = case.rsplit(" ", 1)
+        here = f"{op}, {shape}"
+        with guarded(here, dtype=dtype), torch.inference_mode():
+            calls, exact, moved = bench.contenders(case)
+            if DRY:
+                calls.pop("compiled", None)
+            right, eager = {}, calls["eager"]()
+            for name, call in calls.items():
+                name = backend if name == op else name
+                with guarded(here, contender=name, dtype=dtype):
+                    ours = name in OURS
+                    if problem := error_of(call(), exact, eager if ours else None):
+                        raise ValueError(f"{name} {problem}")
+                    right[name] = call
+            timed(here, right, moved_bytes=moved, dtype=dtype)
+        with contextlib.suppress(AttributeError):
+            torch.compiler.reset()  # other shapes are not other sizes of these
 
 
 if __name__ == "__main__":
