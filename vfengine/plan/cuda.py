@@ -44,8 +44,8 @@ class CudaUNet(nn.Module):
     def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = unet.config, dtype
-        self.unet = unet.to(dtype).eval().requires_grad_(False)
-        prepare = Preparer()
+        self.unet = unet.eval().requires_grad_(False)
+        prepare = Preparer(dtype)
         with torch.no_grad():
             unet.plan(
                 prepare, prepare.any, context=prepare.any if unet.config.context_dim else None
@@ -56,7 +56,8 @@ class CudaUNet(nn.Module):
         self.columns = dict(zip(prepare.projections, [0, *ends[:-1]], strict=True))
         self.input_width = unet.conv_in.weight.shape[1]
         # Embeddings in float64: once rounded, they do not depend on the order of sums.
-        self.embeddings = unet.embeddings().double()
+        self.embeddings = unet.embeddings()
+        _cast(self.embeddings, torch.float64)
         self._biases: dict[tuple[nn.Module, int], Tensor] = {}  # of positions
 
     @property
@@ -350,19 +351,21 @@ class Joined:
         for layer, part in zip(layers, weight.split(sizes), strict=True):
             layer.weight = nn.Parameter(part, requires_grad=False)
         if layers[0].bias is not None:
-            bias = torch.cat([layer.bias for layer in layers]).float()
+            bias = torch.cat([layer.bias for layer in layers])
         return cls(weight, bias)
 
 
 class Preparer:
     """Makes the layers that a network's plan names ready for a `CudaBuilder`.
 
-    Norms' parameters and biases become fp32, and convolutions channels_last.
+    Norms' parameters and biases become fp32, other weights `dtype`, those of convolutions in
+    channels_last memory.
     """
 
     any = object()  # stands for every feature map and context
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.attentions: dict[nn.Module, tuple[Joined, Joined | None]] = {}
         self.projections: list[nn.Linear] = []
 
@@ -374,7 +377,7 @@ class Preparer:
         if padded:
             conv.weight = _frozen(_padded(conv.weight))
         if shift is not None:
-            self.projections.append(shift)
+            self._project(shift)
         if plus is not None and not isinstance(plus[0], nn.Identity):
             self._layer(plus[0])
         return x
@@ -386,13 +389,13 @@ class Preparer:
         return self._layer(conv)
 
     def group_norm(self, x: Any, norm: nn.GroupNorm, *, silu=False, modulation=None, **_: Any):
-        norm.float()
+        _cast(norm, torch.float32)
         if modulation is not None:
-            self.projections.append(modulation)
+            self._project(modulation)
         return x
 
     def layer_norm(self, x: Any, norm: nn.LayerNorm) -> Any:
-        norm.float()
+        _cast(norm, torch.float32)
         return x
 
     def geglu(self, x: Any, layer: nn.Linear) -> Any:
@@ -403,23 +406,36 @@ class Preparer:
         return x if then is None else self._layer(then[0])
 
     def attention(self, x: Any, norm: nn.Module, attention: nn.Module, context=None, **_: Any):
-        norm.float()
+        _cast(norm, torch.float32)
         q, k, v = attention.to_q, attention.to_k, attention.to_v
+        for layer in (q, k, v, attention.to_out):
+            self._layer(layer)
         crossed = context is not None
         joined = (Joined.of(q), Joined.of(k, v)) if crossed else (Joined.of(q, k, v), None)
         self.attentions[attention] = joined
-        self._layer(attention.to_out)
         return x
 
     def runs_in_tiles(self, x: Any, transformer: nn.Module) -> bool:
         return False
 
+    def _project(self, projection: nn.Linear) -> None:
+        self._layer(projection)
+        self.projections.append(projection)
+
     def _layer(self, layer: nn.Conv2d | nn.Linear) -> Any:
+        form = torch.channels_last if layer.weight.dim() == 4 else torch.contiguous_format
+        layer.weight = _frozen(layer.weight.to(self.dtype).contiguous(memory_format=form))
         if layer.bias is not None:
             layer.bias = _frozen(layer.bias.float())
-        if isinstance(layer, nn.Conv2d):
-            layer.to(memory_format=torch.channels_last)
         return self.any
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """`module.to(dtype)`, which cannot be had of fake tensors."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = _frozen(parameter.to(dtype))
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
