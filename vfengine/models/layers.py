@@ -9,7 +9,6 @@ formula as calls of a builder (vfengine/plan), which chooses the kernels. Only t
 what x and the result are.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
