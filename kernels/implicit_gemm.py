@@ -36,7 +36,8 @@ _RUN_TIME = [
     "up",
     "steps",
     "splits",
-    "shift_rows",
+    "sets_of_row",
+    "sets_of_pair",
     "shift_stride",
     "with_bias",
     "with_shift",
@@ -59,7 +60,7 @@ def implicit_gemm_kernel(
     C,  # of x, C2 of second: specialised, so that Triton sees which rows are aligned
     C2,
     N,
-    rows,  # output pixels of one row of coefficients; tiles do not cross them
+    rows,  # output pixels of a set: of one row of shift and of coefficients; no tile crosses sets
     height,
     width,
     out_height,
@@ -71,7 +72,8 @@ def implicit_gemm_kernel(
     up,  # 1: pixels are doubled before the convolution
     steps,  # of BLOCK_K channels of one tap
     splits,
-    shift_rows,  # output pixels of one row of shift
+    sets_of_row,  # of shift, then of coefficients
+    sets_of_pair,
     shift_stride,
     with_bias,
     with_shift,
@@ -82,6 +84,7 @@ def implicit_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether there may be several runs
 ):
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     row_tile, column_tile, one_set = _place(row_tiles, column_tiles)
@@ -126,7 +129,7 @@ def implicit_gemm_kernel(
         w_here = k_here[:, None] & n_here[None, :]
         w = tl.load(weights, mask=w_here, other=0.0)
         if NORM > 0:
-            pair = coefficient_ptr + (one_set * (C + C2) + of_tap) * 2
+            pair = coefficient_ptr + (one_set // sets_of_pair * (C + C2) + of_tap) * 2
             scale = tl.load(pair, mask=k_here, other=0.0)[None, :]
             offset = tl.load(pair + 1, mask=k_here, other=0.0)[None, :]
             v = scale * a.to(tl.float32) + offset
@@ -147,7 +150,7 @@ def implicit_gemm_kernel(
         tap_y += tl.where(next_line, 1, 0)
 
     last = run >= 0
-    if splits > 1:
+    if SPLIT and splits > 1:
         tile, tiles = tl.program_id(0), tl.num_programs(0)
         part = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         parts = partial_ptr + tile * (BLOCK_M * BLOCK_N) + part
@@ -169,14 +172,19 @@ def implicit_gemm_kernel(
     m_here &= last  # the others are done
     here = m_here[:, None] & n_here[None, :]
     out_at = m.to(tl.int64)[:, None] * N + n[None, :]
-    sums += tl.load(bias_ptr + n, mask=n_here & (with_bias != 0), other=0.0)[None, :]
+    bias_here, shift_here = n_here & (with_bias != 0), n_here & (with_shift != 0)
+    columns = tl.load(bias_ptr + n, mask=bias_here, other=0.0)
+    shift_row = (one_set // sets_of_row).to(tl.int64) * shift_stride
+    shift = tl.load(shift_ptr + shift_row + n, mask=shift_here, other=0.0)
     if GATED:
-        gates += tl.load(bias_ptr + N + n, mask=n_here & (with_bias != 0), other=0.0)[None, :]
+        sums += columns[None, :]
+        gates += tl.load(bias_ptr + N + n, mask=bias_here, other=0.0)[None, :]
         sums *= 0.5 * gates * (1.0 + tl.erf(gates * 0.7071067811865476))
-    shifts = shift_ptr + (m // shift_rows).to(tl.int64)[:, None] * shift_stride + n[None, :]
-    sums += tl.load(shifts, mask=here & (with_shift != 0), other=0.0)
+        columns = shift
+    else:
+        columns += shift
     residual = tl.load(residual_ptr + out_at, mask=here & (with_residual != 0), other=0.0)
-    sums += residual.to(tl.float32)
+    sums += columns[None, :] + residual.to(tl.float32)
     tl.store(out_ptr + out_at, sums.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -204,6 +212,7 @@ class Tile:
     k: int
     warps: int
     stages: int
+    split: bool = True
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k}"
@@ -215,15 +224,19 @@ class Tile:
 
 # From large to small. Of 16 bits: wgmma from 64 rows on, which two warp groups share in the first.
 TILES = (
-    Tile(128, 256, 64, 8, 3),
-    Tile(128, 128, 64, 8, 3),
+    Tile(128, 256, 64, 8, 3, split=False),
+    Tile(128, 128, 64, 8, 3, split=False),
     Tile(128, 64, 64, 4, 3),
     Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 128, 4, 3),
     Tile(32, 64, 128, 4, 3),
     Tile(16, 64, 128, 4, 3),
 )
-GATED_TILES = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 128, 4, 3))
+GATED_TILES = (
+    Tile(128, 128, 64, 8, 3, split=False),
+    Tile(64, 64, 64, 4, 3),
+    Tile(32, 32, 128, 4, 3),
+)
 FP32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 2, 2))
 FILLED = 128  # programs that keep a large card busy
 LEAST_STEPS = 4  # of a run, below which sums cost more than they save
@@ -235,6 +248,8 @@ SHARED = 227 << 10  # bytes that a program can have on sm_90
 
 def splits_of(tile: Tile, product: Product) -> int:
     """How many runs K is cut into, by shape and tile alone."""
+    if not tile.split:
+        return 1
     programs, steps = tile_count(tile, product), step_count(tile, product)
     return max(1, min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS))
 
@@ -315,13 +330,14 @@ def launch_arguments(
     product: Product, tile: Tile, partial: Tensor, tickets: Tensor
 ) -> tuple[tuple[int, int], tuple, dict[str, object]]:
     """The grid, arguments and constants of implicit_gemm_kernel."""
-    x, out, shift = product.x, product.out, product.shift
+    x, out = product.x, product.out
+    shift, coefficients = product.shift, product.coefficients
     nothing = tickets.view(torch.float32)  # of the dtype that tables have: one build serves both
     tensors = (
         x,
         x if product.second is None else product.second,
         product.weight,
-        nothing if product.coefficients is None else product.coefficients,
+        nothing if coefficients is None else coefficients,
         nothing if product.bias is None else product.bias,
         nothing if shift is None else shift,
         x if product.residual is None else product.residual,
@@ -342,19 +358,21 @@ def launch_arguments(
         product.upsample - 1,
         step_count(tile, product),
         splits,
-        product.rows // (1 if shift is None else shift.shape[0]),
+        product.sets // (1 if shift is None else len(shift)),
+        product.sets // (1 if coefficients is None else len(coefficients)),
         0 if shift is None else shift.stride(0),
         int(product.bias is not None),
         int(shift is not None),
         int(product.residual is not None),
     )
     constants = {
-        "NORM": 0 if product.coefficients is None else 1 + product.silu,
+        "NORM": 0 if coefficients is None else 1 + product.silu,
         "GATED": product.gated,
         "PRECISION": "tf32" if matmul_in_tf32() else "ieee",
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
+        "SPLIT": tile.split,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

@@ -5,6 +5,7 @@ Kernel: kernels/implicit_gemm.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -174,8 +175,9 @@ class Product:
 
     @property
     def sets(self) -> int:
-        """Runs of pictures with coefficients of their own."""
-        return 1 if self.coefficients is None else len(self.coefficients)
+        """Runs of pictures, each with one row of shift and one of coefficients."""
+        tables = (self.shift, self.coefficients)
+        return math.lcm(*(1 if table is None else len(table) for table in tables))
 
 
 def _out_shape(
