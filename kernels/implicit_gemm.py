@@ -170,22 +170,49 @@ def implicit_gemm_kernel(
         tl.store(ticket_ptr + tile, 0, mask=last)  # for the next launch
 
     m_here &= last  # the others are done
-    here = m_here[:, None] & n_here[None, :]
-    out_at = m.to(tl.int64)[:, None] * N + n[None, :]
-    bias_here, shift_here = n_here & (with_bias != 0), n_here & (with_shift != 0)
-    columns = tl.load(bias_ptr + n, mask=bias_here, other=0.0)
-    shift_row = (one_set // sets_of_row).to(tl.int64) * shift_stride
-    shift = tl.load(shift_ptr + shift_row + n, mask=shift_here, other=0.0)
+    shift_ptr += (one_set // sets_of_row).to(tl.int64) * shift_stride
+    here = m, m_here
+    there = bias_ptr, shift_ptr, residual_ptr, out_ptr
+    given = with_bias != 0, with_shift != 0, with_residual != 0
+    first = column_tile * BLOCK_N
+    if (1 + GATED) * BLOCK_M * BLOCK_N > 16384:  # in two halves, for want of registers
+        left, right = _halves(sums)
+        left_gates, right_gates = _halves(gates)
+        _finish(left, left_gates, here, first, N, there, given, GATED)
+        _finish(right, right_gates, here, first + BLOCK_N // 2, N, there, given, GATED)
+    else:
+        _finish(sums, gates, here, first, N, there, given, GATED)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of the columns."""
+    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+@triton.jit
+def _finish(sums, gates, here, first, N, there, given, GATED: tl.constexpr):
+    """Adds bias, shift and residual, where they are given, and writes these columns."""
+    m, m_here = here
+    bias_ptr, shift_ptr, residual_ptr, out_ptr = there
+    with_bias, with_shift, with_residual = given
+    n = first + tl.arange(0, sums.shape[1])
+    n_here = n < N
+    columns = tl.load(bias_ptr + n, mask=n_here & with_bias, other=0.0)
+    shift = tl.load(shift_ptr + n, mask=n_here & with_shift, other=0.0)
     if GATED:
         sums += columns[None, :]
-        gates += tl.load(bias_ptr + N + n, mask=bias_here, other=0.0)[None, :]
+        gates += tl.load(bias_ptr + N + n, mask=n_here & with_bias, other=0.0)[None, :]
         sums *= 0.5 * gates * (1.0 + tl.erf(gates * 0.7071067811865476))
         columns = shift
     else:
         columns += shift
-    residual = tl.load(residual_ptr + out_at, mask=here & (with_residual != 0), other=0.0)
+    both = m_here[:, None] & n_here[None, :]
+    out_at = m.to(tl.int64)[:, None] * N + n[None, :]
+    residual = tl.load(residual_ptr + out_at, mask=both & with_residual, other=0.0)
     sums += columns[None, :] + residual.to(tl.float32)
-    tl.store(out_ptr + out_at, sums.to(out_ptr.dtype.element_ty), mask=here)
+    tl.store(out_ptr + out_at, sums.to(out_ptr.dtype.element_ty), mask=both)
 
 
 @triton.jit
