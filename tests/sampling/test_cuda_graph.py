@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from held import loops_of
-from stub_cuda import CUDA, WAIT, OnTheCpu, StubCuda, pretended, stub_with_loops
+from stub_cuda import (
+    CUDA,
+    WAIT,
+    OnTheCpu,
+    StubCuda,
+    WatchedLock,
+    pretended,
+    stub_with_loops,
+)
 
 from vfengine.sampling import cuda_graph as capture
 
@@ -185,6 +193,27 @@ def test_memory_is_given_back_between_captures(stub):
     other.join(WAIT)
     assert stub.problems == []
     assert stub.calls[-1] == "empty_cache"
+
+
+def test_settings_are_not_read_while_cudnn_searches(monkeypatch):
+    """Another thread's key would tell of a search that its own loop does not make."""
+    stub = StubCuda(monkeypatch)
+    lock = WatchedLock(capture.exclusive, stub)
+    monkeypatch.setattr(capture, "exclusive", lock)
+    before, keys = capture.process_settings_key(CUDA), []
+    other = threading.Thread(target=lambda: keys.append(capture.process_settings_key(CUDA)))
+
+    def step():
+        if other.ident is None:
+            stub.capturing = threading.current_thread()
+            stub.entered.clear()
+            other.start()
+            assert stub.entered.wait(WAIT)
+            stub.capturing = None
+
+    capture.captured(step, CUDA, lambda: None)
+    other.join(WAIT)
+    assert keys == [before]
 
 
 def test_overlapped_phases_are_branches_of_one_graph(stub, tiny_checkpoint):
