@@ -36,7 +36,7 @@ def main() -> None:
             networks = Networks(size("tiny" if DRY else name), DEVICE, torch.bfloat16, keep=True)
             for network, (loop, start) in step_loops(networks, ddim(STEPS)).items():
                 with guarded(f"{name}, {network}", graph=True, dtype="bf16"):
-                    step = loop.stepper(capture=True)
+                    step = loop.stepper(capture=True, at_once=1)
                     loop.start(*start)
                     measure(f"{name}, {network}", step)
 
