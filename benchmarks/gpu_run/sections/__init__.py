@@ -109,10 +109,12 @@ def timed(
     moved_bytes: int,
     dtype: str,
     seconds: float = 0.3,
+    flops: int | None = None,
 ) -> None:
     """Time, GB/s and share of a copy's GB/s of contenders in turns, from graphs of many calls.
 
     moved_bytes: what the op must read and write; the copy moves as many, in as much memory
+    flops:       of a call, for its TFLOP/s
     """
     import torch
     from lib.harness import timed_turns
@@ -131,3 +133,5 @@ def timed(
         emit(case, name, "time", value.median * 1e6, "us", **place)
         emit(case, name, "bandwidth", moved_bytes / value.median / 1e9, "GB/s", **place)
         emit(case, name, "of copy", 100 * times["copy"].median / value.median, "%", **place)
+        if flops is not None and name != "copy":
+            emit(case, name, "rate", flops / value.median / 1e12, "TFLOP/s", **place)

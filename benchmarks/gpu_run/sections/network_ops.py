@@ -9,6 +9,7 @@ import contextlib
 
 import bench_geglu
 import bench_group_norm_silu
+import bench_implicit_gemm
 import bench_layer_norm
 import bench_spatial_attention
 import bench_temporal_attention
@@ -17,12 +18,13 @@ from lib.network_cases import OURS, error_of
 
 from gpu_run.sections import DRY, PREPARE, guarded, prepared_in_parts, timed
 
-OPS = {  # and the backend that "auto" takes for it on CUDA
+OPS = {  # and the backend that "auto" takes for it on CUDA; "auto": one that it measures
     "group_norm_silu": (bench_group_norm_silu, "cuda"),
     "temporal_attention": (bench_temporal_attention, "cuda"),
     "spatial_attention": (bench_spatial_attention, "triton"),
     "layer_norm": (bench_layer_norm, "triton"),
     "geglu": (bench_geglu, "triton"),
+    "implicit_gemm": (bench_implicit_gemm, "auto"),
 }
 
 
@@ -47,11 +49,12 @@ def measure(op: str) -> None:
             for name, call in calls.items():
                 name = backend if name == op else name
                 with guarded(here, contender=name, dtype=dtype):
-                    ours = name in OURS
+                    ours = name in (*OURS, "auto")
                     if problem := error_of(call(), exact, eager if ours else None):
                         raise ValueError(f"{name} {problem}")
                     right[name] = call
-            timed(here, right, moved_bytes=moved, dtype=dtype)
+            flops = bench.CASES[case].flops if op == "implicit_gemm" else None
+            timed(here, right, moved_bytes=moved, dtype=dtype, flops=flops)
         with contextlib.suppress(AttributeError):
             torch.compiler.reset()  # other shapes are not other sizes of these
 
