@@ -40,8 +40,8 @@ def noise_estimate(
 
     z:      [B, N, C, H, W] fp32, fp16 or bf16, contiguous: what `model_input` was given
     rows:   fp32 [B*N, H/p, W/p, K p²], contiguous: the UNet's K output channels in patches of size
-            p, as F.pixel_shuffle takes them. K is C where the UNet predicts ε or v, C + 1 for a blend
-            of paint and frame, C + 3 for one of base frame, frame and paint
+            p, as F.pixel_shuffle takes them. K is C where the UNet predicts ε or v, C + 1 for a
+            blend of paint and frame, C + 3 for one of base frame, frame and paint
     coeffs: fp32 [S, N, 5], the columns of vfengine/ops/_generator_ops.py
     step:   int32 [1], the row of coeffs, read on the device
     guidance_scale: s of ε_u + s (ε_c - ε_u), where rows have 2*B*N images: ε_c's, then ε_u's
