@@ -57,7 +57,13 @@ KINDS = {
         ),
     ),
 }
+pytestmark = pytest.mark.usefixtures("references")
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def references(monkeypatch):
+    monkeypatch.setenv("VFENGINE_KERNEL_BACKEND", "reference")
 
 
 def network(**changes) -> UNet:

@@ -75,18 +75,18 @@ def test_a_step_outside_the_coefficients_is_refused():
     case = make_case()
     case["step"].fill_(3)
     with pytest.raises(ValueError, match="step 3 lies outside coeffs, which has 3 rows"):
-        model_input(**case)
+        model_input(**case, backend="reference")
 
 
 def test_model_input_registers():
-    check_registration("cpu")
+    check_registration("cpu", "reference")
 
 
-def check_registration(device):
+def check_registration(device, backend="auto"):
     case = make_case(device=device)
     arguments = [case[name] for name in ("z", "coeffs", "step", "conditioned")]
     op = torch.ops.vfengine.model_input.default
-    torch.library.opcheck(op, (*arguments, "auto", torch.zeros_like(case["out"])))
+    torch.library.opcheck(op, (*arguments, backend, torch.zeros_like(case["out"])))
 
 
 def test_rejects_other_dtype_shape_strides_and_device():
@@ -107,8 +107,9 @@ def test_rejects_other_dtype_shape_strides_and_device():
         ({"out": out[..., :24]}, ValueError, "out must be contiguous"),
         ({"out": out.to("meta")}, ValueError, "out must be on cpu"),
         ({"z": z.clone().requires_grad_()}, ValueError, "has no derivative"),
+        ({"backend": "auto"}, ValueError, "no kernel for CPU tensors, say backend='reference'"),
         ({"backend": "triton"}, ValueError, "backend='triton' takes CUDA tensors"),
         ({"backend": "cpu"}, ValueError, "only kernels for triton"),
     ):
         with pytest.raises(error, match=words):
-            model_input(**{**case, **change})
+            model_input(**{**case, "backend": "reference", **change})

@@ -83,7 +83,8 @@ def test_noise_estimate_is_as_exact_as_pytorch(dtype, shape):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_base_frame_of_a_residual_clip_has_no_noise_of_its_own(guided):
-    out = noise_estimate(**make_case(((2, 5, 3, 6, 10), 2, "residual", guided)))
+    case = make_case(((2, 5, 3, 6, 10), 2, "residual", guided))
+    out = noise_estimate(**case, backend="reference")
     assert not out[:, 2].any()
     assert out[:, [0, 1, 3, 4]].all()
 
@@ -92,18 +93,18 @@ def test_a_step_outside_the_coefficients_is_refused():
     case = make_case()
     case["step"].fill_(-1)
     with pytest.raises(ValueError, match="step -1 lies outside coeffs, which has 3 rows"):
-        noise_estimate(**case)
+        noise_estimate(**case, backend="reference")
 
 
 def test_noise_estimate_registers():
-    check_registration("cpu")
+    check_registration("cpu", "reference")
 
 
-def check_registration(device):
+def check_registration(device, backend="auto"):
     case = make_case(device=device)
     arguments = [case[name] for name in ("z", "rows", "coeffs", "step", "guidance_scale")]
     op = torch.ops.vfengine.noise_estimate.default
-    torch.library.opcheck(op, (*arguments, "auto", torch.zeros_like(case["z"])))
+    torch.library.opcheck(op, (*arguments, backend, torch.zeros_like(case["z"])))
 
 
 def test_rejects_other_dtype_shape_strides_and_device():
@@ -126,8 +127,9 @@ def test_rejects_other_dtype_shape_strides_and_device():
         ({"out": z}, ValueError, "out shares memory with z"),
         ({"out": z.to("meta")}, ValueError, "out must be on cpu"),
         ({"z": z.clone().requires_grad_()}, ValueError, "has no derivative"),
+        ({"backend": "auto"}, ValueError, "no kernel for CPU tensors, say backend='reference'"),
         ({"backend": "triton"}, ValueError, "backend='triton' takes CUDA tensors"),
         ({"backend": "cuda"}, ValueError, "only kernels for triton"),
     ):
         with pytest.raises(error, match=words):
-            noise_estimate(**{**case, **change})
+            noise_estimate(**{**case, "backend": "reference", **change})

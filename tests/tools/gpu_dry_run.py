@@ -46,8 +46,8 @@ def stand_in(name: str, kernels: tuple[str, ...]):
                 finally:
                     del os.environ["TRITON_INTERPRET"]
         try:
-            if backend in ("cuda", "triton"):
-                backend = "cpu" if "cpu" in kernels else "reference"
+            backend = "cpu" if backend in ("cuda", "triton") else backend
+            backend = backend if "cpu" in kernels else "reference"
             return op(*arguments, backend=backend, **options)
         except ValueError:
             if name not in IN_PLACE:
