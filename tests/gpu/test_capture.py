@@ -19,6 +19,8 @@ from vfengine.diffusion.solvers import solver_table
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.ops import residual_step
 from vfengine.pipelines.videofusion import VideoFusionPipeline
+from vfengine.plan.cuda import CudaUNet
+from vfengine.sampling.guidance import ModelSpec
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
 from vfengine.sampling.loop import Loop, LoopSpec
 from vfengine.sampling.overlap import run_overlapped
@@ -86,7 +88,10 @@ def test_one_captured_step_is_all_of_them(backend, device):
 
 
 def load(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    return load_network(folder, read_config(folder), name, device, dtype)
+    """A network in its form for CUDA."""
+    network = load_network(folder, read_config(folder), name, device, dtype)
+    network.unet = CudaUNet(network.unet, dtype)
+    return network
 
 
 def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Module]]:
@@ -100,10 +105,7 @@ def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Modu
         name: load(name, video if name == "video" else decomposed, device, dtype)
         for name in names.get(phase, ["residual"])
     }
-    models = [
-        lambda z, t, network=network: network(z, t, class_labels=labels)
-        for network in networks.values()
-    ]
+    models = [ModelSpec(network, labels).build(device) for network in networks.values()]
     with torch.inference_mode():
         if phase == "base":
             loop = BaseSpec.of(noise.base, table, NoisePlace(2)).build(*models)

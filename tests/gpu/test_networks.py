@@ -7,6 +7,8 @@ from torch import Tensor
 from vfengine.diffusion.noise import base_noise, residual_noise
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.plan.cuda import CudaUNet
+from vfengine.sampling.guidance import ModelSpec
+from vfengine.sampling.in_loop import Steps
 
 from .graphs import distance
 
@@ -60,3 +62,22 @@ def test_same_bits_at_every_call(name, dtype, device):
     network = walked(name, device, dtype)
     first = forward(network, name, device)
     assert torch.equal(forward(network, name, device), first)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_in_a_loop_estimates_what_its_forward_does(name, device):
+    """Guided, by two ops around its layers; in fp32, where their roundings are all there is."""
+    size = (CONFIG.channels, CONFIG.height, CONFIG.width)
+    noise = base_noise((2, *size), 5) if name == "base" else residual_noise((1, 16, *size), 5)
+    z, labels = noise.to(device), [3, 5][: len(noise)]
+    labels = torch.tensor([*labels, *[CONFIG.null_class] * len(labels)], device=device)
+    model = ModelSpec(walked(name, device, torch.float32), labels, 2.0).build(device)
+    timesteps = torch.tensor([900, 250, 3], device=device)
+    steps = Steps(timesteps, torch.zeros(1, dtype=torch.int32, device=device), z.shape, z.dtype)
+    with torch.inference_mode():
+        tied = model.in_loop(steps)
+        tied.start()
+        for row, t in enumerate(timesteps):
+            steps.counter.fill_(row)
+            exact = model(z, t.repeat(len(z)))
+            assert distance(tied(z, t.repeat(len(z))), exact) <= 1e-4

@@ -47,6 +47,8 @@ OPS = {  # and the kernels there are of each
     "layer_norm": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
     "spatial_attention": ("cpu", "triton"),
+    "model_input": ("triton",),
+    "noise_estimate": ("triton",),
 }
 
 # Row 0 and 1 have sigma = 0, row 2 has sigma > 0.

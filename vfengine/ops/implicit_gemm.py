@@ -234,8 +234,6 @@ def _run(
     del given["out"]
     check_overlap(_NAME, out, given)
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
-    if backend == "cpu":
-        raise ValueError(f"{_NAME}: there is no kernel for CPU tensors, say backend='reference'")
     if backend == "triton":
         from vfengine.kernels.implicit_gemm import launch, tiles_for
 

@@ -45,6 +45,7 @@ class CudaUNet(nn.Module):
         super().__init__()
         self.config, self.dtype = unet.config, dtype
         self.unet = unet.eval().requires_grad_(False)
+        self.check_inputs = unet.check_inputs
         prepare = Preparer(dtype)
         with torch.no_grad():
             unet.plan(
@@ -72,7 +73,7 @@ class CudaUNet(nn.Module):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in its own dtype."""
-        self.unet.check_inputs(x, t, context, class_labels)
+        self.check_inputs(x, t, context, class_labels)
         frames = x.shape[1] if self.config.is_video else 1
         images = x.flatten(0, 1) if self.config.is_video else x
         with torch.no_grad():
