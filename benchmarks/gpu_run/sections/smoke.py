@@ -12,6 +12,8 @@ from gpu_run.sections import BACKENDS, DEVICE, guarded, verdict
 from vfengine import ops
 
 SHAPE = (2, 5, 3, 10, 14)  # no whole number of vectors, frames or blocks
+TRITON_ALONE = ("implicit_gemm", "model_input", "noise_estimate")
+CPU_AND_TRITON = ("spatial_attention", "layer_norm", "geglu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,6 +68,11 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
     qkv, wide = normal(2, 5, 7, 3 * 2 * 16), normal(9, 48)
     q, k, v = normal(3, 35, 3 * 32).chunk(3, -1)
     weight, bias = normal(48, dtype=torch.float32), normal(48, dtype=torch.float32)
+    pictures, kernels = normal(3, 10, 14, 24), normal(48, 3, 3, 24)
+    terms = {"padding": (1, 1), "shift": normal(3, 48, dtype=torch.float32)}
+    clip, rows = normal(*SHAPE), normal(10, 5, 7, 4 * 4, dtype=torch.float32)
+    of_step = normal(2, 5, 5, dtype=torch.float32), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    patches = torch.empty(10, 5, 7, 16, dtype=dtype, device=DEVICE)
     calls = {
         "group_norm_silu": (
             lambda: ops.group_norm_silu(x, 4, **norm, num_frames=3, backend=backend),
@@ -87,10 +94,21 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
             lambda: ops.geglu(wide, backend=backend),
             ops.geglu_reference(wide.float()),
         ),
+        "implicit_gemm": (
+            lambda: ops.implicit_gemm(pictures, kernels, weight, **terms, backend=backend),
+            ops.implicit_gemm_reference(pictures.float(), kernels.float(), weight, **terms),
+        ),
+        "model_input": (
+            lambda: ops.model_input(clip, *of_step, patches, backend=backend)[..., :12],
+            ops.model_input_reference(clip.float(), *of_step, patch_size=2),
+        ),
+        "noise_estimate": (
+            lambda: ops.noise_estimate(clip, rows, *of_step, backend=backend),
+            ops.noise_estimate_reference(clip.float(), rows, *of_step),
+        ),
     }
-    if backend == "cuda":  # there are no others in CUDA C++
-        return {name: calls[name] for name in ("group_norm_silu", "temporal_attention")}
-    return calls
+    without = {"cpu": TRITON_ALONE, "cuda": (*TRITON_ALONE, *CPU_AND_TRITON)}.get(backend, ())
+    return {name: call for name, call in calls.items() if name not in without}
 
 
 @torch.inference_mode()
