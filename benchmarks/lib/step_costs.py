@@ -3,8 +3,8 @@
 The loops and networks are those that Table 4 times, made of fake CUDA tensors (FakeTensorMode with
 tests/tools/fake_cuda.py), so what is counted is what a captured graph would hold.
 
-kernels  launches as lib/costs.py counts them, and those that a library adds: cuDNN adds a bias in
-         a kernel of its own, group_norm_silu may take several (KERNELS)
+kernels  launches as lib/costs.py counts them, and at most so many where a call takes several
+         (KERNELS): cuDNN adds a bias in a kernel of its own, group_norm_silu takes one or two
 FLOPs    of the network's module (lib/costs.py), whatever runs in its place
 bytes    of every launch: each tensor read once, each written once
 """
@@ -33,7 +33,7 @@ from vfengine.models import for_inference
 from vfengine.sampling.loop import Loop
 
 NETWORKS = ("base", "residual", "video")
-KERNELS = {"aten.convolution": 2, "vfengine.group_norm_silu": 3}  # a call's, where not one
+KERNELS = {"aten.convolution": 2, "vfengine.group_norm_silu": 2}  # of a call, where not one
 STEPS = 20  # of the loop, of which one is counted
 
 
