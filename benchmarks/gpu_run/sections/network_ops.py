@@ -11,6 +11,8 @@ import bench_geglu
 import bench_group_norm_silu
 import bench_implicit_gemm
 import bench_layer_norm
+import bench_model_input
+import bench_noise_estimate
 import bench_spatial_attention
 import bench_temporal_attention
 import torch
@@ -22,6 +24,8 @@ OPS = {  # and the backend that "auto" takes for it on CUDA; "auto": one that it
     "group_norm_silu": (bench_group_norm_silu, "cuda"),
     "temporal_attention": (bench_temporal_attention, "cuda"),
     "spatial_attention": (bench_spatial_attention, "triton"),
+    "model_input": (bench_model_input, "triton"),
+    "noise_estimate": (bench_noise_estimate, "triton"),
     "layer_norm": (bench_layer_norm, "triton"),
     "geglu": (bench_geglu, "triton"),
     "implicit_gemm": (bench_implicit_gemm, "auto"),
