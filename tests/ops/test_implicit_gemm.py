@@ -17,6 +17,7 @@ from kernel_cases import (
 )
 
 from vfengine.ops import implicit_gemm, implicit_gemm_reference
+from vfengine.ops.implicit_gemm import Product, _run_torch
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,20 @@ def assert_matches(case, backend, place=as_it_is, **options):
     return out
 
 
+def torch_matches(case, place):
+    """The product by torch's own libraries, rounded, and what they leave out, if it can be done."""
+    exact = implicit_gemm_reference(**doubled(case))
+    bare = {name: value for name, value in doubled(case).items() if name not in EVERY_TERM}
+    product = implicit_gemm_reference(**bare)
+    exact += product.to(case["x"].dtype) - product
+    out = place(torch.empty(exact.shape, dtype=case["x"].dtype, device=case["x"].device))
+    tables = {"bias": None, "shift": None, "residual": None, "coefficients": None}
+    product = Product(**{**tables, **case}, out=out)
+    if product.suits_torch:
+        _run_torch(product)
+        assert_as_close_as_pytorch(out, exact, in_own_dtype(case))
+
+
 def run_cases(backend, shapes, device, place, dtypes=ALL_DTYPES):
     """All shapes and dtypes on one backend; twice, for what the first call leaves behind."""
     cases = list(itertools.product(shapes.values(), dtypes))
@@ -127,6 +142,7 @@ def run_cases(backend, shapes, device, place, dtypes=ALL_DTYPES):
         case = placed(make_case(shape, dtype, device), place)
         first = assert_matches(case, backend, place)
         assert torch.equal(first, assert_matches(case, backend, place))
+        torch_matches(case, place)
     return len(cases)
 
 

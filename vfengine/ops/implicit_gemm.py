@@ -6,14 +6,18 @@ Kernel: kernels/implicit_gemm.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from vfengine.devices import matmul_in_tf32
 from vfengine.ops._dispatch import (
+    asked_backend,
     check_dtype,
     check_kinds,
     check_no_grad,
@@ -23,6 +27,7 @@ from vfengine.ops._dispatch import (
     choose_backend,
     register,
 )
+from vfengine.ops._tuning import choose
 
 _NAME = "implicit_gemm"
 _KERNELS = ("triton",)
@@ -174,6 +179,35 @@ class Product:
         return self.weight.shape[1] * self.weight.shape[2]
 
     @property
+    def terms(self) -> tuple[Tensor | None, ...]:
+        """What is added to the product."""
+        return self.bias, self.shift, self.residual
+
+    @property
+    def linear(self) -> bool:
+        return self.taps == 1 and self.stride == 1 and self.padding == (0, 0)
+
+    @property
+    def suits_torch(self) -> bool:
+        """Whether torch has this product, with nothing before it, and as exact."""
+        plain = self.second is None and self.coefficients is None and not self.gated
+        exact = self.x.itemsize == 2 or self.linear or matmul_in_tf32()
+        return plain and self.upsample == 1 and exact
+
+    @property
+    def key(self) -> Hashable:
+        """All that the time of a call depends on."""
+        tables = (self.second, *self.terms, self.coefficients)
+        return (
+            _NAME,
+            self.x.device,
+            *(self.x.dtype, self.out.dtype, self.x.shape, self.weight.shape, self.channels),
+            *(self.stride, self.padding, self.upsample, self.silu, self.gated, self.sets),
+            *(table is not None for table in tables),
+            matmul_in_tf32(),
+        )
+
+    @property
     def sets(self) -> int:
         """Runs of pictures, each with one row of shift and one of coefficients."""
         tables = (self.shift, self.coefficients)
@@ -226,23 +260,52 @@ def _run(
     backend,
     out,
 ):
-    terms = (second, stride, padding, upsample, shift, residual, coefficients, silu, gated)
+    terms = (second, stride, tuple(padding), upsample, shift, residual, coefficients, silu, gated)
     _check(x, weight, bias, *terms, backend, out)
     increment_version(out)  # as torch's own ops do, so that autograd sees the write
     product = Product(x, weight, bias, *terms, out)
     given = {name: t for name, t in vars(product).items() if isinstance(t, Tensor)}
     del given["out"]
     check_overlap(_NAME, out, given)
+    or_torch = asked_backend(backend) == "auto"
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
         raise ValueError(f"{_NAME}: there is no kernel for CPU tensors, say backend='reference'")
     if backend == "triton":
-        from vfengine.kernels.implicit_gemm import launch, tiles_for
-
-        launch(product, tiles_for(product)[0])
+        _run_fastest(product, or_torch and product.suits_torch)
     else:
         given |= {"padding": padding, "stride": stride, "upsample": upsample}
         out.copy_(implicit_gemm_reference(**given, silu=silu, gated=gated))
+
+
+def _run_fastest(product: Product, or_torch: bool) -> None:
+    """Run the tile that is the fastest for this shape, or torch's own product if that is faster."""
+    from vfengine.kernels.gemm_tiles import tiles_for
+    from vfengine.kernels.implicit_gemm import launch
+
+    ways = {str(tile): partial(launch, product, tile) for tile in tiles_for(product)}
+    if or_torch:
+        ways["torch"] = partial(_run_torch, product)
+    ways[choose(product.key, ways)]()
+
+
+def _run_torch(product: Product) -> None:
+    """The product by cuBLAS or cuDNN, and one launch for what they leave out.
+
+    They round their sums to the dtype of x before it.
+    """
+    from vfengine.kernels.gemm_terms import launch
+
+    x, weight, out = product.x, product.weight, product.out
+    if product.linear:
+        y = out if out.dtype is x.dtype else out.new_empty(out.shape, dtype=x.dtype)
+        torch.mm(x.flatten(0, 2), weight.flatten(1).t(), out=y.flatten(0, 2))
+    else:
+        picture, kernel = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
+        y = F.conv2d(picture, kernel, None, product.stride, product.padding)
+        y = y.permute(0, 2, 3, 1).contiguous()  # as it is, if cuDNN kept channels last
+    if y is not out or any(term is not None for term in product.terms):
+        launch(product, y)
 
 
 def _check(
