@@ -72,8 +72,10 @@ def implicit_gemm(
                   (x̃ w₁ + b₁) gelu(x̃ w₂ + b₂), with the exact gelu (Shazeer 2020)
     out:          [B, Ho, Wo, N] of out_dtype, memory that no argument shares; None: allocated
     out_dtype:    fp32, fp16 or bf16; None: that of out, else that of x
-    backend:      "auto", "triton" or "reference" (vfengine/ops/_dispatch.py). On CPU tensors there
-                  is no kernel: say "reference"
+    backend:      "auto", "triton" or "reference" (vfengine/ops/_dispatch.py). "triton" takes the
+                  tile that is likely the fastest; "auto" measures a few, and torch's own product
+                  where there is one, at the first call of a shape (vfengine/ops/_tuning.py). On CPU
+                  tensors there is no kernel: say "reference"
 
     Returns out. x̃ is rounded to the dtype of x. Sums are in fp32, in an order that depends on the
     shape and the tile alone, and rounded once. Products of fp32 are exact unless torch multiplies
@@ -267,26 +269,29 @@ def _run(
     given = {name: t for name, t in vars(product).items() if isinstance(t, Tensor)}
     del given["out"]
     check_overlap(_NAME, out, given)
-    or_torch = asked_backend(backend) == "auto"
+    measured = asked_backend(backend) == "auto"
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "cpu":
         raise ValueError(f"{_NAME}: there is no kernel for CPU tensors, say backend='reference'")
     if backend == "triton":
-        _run_fastest(product, or_torch and product.suits_torch)
+        _run_triton(product, measured)
     else:
         given |= {"padding": padding, "stride": stride, "upsample": upsample}
         out.copy_(implicit_gemm_reference(**given, silu=silu, gated=gated))
 
 
-def _run_fastest(product: Product, or_torch: bool) -> None:
-    """Run the tile that is the fastest for this shape, or torch's own product if that is faster."""
+def _run_triton(product: Product, measured: bool) -> None:
+    """Run the likely fastest tile, or what is the fastest by measurement: torch may be so, too."""
     from vfengine.kernels.gemm_tiles import tiles_for
     from vfengine.kernels.implicit_gemm import launch
 
-    ways = {str(tile): partial(launch, product, tile) for tile in tiles_for(product)}
-    if or_torch:
+    tiles = tiles_for(product)
+    if not measured:
+        return launch(product, tiles[0])
+    ways = {str(tile): partial(launch, product, tile) for tile in tiles}
+    if product.suits_torch:
         ways["torch"] = partial(_run_torch, product)
-    ways[choose(product.key, ways)]()
+    return ways[choose(product.key, ways)]()
 
 
 def _run_torch(product: Product) -> None:
