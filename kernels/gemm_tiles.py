@@ -44,11 +44,27 @@ GATED_TILES = (
 )
 FP32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 2, 2))
 FILLED = 128  # programs that keep a large card busy
-LEAST_STEPS = 4  # of a run, below which sums cost more than they save
+LEAST_STEPS = 4  # of a run of K
 MOST_SPLITS = 16
 MOST_TICKETS = FILLED
 CANDIDATES = 6
 SHARED = 227 << 10  # bytes that a program can have on sm_90
+
+
+def tiles_for(product: Product) -> list[Tile]:
+    """Tiles that suit the shape and the card, the likely fastest first."""
+    tiles = GATED_TILES if product.gated else TILES
+    tiles = FP32_TILES if product.x.dtype == torch.float32 else tiles
+    most = _shared_memory(product.x.device)
+    fitting = [t for t in tiles if t.shared(product.x.itemsize, product.gated) <= most]
+    times = {t: likely_time(t, product, splits_of(t, product)) for t in fitting}
+    return sorted(fitting, key=times.__getitem__)[:CANDIDATES]
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def splits_of(tile: Tile, product: Product) -> int:
@@ -56,7 +72,8 @@ def splits_of(tile: Tile, product: Product) -> int:
     if not tile.split:
         return 1
     programs, steps = tile_count(tile, product), step_count(tile, product)
-    return max(1, min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS))
+    most = min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS)
+    return min(range(1, max(1, most) + 1), key=lambda n: likely_time(tile, product, n))
 
 
 def tile_count(tile: Tile, product: Product) -> int:
@@ -71,28 +88,16 @@ def step_count(tile: Tile, product: Product) -> int:
     return product.taps * blocks
 
 
-def tiles_for(product: Product, shared: int = SHARED) -> list[Tile]:
-    """Tiles that suit the shape, the likely fastest first.
-
-    shared: bytes of shared memory that a program can have
-    """
-    tiles = FP32_TILES if product.x.dtype == torch.float32 else TILES
-    tiles = GATED_TILES if product.gated and tiles is TILES else tiles
-    fitting = [t for t in tiles if t.shared(product.x.itemsize, product.gated) <= shared]
-    return sorted(fitting, key=lambda tile: likely_time(tile, product))[:CANDIDATES]
-
-
-def likely_time(tile: Tile, product: Product) -> float:
+def likely_time(tile: Tile, product: Product, splits: int) -> float:
     """A guess, in clocks of a multiprocessor of an H100; only the order of tiles matters.
 
-    Programs of a wave share its multiprocessors. A step costs its products and the bytes that it
-    brings from cache, and never less than a latency.
+    A step costs its products or the bytes that it brings from cache, and never less than a latency.
+    The sums of runs cost tickets and barriers, a latency for every four runs, and their bytes.
     """
-    splits = splits_of(tile, product)
-    waves = triton.cdiv(tile_count(tile, product) * splits, FILLED)
     columns = tile.n * (1 + product.gated)
+    waves = triton.cdiv(tile_count(tile, product) * splits, FILLED)
     products = tile.m * columns * tile.k / (2048 if tile.m >= 64 else 1024)
     fetched = (tile.m + columns) * tile.k * 2 / 64
-    step = max(products, fetched, 150)
-    sums = 1500 + splits * tile.m * columns / 64 if splits > 1 else 0
-    return waves * (triton.cdiv(step_count(tile, product), splits) * step + 1000) + sums
+    steps = triton.cdiv(step_count(tile, product), splits) * max(products, fetched, 150)
+    sums = 1500 + 175 * splits + splits * tile.m * columns / 16 if splits > 1 else 0
+    return waves * (steps + 1000) + sums

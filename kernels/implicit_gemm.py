@@ -23,6 +23,7 @@ from vfengine.ops.implicit_gemm import Product
 from .gemm_tiles import MOST_TICKETS, Tile, splits_of, step_count, tile_count
 
 GROUP = tl.constexpr(8)  # tiles of pixels that share the weights in cache
+IN_FLIGHT = tl.constexpr(4)  # sums of other runs that are loaded at a time
 _RUN_TIME = [
     "rows",
     "height",
@@ -163,10 +164,13 @@ def implicit_gemm_kernel(
         tl.debug_barrier()
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for other in range(0, tl.where(last, splits, 0)):
-            sums += tl.load(parts + other * distance)
-            if GATED:
-                gates += tl.load(parts + (splits + other) * distance)
+        for others in range(0, tl.where(last, splits, 0), IN_FLIGHT):
+            for i in tl.static_range(IN_FLIGHT):
+                other = others + i
+                sums += tl.load(parts + other * distance, mask=other < splits, other=0.0)
+                if GATED:
+                    gate_part = parts + (splits + other) * distance
+                    gates += tl.load(gate_part, mask=other < splits, other=0.0)
         tl.store(ticket_ptr + tile, 0, mask=last)  # for the next launch
 
     m_here &= last  # the others are done
