@@ -68,12 +68,13 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def splits_of(tile: Tile, product: Product) -> int:
-    """How many runs K is cut into, by shape and tile alone."""
+    """How many runs K is cut into, none of them empty, by shape and tile alone."""
     if not tile.split:
         return 1
     programs, steps = tile_count(tile, product), step_count(tile, product)
     most = min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS)
-    return min(range(1, max(1, most) + 1), key=lambda n: likely_time(tile, product, n))
+    splits = min(range(1, max(1, most) + 1), key=lambda n: likely_time(tile, product, n))
+    return triton.cdiv(steps, triton.cdiv(steps, splits))
 
 
 def tile_count(tile: Tile, product: Product) -> int:

@@ -30,12 +30,13 @@ _RUN_TIME = [
     "width",
     "out_height",
     "out_width",
+    "taps",
     "taps_x",
     "stride",
     "pad_y",
     "pad_x",
     "up",
-    "steps",
+    "run_steps",
     "splits",
     "sets_of_row",
     "sets_of_pair",
@@ -66,12 +67,13 @@ def implicit_gemm_kernel(
     width,
     out_height,
     out_width,
+    taps,
     taps_x,
     stride,
     pad_y,
     pad_x,
     up,  # 1: pixels are doubled before the convolution
-    steps,  # of BLOCK_K channels of one tap
+    run_steps,  # of a run, of BLOCK_K channels of one tap each
     splits,
     sets_of_row,  # of shift, then of coefficients
     sets_of_pair,
@@ -87,34 +89,36 @@ def implicit_gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there may be several runs
 ):
-    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    row_tile, column_tile, one_set = _place(row_tiles, column_tiles)
+    run, one_set = tl.program_id(1), tl.program_id(2)
+    row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), not SPLIT)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     m_here, n_here = m < rows, n < N
     m += one_set * rows
-    image = m // (out_height * out_width)
-    pixel = m % (out_height * out_width)
-    y0 = pixel // out_width * stride - pad_y
-    x0 = pixel % out_width * stride - pad_x
-    first_row = image * height * width
+    first_line = (one_set * rows + row_tile * BLOCK_M) // out_width
+    first_image = first_line // out_height
+    line, x0 = _carried(m - first_line * out_width, out_width)
+    image, y0 = _carried(first_line - first_image * out_height + line, out_height)
+    y0 = y0 * stride - pad_y
+    x0 = x0 * stride - pad_x
+    first_row = (first_image + image) * height * width
 
     # The first step of this run: of which tap, and of which channels.
-    run = tl.program_id(1)
-    start = (steps * run) // splits
+    start = run * run_steps
     blocks = tl.cdiv(C, BLOCK_K)
     blocks_of_tap = blocks + tl.cdiv(C2, BLOCK_K)
-    block = start % blocks_of_tap
-    tap_x = start // blocks_of_tap % taps_x
-    tap_y = start // blocks_of_tap // taps_x
-    tap_start = start // blocks_of_tap * (C + C2)
-    weights_of_n = weight_ptr + n.to(tl.int64)[None, :] * ((steps // blocks_of_tap) * (C + C2))
-    gate_distance = N.to(tl.int64) * ((steps // blocks_of_tap) * (C + C2))
+    tap = start // blocks_of_tap
+    block = start - tap * blocks_of_tap
+    tap_start = tap * (C + C2)
+    tap_y = tap // taps_x
+    tap_x = tap - tap_y * taps_x
+    weights_of_n = weight_ptr + n.to(tl.int64)[None, :] * (taps * (C + C2))
+    weights_of_gates = weight_ptr + (N + n).to(tl.int64)[None, :] * (taps * (C + C2))
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(start, (steps * (run + 1)) // splits):
+    for _ in range(start, tl.minimum(start + run_steps, taps * blocks_of_tap)):
         in_second = block >= blocks
         source = tl.where(in_second, second_ptr, x_ptr)
         channels = tl.where(in_second, C2, C)
@@ -139,7 +143,8 @@ def implicit_gemm_kernel(
             a = tl.where(inside[:, None], v, 0.0).to(a.dtype)  # the border is zero, not the offset
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
-            w = tl.load(weights + gate_distance, mask=w_here, other=0.0)
+            weights = weights_of_gates + (tap_start + of_tap)[:, None]
+            w = tl.load(weights, mask=w_here, other=0.0)
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         block += 1
         next_tap = block == blocks_of_tap
@@ -152,7 +157,8 @@ def implicit_gemm_kernel(
 
     last = run >= 0
     if SPLIT and splits > 1:
-        tile, tiles = tl.program_id(0), tl.num_programs(0)
+        tiles = tl.num_programs(0) * tl.num_programs(2)
+        tile = one_set * tl.num_programs(0) + tl.program_id(0)
         part = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         parts = partial_ptr + tile * (BLOCK_M * BLOCK_N) + part
         distance = tiles * (BLOCK_M * BLOCK_N)
@@ -220,18 +226,30 @@ def _finish(sums, gates, here, first, N, there, given, GATED: tl.constexpr):
 
 
 @triton.jit
-def _place(row_tiles, column_tiles):
-    """This program's tile of rows, its tile of columns, and its set of rows.
+def _place(row_tiles, column_tiles, GROUPED: tl.constexpr):
+    """This program's tile of rows, and of columns.
 
-    Programs that run at a time own tiles near each other, GROUP of them in a column.
+    GROUPED: programs that run at a time own tiles near each other, GROUP of them in a column
     """
-    tiles = row_tiles * column_tiles
-    tile = tl.program_id(0) % tiles
+    tile = tl.program_id(0)
+    if not GROUPED:
+        return tile % row_tiles, tile // row_tiles
     group = tile // (GROUP * column_tiles)
     group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
     within = tile - group * (GROUP * column_tiles)
-    row_tile = group * GROUP + within % group_rows
-    return row_tile, within // group_rows, tl.program_id(0) // tiles
+    return group * GROUP + within % group_rows, within // group_rows
+
+
+@triton.jit
+def _carried(places, size):
+    """places // size and places % size, for quotients that are small: a tile is not far across.
+
+    Integer division takes four times as many instructions, ahead of a program's first load.
+    """
+    quotient = (places.to(tl.float32) * (1.0 / size)).to(tl.int32)
+    remainder = places - quotient * size
+    quotient += (remainder >= size).to(tl.int32) - (remainder < 0).to(tl.int32)
+    return quotient, places - quotient * size
 
 
 def launch(product: Product, tile: Tile) -> None:
@@ -269,7 +287,7 @@ def _tickets(device: torch.device) -> Tensor:
 
 def launch_arguments(
     product: Product, tile: Tile, partial: Tensor, tickets: Tensor
-) -> tuple[tuple[int, int], tuple, dict[str, object]]:
+) -> tuple[tuple[int, int, int], tuple, dict[str, object]]:
     """The grid, arguments and constants of implicit_gemm_kernel."""
     x, out = product.x, product.out
     shift, coefficients = product.shift, product.coefficients
@@ -293,11 +311,12 @@ def launch_arguments(
         product.rows // product.sets,
         *x.shape[1:3],
         *out.shape[1:3],
+        product.taps,
         product.weight.shape[2],
         product.stride,
         *product.padding,
         product.upsample - 1,
-        step_count(tile, product),
+        triton.cdiv(step_count(tile, product), splits),
         splits,
         product.sets // (1 if shift is None else len(shift)),
         product.sets // (1 if coefficients is None else len(coefficients)),
@@ -317,4 +336,5 @@ def launch_arguments(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    return (tile_count(tile, product), splits), (*tensors, *numbers), constants
+    sets = product.sets
+    return (tile_count(tile, product) // sets, splits, sets), (*tensors, *numbers), constants
