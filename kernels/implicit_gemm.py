@@ -23,7 +23,6 @@ from vfengine.ops.implicit_gemm import Product
 from .gemm_tiles import MOST_TICKETS, Tile, splits_of, step_count, tile_count
 
 GROUP = tl.constexpr(8)  # tiles of pixels that share the weights in cache
-IN_FLIGHT = tl.constexpr(4)  # sums of other runs that are loaded at a time
 _RUN_TIME = [
     "rows",
     "height",
@@ -170,8 +169,9 @@ def implicit_gemm_kernel(
         tl.debug_barrier()
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for others in range(0, tl.where(last, splits, 0), IN_FLIGHT):
-            for i in tl.static_range(IN_FLIGHT):
+        in_flight: tl.constexpr = 4 if (1 + GATED) * BLOCK_M * BLOCK_N <= 4096 else 1
+        for others in range(0, tl.where(last, splits, 0), in_flight):
+            for i in tl.static_range(in_flight):  # of the runs whose sums are fetched at a time
                 other = others + i
                 sums += tl.load(parts + other * distance, mask=other < splits, other=0.0)
                 if GATED:
