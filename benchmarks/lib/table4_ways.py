@@ -164,9 +164,9 @@ def kept(
 def _run(loop: Loop, capture: bool, *noise: Tensor) -> Callable[[], Tensor]:
     @torch.inference_mode()
     def run() -> Tensor:
-        step = loop.stepper(capture)
+        stepper = loop.stepper(capture)
         loop.start(*noise)
-        loop.run(step)
+        loop.run(stepper)
         return loop.u if isinstance(loop, ResidualLoop) else loop.z
 
     return run

@@ -24,6 +24,7 @@ constexpr int blocks_per_processor(bool vectors, bool drawing) {
 template <class Rule, class T, bool kVector, bool kDraw>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw))
     frames_kernel(const FrameArgs args, int run) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (i >= args.pixels) return;

@@ -48,6 +48,8 @@ OPS = {  # and the kernels there are of each
     "geglu": ("cpu", "triton"),
     "implicit_gemm": ("triton",),
     "spatial_attention": ("cpu", "triton"),
+    "model_input": ("triton",),
+    "noise_estimate": ("triton",),
 }
 
 # Row 0 and 1 have sigma = 0, row 2 has sigma > 0.

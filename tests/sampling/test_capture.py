@@ -14,7 +14,7 @@ from vfengine.models import vdm_config
 from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
 from vfengine.sampling.guidance import GuidedModel, ModelSpec
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
-from vfengine.sampling.loop import LoopSpec
+from vfengine.sampling.loop import LoopSpec, steps_in_a_graph
 from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 STEPS = 5
@@ -243,7 +243,8 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
 def test_on_a_cpu_the_step_itself_runs():
     no_networks = {"base": None, "residual": None, "video": None}
     loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 2))
-    assert loop.stepper(capture=True) == loop.step
+    steps = loop.stepper(capture=True)
+    assert (steps.take, steps.count) == (loop.step, 1)
 
 
 def test_float64_cannot_be_captured():
@@ -252,3 +253,19 @@ def test_float64_cannot_be_captured():
     loop.device, loop.dtype = torch.device("cuda", 0), torch.float64
     with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
         loop.stepper(capture=True)
+
+
+@pytest.mark.parametrize(
+    ("total", "count"),
+    [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (10, 2), (12, 3), (13, 1), (16, 4), (20, 5), (50, 5)],
+)
+def test_steps_in_a_graph_divide_the_loop(total, count):
+    assert steps_in_a_graph(total) == count
+
+
+def test_a_graph_holds_no_part_of_a_loop_that_leaves_a_rest():
+    no_networks = {"base": None, "residual": None, "video": None}
+    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 5))
+    loop.device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="at_once must divide the loop's 5 steps, got 2"):
+        loop.stepper(capture=True, at_once=2)

@@ -6,7 +6,7 @@
 | "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/tools |
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
 | "reference" | both     | nothing: the op's fp32 reference in PyTorch |
-| "auto"      | CPU      | takes "cpu" |
+| "auto"      | CPU      | takes "cpu", which ops that are for CUDA alone have not |
 |             | CUDA     | takes "cuda" where it was built and the op has it, else "triton" |
 
 An op without a kernel in CUDA C++ says so in `kernels`.
@@ -55,6 +55,10 @@ def choose_backend(
         raise ValueError(f"{op}: {asked} is unknown, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
         if device.type == "cpu":
+            if "cpu" not in kernels:
+                raise ValueError(
+                    f"{op}: there is no kernel for CPU tensors, say backend='reference'"
+                )
             return "cpu"
         if device.type == "cuda":
             return "cuda" if "cuda" in kernels and native().cuda_built else "triton"

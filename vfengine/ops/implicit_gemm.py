@@ -271,8 +271,6 @@ def _run(
     check_overlap(_NAME, out, given)
     measured = asked_backend(backend) == "auto"
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
-    if backend == "cpu":
-        raise ValueError(f"{_NAME}: there is no kernel for CPU tensors, say backend='reference'")
     if backend == "triton":
         _run_triton(product, measured)
     else:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import ops
 from ..diffusion.decompose import Lam, Model, base_index, combine, frame_weights
 from ..ops._dispatch import step_op
+from .in_loop import Steps, in_loop
 from .loop import Loop, LoopSpec, Mixing, estimate, unshared
 from .windows import windowed
 
@@ -49,7 +50,8 @@ class BaseLoop(Loop):
 
     def __init__(self, model: Model, spec: BaseSpec) -> None:
         super().__init__(spec)
-        self.model, table = model, spec.table
+        self.model = in_loop(model, Steps(self.timesteps, self.counter, spec.shape, spec.dtype))
+        table = spec.table
         like = {"dtype": self.state_dtype, "device": self.device}
         self.noise_levels = (1.0 - table.alphas_cumprod).sqrt().to(**like)
         self.lam = torch.ones(1, device=self.device)
@@ -68,6 +70,7 @@ class BaseLoop(Loop):
     def start(self, noise: Tensor) -> None:
         """noise: b [B, C, H, W]."""
         self._rewind()
+        self.model.start()
         self.mix.clear()
         self.z[:, 0].copy_(noise)  # z_m <- b
 
@@ -180,7 +183,8 @@ class ResidualLoop(Loop):
         super().__init__(spec)
         batch, frames, *image = spec.shape
         like = {"dtype": self.dtype, "device": self.device}
-        self.model, self.clean, self.m = model, spec.motion.clean, base_index(frames)
+        self.model = in_loop(model, Steps(self.timesteps, self.counter, spec.shape, spec.dtype))
+        self.clean, self.m = spec.motion.clean, base_index(frames)
         self.estimated = "model" if spec.path is None else "residual_model"
         if spec.path is None:
             self.states, self.lam = None, torch.zeros(frames, device=self.device)
@@ -198,6 +202,7 @@ class ResidualLoop(Loop):
     def start(self, noise: Tensor) -> None:
         """noise: r [B, N, C, H, W]; the first state of the path must be known."""
         self._rewind()
+        self.model.start()
         self.mix.clear()
         if self.states is None:
             self.u.copy_(noise)

@@ -54,7 +54,7 @@ def main() -> None:
             networks = Networks(size("tiny" if DRY else name), DEVICE, torch.bfloat16, keep=True)
             for network, (loop, start) in loops(networks).items():
                 with guarded(f"{name}, {network}", graph=True, dtype="bf16"):
-                    step = loop.stepper(capture=True)
+                    step = loop.stepper(capture=True, at_once=1)
                     loop.start(*start)
                     measure(f"{name}, {network}", step)
 
