@@ -4,12 +4,13 @@ y, residual, out: [R, N], bias: fp32 [N], shift: fp32, a row for each `shift_row
 program owns a tile. Sums in fp32; one read of y and residual, one write; y may be out.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vfengine.ops.implicit_gemm import Product
+
+from .launch import launch_kernel, wait_for_inputs
 
 ROWS, COLUMNS = 32, 64  # of a tile: 8 lanes of 16 bytes a row
 
@@ -33,6 +34,7 @@ def add_terms_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    wait_for_inputs()
     tiles = tl.cdiv(N, COLUMNS)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -53,8 +55,7 @@ def add_terms_kernel(
 def launch(product: Product, y: Tensor) -> None:
     """Write into product.out what follows the product y."""
     grid, arguments, constants = launch_arguments(product, y)
-    with torch.cuda.device_of(y):
-        add_terms_kernel[grid](*arguments, **constants)
+    launch_kernel(add_terms_kernel, grid, arguments, constants)
 
 
 def launch_arguments(product: Product, y: Tensor) -> tuple[tuple[int], tuple, dict[str, object]]:

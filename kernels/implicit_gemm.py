@@ -21,6 +21,7 @@ from vfengine.devices import matmul_in_tf32
 from vfengine.ops.implicit_gemm import Product
 
 from .gemm_tiles import MOST_TICKETS, Tile, splits_of, step_count, tile_count
+from .launch import launch_kernel, wait_for_inputs
 
 GROUP = tl.constexpr(8)  # tiles of pixels that share the weights in cache
 _RUN_TIME = [
@@ -88,6 +89,7 @@ def implicit_gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there may be several runs
 ):
+    wait_for_inputs()
     run, one_set = tl.program_id(1), tl.program_id(2)
     row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), not SPLIT)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -255,8 +257,7 @@ def _carried(places, size):
 def launch(product: Product, tile: Tile) -> None:
     """Write y into product.out."""
     grid, arguments, constants = launch_arguments(product, tile, *workspace(product, tile))
-    with torch.cuda.device_of(product.x):
-        implicit_gemm_kernel[grid](*arguments, **constants)
+    launch_kernel(implicit_gemm_kernel, grid, arguments, constants)
 
 
 def workspace(product: Product, tile: Tile) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,7 @@ def test_operands_come_by_16_byte_copies_while_tensor_cores_multiply(tile):
     assert ("mma.sync" in ptx) == (tile.m < 64)
     if tile.m >= 64:  # products of one step are under way while the next one's copies begin
         assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1;", ptx)
+    assert code.waits_first
     assert code.stores[16] >= code.stores.total() - 1  # but for the ticket
     assert_no_local_memory(code, registers=232)
 
