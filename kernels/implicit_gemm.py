@@ -22,6 +22,8 @@ from torch import Tensor
 from vfengine.devices import matmul_in_tf32
 from vfengine.ops.implicit_gemm import Product
 
+from .launch import launch_kernel, wait_for_inputs
+
 GROUP = tl.constexpr(8)  # tiles of pixels that share the weights in cache
 _RUN_TIME = [
     "rows",
@@ -86,6 +88,7 @@ def implicit_gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there may be several runs
 ):
+    wait_for_inputs()
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     row_tile, column_tile, one_set = _place(row_tiles, column_tiles)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -323,8 +326,7 @@ def likely_time(tile: Tile, product: Product) -> float:
 def launch(product: Product, tile: Tile) -> None:
     """Write y into product.out."""
     grid, arguments, constants = launch_arguments(product, tile, *workspace(product, tile))
-    with torch.cuda.device_of(product.x):
-        implicit_gemm_kernel[grid](*arguments, **constants)
+    launch_kernel(implicit_gemm_kernel, grid, arguments, constants)
 
 
 def workspace(product: Product, tile: Tile) -> tuple[Tensor, Tensor]:
