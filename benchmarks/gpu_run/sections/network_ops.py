@@ -6,6 +6,7 @@ Bytes are those that the bench of each op counts.
 from __future__ import annotations
 
 import contextlib
+import os
 
 import bench_geglu
 import bench_group_norm_silu
@@ -20,7 +21,7 @@ from lib.network_cases import OURS, error_of
 
 from gpu_run.sections import DRY, PREPARE, guarded, prepared_in_parts, timed
 
-OPS = {  # and the backend that "auto" takes for it on CUDA; "auto": one that it measures
+OPS = {  # and the backend that its own contender runs on CUDA; "auto": one that it measures
     "group_norm_silu": (bench_group_norm_silu, "cuda"),
     "temporal_attention": (bench_temporal_attention, "cuda"),
     "spatial_attention": (bench_spatial_attention, "triton"),
@@ -42,6 +43,7 @@ def main() -> None:
 
 def measure(op: str) -> None:
     bench, backend = OPS[op]
+    os.environ["VFENGINE_KERNEL_BACKEND"] = "auto" if DRY else backend
     for case in list(bench.CASES)[: 1 if DRY else None]:
         shape, dtype = case.rsplit(" ", 1)
         here = f"{op}, {shape}"

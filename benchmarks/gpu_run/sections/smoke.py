@@ -12,8 +12,10 @@ from gpu_run.sections import BACKENDS, DEVICE, guarded, verdict
 from vfengine import ops
 
 SHAPE = (2, 5, 3, 10, 14)  # no whole number of vectors, frames or blocks
-TRITON_ALONE = ("implicit_gemm", "model_input", "noise_estimate")
-CPU_AND_TRITON = ("spatial_attention", "layer_norm", "geglu")
+NOT_IN_CPP = {  # network ops without a kernel of this backend
+    "cpu": ("implicit_gemm",),
+    "cuda": ("implicit_gemm", "spatial_attention", "layer_norm", "geglu"),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -70,9 +72,6 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
     weight, bias = normal(48, dtype=torch.float32), normal(48, dtype=torch.float32)
     pictures, kernels = normal(3, 10, 14, 24), normal(48, 3, 3, 24)
     terms = {"padding": (1, 1), "shift": normal(3, 48, dtype=torch.float32)}
-    clip, rows = normal(*SHAPE), normal(10, 5, 7, 4 * 4, dtype=torch.float32)
-    of_step = normal(2, 5, 5, dtype=torch.float32), torch.ones(1, dtype=torch.int32, device=DEVICE)
-    patches = torch.empty(10, 5, 7, 16, dtype=dtype, device=DEVICE)
     calls = {
         "group_norm_silu": (
             lambda: ops.group_norm_silu(x, 4, **norm, num_frames=3, backend=backend),
@@ -98,17 +97,8 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
             lambda: ops.implicit_gemm(pictures, kernels, weight, **terms, backend=backend),
             ops.implicit_gemm_reference(pictures.float(), kernels.float(), weight, **terms),
         ),
-        "model_input": (
-            lambda: ops.model_input(clip, *of_step, patches, backend=backend)[..., :12],
-            ops.model_input_reference(clip.float(), *of_step, patch_size=2),
-        ),
-        "noise_estimate": (
-            lambda: ops.noise_estimate(clip, rows, *of_step, backend=backend),
-            ops.noise_estimate_reference(clip.float(), rows, *of_step),
-        ),
     }
-    without = {"cpu": TRITON_ALONE, "cuda": (*TRITON_ALONE, *CPU_AND_TRITON)}.get(backend, ())
-    return {name: call for name, call in calls.items() if name not in without}
+    return {name: call for name, call in calls.items() if name not in NOT_IN_CPP.get(backend, ())}
 
 
 def generator_ops(
