@@ -113,7 +113,8 @@ def generator_ops(
         return torch.randn(size, generator=random, device=DEVICE)
 
     z, predicted, coeffs = normal(*SHAPE).to(dtype), normal(20, 5, 7, 24), normal(3, 5, 5)
-    step, rows = torch.ones(1, dtype=torch.int32, device=DEVICE), predicted.to(dtype)
+    step = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    rows = torch.empty_like(predicted, dtype=dtype)
     numbers = {"coeffs": coeffs, "step": step}
     guided = {**numbers, "guidance_scale": 2.0}
     seen = ops.model_input_reference(z.float(), **numbers, patch_size=2, conditioned=True)
