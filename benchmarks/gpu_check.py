@@ -44,7 +44,7 @@ class Section:
     """A program of gpu_run.sections.
 
     stage     those of one stage run beside one another, stages after one another
-    expected  seconds; a section that does not fit what is left is skipped
+    expected  seconds, the least that are of use: a section that has not as many left is skipped
     limit     seconds, after which it is killed
     checks    whether it speaks of correctness: cut off, it has failed
     prepares  compiles for the section of this name, ahead of it
@@ -73,9 +73,9 @@ SECTIONS = (  # in the order of their worth
     Section("prepare unet3d", 2, 80, 150, prepares="unet3d"),
     Section("kernels", 3, 25, 60),
     Section("network_ops", 4, 40, 90),
-    Section("capture", 5, 15, 60),
-    Section("table4", 6, 55, 130),
-    Section("profile", 7, 15, 60),
+    Section("capture", 5, 15, 70),
+    Section("table4", 6, 60, 150),
+    Section("profile", 7, 20, 90),
     Section("memory", 8, 45, 120),
     Section("peers", 9, 35, 120),
     Section("unet3d", 10, 60, 150),

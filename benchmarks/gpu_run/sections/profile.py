@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from gpu_run.sections import DEVICE, DRY, emit, guarded
 
-SIZES = ("default", "large", "paper")
+SIZES = ("large", "default", "paper")
 STEPS = 5 if DRY else 20
 SHOWN = 25  # kernels of a step, by time; the others are one row
 
