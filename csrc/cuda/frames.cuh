@@ -23,28 +23,28 @@
 namespace vf {
 
 // Blocks that must fit a processor at a time bound the registers: 64 for whole vectors, the main
-// path; 80 where noise is drawn or a path is read; 128 where elements move one by one.
-template <class Rule>
+// path, 80 with drawing, 128 where elements move one by one.
 constexpr int blocks_per_processor(bool vectors, bool drawing) {
-  return !vectors ? 2 : drawing || Rule::kPath ? 3 : 4;
+  return !vectors ? 2 : drawing ? 3 : 4;
 }
 
-// What is read of one frame.
-template <class T>
+// What is read of one frame, as words until it is used: elements of 16 bits that outlive a turn of
+// the loop would take a register each.
 struct FrameInputs {
-  Group<T> x, r, r_uncond;
+  uint4 x, r, r_uncond;
 };
 
 // d_t and d_p of a path, as the clip's g = d_p - c1 d_t and base frame d_p. g is a small
 // difference, hence in double; step is of the table.
 template <bool kVector, class T>
 __device__ __forceinline__ void read_path(const BasePath& path, const FrameArgs& args, int64_t clip,
-                                          int32_t step, int64_t i, Group<T>& g, Group<T>& frame) {
+                                          int32_t step, int64_t i, uint4& g, uint4& frame) {
   constexpr int kSize = Group<T>::kSize, kPart = Group<float>::kSize;
   const int64_t sample = path.path_batch == 1 ? 0 : clip;
   const float* d_t = path.states + (step * path.path_batch + sample) * args.pixels + i;
   const float* d_p = d_t + path.path_batch * args.pixels;
   const double c1 = path.c1 ? path.c1[step] : 0.0;
+  Group<T> terms, base;
 #pragma unroll
   for (int part = 0; part < kSize; part += kPart) {
     const int64_t count = args.pixels - i - part;
@@ -53,16 +53,17 @@ __device__ __forceinline__ void read_path(const BasePath& path, const FrameArgs&
     if (path.c1) from = load_group<kVector>(d_t + part, count);
 #pragma unroll
     for (int k = 0; k < kPart; ++k) {
-      from_float(frame.at[part + k], to.at[k]);
+      from_float(base.at[part + k], to.at[k]);
       const float term = path.c1 ? float(double(to.at[k]) - c1 * double(from.at[k])) : 0.0f;
-      from_float(g.at[part + k], term);
+      from_float(terms.at[part + k], term);
     }
   }
+  g = words_of(terms), frame = words_of(base);
 }
 
 // out may be x: the host refuses any other overlap.
 template <class Rule, class T, bool kVector, bool kDraw>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor<Rule>(kVector, kDraw))
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw))
     frames_kernel(const FrameArgs args, const BasePath path, const Clock clock, int run) {
   constexpr int kSize = Group<T>::kSize;
   constexpr bool kAhead = kVector && !kDraw;  // other kernels have no registers to spare
@@ -81,21 +82,22 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Rule>(kVector, 
       int64_t at = (clip * args.frames + first) * args.pixels + i;
       const auto load = [&](int64_t from) {
         const auto group = [&](const void* clips) {
-          return load_group<kVector>(static_cast<const T*>(clips) + from, count);
+          return words_of(load_group<kVector>(static_cast<const T*>(clips) + from, count));
         };
-        FrameInputs<T> inputs;
+        FrameInputs inputs;
         inputs.x = group(args.x);
         if constexpr (Rule::kResidual) inputs.r = group(args.r);
         if constexpr (Rule::kGuidance)
           if (args.r_uncond) inputs.r_uncond = group(args.r_uncond);
         return inputs;
       };
-      FrameInputs<T> next;
-      Group<T> g{}, base_frame{};
+      FrameInputs next;
+      uint4 g{}, base_frame{};
       if (count > 0) {
         if constexpr (kAhead) next = load(at);
         if constexpr (!Rule::kPath)
-          g = load_group<kVector>(static_cast<const T*>(args.g) + clip * args.pixels + i, count);
+          g = words_of(
+              load_group<kVector>(static_cast<const T*>(args.g) + clip * args.pixels + i, count));
       }
 
       if (threadIdx.x == 0) *step_of_block = step;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Rule>(kVector, 
           row[k] = args.coeffs[Rule::kColumns * int64_t(step) + k];
       const float lam = int(threadIdx.x) < frames ? args.lam[first + threadIdx.x] : 0.0f;
       const bool on_path = Rule::kPath && known && path.states;
-      if (on_path && count > 0) read_path<kVector>(path, args, clip, step, i, g, base_frame);
+      if (on_path && count > 0) read_path<kVector, T>(path, args, clip, step, i, g, base_frame);
       const bool noisy = Rule::sigma(row) != 0.0f;
       if (noisy && !kDraw) row[0] = nanf("");
       if (int(threadIdx.x) < frames)
@@ -125,10 +127,13 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Rule>(kVector, 
           draw_normals<kSize>(
               {0, sample, stream_and_step(kBaseStream, uint32_t(step) + 1), args.base_seed}, i,
               base_noise);
+#pragma unroll 1
       for (int n = 0; n < frames; ++n, at += args.pixels) {
-        const FrameInputs<T> now = kAhead ? next : load(at);
+        const FrameInputs now = kAhead ? next : load(at);
         if (kAhead && n + 1 < frames) next = load(at + args.pixels);
         const FrameWeights w = weights[n];
+        const Group<T> x = group_of<T>(now.x), r = group_of<T>(now.r);
+        const Group<T> r_uncond = group_of<T>(now.r_uncond), shared = group_of<T>(g);
         Group<T> out;
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
@@ -138,12 +143,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Rule>(kVector, 
                   {args.frame_offset + uint32_t(first + n), sample,
                    stream_and_step(kResidualStream, uint32_t(step) + 1), args.residual_seed},
                   i + k, drawn);
-          float sum = w.x * to_float(now.x.at[k]) + w.base * to_float(g.at[k]);
+          float sum = w.x * to_float(x.at[k]) + w.base * to_float(shared.at[k]);
           if constexpr (Rule::kResidual) {
-            float estimate = to_float(now.r.at[k]);
+            float estimate = to_float(r.at[k]);
             if constexpr (Rule::kGuidance)
               if (args.r_uncond)
-                estimate = guided(estimate, to_float(now.r_uncond.at[k]), args.guidance_scale);
+                estimate = guided(estimate, to_float(r_uncond.at[k]), args.guidance_scale);
             sum += w.residual * estimate;
             if constexpr (kDraw)
               if (noisy) {
@@ -153,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Rule>(kVector, 
           }
           from_float(out.at[k], sum);
         }
-        if (on_path && first + n == path.base_frame) out = base_frame;
+        if (on_path && first + n == path.base_frame) out = group_of<T>(base_frame);
         store_group<kVector>(static_cast<T*>(args.out) + at, out, count);
       }
     }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "common/cuda_launch.h"
 #include "common/noise.h"
@@ -31,6 +32,20 @@ struct alignas(16) Group {
   static constexpr int kSize = 16 / sizeof(T);
   T at[kSize];
 };
+
+template <class T>
+__device__ __forceinline__ uint4 words_of(const Group<T>& x) {
+  uint4 words;
+  memcpy(&words, &x, sizeof words);
+  return words;
+}
+
+template <class T>
+__device__ __forceinline__ Group<T> group_of(const uint4& words) {
+  Group<T> x;
+  memcpy(&x, &words, sizeof x);
+  return x;
+}
 
 // kVector: `from` is a multiple of 16 bytes and the whole group is there, so that one instruction
 // moves it. Otherwise the first `count` elements move one by one.
@@ -58,7 +73,7 @@ __device__ __forceinline__ void store_16_bytes(void* to, const uint4& x) {
 template <bool kVector, class T>
 __device__ __forceinline__ void store_group(T* to, const Group<T>& x, int64_t count) {
   if constexpr (kVector) {
-    store_16_bytes(to, *reinterpret_cast<const uint4*>(&x));
+    store_16_bytes(to, words_of(x));
   } else {
     for (int k = 0; k < Group<T>::kSize; ++k)
       if (k < count) to[k] = x.at[k];

@@ -50,7 +50,7 @@ class BaseLoop(Loop):
         super().__init__(spec)
         self.model, table = model, spec.table
         like = {"dtype": self.state_dtype, "device": self.device}
-        self.noise_levels = (1.0 - table.alphas_cumprod).sqrt().to(**like)
+        self.noise_levels = (1.0 - table.alphas_cumprod[:-1]).sqrt().to(**like)
         self.z = torch.zeros(spec.shape, **like)  # z_m
         self.states = torch.zeros(len(table) + 1, *spec.shape, **like)
         self.mix = Mixing(table, spec.shape, **like)
