@@ -10,6 +10,8 @@ import contextlib
 import bench_geglu
 import bench_group_norm_silu
 import bench_layer_norm
+import bench_model_input
+import bench_noise_estimate
 import bench_spatial_attention
 import bench_temporal_attention
 import torch
@@ -21,6 +23,8 @@ OPS = {  # and the backend that "auto" takes for it on CUDA
     "group_norm_silu": (bench_group_norm_silu, "cuda"),
     "temporal_attention": (bench_temporal_attention, "cuda"),
     "spatial_attention": (bench_spatial_attention, "triton"),
+    "model_input": (bench_model_input, "triton"),
+    "noise_estimate": (bench_noise_estimate, "triton"),
     "layer_norm": (bench_layer_norm, "triton"),
     "geglu": (bench_geglu, "triton"),
 }

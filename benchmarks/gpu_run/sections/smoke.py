@@ -93,12 +93,44 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
     return calls
 
 
+def generator_ops(
+    dtype: torch.dtype, backend: str
+) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
+    """The same of the ops around a network's layers, which are in Triton alone."""
+    if backend != "triton":
+        return {}
+    random = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, device=DEVICE)
+
+    z, predicted, coeffs = normal(*SHAPE).to(dtype), normal(20, 5, 7, 24), normal(3, 5, 5)
+    step, rows = torch.ones(1, dtype=torch.int32, device=DEVICE), predicted.to(dtype)
+    numbers = {"coeffs": coeffs, "step": step}
+    guided = {**numbers, "guidance_scale": 2.0}
+    seen = ops.model_input_reference(z.float(), **numbers, patch_size=2, conditioned=True)
+    return {
+        "model_input": (
+            lambda: ops.model_input(z, **numbers, out=rows, conditioned=True, backend=backend),
+            seen.repeat(2, 1, 1, 1),
+        ),
+        "noise_estimate": (
+            lambda: ops.noise_estimate(z, predicted, **guided, backend=backend),
+            ops.noise_estimate_reference(z.float(), predicted, **guided),
+        ),
+    }
+
+
 @torch.inference_mode()
 def main() -> None:
     for name, dtype in DTYPES.items():
         for backend in BACKENDS:
             place = {"contender": backend, "dtype": name}
-            for make, right in ((step_ops, check), (network_ops, roughly)):
+            for make, right in (
+                (step_ops, check),
+                (network_ops, roughly),
+                (generator_ops, roughly),
+            ):
                 with guarded(make.__name__, **place):
                     for op, (call, exact) in make(dtype, backend).items():
                         with guarded(op, **place):
