@@ -47,6 +47,7 @@ OPS = {  # and the kernels there are of each
     "temporal_attention": KERNELS,
     "layer_norm": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
+    "implicit_gemm": ("triton",),
     "spatial_attention": ("cpu", "triton"),
     "model_input": ("triton",),
     "noise_estimate": ("triton",),
