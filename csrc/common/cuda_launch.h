@@ -1,7 +1,7 @@
 // What every .cu file needs around its kernel: the launch, its check, the current device.
 //
-// VF_LAUNCH is the only place with <<<>>> and VF_SHARED the only one with __shared__, so that a .cu
-// file can also be compiled as plain C++ against tests/tools/emulation, which defines both itself.
+// The macros are the only places with <<<>>> and __shared__, so that a .cu
+// file can also be compiled as plain C++ against tests/tools/emulation, which defines them itself.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,8 +10,14 @@
 
 #if !defined(VF_LAUNCH)
 #define VF_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+  VF_LAUNCH_DYNAMIC(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define VF_LAUNCH_DYNAMIC(kernel, grid, block, bytes, stream, ...) \
+  kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define VF_SHARED(type, name, count) __shared__ type name[count]
+// The `bytes` of VF_LAUNCH_DYNAMIC; one a kernel.
+#define VF_DYNAMIC_SHARED(type, name)       \
+  extern __shared__ uint4 dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 
 namespace vf {
