@@ -26,7 +26,7 @@ NODE = 2.0e-6  # s
 NOT_YET = "not yet run"
 NAMES = {"base": "base", "residual": "residual", "video": "VDM*"}
 TWO_PHASES = "two phases"
-HEAD = ("", "", "kernels", "GFLOP", "GB", "nodes", "arithmetic", "bytes", "predicted")
+HEAD = ("", "", "kernels", "GFLOP", "GB", "nodes", "arithmetic", "bytes", "predicted", "of VDM*")
 
 
 @dataclass(frozen=True)
