@@ -103,11 +103,11 @@ def chapter(results: Results, counted: Counted) -> list[str]:
     for size, networks in counted.sizes.items():
         steps = {NAMES[name]: counts for name, counts in networks.items()}
         steps[TWO_PHASES] = networks["base"] + networks["residual"]
+        whole = sum(card.terms(networks["video"]))
         for place, (name, counts) in enumerate(steps.items()):
-            line = _measured(results, size, name)
-            body.append(
-                [size if not place else "", name, *_cells(counts, card), *_read(line, runs)]
-            )
+            share = f"{sum(card.terms(counts)) / whole:.2f}" if name == TWO_PHASES else ""
+            measured = _read(_measured(results, size, name), runs)
+            body.append(["" if place else size, name, *_cells(counts, card), share, *measured])
     words = (
         f"A captured step, one clip, bf16: predicted = kernels x {NODE * 1e6:.1f} µs + FLOP / "
         f"{card.rate / 1e12:,.0f} TFLOP/s + bytes / {card.bandwidth / 1e9:,.0f} GB/s, the ceilings "
