@@ -12,8 +12,6 @@ writes its sums. The last of a tile to arrive, by a ticket, adds them in the ord
 launch, and the same bits at every call.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,9 @@ from torch import Tensor
 from vfengine.devices import matmul_in_tf32
 from vfengine.ops.implicit_gemm import Product
 
+from .gemm_tiles import MOST_TICKETS, Tile, splits_of, step_count, tile_count
+from .launch import launch_kernel, wait_for_inputs
+
 GROUP = tl.constexpr(8)  # tiles of pixels that share the weights in cache
 _RUN_TIME = [
     "rows",
@@ -29,12 +30,13 @@ _RUN_TIME = [
     "width",
     "out_height",
     "out_width",
+    "taps",
     "taps_x",
     "stride",
     "pad_y",
     "pad_x",
     "up",
-    "steps",
+    "run_steps",
     "splits",
     "sets_of_row",
     "sets_of_pair",
@@ -65,12 +67,13 @@ def implicit_gemm_kernel(
     width,
     out_height,
     out_width,
+    taps,
     taps_x,
     stride,
     pad_y,
     pad_x,
     up,  # 1: pixels are doubled before the convolution
-    steps,  # of BLOCK_K channels of one tap
+    run_steps,  # of a run, of BLOCK_K channels of one tap each
     splits,
     sets_of_row,  # of shift, then of coefficients
     sets_of_pair,
@@ -86,34 +89,37 @@ def implicit_gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there may be several runs
 ):
-    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    row_tile, column_tile, one_set = _place(row_tiles, column_tiles)
+    wait_for_inputs()
+    run, one_set = tl.program_id(1), tl.program_id(2)
+    row_tile, column_tile = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), not SPLIT)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     m_here, n_here = m < rows, n < N
     m += one_set * rows
-    image = m // (out_height * out_width)
-    pixel = m % (out_height * out_width)
-    y0 = pixel // out_width * stride - pad_y
-    x0 = pixel % out_width * stride - pad_x
-    first_row = image * height * width
+    first_line = (one_set * rows + row_tile * BLOCK_M) // out_width
+    first_image = first_line // out_height
+    line, x0 = _carried(m - first_line * out_width, out_width)
+    image, y0 = _carried(first_line - first_image * out_height + line, out_height)
+    y0 = y0 * stride - pad_y
+    x0 = x0 * stride - pad_x
+    first_row = (first_image + image) * height * width
 
     # The first step of this run: of which tap, and of which channels.
-    run = tl.program_id(1)
-    start = (steps * run) // splits
+    start = run * run_steps
     blocks = tl.cdiv(C, BLOCK_K)
     blocks_of_tap = blocks + tl.cdiv(C2, BLOCK_K)
-    block = start % blocks_of_tap
-    tap_x = start // blocks_of_tap % taps_x
-    tap_y = start // blocks_of_tap // taps_x
-    tap_start = start // blocks_of_tap * (C + C2)
-    weights_of_n = weight_ptr + n.to(tl.int64)[None, :] * ((steps // blocks_of_tap) * (C + C2))
-    gate_distance = N.to(tl.int64) * ((steps // blocks_of_tap) * (C + C2))
+    tap = start // blocks_of_tap
+    block = start - tap * blocks_of_tap
+    tap_start = tap * (C + C2)
+    tap_y = tap // taps_x
+    tap_x = tap - tap_y * taps_x
+    weights_of_n = weight_ptr + n.to(tl.int64)[None, :] * (taps * (C + C2))
+    weights_of_gates = weight_ptr + (N + n).to(tl.int64)[None, :] * (taps * (C + C2))
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(start, (steps * (run + 1)) // splits):
+    for _ in range(start, tl.minimum(start + run_steps, taps * blocks_of_tap)):
         in_second = block >= blocks
         source = tl.where(in_second, second_ptr, x_ptr)
         channels = tl.where(in_second, C2, C)
@@ -138,7 +144,8 @@ def implicit_gemm_kernel(
             a = tl.where(inside[:, None], v, 0.0).to(a.dtype)  # the border is zero, not the offset
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
-            w = tl.load(weights + gate_distance, mask=w_here, other=0.0)
+            weights = weights_of_gates + (tap_start + of_tap)[:, None]
+            w = tl.load(weights, mask=w_here, other=0.0)
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         block += 1
         next_tap = block == blocks_of_tap
@@ -151,7 +158,8 @@ def implicit_gemm_kernel(
 
     last = run >= 0
     if SPLIT and splits > 1:
-        tile, tiles = tl.program_id(0), tl.num_programs(0)
+        tiles = tl.num_programs(0) * tl.num_programs(2)
+        tile = one_set * tl.num_programs(0) + tl.program_id(0)
         part = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         parts = partial_ptr + tile * (BLOCK_M * BLOCK_N) + part
         distance = tiles * (BLOCK_M * BLOCK_N)
@@ -163,10 +171,14 @@ def implicit_gemm_kernel(
         tl.debug_barrier()
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for other in range(0, tl.where(last, splits, 0)):
-            sums += tl.load(parts + other * distance)
-            if GATED:
-                gates += tl.load(parts + (splits + other) * distance)
+        in_flight: tl.constexpr = 4 if (1 + GATED) * BLOCK_M * BLOCK_N <= 4096 else 1
+        for others in range(0, tl.where(last, splits, 0), in_flight):
+            for i in tl.static_range(in_flight):  # of the runs whose sums are fetched at a time
+                other = others + i
+                sums += tl.load(parts + other * distance, mask=other < splits, other=0.0)
+                if GATED:
+                    gate_part = parts + (splits + other) * distance
+                    gates += tl.load(gate_part, mask=other < splits, other=0.0)
         tl.store(ticket_ptr + tile, 0, mask=last)  # for the next launch
 
     m_here &= last  # the others are done
@@ -216,115 +228,36 @@ def _finish(sums, gates, here, first, N, there, given, GATED: tl.constexpr):
 
 
 @triton.jit
-def _place(row_tiles, column_tiles):
-    """This program's tile of rows, its tile of columns, and its set of rows.
+def _place(row_tiles, column_tiles, GROUPED: tl.constexpr):
+    """This program's tile of rows, and of columns.
 
-    Programs that run at a time own tiles near each other, GROUP of them in a column.
+    GROUPED: programs that run at a time own tiles near each other, GROUP of them in a column
     """
-    tiles = row_tiles * column_tiles
-    tile = tl.program_id(0) % tiles
+    tile = tl.program_id(0)
+    if not GROUPED:
+        return tile % row_tiles, tile // row_tiles
     group = tile // (GROUP * column_tiles)
     group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
     within = tile - group * (GROUP * column_tiles)
-    row_tile = group * GROUP + within % group_rows
-    return row_tile, within // group_rows, tl.program_id(0) // tiles
+    return group * GROUP + within % group_rows, within // group_rows
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What a program owns, and how it walks along K."""
+@triton.jit
+def _carried(places, size):
+    """places // size and places % size, for quotients that are small: a tile is not far across.
 
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    split: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}"
-
-    def shared(self, itemsize: int, gated: bool) -> int:
-        """Bytes of shared memory that the operands of all stages take."""
-        return (self.m + self.n * (1 + gated)) * self.k * self.stages * itemsize
-
-
-# From large to small. Of 16 bits: wgmma from 64 rows on, which two warp groups share in the first.
-TILES = (
-    Tile(128, 256, 64, 8, 3, split=False),
-    Tile(128, 128, 64, 8, 3, split=False),
-    Tile(128, 64, 64, 4, 3),
-    Tile(64, 64, 64, 4, 4),
-    Tile(64, 32, 128, 4, 3),
-    Tile(32, 64, 128, 4, 3),
-    Tile(16, 64, 128, 4, 3),
-)
-GATED_TILES = (
-    Tile(128, 128, 64, 8, 3, split=False),
-    Tile(64, 64, 64, 4, 3),
-    Tile(32, 32, 128, 4, 3),
-)
-FP32_TILES = (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2), Tile(16, 32, 32, 2, 2))
-FILLED = 128  # programs that keep a large card busy
-LEAST_STEPS = 4  # of a run, below which sums cost more than they save
-MOST_SPLITS = 16
-MOST_TICKETS = FILLED
-CANDIDATES = 6
-SHARED = 227 << 10  # bytes that a program can have on sm_90
-
-
-def splits_of(tile: Tile, product: Product) -> int:
-    """How many runs K is cut into, by shape and tile alone."""
-    if not tile.split:
-        return 1
-    programs, steps = tile_count(tile, product), step_count(tile, product)
-    return max(1, min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS))
-
-
-def tile_count(tile: Tile, product: Product) -> int:
-    """How many tiles the output has."""
-    of_set = triton.cdiv(product.rows // product.sets, tile.m)
-    return product.sets * of_set * triton.cdiv(product.columns, tile.n)
-
-
-def step_count(tile: Tile, product: Product) -> int:
-    """How many steps along K a tile takes."""
-    blocks = sum(triton.cdiv(channels, tile.k) for channels in product.channels)
-    return product.taps * blocks
-
-
-def tiles_for(product: Product, shared: int = SHARED) -> list[Tile]:
-    """Tiles that suit the shape, the likely fastest first.
-
-    shared: bytes of shared memory that a program can have
+    Integer division takes four times as many instructions, ahead of a program's first load.
     """
-    tiles = FP32_TILES if product.x.dtype == torch.float32 else TILES
-    tiles = GATED_TILES if product.gated and tiles is TILES else tiles
-    fitting = [t for t in tiles if t.shared(product.x.itemsize, product.gated) <= shared]
-    return sorted(fitting, key=lambda tile: likely_time(tile, product))[:CANDIDATES]
-
-
-def likely_time(tile: Tile, product: Product) -> float:
-    """A guess, in clocks of a multiprocessor of an H100; only the order of tiles matters.
-
-    Programs of a wave share its multiprocessors. A step costs its products and the bytes that it
-    brings from cache, and never less than a latency.
-    """
-    splits = splits_of(tile, product)
-    waves = triton.cdiv(tile_count(tile, product) * splits, FILLED)
-    columns = tile.n * (1 + product.gated)
-    products = tile.m * columns * tile.k / (2048 if tile.m >= 64 else 1024)
-    fetched = (tile.m + columns) * tile.k * 2 / 64
-    step = max(products, fetched, 150)
-    sums = 1500 + splits * tile.m * columns / 64 if splits > 1 else 0
-    return waves * (triton.cdiv(step_count(tile, product), splits) * step + 1000) + sums
+    quotient = (places.to(tl.float32) * (1.0 / size)).to(tl.int32)
+    remainder = places - quotient * size
+    quotient += (remainder >= size).to(tl.int32) - (remainder < 0).to(tl.int32)
+    return quotient, places - quotient * size
 
 
 def launch(product: Product, tile: Tile) -> None:
     """Write y into product.out."""
     grid, arguments, constants = launch_arguments(product, tile, *workspace(product, tile))
-    with torch.cuda.device_of(product.x):
-        implicit_gemm_kernel[grid](*arguments, **constants)
+    launch_kernel(implicit_gemm_kernel, grid, arguments, constants)
 
 
 def workspace(product: Product, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -355,7 +288,7 @@ def _tickets(device: torch.device) -> Tensor:
 
 def launch_arguments(
     product: Product, tile: Tile, partial: Tensor, tickets: Tensor
-) -> tuple[tuple[int, int], tuple, dict[str, object]]:
+) -> tuple[tuple[int, int, int], tuple, dict[str, object]]:
     """The grid, arguments and constants of implicit_gemm_kernel."""
     x, out = product.x, product.out
     shift, coefficients = product.shift, product.coefficients
@@ -379,11 +312,12 @@ def launch_arguments(
         product.rows // product.sets,
         *x.shape[1:3],
         *out.shape[1:3],
+        product.taps,
         product.weight.shape[2],
         product.stride,
         *product.padding,
         product.upsample - 1,
-        step_count(tile, product),
+        triton.cdiv(step_count(tile, product), splits),
         splits,
         product.sets // (1 if shift is None else len(shift)),
         product.sets // (1 if coefficients is None else len(coefficients)),
@@ -403,4 +337,5 @@ def launch_arguments(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    return (tile_count(tile, product), splits), (*tensors, *numbers), constants
+    sets = product.sets
+    return (tile_count(tile, product) // sets, splits, sets), (*tensors, *numbers), constants

@@ -5,10 +5,11 @@ then zeros. A program owns a tile of patches of one frame, with all their channe
 once, its base frame from cache; rows are written once a copy. A step outside coeffs writes NaN.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch_kernel, wait_for_inputs
 
 TILE = 1024  # elements of out that a program owns, at least a row
 
@@ -49,6 +50,7 @@ def model_input_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     folded: tl.constexpr = PATCH * PATCH
     pixels: tl.constexpr = HEIGHT * WIDTH
     patches: tl.constexpr = pixels // folded
@@ -83,8 +85,7 @@ def model_input_kernel(
 def launch(z: Tensor, *arguments) -> None:
     """Write rows into out. The arguments are those of the op, checked; see `launch_arguments`."""
     grid, values, constants = launch_arguments(z, *arguments)
-    with torch.cuda.device_of(z):
-        model_input_kernel[grid](*values, **constants)
+    launch_kernel(model_input_kernel, grid, values, constants)
 
 
 def launch_arguments(

@@ -5,11 +5,11 @@ takes them. A program owns a run of pixels of one frame, patch by patch, with al
 Rows and clip are read once, the base frame from cache. A step outside coeffs writes NaN.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel, wait_for_inputs
 from .model_input import coefficient, pixel_of
 
 MANY = 1 << 18  # pixels of a batch from which a thread takes 4: fewer would not occupy a GPU
@@ -56,6 +56,7 @@ def noise_estimate_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     folded: tl.constexpr = PATCH * PATCH
     pixels: tl.constexpr = HEIGHT * WIDTH
     blocks: tl.constexpr = (pixels + BLOCK - 1) // BLOCK
@@ -118,8 +119,7 @@ def estimate(d, base, paint, seen, painted, shrink, signal, gain, WEIGHTS: tl.co
 def launch(z: Tensor, *arguments) -> None:
     """Write ε into out. The arguments are those of the op, checked; see `launch_arguments`."""
     grid, values, constants = launch_arguments(z, *arguments)
-    with torch.cuda.device_of(z):
-        noise_estimate_kernel[grid](*values, **constants)
+    launch_kernel(noise_estimate_kernel, grid, values, constants)
 
 
 def launch_arguments(

@@ -20,7 +20,8 @@ from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.ops import residual_step
 from vfengine.pipelines.videofusion import VideoFusionPipeline
 from vfengine.plan.cuda import CudaUNet
-from vfengine.sampling.guidance import ModelSpec
+from vfengine.sampling.guidance import GuidedModel, ModelSpec
+from vfengine.sampling.in_loop import LoopModel, Steps, in_loop
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
 from vfengine.sampling.loop import Loop, LoopSpec
 from vfengine.sampling.overlap import run_overlapped
@@ -170,6 +171,25 @@ def test_several_steps_in_a_graph_are_the_plain_ones(phase, at_once, device, fol
         assert_same(run(loop, seed, True, at_once), plain, TOLERANCES[FP32], told)
 
 
+class Late:
+    """A model whose steps take longer than those of the other phase."""
+
+    def __init__(self, model: GuidedModel) -> None:
+        self.model = model
+
+    def in_loop(self, steps: Steps) -> LoopModel:
+        self.model = in_loop(self.model, steps)
+        return self
+
+    def start(self) -> None:
+        self.model.start()
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        if z.is_cuda:
+            torch.cuda._sleep(SLOW)
+        return self.model(z, t)
+
+
 @pytest.mark.parametrize("late", ["base", "residual"])
 @pytest.mark.parametrize("steps", [6, 8, 20], ids=["1 a graph", "2 a graph", "5 a graph"])
 def test_both_phases_in_one_graph_are_one_after_the_other(steps, late, device, tiny_checkpoint):
@@ -178,14 +198,8 @@ def test_both_phases_in_one_graph_are_one_after_the_other(steps, late, device, t
     labels = torch.tensor([0, 2], device=device)
 
     def model(name: str):
-        network = load(name, tiny_checkpoint, device, FP32)
-
-        def call(z, t):
-            if name == late and device != "cpu":
-                torch.cuda._sleep(SLOW)
-            return network(z, t, class_labels=labels)
-
-        return call
+        made = ModelSpec(load(name, tiny_checkpoint, device, FP32), labels).build(device)
+        return Late(made) if name == late else made
 
     noise = noise_of(0, device)
     with torch.inference_mode():

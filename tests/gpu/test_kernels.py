@@ -113,6 +113,12 @@ def test_large_sizes(op, backend, device):
         assert_same_bits(ops.residual_step(**on_cpu(case), backend="cpu"), out.cpu())
 
 
+def test_every_tile_and_form_of_implicit_gemm(device, monkeypatch):
+    tests = tests_of("implicit_gemm")
+    tests.run_cases("triton", tests.SETS["forms"], device, as_it_is, (BF16,))
+    tests.run_tiles(device, monkeypatch, BF16)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_registers(op, device):
     runs = device == "cuda" or "cpu" in OPS[op]

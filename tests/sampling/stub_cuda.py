@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from vfengine import VideoFusionPipeline
+from vfengine.pipelines import session
 from vfengine.sampling import cuda_graph as capture
 from vfengine.sampling.two_phase import BaseSpec, ResidualSpec
 
@@ -165,6 +166,8 @@ def stub_with_loops(monkeypatch):
     monkeypatch.setattr(capture, "exclusive", WatchedLock(capture.exclusive, cuda))
     for spec in (BaseSpec, ResidualSpec):
         monkeypatch.setattr(spec, "build", _on_cuda(spec.build, cuda))
+    cpu, form = torch.device("cpu"), session.for_inference  # of networks that are read again
+    monkeypatch.setattr(session, "for_inference", lambda *given: form(*given[:2], cpu))
     return cuda
 
 

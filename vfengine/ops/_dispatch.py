@@ -49,7 +49,7 @@ def choose_backend(
     """
     asked = f"backend={backend!r}"
     if backend == "auto":
-        backend = native().environment("VFENGINE_KERNEL_BACKEND") or "auto"
+        backend = asked_backend(backend)
         asked = f"VFENGINE_KERNEL_BACKEND={backend}" if backend != "auto" else asked
     if backend not in BACKENDS:
         raise ValueError(f"{op}: {asked} is unknown, expected one of {', '.join(BACKENDS)}")
@@ -78,6 +78,13 @@ def choose_backend(
         if device.type != "cuda" and not interpreted:
             raise ValueError(f"{op}: {asked} takes CUDA tensors, got {device}")
     return backend
+
+
+def asked_backend(backend: str) -> str:
+    """`backend`, where "auto" is what VFENGINE_KERNEL_BACKEND says, if anything."""
+    if backend != "auto":
+        return backend
+    return native().environment("VFENGINE_KERNEL_BACKEND") or "auto"
 
 
 def run_native(op: str, backend: str, tensor: Tensor, **fields: object) -> None:

@@ -6,14 +6,18 @@ Kernel: kernels/implicit_gemm.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from vfengine.devices import matmul_in_tf32
 from vfengine.ops._dispatch import (
+    asked_backend,
     check_dtype,
     check_kinds,
     check_no_grad,
@@ -23,6 +27,7 @@ from vfengine.ops._dispatch import (
     choose_backend,
     register,
 )
+from vfengine.ops._tuning import choose
 
 _NAME = "implicit_gemm"
 _KERNELS = ("triton",)
@@ -67,8 +72,10 @@ def implicit_gemm(
                   (x̃ w₁ + b₁) gelu(x̃ w₂ + b₂), with the exact gelu (Shazeer 2020)
     out:          [B, Ho, Wo, N] of out_dtype, memory that no argument shares; None: allocated
     out_dtype:    fp32, fp16 or bf16; None: that of out, else that of x
-    backend:      "auto", "triton" or "reference" (vfengine/ops/_dispatch.py). On CPU tensors there
-                  is no kernel: say "reference"
+    backend:      "auto", "triton" or "reference" (vfengine/ops/_dispatch.py). "triton" takes the
+                  tile that is likely the fastest; "auto" measures a few, and torch's own product
+                  where there is one, at the first call of a shape (vfengine/ops/_tuning.py). On CPU
+                  tensors there is no kernel: say "reference"
 
     Returns out. x̃ is rounded to the dtype of x. Sums are in fp32, in an order that depends on the
     shape and the tile alone, and rounded once. Products of fp32 are exact unless torch multiplies
@@ -174,6 +181,35 @@ class Product:
         return self.weight.shape[1] * self.weight.shape[2]
 
     @property
+    def terms(self) -> tuple[Tensor | None, ...]:
+        """What is added to the product."""
+        return self.bias, self.shift, self.residual
+
+    @property
+    def linear(self) -> bool:
+        return self.taps == 1 and self.stride == 1 and self.padding == (0, 0)
+
+    @property
+    def suits_torch(self) -> bool:
+        """Whether torch has this product, with nothing before it, and as exact."""
+        plain = self.second is None and self.coefficients is None and not self.gated
+        exact = self.x.itemsize == 2 or self.linear or matmul_in_tf32()
+        return plain and self.upsample == 1 and exact
+
+    @property
+    def key(self) -> Hashable:
+        """All that the time of a call depends on."""
+        tables = (self.second, *self.terms, self.coefficients)
+        return (
+            _NAME,
+            self.x.device,
+            *(self.x.dtype, self.out.dtype, self.x.shape, self.weight.shape, self.channels),
+            *(self.stride, self.padding, self.upsample, self.silu, self.gated, self.sets),
+            *(table is not None for table in tables),
+            matmul_in_tf32(),
+        )
+
+    @property
     def sets(self) -> int:
         """Runs of pictures, each with one row of shift and one of coefficients."""
         tables = (self.shift, self.coefficients)
@@ -226,21 +262,53 @@ def _run(
     backend,
     out,
 ):
-    terms = (second, stride, padding, upsample, shift, residual, coefficients, silu, gated)
+    terms = (second, stride, tuple(padding), upsample, shift, residual, coefficients, silu, gated)
     _check(x, weight, bias, *terms, backend, out)
     increment_version(out)  # as torch's own ops do, so that autograd sees the write
     product = Product(x, weight, bias, *terms, out)
     given = {name: t for name, t in vars(product).items() if isinstance(t, Tensor)}
     del given["out"]
     check_overlap(_NAME, out, given)
+    measured = asked_backend(backend) == "auto"
     backend = choose_backend(_NAME, backend, x.device, _KERNELS)
     if backend == "triton":
-        from vfengine.kernels.implicit_gemm import launch, tiles_for
-
-        launch(product, tiles_for(product)[0])
+        _run_triton(product, measured)
     else:
         given |= {"padding": padding, "stride": stride, "upsample": upsample}
         out.copy_(implicit_gemm_reference(**given, silu=silu, gated=gated))
+
+
+def _run_triton(product: Product, measured: bool) -> None:
+    """Run the likely fastest tile, or what is the fastest by measurement: torch may be so, too."""
+    from vfengine.kernels.gemm_tiles import tiles_for
+    from vfengine.kernels.implicit_gemm import launch
+
+    tiles = tiles_for(product)
+    if not measured:
+        return launch(product, tiles[0])
+    ways = {str(tile): partial(launch, product, tile) for tile in tiles}
+    if product.suits_torch:
+        ways["torch"] = partial(_run_torch, product)
+    return ways[choose(product.key, ways)]()
+
+
+def _run_torch(product: Product) -> None:
+    """The product by cuBLAS or cuDNN, and one launch for what they leave out.
+
+    They round their sums to the dtype of x before it.
+    """
+    from vfengine.kernels.gemm_terms import launch
+
+    x, weight, out = product.x, product.weight, product.out
+    if product.linear:
+        y = out if out.dtype is x.dtype else out.new_empty(out.shape, dtype=x.dtype)
+        torch.mm(x.flatten(0, 2), weight.flatten(1).t(), out=y.flatten(0, 2))
+    else:
+        picture, kernel = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
+        y = F.conv2d(picture, kernel, None, product.stride, product.padding)
+        y = y.permute(0, 2, 3, 1).contiguous()  # as it is, if cuDNN kept channels last
+    if y is not out or any(term is not None for term in product.terms):
+        launch(product, y)
 
 
 def _check(
