@@ -16,28 +16,29 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const DecomposedNoiseAr
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (i >= args.pixels) return;
 
-  const int64_t runs = (args.frames + run - 1) / run;
-  for (int64_t tile = blockIdx.y; tile < args.batch * runs; tile += gridDim.y) {
-    const int64_t clip = tile / runs, first = tile % runs * run;
+  for (int64_t first = int64_t(blockIdx.z) * run; first < args.frames;
+       first += int64_t(gridDim.z) * run) {
     const int64_t last = first + run < args.frames ? first + run : args.frames;
-    const uint32_t sample = args.sample_offset + uint32_t(clip);
-    const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), args.seed};
-    float b[kSize], r[kSize];
-    if constexpr (!std::is_same_v<T, uint32_t>)
-      if (args.base) draw_normals<kSize>(base, i, b);
-    for (int64_t n = first; n < last; ++n) {
-      const NoiseSource residual{args.frame_offset + uint32_t(n), sample,
-                                 stream_and_step(kResidualStream, args.step), args.seed};
-      Group<T> out;
-      if constexpr (std::is_same_v<T, uint32_t>) {
-        draw_words(args.base ? base : residual, i, out.at);
-      } else {
-        if (!args.base) draw_normals<kSize>(residual, i, r);
+    for (int64_t clip = blockIdx.y; clip < args.batch; clip += gridDim.y) {
+      const uint32_t sample = args.sample_offset + uint32_t(clip);
+      const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), args.seed};
+      float b[kSize], r[kSize];
+      if constexpr (!std::is_same_v<T, uint32_t>)
+        if (args.base) draw_normals<kSize>(base, i, b);
+      for (int64_t n = first; n < last; ++n) {
+        const NoiseSource residual{args.frame_offset + uint32_t(n), sample,
+                                   stream_and_step(kResidualStream, args.step), args.seed};
+        Group<T> out;
+        if constexpr (std::is_same_v<T, uint32_t>) {
+          draw_words(args.base ? base : residual, i, out.at);
+        } else {
+          if (!args.base) draw_normals<kSize>(residual, i, r);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) from_float(out.at[k], args.base ? b[k] : r[k]);
+          for (int k = 0; k < kSize; ++k) from_float(out.at[k], args.base ? b[k] : r[k]);
+        }
+        store_group<kVector>(static_cast<T*>(args.out) + (clip * args.frames + n) * args.pixels + i,
+                             out, args.pixels - i);
       }
-      store_group<kVector>(static_cast<T*>(args.out) + (clip * args.frames + n) * args.pixels + i,
-                           out, args.pixels - i);
     }
   }
 }

@@ -70,8 +70,7 @@ class InterleavedLoop(Loop):
 
     def step(self) -> None:
         # for t = T to 1 do
-        row, z = self.counter.long(), self.z
-        self._set_timestep(row)
+        row, z = self.counter, self.z
         # b <- z_φ(z^m, t)
         z_m = z[:, self.m].to(self.base_dtype, copy=True).contiguous()
         b = estimate("base_model", self.base_model, z_m, self.t).to(z.dtype).contiguous()
@@ -87,4 +86,4 @@ class InterleavedLoop(Loop):
         b, r = self.mix_base(row, b), self.mix_residual(row, r.to(z.dtype)).contiguous()
         step |= {"coeffs": self.coeffs, **self.noise}
         self.advance(z, b, r, **step, out=z)
-        self.counter.add_(1)
+        self.clock.move_on()

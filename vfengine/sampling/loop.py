@@ -19,6 +19,7 @@ from torch import Tensor
 from ..diffusion.decompose import Model
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
+from ..ops import Clock
 from .cuda_graph import CapturedStepper, Stepper, captured
 from .run import Callback
 
@@ -80,13 +81,19 @@ class Loop:
         self.coeffs = spec.table.coeffs.to(self.device, self.state_dtype)
         self.timesteps = spec.table.timesteps.to(self.device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)  # steps done
-        self.t = torch.empty(spec.shape[0], dtype=torch.int64, device=self.device)
+        self.ticket = torch.zeros_like(self.counter)
+        self.t = self.timesteps[:1].repeat(spec.shape[0])
         self._captured: dict[int, CapturedStepper] = {}  # by the steps in a graph
         # Of its steps beside another loop's (overlap.py); gone when that loop is.
         self.beside: WeakKeyDictionary[Loop, CapturedStepper] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def clock(self) -> Clock:
+        """Counter and timestep, which the last op of a step moves on."""
+        return Clock(self.counter, self.ticket, self.timesteps, self.t)
 
     def step(self) -> None:
         """One step of the solver on the buffers."""
@@ -124,10 +131,7 @@ class Loop:
                 callback(self.phase, k + 1, len(self))
 
     def _rewind(self) -> None:
-        self.counter.zero_()
-
-    def _set_timestep(self, row: Tensor) -> None:
-        self.t.copy_(self.timesteps.index_select(0, row).expand_as(self.t))
+        self.clock.rewind()
 
 
 def steps_in_a_graph(total: int) -> int:
@@ -158,7 +162,7 @@ class Mixing:
             slot.zero_()
 
     def __call__(self, row: Tensor, eps: Tensor) -> Tensor:
-        """ε̃ in the dtype of eps; one-step solvers get eps itself."""
+        """ε̃ in the dtype of eps, at the row int [1]; one-step solvers get eps itself."""
         if not self.history:
             return eps
         mixing = self.mixing.index_select(0, row)[0]

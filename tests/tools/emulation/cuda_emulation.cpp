@@ -126,7 +126,7 @@ std::deque<std::unique_ptr<Block>> blocks;  // the running one last
 
 #if defined(EMULATION_TSAN)
 void* host_fiber;
-char launch_end;
+char launch_end, fences;
 #endif
 #if defined(EMULATION_ASAN)
 void* host_asan_stack;
@@ -381,6 +381,8 @@ void* shared_memory(const void* site, size_t bytes, size_t alignment) {
   sites[num_sites++] = {site, at};
   return at;
 }
+
+void fence() { IF_TSAN(__tsan_acquire(&fences); __tsan_release(&fences);) }
 
 void block_barrier() { wait(blocks.back()->all, num_threads, "__syncthreads", true); }
 

@@ -39,6 +39,7 @@ void run_grid(dim3 grid, dim3 block, void (*body)(void*), void* context);
 void* shared_memory(const void* site, size_t bytes, size_t alignment);
 
 void block_barrier();
+void fence();
 void warp_barrier(unsigned mask);
 
 // Which lane of the warp a shuffle reads.
