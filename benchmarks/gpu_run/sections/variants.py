@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import torch
 from lib.table4_models import Networks, size
+from lib.table4_ways import ddim, step_loops
 
 from gpu_run.sections import BACKENDS, DEVICE, DRY, emit, guarded
-from gpu_run.sections.profile import loops
 from gpu_run.sections.table4 import seconds
 from vfengine.sampling.cuda_graph import Stepper
 from vfengine.sampling.loop import Loop
 
 SIZES = ("default", "large")
 ROUNDS = 5
+STEPS = 5 if DRY else 20
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
             for network in ("base", "residual", "video"):
                 for variant, make in VARIANTS.items():
                     with guarded(f"{name}, {network}", contender=variant, dtype="bf16"):
-                        loop, start = loops(networks)[network]  # a new one: it captures anew
+                        loops = step_loops(networks, ddim(STEPS))  # new ones: they capture anew
+                        loop, start = loops[network]
                         measure(f"{name}, {network}", variant, loop, start, make)
 
 
