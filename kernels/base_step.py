@@ -4,7 +4,6 @@ A program owns BLOCK pixels of one image. A step outside coeffs, or σ > 0 witho
 NaN; the first writes no states.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from vfengine.ops._clock import Clock
 
 from .clock import move_on
+from .launch import launch_kernel, wait_for_inputs
 from .noise import BASE_STREAM, draw, frames_grid, key_halves
 
 
@@ -36,6 +36,7 @@ def base_step_kernel(
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     blocks: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     image = (tl.program_id(0) // blocks).to(tl.int64)
     first_pixel = tl.program_id(0) % blocks * BLOCK
@@ -76,8 +77,7 @@ def base_step_kernel(
 def launch_base_step(*tensors_and_place: object) -> None:
     """Take the step; arguments as of `launch_arguments`, checked."""
     grid, arguments, constants = launch_arguments(*tensors_and_place)
-    with torch.cuda.device_of(arguments[0]):
-        base_step_kernel[grid](*arguments, **constants)
+    launch_kernel(base_step_kernel, grid, arguments, constants)
 
 
 def launch_arguments(

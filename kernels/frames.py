@@ -13,7 +13,6 @@ it is there, and moves the clock on (csrc/path_step.h).
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from vfengine.ops._clock import Clock
 
 from .clock import move_on
+from .launch import launch_kernel, wait_for_inputs
 from .noise import BASE_STREAM, RESIDUAL_STREAM, draw, frames_grid, key_halves
 
 # Integers that may take any value: a variant compiled for 1, or for multiples of 16, gains nothing.
@@ -90,6 +90,7 @@ def frames_kernel(
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     blocks: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     tile = tl.program_id(0) // blocks
     first_pixel = tl.program_id(0) % blocks * BLOCK
@@ -173,8 +174,7 @@ def frames_kernel(
 def launch_frames(rule: Rule, **options) -> None:
     """Write the rule's result into out, which may be x. options: of `launch_arguments`, checked."""
     grid, arguments, constants = launch_arguments(rule, **options)
-    with torch.cuda.device_of(arguments[0]):
-        frames_kernel[grid](*arguments, **constants)
+    launch_kernel(frames_kernel, grid, arguments, constants)
 
 
 def launch_arguments(

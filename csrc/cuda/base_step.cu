@@ -14,6 +14,7 @@ namespace {
 template <bool kVector, bool kDraw>
 __global__ void __launch_bounds__(kThreads, 3)
     base_step_kernel(const BaseStepArgs args, const PhiloxKeys keys) {
+  wait_for_inputs();
   constexpr int kSize = Group<float>::kSize;
   VF_SHARED(int32_t, step_of_block, 1);
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;

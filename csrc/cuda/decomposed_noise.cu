@@ -12,6 +12,7 @@ namespace {
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     noise_kernel(const DecomposedNoiseArgs args, const PhiloxKeys keys, int run) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (i >= args.pixels) return;

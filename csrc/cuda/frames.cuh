@@ -70,6 +70,7 @@ template <class Rule, class T, bool kVector, bool kDraw>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw))
     frames_kernel(const FrameArgs args, const BasePath path, const Clock clock,
                   const FrameKeys keys, int run) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   constexpr bool kAhead = kVector && !kDraw;  // other kernels have no registers to spare
   VF_SHARED(int32_t, step_of_block, 1);

@@ -49,6 +49,7 @@ struct Statistics {
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     channel_kernel(const GroupNormSiluArgs args, const Statistics statistics, const Tiling tiles) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   VF_SHARED(float, means, kThreads* kSize);
   VF_SHARED(float, squares, kThreads* kSize);
@@ -120,6 +121,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __global__ void __launch_bounds__(kThreads)
     group_kernel(const GroupNormSiluArgs args, const Statistics statistics) {
+  wait_for_inputs();
   const int64_t group = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
   if (group >= statistics.sets * args.groups) return;
   const int width = int(args.channels / args.groups), lane = int(threadIdx.x) % 32;
@@ -154,6 +156,7 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 3)
     apply_kernel(const GroupNormSiluArgs args, const float* groups, const Tiling tiles,
                  int64_t tile_rows, int64_t row_tiles) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   const int slot = int(threadIdx.x) / tiles.columns;
   const int64_t column = int64_t(blockIdx.y) * tiles.columns + int(threadIdx.x) % tiles.columns;

@@ -258,6 +258,33 @@ def test_op_of_networks_can_be_captured(op):
     assert report.allocated == made
 
 
+def generator_op_and_buffers(op: str):
+    """The same of an op around a network's layers, guided, for clips in patches of 2."""
+    z = torch.ones(1, 3, 3, 4, 4, device="cuda")
+    step = torch.zeros(1, dtype=torch.int32, device="cuda")
+    buffers = {"z": z, "coeffs": torch.ones(5, 3, 5, device="cuda"), "step": step}
+    if op == "model_input":
+        buffers["out"] = torch.ones(6, 2, 2, 32, dtype=torch.bfloat16, device="cuda")
+        return lambda: ops.model_input(**buffers, conditioned=True), buffers
+    buffers |= {"rows": torch.ones(6, 2, 2, 24, device="cuda"), "out": torch.empty_like(z)}
+    return lambda: ops.noise_estimate(**buffers, guidance_scale=2.0), buffers
+
+
+@pytest.mark.parametrize("op", ["model_input", "noise_estimate"])
+def test_op_of_generators_can_be_captured(op):
+    with FakeTensorMode():
+        call, buffers = generator_op_and_buffers(op)
+
+    def advance():
+        call()
+        buffers["step"].add_(1)
+
+    report = audit(advance, buffers)
+    assert report.clean, report
+    assert report.ops[0] == [f"vfengine.{op}.default", "aten.add_.Tensor"]
+    assert not report.allocated
+
+
 @pytest.mark.parametrize("op", NETWORK_OPS)
 def test_op_of_networks_runs_no_op_of_torch(op):
     call, _ = network_op_and_buffers(op, "cpu")

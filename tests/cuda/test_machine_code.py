@@ -94,6 +94,16 @@ def test_registers_leave_room_for_threads(kernels):
             assert usage["REG"] <= (64 if of_64 else 80), name
 
 
+def test_every_kernel_waits_for_those_before_it_ahead_of_its_first_access(kernels, request):
+    """From sm_90 on, where launches are programmatic dependent ones (csrc/common/cuda_launch.h)."""
+    access = r"LDG|STG|LD\.|ST\.|LDGSTS|ATOM|RED|UTMA|UBLK"
+    waits = int(request.node.callspec.params["kernels"]) >= 90
+    for name, (code, _) in kernels.items():
+        order = [instruction for instruction in code if re.match(rf"ACQBULK|{access}", instruction)]
+        assert (order[0] == "ACQBULK") == waits, name
+        assert count(code, "ACQBULK") == count(code, "PREEXIT") == waits, name
+
+
 def test_shared_memory_is_what_every_gpu_gives_without_asking(kernels):
     for name, (_, usage) in kernels.items():
         assert usage["SHARED"] <= 48 << 10, name

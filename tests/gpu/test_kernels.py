@@ -42,6 +42,8 @@ SOURCES = {  # an argument of each op that its result depends on
     "remove_base": "z",
     "temporal_attention": "qkv",
     "spatial_attention": "q",
+    "model_input": "z",
+    "noise_estimate": "z",
 }
 
 every_backend = pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def make_call(op: str, backend: str, device: str) -> Call:
     case = tests.make_case(shape, device=device)
     source = case[SOURCES.get(op, "x")]
     out = torch.empty_like(source if op.endswith(("_step", "base")) else function(**case))
-    return Call(partial(function, **case, out=out, backend=backend), source, out)
+    return Call(partial(function, **{**case, "out": out}, backend=backend), source, out)
 
 
 @pytest.mark.parametrize("op", CUDA)
@@ -111,9 +113,16 @@ def test_large_sizes(op, backend, device):
         assert_same_bits(ops.residual_step(**on_cpu(case), backend="cpu"), out.cpu())
 
 
+def test_every_tile_and_form_of_implicit_gemm(device, monkeypatch):
+    tests = tests_of("implicit_gemm")
+    tests.run_cases("triton", tests.SETS["forms"], device, as_it_is, (BF16,))
+    tests.run_tiles(device, monkeypatch, BF16)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_registers(op, device):
-    tests_of(op).check_registration(device)
+    runs = device == "cuda" or "cpu" in OPS[op]
+    tests_of(op).check_registration(device, *([] if runs else ["reference"]))
 
 
 @every_backend

@@ -47,7 +47,10 @@ OPS = {  # and the kernels there are of each
     "temporal_attention": KERNELS,
     "layer_norm": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
+    "implicit_gemm": ("triton",),
     "spatial_attention": ("cpu", "triton"),
+    "model_input": ("triton",),
+    "noise_estimate": ("triton",),
 }
 LOOP_OPS = {  # of a sampling loop: on a CPU they are made of others
     "path_step": ("triton", "cuda"),

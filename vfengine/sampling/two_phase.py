@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..diffusion.decompose import Lam, Model, base_index, combine, frame_weights
+from .in_loop import Steps, in_loop
 from .loop import Loop, LoopSpec, Mixing, estimate, unshared
 from .windows import windowed
 
@@ -48,7 +49,8 @@ class BaseLoop(Loop):
 
     def __init__(self, model: Model, spec: BaseSpec) -> None:
         super().__init__(spec)
-        self.model, table = model, spec.table
+        self.model = in_loop(model, Steps(self.timesteps, self.counter, spec.shape, spec.dtype))
+        table = spec.table
         like = {"dtype": self.state_dtype, "device": self.device}
         self.noise_levels = (1.0 - table.alphas_cumprod[:-1]).sqrt().to(**like)
         self.z = torch.zeros(spec.shape, **like)  # z_m
@@ -61,6 +63,7 @@ class BaseLoop(Loop):
     def start(self, noise: Tensor) -> None:
         """noise: b [B, C, H, W]."""
         self._rewind()
+        self.model.start()
         self.mix.clear()
         self.z.copy_(noise)  # z_m <- b
 
@@ -164,8 +167,8 @@ class ResidualLoop(Loop):
 
     def __init__(self, model: Model, spec: ResidualSpec) -> None:
         super().__init__(spec)
-        frames = spec.shape[1]
-        self.model, self.m = model, base_index(frames)
+        frames, steps = spec.shape[1], Steps(self.timesteps, self.counter, spec.shape, spec.dtype)
+        self.model, self.m = in_loop(model, steps), base_index(frames)
         self.estimated = "model" if spec.path is None else "residual_model"
         if spec.path is None:
             self.states, self.lam = None, torch.zeros(frames, device=self.device)
@@ -182,6 +185,7 @@ class ResidualLoop(Loop):
     def start(self, noise: Tensor) -> None:
         """noise: r [B, N, C, H, W]; the first state of the path must be known."""
         self._rewind()
+        self.model.start()
         self.mix.clear()
         if self.states is None:
             self.u.copy_(noise)

@@ -1,0 +1,103 @@
+"""Measured choices: what is chosen, when it is measured, and where it cannot be."""
+
+import pytest
+import torch
+
+from vfengine.ops import _tuning
+from vfengine.ops._tuning import can_measure, choose
+
+CANDIDATES = {"guess": "guess", "slow": "slow", "fast": "fast"}  # a call is told by its name here
+TIMES = {"guess": 2.0, "slow": 3.0, "fast": 1.0}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A machine where calls can be measured and take TIMES; the calls that were measured."""
+    calls = []
+    monkeypatch.setattr(_tuning, "_chosen", {})
+    monkeypatch.setattr(_tuning, "can_measure", lambda: True)
+    monkeypatch.setattr(_tuning, "_time", lambda call: calls.append(call) or TIMES[call])
+    return calls
+
+
+def test_the_fastest_is_chosen_and_measured_once(timed):
+    assert [choose("key", CANDIDATES) for _ in range(3)] == ["fast"] * 3
+    assert timed == list(CANDIDATES)
+
+
+def test_each_key_is_measured(timed):
+    assert choose("key", CANDIDATES) == "fast"
+    assert choose("another", {"slow": "slow", "guess": "guess"}) == "guess"
+
+
+def test_a_choice_that_is_no_candidate_any_more_is_made_again(timed):
+    assert choose("key", CANDIDATES) == "fast"
+    assert choose("key", {"guess": "guess", "slow": "slow"}) == "guess"
+
+
+def test_one_candidate_is_not_measured(timed):
+    assert choose("key", {"slow": "slow"}) == "slow"
+    assert timed == []
+
+
+def test_where_nothing_can_be_measured_it_is_the_first_or_what_was_chosen(timed, monkeypatch):
+    choose("known", CANDIDATES)
+    monkeypatch.setattr(_tuning, "can_measure", lambda: False)
+    assert choose("known", CANDIDATES) == "fast"
+    assert choose("unknown", CANDIDATES) == "guess"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Variables and a torch.cuda as of a machine with a GPU; whether its stream is captured."""
+    capturing = []
+    monkeypatch.delenv("VFENGINE_TUNING", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    return capturing
+
+
+def test_what_rules_measuring_out(gpu, monkeypatch):
+    assert can_measure()
+    gpu.append("a capture")
+    assert not can_measure()
+    gpu.clear()
+    for variable, value in (("VFENGINE_TUNING", "off"), ("TRITON_INTERPRET", "1")):
+        monkeypatch.setenv(variable, value)
+        assert not can_measure()
+        monkeypatch.delenv(variable)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not can_measure()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert can_measure()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not can_measure()
+
+
+def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
+    """Each repeat: the GPU is held up, then an event, the calls, an event."""
+    happened, clock = [], iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+            self.at = next(clock) * 4.0
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: happened.append("hold"), raising=False)
+    launches, repeats = _tuning._LAUNCHES, _tuning._REPEATS
+    assert _tuning._time(lambda: happened.append("call")) == 4.0 / launches
+    repeat = ["hold", "event", *["call"] * launches, "event", "wait"]
+    assert happened == ["call", *repeat * repeats]

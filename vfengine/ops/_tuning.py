@@ -1,0 +1,72 @@
+"""Choices that are measured: which way of computing a thing is the fastest on this machine.
+
+A choice is made once a process and key, at the first call that can be measured; what captured
+graphs replay is what was chosen while they were warmed up. VFENGINE_TUNING=off makes none.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
+
+_LAUNCHES, _REPEATS = 8, 5
+_HEAD_START = 2_000_000  # clocks that the GPU waits, in which the host queues all launches
+
+_chosen: dict[Hashable, str] = {}
+_lock = threading.Lock()
+
+
+def choose(key: Hashable, candidates: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the candidate that is the fastest for this key, measured at the first call.
+
+    key:        all that the times depend on: op, device, shapes, dtypes, settings
+    candidates: the likely fastest first. Each queues its work on the current CUDA stream; all
+                write the same results.
+
+    Where nothing can be measured (see `can_measure`) it is what was chosen before, else the first.
+    """
+    chosen = _chosen.get(key)
+    if chosen in candidates:
+        return chosen
+    first = next(iter(candidates))
+    if len(candidates) == 1 or not can_measure():
+        return first
+    with _lock:
+        if _chosen.get(key) not in candidates:
+            times = {name: _time(call) for name, call in candidates.items()}
+            _chosen[key] = min(times, key=times.__getitem__)
+        return _chosen[key]
+
+
+def can_measure() -> bool:
+    """Whether calls may be timed: on a GPU, outside of a capture, unless that is ruled out.
+
+    A measured choice may differ from process to process, and with it the order of sums.
+    """
+    return (
+        os.environ.get("VFENGINE_TUNING") != "off"
+        and os.environ.get("TRITON_INTERPRET") != "1"
+        and not torch.are_deterministic_algorithms_enabled()
+        and torch.cuda.is_available()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Milliseconds of a call among calls; the first one builds kernels and is not counted."""
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(_REPEATS):
+        torch.cuda._sleep(_HEAD_START)
+        begin.record()
+        for _ in range(_LAUNCHES):
+            call()
+        end.record()
+        end.synchronize()  # waits for this stream, and breaks no capture of another thread
+        times.append(begin.elapsed_time(end) / _LAUNCHES)
+    return statistics.median(times)
