@@ -12,7 +12,8 @@ namespace vf {
 namespace {
 
 template <bool kVector, bool kDraw>
-__global__ void __launch_bounds__(kThreads, 3) base_step_kernel(const BaseStepArgs args) {
+__global__ void __launch_bounds__(kThreads, 3)
+    base_step_kernel(const BaseStepArgs args, const PhiloxKeys keys) {
   wait_for_inputs();
   constexpr int kSize = Group<float>::kSize;
   VF_SHARED(int32_t, step_of_block, 1);
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 3) base_step_kernel(const BaseStepAr
     if constexpr (kDraw)
       if (noisy)
         draw_normals<kSize>({0, args.sample_offset + uint32_t(image),
-                             stream_and_step(kBaseStream, uint32_t(step) + 1), args.seed},
+                             stream_and_step(kBaseStream, uint32_t(step) + 1), keys},
                             i, drawn);
     Group<float> d, moved;
 #pragma unroll
@@ -81,7 +82,9 @@ void base_step_cuda(const BaseStepArgs& args, int device, void* stream) {
   const int64_t per_block = int64_t(kThreads) * kSize;
   const dim3 blocks(unsigned((args.pixels + per_block - 1) / per_block),
                     unsigned(std::min<int64_t>(args.batch, kMaxBlocks)));
-  const auto launch = [&](auto kernel) { VF_LAUNCH(kernel, blocks, dim3(kThreads), stream, args); };
+  const auto launch = [&](auto kernel) {
+    VF_LAUNCH(kernel, blocks, dim3(kThreads), stream, args, PhiloxKeys(args.seed));
+  };
   if (vectors)
     args.draw ? launch(base_step_kernel<true, true>) : launch(base_step_kernel<true, false>);
   else
