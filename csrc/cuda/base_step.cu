@@ -20,11 +20,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   const int64_t count = args.pixels - i;
   bool last = false;
-  if (threadIdx.x == 0) {
-    *step_of_block = *args.clock.counter;
-    last = last_to_read(args.clock);
-  }
+  if (threadIdx.x == 0) *step_of_block = *args.clock.counter;
   __syncthreads();
+  if (threadIdx.x == 0) last = last_to_read(args.clock);
   const int32_t step = *step_of_block;
   const bool known = step >= 0 && step < args.clock.num_steps;
   float level = 0.0f, row[3] = {nanf(""), 0.0f, 0.0f};
