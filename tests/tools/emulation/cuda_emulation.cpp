@@ -117,7 +117,7 @@ Thread* self;
 Worker workers[kMaxThreads];
 int idle[kMaxThreads], num_idle;
 int num_workers;  // ever used: idle ones among them
-uint64_t exchanged[2][kMaxThreads];
+Exchanged exchanged[2][kMaxThreads];
 
 ucontext_t scheduler;
 char* memory;  // [arena of shared memory][stack of worker 0][stack of worker 1]...
@@ -409,8 +409,19 @@ void warp_barrier(unsigned mask) {
   wait(blocks.back()->warps[warp], warp_size(warp), "__syncwarp", true);
 }
 
+const Exchanged* exchange(unsigned mask, const char* call, const Exchanged& mine) {
+  check_mask(mask, call);
+  const int linear = int(self - threads), warp = linear / 32;
+  // Two slots in turn: a fast lane may be at its next exchange before a slow one has read this.
+  Barrier& barrier = blocks.back()->warps[warp];
+  Exchanged* slots = exchanged[barrier.generation % 2];
+  slots[linear] = mine;
+  // CUDA promises no memory order here: only __syncwarp gives one.
+  wait(barrier, warp_size(warp), call, false);
+  return slots + 32 * warp;
+}
+
 uint64_t shuffle(unsigned mask, Shuffle kind, uint64_t mine, int operand, int width) {
-  check_mask(mask, "a shuffle");
   if (width < 1 || width > 32 || (width & (width - 1)) != 0)
     die(named(*self) + ": a shuffle of width " + std::to_string(width));
   const int linear = int(self - threads), warp = linear / 32, lane = linear % 32;
@@ -430,13 +441,8 @@ uint64_t shuffle(unsigned mask, Shuffle kind, uint64_t mine, int operand, int wi
       if ((lane ^ operand) < segment + width) source = lane ^ operand;
       break;
   }
-  // Two slots in turn: a fast lane may be at its next shuffle before a slow one has read this.
-  Barrier& barrier = blocks.back()->warps[warp];
-  uint64_t* slots = exchanged[barrier.generation % 2] + 32 * warp;
-  slots[lane] = mine;
-  // CUDA promises no memory order here: only __syncwarp gives one.
-  wait(barrier, warp_size(warp), "a shuffle", false);
-  return source < warp_size(warp) ? slots[source] : ~uint64_t(0);  // undefined on the device: NaN
+  const Exchanged* lanes = exchange(mask, "a shuffle", {{mine}});
+  return source < warp_size(warp) ? lanes[source].words[0] : ~uint64_t(0);  // undefined: NaN
 }
 
 }  // namespace emulation

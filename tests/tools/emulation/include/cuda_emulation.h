@@ -50,6 +50,12 @@ void block_barrier();
 void fence();
 void warp_barrier(unsigned mask);
 
+// Every lane of a warp shows `mine` to the others: theirs, lane by lane, until its next exchange.
+struct Exchanged {
+  uint64_t words[3];
+};
+const Exchanged* exchange(unsigned mask, const char* call, const Exchanged& mine);
+
 // Which lane of the warp a shuffle reads.
 enum class Shuffle { index, up, down, exclusive_or };
 uint64_t shuffle(unsigned mask, Shuffle kind, uint64_t mine, int operand, int width);
