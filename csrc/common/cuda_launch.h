@@ -1,7 +1,7 @@
 // What every .cu file needs around its kernel: the launch, its check, the current device.
 //
-// The macros are the only places that launch and that say __shared__, so that a .cu file can also
-// be compiled as plain C++ against tests/tools/emulation, which defines them itself.
+// The macros are the only places that launch or have __shared__, so that a .cu file can also be
+// compiled as plain C++ against tests/tools/emulation, which defines them itself.
 //
 // Launches are programmatic dependent ones from sm_90 on (CUDA C++ Programming Guide, "Programmatic
 // Dependent Launch"): the blocks of a kernel are set up while those of the kernel before it still

@@ -95,7 +95,7 @@ def test_registers_leave_room_for_threads(kernels):
     for name, (_, usage) in kernels.items():
         main_path = template(name, "frames_kernel").endswith("Lb1ELb0")  # vectors, nothing drawn
         of_64 = main_path or "noise_kernel" in name
-        by_elements = "Lb0ELb" in template(name, "frames_kernel")  # its blocks have 128 threads
+        by_elements = "Lb0ELb" in template(name, "frames_kernel")
         if "tensor_attention" in name:  # blocks of 128 threads: three of them, or two
             assert usage["REG"] <= (168 if "Li64ELb1" in name else 255), name
         elif "group_norm" in name or "attention_kernel" in name or by_elements:
