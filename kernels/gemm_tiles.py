@@ -20,17 +20,23 @@ class Tile:
     split: bool = True
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}"
+        return f"{self.m}x{self.n}x{self.k}, {self.warps} warps"
+
+    def sums_of_thread(self, gated: bool) -> int:
+        """Registers that a thread needs for sums."""
+        return self.m * self.n * (1 + gated) // (32 * self.warps)
 
     def shared(self, itemsize: int, gated: bool) -> int:
         """Bytes of shared memory that the operands of all stages take."""
         return (self.m + self.n * (1 + gated)) * self.k * self.stages * itemsize
 
 
-# From large to small. Of 16 bits: wgmma from 64 rows on, which two warp groups share in the first.
+# From large to small. wgmma takes 64 rows at least. A multiprocessor has room for one program of
+# the first tile, and for two of the second: one multiplies while the other begins or ends.
 TILES = (
     Tile(128, 256, 64, 8, 3, split=False),
-    Tile(128, 128, 64, 8, 3, split=False),
+    Tile(128, 128, 64, 4, 3, split=False),
+    Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 3),
     Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 128, 4, 3),
@@ -55,10 +61,17 @@ def tiles_for(product: Product) -> list[Tile]:
     """Tiles that suit the shape and the card, the likely fastest first."""
     tiles = GATED_TILES if product.gated else TILES
     tiles = FP32_TILES if product.x.dtype == torch.float32 else tiles
-    most = _shared_memory(product.x.device)
-    fitting = [t for t in tiles if t.shared(product.x.itemsize, product.gated) <= most]
+    fitting = [t for t in tiles if fits(t, product)]
     times = {t: likely_time(t, product, splits_of(t, product)) for t in fitting}
     return sorted(fitting, key=times.__getitem__)[:CANDIDATES]
+
+
+def fits(tile: Tile, product: Product) -> bool:
+    """Whether operands fit shared memory; and normalising them, registers beside all the sums."""
+    crowded = tile.warps == 4 and tile.sums_of_thread(product.gated) >= 128
+    shared = tile.shared(product.x.itemsize, product.gated)
+    normed = product.coefficients is not None
+    return shared <= _shared_memory(product.x.device) and not (normed and crowded)
 
 
 def _shared_memory(device: torch.device) -> int:

@@ -88,6 +88,7 @@ def implicit_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there may be several runs
+    HALVES: tl.constexpr,  # whether what follows the product takes half of the columns at a time
 ):
     wait_for_inputs()
     run, one_set = tl.program_id(1), tl.program_id(2)
@@ -187,7 +188,7 @@ def implicit_gemm_kernel(
     there = bias_ptr, shift_ptr, residual_ptr, out_ptr
     given = with_bias != 0, with_shift != 0, with_residual != 0
     first = column_tile * BLOCK_N
-    if (1 + GATED) * BLOCK_M * BLOCK_N > 16384:  # in two halves, for want of registers
+    if HALVES:
         left, right = _halves(sums)
         left_gates, right_gates = _halves(gates)
         _finish(left, left_gates, here, first, N, there, given, GATED)
@@ -334,6 +335,7 @@ def launch_arguments(
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "SPLIT": tile.split,
+        "HALVES": tile.sums_of_thread(product.gated) >= 128,  # of 255 registers
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

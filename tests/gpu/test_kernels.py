@@ -19,6 +19,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from vfengine import ops
+from vfengine.ops import _tuning
 
 from .graphs import in_a_graph, late_side_stream
 
@@ -132,6 +133,19 @@ def test_every_tile_and_form_of_implicit_gemm(device, monkeypatch):
     tests = tests_of("implicit_gemm")
     tests.run_cases("triton", tests.SETS["forms"], device, as_it_is, (BF16,))
     tests.run_tiles(device, monkeypatch, BF16)
+
+
+def test_measured_choices_of_implicit_gemm_are_right(device, monkeypatch):
+    """The fastest of all tiles and torch's own product, which is tested by itself as well."""
+    if device == "cpu":
+        return  # there is nothing to measure
+    monkeypatch.delenv("VFENGINE_TUNING", raising=False)
+    tests = tests_of("implicit_gemm")
+    tests.run_torch(device, (BF16,))
+    before = _tuning.measured().keys()
+    tests.run_cases("auto", {"model": tests.SHAPES["model"]}, device, as_it_is, (BF16,))
+    (key,) = _tuning.measured().keys() - before
+    assert "torch" in _tuning.measured()[key]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vfengine.ops import _tuning
-from vfengine.ops._tuning import can_measure, choose
+from vfengine.ops._tuning import can_measure, choose, measured
 
 CANDIDATES = {"guess": "guess", "slow": "slow", "fast": "fast"}  # a call is told by its name here
 TIMES = {"guess": 2.0, "slow": 3.0, "fast": 1.0}
@@ -14,7 +14,7 @@ TIMES = {"guess": 2.0, "slow": 3.0, "fast": 1.0}
 def timed(monkeypatch):
     """A machine where calls can be measured and take TIMES; the calls that were measured."""
     calls = []
-    monkeypatch.setattr(_tuning, "_chosen", {})
+    monkeypatch.setattr(_tuning, "_times", {})
     monkeypatch.setattr(_tuning, "can_measure", lambda: True)
     monkeypatch.setattr(_tuning, "_time", lambda call: calls.append(call) or TIMES[call])
     return calls
@@ -23,16 +23,12 @@ def timed(monkeypatch):
 def test_the_fastest_is_chosen_and_measured_once(timed):
     assert [choose("key", CANDIDATES) for _ in range(3)] == ["fast"] * 3
     assert timed == list(CANDIDATES)
+    assert measured() == {"key": TIMES}
 
 
 def test_each_key_is_measured(timed):
     assert choose("key", CANDIDATES) == "fast"
     assert choose("another", {"slow": "slow", "guess": "guess"}) == "guess"
-
-
-def test_a_choice_that_is_no_candidate_any_more_is_made_again(timed):
-    assert choose("key", CANDIDATES) == "fast"
-    assert choose("key", {"guess": "guess", "slow": "slow"}) == "guess"
 
 
 def test_one_candidate_is_not_measured(timed):

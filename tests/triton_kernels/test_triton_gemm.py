@@ -13,6 +13,7 @@ from vfengine.kernels import gemm_terms, gemm_tiles, implicit_gemm
 from vfengine.ops.implicit_gemm import Product
 
 HALF = torch.bfloat16
+TWO_PROGRAMS = 65536 // (2 * 128)  # registers of a thread that leave room for another program
 every_tile = pytest.mark.parametrize("tile", TILES, ids=str)
 
 
@@ -63,6 +64,15 @@ assert not tickets.any()
 """)
 
 
+def test_terms_after_products_of_torch_in_the_interpreter():
+    interpret("""
+from triton_tools import compute_bf16_correctly
+from test_implicit_gemm import run_torch
+compute_bf16_correctly()
+run_torch("cpu")
+""")
+
+
 @every_tile
 def test_operands_come_by_16_byte_copies_while_tensor_cores_multiply(tile):
     code = compiled(product(), tile)
@@ -75,7 +85,7 @@ def test_operands_come_by_16_byte_copies_while_tensor_cores_multiply(tile):
         assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1;", ptx)
     assert code.waits_first
     assert code.stores[16] >= code.stores.total() - 1  # but for the ticket
-    assert_no_local_memory(code, registers=232)
+    assert_no_local_memory(code, registers=TWO_PROGRAMS if tile.warps == 4 else 232)
 
 
 @pytest.mark.parametrize("tile", GATED_TILES, ids=str)
@@ -86,8 +96,9 @@ def test_gated_tiles_stay_in_registers(tile):
 
 @every_tile
 def test_tiles_of_normalised_operands_stay_in_registers(tile):
-    code = compiled(product(coefficients=torch.empty(16, 256, 2), silu=True), tile)
-    assert_no_local_memory(code, registers=255)
+    of = product(coefficients=torch.empty(16, 256, 2), silu=True)
+    if gemm_tiles.fits(tile, of):
+        assert_no_local_memory(compiled(of, tile), registers=255)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -13,33 +13,35 @@ from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
-_LAUNCHES, _REPEATS = 8, 5
-_HEAD_START = 2_000_000  # clocks that the GPU waits, in which the host queues all launches
+_LAUNCHES, _REPEATS = 8, 3
+_ENOUGH = 0.5  # milliseconds, beyond which more launches tell no more
+_HEAD_START = 1_000_000  # clocks that the GPU waits, in which the host queues all launches
 
-_chosen: dict[Hashable, str] = {}
+_times: dict[Hashable, dict[str, float]] = {}
 _lock = threading.Lock()
 
 
 def choose(key: Hashable, candidates: Mapping[str, Callable[[], object]]) -> str:
     """The name of the candidate that is the fastest for this key, measured at the first call.
 
-    key:        all that the times depend on: op, device, shapes, dtypes, settings
+    key:        all that times and candidates depend on: op, device, shapes, dtypes, settings
     candidates: the likely fastest first. Each queues its work on the current CUDA stream; all
                 write the same results.
 
     Where nothing can be measured (see `can_measure`) it is what was chosen before, else the first.
     """
-    chosen = _chosen.get(key)
-    if chosen in candidates:
-        return chosen
-    first = next(iter(candidates))
-    if len(candidates) == 1 or not can_measure():
-        return first
-    with _lock:
-        if _chosen.get(key) not in candidates:
-            times = {name: _time(call) for name, call in candidates.items()}
-            _chosen[key] = min(times, key=times.__getitem__)
-        return _chosen[key]
+    if key not in _times:
+        if len(candidates) == 1 or not can_measure():
+            return next(iter(candidates))
+        with _lock:
+            if key not in _times:
+                _times[key] = {name: _time(call) for name, call in candidates.items()}
+    return min(_times[key], key=_times[key].__getitem__)
+
+
+def measured() -> dict[Hashable, dict[str, float]]:
+    """Milliseconds of all candidates of each key that was measured so far."""
+    return {key: dict(times) for key, times in _times.items()}
 
 
 def can_measure() -> bool:
@@ -59,14 +61,17 @@ def can_measure() -> bool:
 def _time(call: Callable[[], object]) -> float:
     """Milliseconds of a call among calls; the first one builds kernels and is not counted."""
     call()
+    launches = max(1, min(_LAUNCHES, int(_ENOUGH / _once(call, 1))))
+    return statistics.median(_once(call, launches) for _ in range(_REPEATS))
+
+
+def _once(call: Callable[[], object], launches: int) -> float:
+    """Milliseconds of a call among so many."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(_REPEATS):
-        torch.cuda._sleep(_HEAD_START)
-        begin.record()
-        for _ in range(_LAUNCHES):
-            call()
-        end.record()
-        end.synchronize()  # waits for this stream, and breaks no capture of another thread
-        times.append(begin.elapsed_time(end) / _LAUNCHES)
-    return statistics.median(times)
+    torch.cuda._sleep(_HEAD_START)
+    begin.record()
+    for _ in range(launches):
+        call()
+    end.record()
+    end.synchronize()  # waits for this stream, and breaks no capture of another thread
+    return begin.elapsed_time(end) / launches
