@@ -23,7 +23,8 @@ bench:
 report:
 	python benchmarks/report.py
 
-# Writes docs/gpu.md and its pictures from docs/gpu.jsonl and docs/gpu-notes.md.
+# Writes docs/gpu.md and its pictures from docs/gpu.jsonl, docs/gpu-counts.json (which
+# `python benchmarks/count_steps.py` writes) and docs/gpu-notes.md.
 gpu-report:
 	python benchmarks/gpu_report.py
 

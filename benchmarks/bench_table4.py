@@ -23,7 +23,6 @@ Forms    the script takes every size, clips of many steps and the growth, in som
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 import time
@@ -35,9 +34,8 @@ from pathlib import Path
 import torch
 from lib import peak_memory
 from lib.clips import DEVICE
-from lib.costs import to_fake, trace
 from lib.harness import Row, Target, main, say, table, verdicts, write_json
-from lib.table4_models import SHARING, Networks, generator, make_noise, size, skeleton
+from lib.table4_models import SHARING, Networks, flops, make_noise, size, skeleton
 from lib.table4_ways import (
     BASE_KEPT,
     CALLS,
@@ -51,7 +49,6 @@ from lib.table4_ways import (
     VDM,
     training_step,
 )
-from torch._subclasses import FakeTensorMode
 
 REDUCED_JSON = Path(__file__).parent.parent / "build" / "table4-reduced.json"
 OURS = tuple(name for name in CONTENDERS if name != PEER)
@@ -165,18 +162,6 @@ def _able(plan: Plan) -> Plan:
 
 
 # -- what is counted -------------------------------------------------------------------------------
-
-
-@functools.cache
-def flops(size_name: str, network: str) -> int:
-    """FLOPs of one call on one clip (base: one image), counted with fake tensors (costs.py)."""
-    shape = size(size_name)
-    model = skeleton(shape, network, torch.bfloat16)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        frames = () if network == "base" else (shape.frames,)
-        z = torch.empty(1, *frames, 3, shape.pixels, shape.pixels)
-        model = generator(network, to_fake(model))
-        return trace(lambda: model(z, torch.zeros(1, dtype=torch.int64))).flops
 
 
 def weights(size_name: str, with_peer: bool) -> list[Row]:

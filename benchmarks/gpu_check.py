@@ -44,7 +44,7 @@ class Section:
     """A program of gpu_run.sections.
 
     stage     those of one stage run beside one another, stages after one another
-    expected  seconds; a section that does not fit what is left is skipped
+    expected  seconds, the least that are of use: a section that has not as many left is skipped
     limit     seconds, after which it is killed
     checks    whether it speaks of correctness: cut off, it has failed
     prepares  compiles for the section of this name, ahead of it
@@ -62,22 +62,26 @@ class Section:
         return f"gpu_run.sections.{self.prepares or self.name}"
 
 
-SECTIONS = (
+SECTIONS = (  # in the order of their worth
     Section("build", 0, 70, 200, checks=True),
-    Section("ceilings", 0, 10, 40),
-    Section("smoke", 1, 20, 60, checks=True),
+    Section("ceilings", 0, 6, 40),
+    Section("smoke", 1, 18, 60, checks=True),
     Section("tests", 2, 60, 170, checks=True),
-    Section("sanitizers", 2, 60, 170, checks=True),
-    Section("memory", 2, 60, 120),
+    Section("prepare network_ops", 2, 45, 100, prepares="network_ops"),
+    Section("prepare table4", 2, 60, 120, prepares="table4"),
     Section("prepare peers", 2, 60, 120, prepares="peers"),
-    Section("kernels", 3, 30, 80),
-    Section("capture", 4, 25, 60),
-    Section("table4", 5, 70, 130),
-    Section("network_ops", 6, 45, 90),
-    Section("profile", 7, 15, 60),
-    Section("counters", 8, 15, 70),
-    Section("variants", 9, 40, 90),
-    Section("peers", 10, 40, 240),
+    Section("prepare unet3d", 2, 80, 150, prepares="unet3d"),
+    Section("kernels", 3, 25, 60),
+    Section("network_ops", 4, 40, 90),
+    Section("capture", 5, 15, 70),
+    Section("table4", 6, 60, 150),
+    Section("profile", 7, 20, 90),
+    Section("memory", 8, 45, 120),
+    Section("peers", 9, 35, 120),
+    Section("unet3d", 10, 60, 150),
+    Section("variants", 11, 40, 90),
+    Section("counters", 12, 15, 70),
+    Section("sanitizers", 13, 100, 170, checks=True),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 
@@ -309,10 +313,18 @@ def chosen(only: str | None, until: str | None, folder: Path, module: Path | Non
         names.discard("build")
     else:
         names.add("build")
-    wanted = [s for s in SECTIONS if s.stage <= last and s.name in names]
-    # To compile ahead saves time only beside what runs anyway.
-    ahead = [s for s in SECTIONS if s.prepares in names and s.stage in {w.stage for w in wanted}]
-    return [s for s in SECTIONS if s in wanted or (s in ahead and s.stage <= last)]
+    # Compilers run in parallel ahead of what they compile for, and one after another inside it.
+    return [s for s in SECTIONS if s.stage <= last and names & {s.name, s.prepares}]
+
+
+def within(budget: float, sections: Sequence[Section]) -> list[Section]:
+    """The sections without preparations for what will not fit the budget (seconds) anyway."""
+    fit, start = set(), 0.0
+    for stage in sorted({s.stage for s in sections}):
+        timed = [s for s in sections if s.stage == stage and not s.prepares]
+        fit |= {s.name for s in timed if start + s.expected <= budget}
+        start += max((s.expected for s in timed if s.name in fit), default=0.0)
+    return [s for s in sections if not s.prepares or s.prepares in fit]
 
 
 def _unfinished(folder: Path) -> set[str]:
@@ -336,6 +348,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = chosen(
         arguments.only, arguments.until, arguments.out, arguments.module, arguments.dry_run
     )
+    wanted = within(arguments.budget, wanted)
     journal = Journal(arguments.out)
     runner = Runner(journal, environment(arguments.dry_run, arguments.module))
 

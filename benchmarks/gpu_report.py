@@ -10,6 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
+from gpu_run import prediction
 from gpu_run.findings import OURS, summary, verdicts
 from gpu_run.results import Line, Results, Run, read
 from gpu_run.tables import LEFT_OUT, TITLES, cell, checks, measured, profile, rows, sentence
@@ -37,11 +38,17 @@ Figures are medians; their spread, (largest - smallest) / median of the repeats,
 where it is 5 % or more."""
 
 
-def page(results: Results, pictures: dict[str, dict[str, str]], notes: str = "") -> str:
+def page(
+    results: Results,
+    pictures: dict[str, dict[str, str]],
+    notes: str = "",
+    counts: prediction.Counted = prediction.NOTHING,
+) -> str:
     """The whole page.
 
     pictures: for each card, the names of the files that were drawn
     notes:    what people say of the figures, a chapter of its own ahead of them
+    counts:   of steps, from which their times are predicted
     """
     parts = [OPENING]
     if not any(results.of_card(card).figures for card in results.cards):
@@ -54,17 +61,19 @@ def page(results: Results, pictures: dict[str, dict[str, str]], notes: str = "")
     if notes.strip():
         parts.append(notes.strip())
     for card in results.cards:
-        parts += _card(results.of_card(card), card, pictures.get(card, {}))
+        parts += _card(results.of_card(card), card, pictures.get(card, {}), counts)
     return "\n\n".join(parts) + "\n"
 
 
-def _card(results: Results, card: str, pictures: dict[str, str]) -> list[str]:
+def _card(
+    results: Results, card: str, pictures: dict[str, str], counts: prediction.Counted
+) -> list[str]:
     parts = [f"## {card}", _provenance(results)]
     if results.figures:
         parts.append(summary(results))
     if results.sections:
         parts += ["### Verdicts", _verdicts(results)]
-    parts += _failed(results) + _targets(results)
+    parts += _failed(results) + _targets(results) + prediction.chapter(results, counts)
     known = [name for name in TITLES if name in results.sections]
     for section in known + [name for name in results.sections if name not in TITLES]:
         parts += _section(results, section, pictures)
@@ -236,7 +245,9 @@ def write(results: Results, out: Path) -> list[Path]:
         drawn[card] = {name: files[name].name for name in names}
     temporary = out.with_name(f".{out.name}.tmp")
     notes = out.with_name(f"{out.stem}-notes.md")
-    temporary.write_text(page(results, drawn, notes.read_text() if notes.exists() else ""))
+    counts = prediction.read(out.with_name(f"{out.stem}-counts.json"))
+    said = notes.read_text() if notes.exists() else ""
+    temporary.write_text(page(results, drawn, said, counts))
     os.replace(temporary, out)
     return [out, *(out.with_name(name) for files in drawn.values() for name in files.values())]
 

@@ -11,7 +11,7 @@ namespace vf {
 struct DecomposedStep {
   static constexpr const char* kName = "decomposed_step";
   static constexpr int kColumns = 3;
-  static constexpr bool kResidual = true, kGuidance = false, kBaseNoise = true;
+  static constexpr bool kResidual = true, kGuidance = false, kBaseNoise = true, kPath = false;
 
   static VF_HOST_DEVICE float sigma(const float* row) { return row[2]; }
   static VF_HOST_DEVICE FrameWeights weights(const float* row, float lam) {

@@ -1,11 +1,14 @@
 // The native ops: a line here, a header beside this file and a .cpp below csrc/cpu are what an op
-// needs; one in CUDA C++ has a line in the second list and a .cu in csrc/cuda too.
+// needs; one in CUDA C++ has a line in the second list and a .cu in csrc/cuda too. On a CPU the
+// last two of a sampling loop are made of the others.
 #pragma once
+#include "base_step.h"
 #include "decomposed_noise.h"
 #include "decomposed_step.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
 #include "layer_norm.h"
+#include "path_step.h"
 #include "remove_base.h"
 #include "residual_step.h"
 #include "row_matmul.h"
@@ -35,6 +38,8 @@
   OP(residual_step, FrameArgs)              \
   OP(decomposed_step, FrameArgs)            \
   OP(remove_base, FrameArgs)                \
+  OP(path_step, PathStepArgs)               \
+  OP(base_step, BaseStepArgs)               \
   OP(decomposed_noise, DecomposedNoiseArgs) \
   OP(group_norm_silu, GroupNormSiluArgs)    \
   OP(temporal_attention, TemporalAttentionArgs)

@@ -10,7 +10,7 @@ namespace vf {
 struct RemoveBase {
   static constexpr const char* kName = "remove_base";
   static constexpr int kColumns = 1;
-  static constexpr bool kResidual = false, kGuidance = false, kBaseNoise = false;
+  static constexpr bool kResidual = false, kGuidance = false, kBaseNoise = false, kPath = false;
 
   static VF_HOST_DEVICE float sigma(const float*) { return 0.0f; }
   static VF_HOST_DEVICE FrameWeights weights(const float* row, float lam) {

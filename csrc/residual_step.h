@@ -10,7 +10,7 @@ namespace vf {
 struct ResidualStep {
   static constexpr const char* kName = "residual_step";
   static constexpr int kColumns = 3;
-  static constexpr bool kResidual = true, kGuidance = true, kBaseNoise = false;
+  static constexpr bool kResidual = true, kGuidance = true, kBaseNoise = false, kPath = false;
 
   static VF_HOST_DEVICE float sigma(const float* row) { return row[2]; }
   static VF_HOST_DEVICE FrameWeights weights(const float* row, float lam) {

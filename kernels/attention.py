@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel, wait_for_inputs
+
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "tiles", "inner_size"])
 def attention_kernel(
@@ -43,6 +45,7 @@ def attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs()
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS % tiles
     sequence = tl.program_id(0) // HEADS // tiles
@@ -97,8 +100,7 @@ def blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int]:
 def launch_attention(arguments: tuple[tuple[int], tuple, dict[str, object]]) -> None:
     """Launch what `launch_arguments` returned."""
     grid, values, constants = arguments
-    with torch.cuda.device_of(values[0]):
-        attention_kernel[grid](*values, **constants)
+    launch_kernel(attention_kernel, grid, values, constants)
 
 
 def launch_arguments(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch_kernel, wait_for_inputs
 from .noise import BASE_STREAM, RESIDUAL_STREAM, draw, frames_grid, key_halves
 
 # Integers that may take any value: a variant compiled for 1, or for multiples of 16, gains nothing.
@@ -30,6 +31,7 @@ def noise_kernel(
     BASE: tl.constexpr,  # base noise, else residual noise
     WORDS: tl.constexpr,
 ):
+    wait_for_inputs()
     blocks: tl.constexpr = (PIXELS + BLOCK - 1) // BLOCK
     tile = tl.program_id(0) // blocks
     first_pixel = tl.program_id(0) % blocks * BLOCK
@@ -53,8 +55,7 @@ def noise_kernel(
 def launch(out: Tensor, seed: int, **options) -> None:
     """Fill out [B, N, P]; the rest are those of `launch_arguments`."""
     grid, arguments, constants = launch_arguments(out, seed, **options)
-    with torch.cuda.device_of(out):
-        noise_kernel[grid](*arguments, **constants)
+    launch_kernel(noise_kernel, grid, arguments, constants)
 
 
 def launch_arguments(

@@ -4,10 +4,11 @@ x: [R, 2K], y: [R, K]; a program owns a tile of rows and columns. Computed in fp
 and one write of y.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch_kernel, wait_for_inputs
 
 TILE = 1024  # elements of y that a program owns
 
@@ -21,6 +22,7 @@ def geglu_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     blocks: tl.constexpr = (K + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -36,8 +38,7 @@ def geglu_kernel(
 def launch(x: Tensor, out: Tensor) -> None:
     """Write y into out."""
     grid, arguments, constants = launch_arguments(x, out)
-    with torch.cuda.device_of(x):
-        geglu_kernel[grid](*arguments, **constants)
+    launch_kernel(geglu_kernel, grid, arguments, constants)
 
 
 def launch_arguments(x: Tensor, out: Tensor) -> tuple[tuple[int], tuple, dict[str, object]]:

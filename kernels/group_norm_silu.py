@@ -9,12 +9,13 @@ group_kernel merges those of a group, apply_kernel writes y. All sums in fp32. T
 write of y; the statistics are small beside them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vfengine.ops.group_norm_silu import chunk_plan
+
+from .launch import launch_kernel, wait_for_inputs
 
 TILE = 4096  # elements of x that a program holds
 MAX_BLOCK = 256  # channels of a tile
@@ -35,6 +36,7 @@ def channel_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     """Mean and centred squares of BLOCK channels in one chunk."""
     set_and_chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,6 +82,7 @@ def group_kernel(
     WIDTH: tl.constexpr,  # C / G
     ENTRIES: tl.constexpr,
 ):
+    wait_for_inputs()
     """Mean and 1 / √(σ² + ε) of one group of one set."""
     groups: tl.constexpr = C // WIDTH
     at_set = (tl.program_id(0) // groups).to(tl.int64)
@@ -136,6 +139,7 @@ def apply_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     image = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -223,9 +227,8 @@ def slab_kernel(
 
 def launch(x: Tensor, *arguments) -> None:
     """Write y into out. The arguments are those of the op, checked; see `launches`."""
-    with torch.cuda.device_of(x):
-        for kernel, grid, values, constants in launches(x, *arguments):
-            kernel[grid](*values, **constants)
+    for kernel, grid, values, constants in launches(x, *arguments):
+        launch_kernel(kernel, grid, values, constants)
 
 
 def launches(

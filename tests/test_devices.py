@@ -97,3 +97,14 @@ def test_the_command_says_what_was_asked_for(cli):
     status, out, _ = cli("--label", "walk", "--dtype", "fp16")
     assert status == 0
     assert "4 steps, float16 on cpu, " in out
+
+
+def test_dependent_launches_can_be_switched_off(monkeypatch):
+    monkeypatch.delenv("VFENGINE_PDL", raising=False)
+    assert devices.dependent_launches()
+    for value, depend in (("", True), ("on", True), ("off", False)):
+        monkeypatch.setenv("VFENGINE_PDL", value)
+        assert devices.dependent_launches() is depend
+    monkeypatch.setenv("VFENGINE_PDL", "never")
+    with pytest.raises(ValueError, match="VFENGINE_PDL must be on or off, got 'never'"):
+        devices.dependent_launches()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .names import AUTO
@@ -75,3 +77,14 @@ def matmul_in_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def dependent_launches() -> bool:
+    """Whether kernels may be launched as programmatic dependent ones: VFENGINE_PDL, on by default.
+
+    Raises ValueError for a value that is neither "on" nor "off".
+    """
+    value = os.environ.get("VFENGINE_PDL") or "on"
+    if value not in ("on", "off"):
+        raise ValueError(f"VFENGINE_PDL must be on or off, got {value!r}")
+    return value == "on"

@@ -15,10 +15,17 @@ from lib import paper
 from gpu_run.results import Key, Line, Results, beside
 
 VDM, TWO_PHASE, BASE_KEPT = "VDM*, our kernels", "two-phase", "two-phase, base kept"
+OVERLAPPED = "two-phase, overlapped"
 OURS = {"cuda": "CUDA C++", "triton": "Triton"}
 LARGE, SMALL = "64x3x512x512", "16x3x64x64"
-STEP_OPS = ("residual_step", "decomposed_step", "remove_base")
-PASSES = {"group_norm_silu": 80, "temporal_attention": 75}  # targets, % of a copy
+STEP_OPS = ("path_step", "base_step", "residual_step", "decomposed_step", "remove_base")
+PASSES = {"group_norm_silu": 80, "temporal_attention": 80}  # targets, % of a copy
+LATENCIES = {"large, 1 clip": 0.40, "paper, 1 clip": 0.33, "default, 16 clips": 0.60}  # of VDM*'s
+MEMORY = {"paper, 1 clip": 0.60}
+PEERS = (  # at large: ours, its name's like, and how many times as fast as the best of those
+    ("VDM*, captured", "VDM*, compiled", 1.2),
+    ("diffusers UNet3D, ours, captured", "diffusers UNet3D, compiled", 1.5),
+)
 MEMORIES = ("reserved", "allocated", "driver")  # the first that was read: graphs' pools are in it
 Figures = dict[Key, Line]
 
@@ -84,21 +91,61 @@ def verdicts(figures: Figures) -> list[Verdict]:
             target = PASSES.get(parts(line["case"])[0])
             if target:
                 found.append(Verdict(_what(line), name, line["value"], target, "% of a copy"))
-    for line, ratio in _ratios(figures):
-        if line["case"].split(",")[0] in ("large", "paper") and line["graph"]:
-            found.append(Verdict(line["case"], line["contender"], ratio, 0.38, "of VDM*", True))
-    return found
+    return [*found, *_shares(figures), *_captured(figures), *_peers(figures)]
+
+
+def _shares(figures: Figures) -> Iterator[Verdict]:
+    """Two phases against VDM*, in graphs: latency, and memory."""
+    lines = [x for x in figures.values() if x["section"] == "table4" and x["graph"]]
+    for line in lines:
+        target = LATENCIES.get(line["case"])
+        of_two = line["contender"] in (BASE_KEPT, TWO_PHASE, OVERLAPPED)
+        if of_two and target and line["metric"] == "per step":
+            over = ratio(figures, line)
+            if over is not None:
+                yield Verdict(line["case"], line["contender"], over, target, "of VDM*", True)
+    for line in memory(figures):
+        target, over = MEMORY.get(line["case"]), ratio(figures, line)
+        if line["graph"] and target and over is not None:
+            what = f"{line['case']}, memory ({line['metric']})"
+            yield Verdict(what, line["contender"], over, target, "of VDM*", True)
+
+
+def _captured(figures: Figures) -> Iterator[Verdict]:
+    for line, plain in _steps_both_ways(figures):
+        yield Verdict(
+            line["case"], "captured", plain / line["value"], 4, "x the speed of plain calls"
+        )
+
+
+def _peers(figures: Figures) -> Iterator[Verdict]:
+    """A step of ours against the best form of the compiler's that was read."""
+    case = "large, 1 clip"
+    times = {
+        line["contender"]: line["value"]
+        for line in figures.values()
+        if line["section"] in ("peers", "unet3d")
+        and (line["case"], line["metric"]) == (case, "per step")
+    }
+    for ours, peer, target in PEERS:
+        theirs = [time for name, time in times.items() if name.startswith(peer)]
+        if ours in times and theirs:
+            speed = min(theirs) / times[ours]
+            yield Verdict(case, ours, speed, target, f"x {peer}'s speed")
 
 
 def _kernel(figures: Figures, line: Line, name: str) -> Iterator[Verdict]:
     op, variant, shape = parts(line["case"])
     plain, value, what = variant in ("", "plain"), line["value"], _what(line)
-    if op in STEP_OPS and plain and shape == LARGE and line["metric"] == "of copy":
-        yield Verdict(what, name, value, 90, "% of a copy")
+    if op in STEP_OPS and shape == LARGE and line["metric"] == "of copy":
+        if plain:
+            yield Verdict(what, name, value, 92, "% of a copy")
+        if variant == "drawn" and line["dtype"] == "bf16":
+            yield Verdict(what, name, value, 75, "% of a copy")
     if line["metric"] != "time":
         return
     if op in STEP_OPS and plain and shape == SMALL:
-        yield Verdict(what, name, value, 2.5, "µs a node", True)
+        yield Verdict(what, name, value, 2.2, "µs a node", True)
     if shape != LARGE:
         return
     if variant == "guided":
@@ -234,6 +281,15 @@ def _launches(figures: Figures) -> Iterator[str]:
 
 
 def _capture(figures: Figures) -> Iterator[str]:
+    for line, plain in _steps_both_ways(figures):
+        yield (
+            f"A step ({line['case']}) takes {number(line['value'])} {line['unit']} captured "
+            f"and {number(plain)} when its kernels are launched one by one."
+        )
+
+
+def _steps_both_ways(figures: Figures) -> Iterator[tuple[Line, float]]:
+    """Captured steps, and the time of those whose kernels are launched one by one."""
     for line in figures.values():
         names = line["section"], line["contender"], line["metric"]
         if names != ("capture", "captured", "per step"):
@@ -242,10 +298,7 @@ def _capture(figures: Figures) -> Iterator[str]:
         if plain is None:
             plain = beside(figures, line, contender="plain")
         if plain is not None:
-            yield (
-                f"A step ({line['case']}) takes {number(line['value'])} {line['unit']} captured "
-                f"and {number(plain)} when its kernels are launched one by one."
-            )
+            yield line, plain
 
 
 def _listed(words: list[str]) -> str:

@@ -182,7 +182,8 @@ class Results:
                 if line["section"] != section:
                     continue
                 before = kept.get(key(line))
-                if before and line["status"] in NOTHING_FOUND:
+                found = before and before["status"] not in NOTHING_FOUND
+                if found and line["status"] in NOTHING_FOUND:
                     continue
                 if before and before["status"] == "failed" and before["run"] == line["run"]:
                     continue

@@ -30,7 +30,8 @@ TITLES = {  # section -> heading, and what it shows; in the order of the page
     "memory": ("Memory", "Peaks of sampling, each in a process of its own."),
     "profile": ("Kernels of a step", "One replayed step of each network, kernel by kernel."),
     "ncu": ("Inside the kernels", "Read by Nsight Compute."),
-    "peers": ("Peers", ""),
+    "peers": ("Peers", "torch.compile on our VDM*, beside our loop of it."),
+    "unet3d": ("diffusers' UNet3D", "As it comes, compiled, and its weights in our network."),
     "variants": ("Variants", ""),
 }
 LEFT_OUT = {"unavailable": "not available", "skipped": "skipped"}

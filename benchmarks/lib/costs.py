@@ -233,8 +233,8 @@ def bytes_of(things: Iterable[object]) -> int:
     return sum(storages.values())
 
 
-def to_fake(module: nn.Module) -> nn.Module:
-    """Replace, in place, every meta parameter and buffer by a fake CPU tensor of the same strides.
+def to_fake(module: nn.Module, device: str = "cpu") -> nn.Module:
+    """Replace, in place, every meta parameter and buffer by a fake tensor of the same strides.
 
     Call it under the FakeTensorMode that the module is to run under. (Built there directly, a
     module cannot be moved or cast: Module.to refuses to swap fake parameters.)
@@ -244,7 +244,7 @@ def to_fake(module: nn.Module) -> nn.Module:
             for name, old in tensors.items():
                 if old is None:
                     continue
-                new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="cpu")
+                new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
                 if isinstance(old, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=old.requires_grad)
                 tensors[name] = new

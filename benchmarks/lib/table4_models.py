@@ -12,11 +12,14 @@ Weights  drawn, so that no layer multiplies by the zeros it would start from; th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
+from lib.costs import to_fake, trace
 from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.formats.checkpoint import read_config
@@ -196,6 +199,18 @@ def _peer(widths: tuple[int, ...], head_dim: int) -> nn.Module:
         cross_attention_dim=64,
         attention_head_dim=head_dim,
     )
+
+
+@functools.cache
+def flops(size_name: str, network: str) -> int:
+    """FLOPs of one call on one clip (base: one image), counted with fake tensors (costs.py)."""
+    shape = size(size_name)
+    model = skeleton(shape, network, torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        frames = () if network == "base" else (shape.frames,)
+        z = torch.empty(1, *frames, 3, shape.pixels, shape.pixels)
+        model = generator(network, to_fake(model))
+        return trace(lambda: model(z, torch.zeros(1, dtype=torch.int64))).flops
 
 
 # -- noise -----------------------------------------------------------------------------------------

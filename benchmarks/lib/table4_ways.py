@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lib.table4_models import LAM, SCHEDULE, SHARING, Networks, Noise, make_noise, size
 from vfengine.diffusion.decompose import add_noise, joint_loss
 from vfengine.diffusion.noise import NoisePlace
-from vfengine.diffusion.solvers import solver_table
+from vfengine.diffusion.solvers import SolverTable, solver_table
 from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
 from vfengine.sampling.loop import Loop, LoopSpec
@@ -132,7 +132,7 @@ def kept(
     Of SHARED, the K clips are one batch, which is how a GPU would run them; noise may hold a batch
     of base noise and of clips, which all but SHARED take whole.
     """
-    table = solver_table("ddim", SCHEDULE, steps)
+    table = ddim(steps)
     clips = noise.clips
     place = NoisePlace(0)  # of no use: η = 0
     if name == VDM:
@@ -164,12 +164,32 @@ def kept(
 def _run(loop: Loop, capture: bool, *noise: Tensor) -> Callable[[], Tensor]:
     @torch.inference_mode()
     def run() -> Tensor:
-        step = loop.stepper(capture)
+        stepper = loop.stepper(capture)
         loop.start(*noise)
-        loop.run(step)
+        loop.run(stepper)
         return loop.u if isinstance(loop, ResidualLoop) else loop.z
 
     return run
+
+
+def ddim(steps: int) -> SolverTable:
+    return solver_table("ddim", SCHEDULE, steps)
+
+
+def step_loops(
+    networks: Networks, table: SolverTable
+) -> dict[str, tuple[Loop, tuple[Tensor, ...]]]:
+    """The loop of each network, one clip, and what it starts from."""
+    noise, place = make_noise(networks.size, networks.device, clips=1), NoisePlace(0)
+    base = BaseSpec.of(noise.base, table, place).build(networks("base"))
+    path = PathSpec.of(base.states, shared=True)
+    residual = ResidualSpec.of(noise.clip, table, place, motion=Motion(LAM), path=path)
+    video = ResidualSpec.of(noise.clip, table, place)
+    return {
+        "base": (base, (noise.base,)),
+        "residual": (residual.build(networks("residual")), (noise.clip,)),
+        "video": (video.build(networks("video")), (noise.clip,)),
+    }
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ namespace {
 using Release = py::call_guard<py::gil_scoped_release>;
 
 void define_ops(py::module_& m) {
-  for (const auto& define :
-       {define_args<Linear>, define_args<LayerNormWeights>, define_args<TransformerAttention>,
-        define_args<FeedForward>, define_args<RowSource>})
+  for (const auto& define : {define_args<Linear>, define_args<LayerNormWeights>,
+                             define_args<TransformerAttention>, define_args<FeedForward>,
+                             define_args<RowSource>, define_args<Clock>, define_args<BasePath>})
     define(m);
   py::dict args;  // {op: class of what it takes}
 #define VF_DEFINE_OP(name, Args)                                                                  \
@@ -44,9 +44,10 @@ void define_ops(py::module_& m) {
       Release(), py::arg("args"), py::arg("threads"));
   VF_CPU_OPS(VF_DEFINE_OP)
 #undef VF_DEFINE_OP
-  m.attr("args") = args;
 #if defined(VF_CUDA)
 #define VF_DEFINE_OP(name, Args)                                    \
+  define_args<Args>(m);                                             \
+  args[#name] = m.attr(Args::kName);                                \
   m.def(                                                            \
       #name "_cuda",                                                \
       [](const Args& args, int device, uintptr_t stream) {          \
@@ -56,6 +57,7 @@ void define_ops(py::module_& m) {
   VF_CUDA_OPS(VF_DEFINE_OP)
 #undef VF_DEFINE_OP
 #endif
+  m.attr("args") = args;
   m.def(
       "packed_words",
       [](int64_t columns, int64_t depth, bool geglu, int dtype) {

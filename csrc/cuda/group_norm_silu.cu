@@ -27,6 +27,7 @@ constexpr int kApplyBytes = 128;  // of a row that a block of apply_kernel has: 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     slab_kernel(const GroupNormSiluArgs args, const Slab slab, int kept, int tables) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   VF_SHARED(Line, lines, kTable);
   VF_DYNAMIC_SHARED(uint4, rows_kept);  // of T, a Group would come by elements
@@ -94,6 +95,7 @@ struct Chunks {
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     chunk_kernel(const GroupNormSiluArgs args, const Slab slab, const Chunks chunks) {
+  wait_for_inputs();
   const int64_t width = args.channels / args.groups, set_rows = args.rows * args.num_frames;
   const int column = int(threadIdx.x) % slab.columns, slot = int(threadIdx.x) / slab.columns;
   const int index = int(blockIdx.x) % slab.count;
@@ -157,6 +159,7 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     apply_kernel(const GroupNormSiluArgs args, const Slab slab, const Chunks chunks,
                  const Tiles tiles) {
+  wait_for_inputs();
   constexpr int kSize = Group<T>::kSize, kChannels = kApplyBytes / int(sizeof(T));
   VF_SHARED(Line, lines, kChannels);
   const int tid = int(threadIdx.x), slot = tid / tiles.columns, column = tid % tiles.columns;

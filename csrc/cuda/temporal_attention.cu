@@ -65,6 +65,7 @@ __device__ __forceinline__ Group<T> load_row(const T* from, bool aligned) {
 template <class T, int kDim>
 __global__ void __launch_bounds__(kBlock, 4)
     attention_kernel(const TemporalAttentionArgs args, int64_t blocks, float scale, bool aligned) {
+  wait_for_inputs();
   constexpr int kKeys = kKeysOf<T, kDim>;
   constexpr int kSize = Group<T>::kSize, kVectors = kDim / kSize, kQuads = kDim / 4;
   constexpr int kPitch = kVectors + 1;  // lanes of different keys then use different banks

@@ -105,7 +105,7 @@ def test_dry_run_needs_nothing_that_a_gpu_machine_may_lack(tmp_path):
     assert ran == set(gpu_check.NAMES) - {"build"}
     assert not {name for name in ran if len(statuses(lines, name)) == 1}, "nothing found"
     missing = [x for x in lines if x["status"] == "unavailable"]
-    assert {x["section"] for x in missing} == {"peers", "prepare peers"}
+    assert {x["section"] for x in missing} == {"unet3d", "prepare unet3d"}
     assert {x["note"] for x in missing} == {"diffusers is not installed"}
     report = [sys.executable, "benchmarks/gpu_report.py", str(tmp_path / "gpu.jsonl")]
     subprocess.run([*report, "--out", str(tmp_path / "gpu.md")], cwd=ROOT, check=True)
@@ -150,10 +150,28 @@ def test_only_and_until_choose_sections(tmp_path):
 
     assert names() == list(gpu_check.NAMES)
     assert names(until="smoke") == ["build", "ceilings", "smoke"]
-    assert names("kernels,peers") == ["build", "kernels", "peers"]  # nothing to compile beside
+    assert names("kernels,peers") == ["build", "prepare peers", "kernels", "peers"]
     assert names("tests,peers") == ["build", "tests", "prepare peers", "peers"]
+    assert names("tests,table4") == ["build", "tests", "prepare table4", "table4"]
     assert names("kernels", module=tmp_path) == ["kernels"]
     assert "build" not in names(dry=True)
+
+
+def test_a_short_budget_has_what_is_worth_most(tmp_path):
+    """And nothing is compiled for what does not fit."""
+    sections = gpu_check.chosen(None, None, tmp_path, tmp_path, False)
+    names = [s.name for s in gpu_check.within(260, sections)]
+    start, fit = 0.0, []
+    for section in sections:
+        if section.prepares:
+            continue
+        fit += [section.name] if start + section.expected <= 250 else []
+        start += section.expected
+    wanted = "ceilings smoke tests kernels network_ops capture table4 profile"
+    assert fit == wanted.split()
+    prepared = [name for name in names if name.startswith("prepare")]
+    assert prepared == ["prepare network_ops", "prepare table4"]
+    assert gpu_check.within(10**6, sections) == sections
 
 
 def test_only_failed_takes_what_is_not_done(fakes, tmp_path, monkeypatch):

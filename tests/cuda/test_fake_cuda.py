@@ -144,6 +144,27 @@ def op_and_buffers(op: str, device: str):
     return lambda: ops.decomposed_noise(clip, residual_seed=2), buffers
 
 
+def loop_op_and_buffers(op: str):
+    """A call that takes a step of a sampling loop on fake CUDA, and its tensors."""
+    batch, frames, *image = shape = (2, 4, 3, 8, 8)
+    clip, still = (torch.ones(size, device="cuda") for size in (shape, (batch, *image)))
+    number = torch.zeros(1, dtype=torch.int32, device="cuda")
+    long = torch.zeros(10, dtype=torch.int64, device="cuda")
+    clock = ops.Clock(number, number.clone(), long, long[:batch].clone())
+    buffers = {"states": torch.ones(11, batch, *image, device="cuda"), **clock._asdict()}
+    buffers["coeffs"] = coeffs = torch.zeros(10, 3, device="cuda")
+    states = buffers["states"]
+    if op == "path_step":
+        lam, c1 = torch.ones(frames, device="cuda"), coeffs[:, 0].double()
+        buffers |= {"u": clip, "r": clip.clone(), "lam": lam, "c1": c1}
+        tables = buffers["r"], lam, coeffs, clock
+        path = {"states": states, "c1": c1, "base_frame": 2}
+        return lambda: ops.path_step(clip, *tables, **path, seed=2**63), buffers
+    buffers |= {"z": still, "b": still.clone(), "levels": coeffs[:, 0].contiguous()}
+    tables = states, buffers["levels"], coeffs, clock
+    return lambda: ops.base_step(still, buffers["b"], *tables, seed=2**63), buffers
+
+
 def network_op_and_buffers(op: str, device: str):
     """A call of an op that networks use, and the tensors that live across calls."""
     step = torch.zeros(1, dtype=torch.int32, device=device)
@@ -201,6 +222,17 @@ def test_op_can_be_captured(op):
     assert not report.allocated
 
 
+@pytest.mark.parametrize("op", ["path_step", "base_step"])
+def test_step_of_a_loop_is_one_launch(op):
+    """It reads its rows and counts by itself, in the memory that it is given."""
+    with FakeTensorMode():
+        call, buffers = loop_op_and_buffers(op)
+    report = audit(call, buffers)
+    assert report.clean, report
+    assert report.ops[0] == [f"vfengine.{op}.default"]
+    assert not report.allocated
+
+
 NETWORK_OPS = {  # the op, and what its call allocates on CUDA where `out` is given
     "group_norm_silu": ["aten.empty.memory_format"],  # the workspace of its statistics
     "layer_norm": [],
@@ -224,6 +256,33 @@ def test_op_of_networks_can_be_captured(op):
     made = NETWORK_OPS[op]
     assert report.ops[0] == [*made, f"vfengine.{op}.default", "aten.add_.Tensor"]
     assert report.allocated == made
+
+
+def generator_op_and_buffers(op: str):
+    """The same of an op around a network's layers, guided, for clips in patches of 2."""
+    z = torch.ones(1, 3, 3, 4, 4, device="cuda")
+    step = torch.zeros(1, dtype=torch.int32, device="cuda")
+    buffers = {"z": z, "coeffs": torch.ones(5, 3, 5, device="cuda"), "step": step}
+    if op == "model_input":
+        buffers["out"] = torch.ones(6, 2, 2, 32, dtype=torch.bfloat16, device="cuda")
+        return lambda: ops.model_input(**buffers, conditioned=True), buffers
+    buffers |= {"rows": torch.ones(6, 2, 2, 24, device="cuda"), "out": torch.empty_like(z)}
+    return lambda: ops.noise_estimate(**buffers, guidance_scale=2.0), buffers
+
+
+@pytest.mark.parametrize("op", ["model_input", "noise_estimate"])
+def test_op_of_generators_can_be_captured(op):
+    with FakeTensorMode():
+        call, buffers = generator_op_and_buffers(op)
+
+    def advance():
+        call()
+        buffers["step"].add_(1)
+
+    report = audit(advance, buffers)
+    assert report.clean, report
+    assert report.ops[0] == [f"vfengine.{op}.default", "aten.add_.Tensor"]
+    assert not report.allocated
 
 
 @pytest.mark.parametrize("op", NETWORK_OPS)

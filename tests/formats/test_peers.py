@@ -6,6 +6,7 @@ from seeded import filled, normal
 from torch import nn
 
 from vfengine.models import PlannedUNet, UNet, load_unet, read_unet
+from vfengine.plan.cuda import CudaUNet
 
 SMALL = {
     "sample_size": 8,
@@ -145,6 +146,16 @@ def test_matches_diffusers(case, gain, tmp_path):
         assert not unet.training
         assert not any(p.requires_grad for p in unet.parameters())
         assert error(run_ours(unet, **given), expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_walk_on_cuda_matches_diffusers(case, tmp_path, monkeypatch):
+    """With the references of its ops."""
+    monkeypatch.setenv("VFENGINE_KERNEL_BACKEND", "reference")
+    peer, given = peer_of(case, 1.6), inputs(case)
+    peer.save_pretrained(tmp_path)
+    unet = CudaUNet(read_unet(tmp_path, torch.float32), torch.float32)
+    assert error(run_ours(unet, **given), run_peer(peer, **given)) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,13 +19,18 @@ from vfengine.diffusion.solvers import solver_table
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.ops import residual_step
 from vfengine.pipelines.videofusion import VideoFusionPipeline
+from vfengine.plan.cuda import CudaUNet
+from vfengine.sampling.guidance import GuidedModel, ModelSpec
+from vfengine.sampling.in_loop import LoopModel, Steps, in_loop
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
 from vfengine.sampling.loop import Loop, LoopSpec
+from vfengine.sampling.overlap import run_overlapped
 from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 from .graphs import assert_same, in_a_graph
 
 STEPS = 6
+SLOW = 200_000  # cycles, about 0.1 ms: as much as a step of the other network
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"fp32": FP32, "bf16": BF16}
 TOLERANCES = {FP32: 1e-4, BF16: 0.05}  # of states of about 1, after some steps of a network
@@ -84,7 +89,10 @@ def test_one_captured_step_is_all_of_them(backend, device):
 
 
 def load(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    return load_network(folder, read_config(folder), name, device, dtype)
+    """A network in its form for CUDA."""
+    network = load_network(folder, read_config(folder), name, device, dtype)
+    network.unet = CudaUNet(network.unet, dtype)
+    return network
 
 
 def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Module]]:
@@ -98,10 +106,7 @@ def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Modu
         name: load(name, video if name == "video" else decomposed, device, dtype)
         for name in names.get(phase, ["residual"])
     }
-    models = [
-        lambda z, t, network=network: network(z, t, class_labels=labels)
-        for network in networks.values()
-    ]
+    models = [ModelSpec(network, labels).build(device) for network in networks.values()]
     with torch.inference_mode():
         if phase == "base":
             loop = BaseSpec.of(noise.base, table, NoisePlace(2)).build(*models)
@@ -125,11 +130,11 @@ def noise_of(seed: int, device: str):
     return decomposed_noise((2, 4, 3, 16, 16), seed, seed + 1, device=device)
 
 
-def run(loop: Loop, seed: int, capture: bool) -> Tensor:
+def run(loop: Loop, seed: int, capture: bool, at_once: int | None = None) -> Tensor:
     """The loop's result from this noise; a base loop's whole path."""
     noise = noise_of(seed, loop.device)
     with torch.inference_mode():
-        step = loop.stepper(capture)
+        step = loop.stepper(capture, at_once)
         if loop.phase == "interleaved":
             loop.start(*noise)
         else:
@@ -154,6 +159,81 @@ def test_captured_loop_is_the_plain_one(phase, solver, dtype, device, folders):
         assert plain.isfinite().all()
         assert_same(run(loop, seed, True), plain, TOLERANCES[dtype], f"{phase}, {solver}")
     assert not torch.equal(run(loop, 0, True), plain)
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 6])
+@pytest.mark.parametrize("phase", ["base", "residual", "video"])
+def test_several_steps_in_a_graph_are_the_plain_ones(phase, at_once, device, folders):
+    loop, _ = make_loop(phase, "unipc", FP32, device, folders)
+    for seed in (0, 8):
+        plain = run(loop, seed, capture=False)
+        told = f"{phase}, {at_once} steps a graph"
+        assert_same(run(loop, seed, True, at_once), plain, TOLERANCES[FP32], told)
+
+
+class Late:
+    """A model whose steps take longer than those of the other phase."""
+
+    def __init__(self, model: GuidedModel) -> None:
+        self.model = model
+
+    def in_loop(self, steps: Steps) -> LoopModel:
+        self.model = in_loop(self.model, steps)
+        return self
+
+    def start(self) -> None:
+        self.model.start()
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        if z.is_cuda:
+            torch.cuda._sleep(SLOW)
+        return self.model(z, t)
+
+
+@pytest.mark.parametrize("late", ["base", "residual"])
+@pytest.mark.parametrize("steps", [6, 8, 20], ids=["1 a graph", "2 a graph", "5 a graph"])
+def test_both_phases_in_one_graph_are_one_after_the_other(steps, late, device, tiny_checkpoint):
+    """Whichever branch is the slower one; with other noise the same graphs are replayed."""
+    table = solver_table("unipc", read_config(tiny_checkpoint).noise_schedule(), steps)
+    labels = torch.tensor([0, 2], device=device)
+
+    def model(name: str):
+        made = ModelSpec(load(name, tiny_checkpoint, device, FP32), labels).build(device)
+        return Late(made) if name == late else made
+
+    noise = noise_of(0, device)
+    with torch.inference_mode():
+        base = BaseSpec.of(noise.base, table, NoisePlace(2)).build(model("base"))
+        path = PathSpec.of(base.states, shared=True)
+        motion = Motion(0.5)
+        spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), motion=motion, path=path)
+        residual = spec.build(model("residual"))
+        for seed in (0, 8):
+            noise = noise_of(seed, device)
+            for loop, start in ((base, noise.base), (residual, noise.residual)):
+                loop.start(start)
+                loop.run(loop.stepper(capture=False))
+            states, clip = base.states.clone(), residual.u.clone()
+            for buffer in (base.states, residual.u):
+                buffer.fill_(torch.nan)
+            run_overlapped(base, residual, *noise, capture=True)
+            told = f"late {late}, seed {seed}"
+            assert_same(base.states, states, TOLERANCES[FP32], f"path, {told}")
+            assert_same(residual.u, clip, TOLERANCES[FP32], f"clip, {told}")
+    assert len(residual.beside) == (device != "cpu")
+
+
+@pytest.mark.parametrize("phase", ["base", "residual"])
+def test_dependent_launches_change_no_bits(phase, device, folders, monkeypatch):
+    """A kernel that began before the one ahead of it had ended would read what is not yet there."""
+    clips = {}
+    for switch in ("off", "on"):
+        monkeypatch.setenv("VFENGINE_PDL", switch)
+        loop, _ = make_loop(phase, "unipc", BF16, device, folders)
+        for seed in (0, 8):
+            clips[switch, seed] = run(loop, seed, True, STEPS)
+    for seed in (0, 8):
+        assert_same(clips["on", seed], clips["off", seed], TOLERANCES[BF16], phase)
 
 
 @pytest.mark.parametrize("phase", ["base", "residual", "video"])

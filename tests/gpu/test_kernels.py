@@ -18,6 +18,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from vfengine import ops
+from vfengine.ops import _tuning
 
 from .graphs import in_a_graph, late_side_stream
 
@@ -42,6 +43,8 @@ SOURCES = {  # an argument of each op that its result depends on
     "remove_base": "z",
     "temporal_attention": "qkv",
     "spatial_attention": "q",
+    "model_input": "z",
+    "noise_estimate": "z",
 }
 
 every_backend = pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def make_call(op: str, backend: str, device: str) -> Call:
     case = tests.make_case(shape, device=device)
     source = case[SOURCES.get(op, "x")]
     out = torch.empty_like(source if op.endswith(("_step", "base")) else function(**case))
-    return Call(partial(function, **case, out=out, backend=backend), source, out)
+    return Call(partial(function, **{**case, "out": out}, backend=backend), source, out)
 
 
 @pytest.mark.parametrize("op", CUDA)
@@ -111,9 +114,29 @@ def test_large_sizes(op, backend, device):
         assert_same_bits(ops.residual_step(**on_cpu(case), backend="cpu"), out.cpu())
 
 
+def test_every_tile_and_form_of_implicit_gemm(device, monkeypatch):
+    tests = tests_of("implicit_gemm")
+    tests.run_cases("triton", tests.SETS["forms"], device, as_it_is, (BF16,))
+    tests.run_tiles(device, monkeypatch, BF16)
+
+
+def test_measured_choices_of_implicit_gemm_are_right(device, monkeypatch):
+    """The fastest of all tiles and torch's own product, which is tested by itself as well."""
+    if device == "cpu":
+        return  # there is nothing to measure
+    monkeypatch.delenv("VFENGINE_TUNING", raising=False)
+    tests = tests_of("implicit_gemm")
+    tests.run_torch(device, (BF16,))
+    before = _tuning.measured().keys()
+    tests.run_cases("auto", {"model": tests.SHAPES["model"]}, device, as_it_is, (BF16,))
+    (key,) = _tuning.measured().keys() - before
+    assert "torch" in _tuning.measured()[key]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_registers(op, device):
-    tests_of(op).check_registration(device)
+    runs = device == "cuda" or "cpu" in OPS[op]
+    tests_of(op).check_registration(device, *([] if runs else ["reference"]))
 
 
 @every_backend

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vfengine.native import vfengine_native
+from vfengine.ops import Clock
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_DTYPES = tuple(DTYPES.values())
@@ -46,7 +47,14 @@ OPS = {  # and the kernels there are of each
     "temporal_attention": KERNELS,
     "layer_norm": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
+    "implicit_gemm": ("triton",),
     "spatial_attention": ("cpu", "triton"),
+    "model_input": ("triton",),
+    "noise_estimate": ("triton",),
+}
+LOOP_OPS = {  # of a sampling loop: on a CPU they are made of others
+    "path_step": ("triton", "cuda"),
+    "base_step": ("triton", "cuda"),
 }
 
 # Row 0 and 1 have sigma = 0, row 2 has sigma > 0.
@@ -84,6 +92,23 @@ def frames_case(shape, dtype, step, guided, device="cpu") -> dict[str, object]:
         "step": torch.tensor([step], dtype=torch.int32, device=device),
     }
     return {**case, "r_uncond": clip(*shape), "guidance_scale": 2.5} if guided else case
+
+
+def clock_case(step: int, batch: int, device: str = "cpu") -> dict[str, Tensor]:
+    """A clock of the steps of COEFFS, before this step."""
+    number = lambda n: torch.tensor([n], dtype=torch.int32, device=device)  # noqa: E731
+    timesteps = torch.tensor([900, 600, 2**40], device=device)
+    t = torch.full((batch,), -1, device=device)
+    return {"counter": number(step), "ticket": number(0), "timesteps": timesteps, "t": t}
+
+
+def stepped(op: Callable[..., Tensor], case: dict, backend: str) -> dict[str, object]:
+    """The case after a call of one of LOOP_OPS, which writes some of its tensors."""
+    case = dict(case)
+    clock = Clock(*(case[name] for name in Clock._fields))
+    arguments = {name: value for name, value in case.items() if name not in Clock._fields}
+    assert op(**arguments, clock=clock, backend=backend) is case["u" if "u" in case else "z"]
+    return case
 
 
 def placed(case: dict, place: Place) -> dict:
@@ -156,7 +181,7 @@ def run(backend: str, shapes: str, device: str, place: Place) -> None:
     shapes: a name in SETS, of the op's test file where that has its own, else of this one
     """
     dtypes = GPU_DTYPES if shapes == "gpu" else ALL_DTYPES
-    for op, kernels in OPS.items():
+    for op, kernels in (OPS | LOOP_OPS).items():
         if backend not in kernels:
             continue
         module = importlib.import_module(f"test_{op}")

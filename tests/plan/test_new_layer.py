@@ -10,7 +10,7 @@ from test_planned import IMAGE, distance
 from torch import Tensor, nn
 
 from vfengine.models import PlannedUNet, UNet
-from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, images, rows
+from vfengine.models.layers import FeedForward, GroupNorm, images, rows
 
 
 class Mixer(nn.Module):
@@ -19,7 +19,7 @@ class Mixer(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm, self.layer_norm = GroupNorm(4, channels), LayerNorm(channels)
+        self.norm, self.layer_norm = GroupNorm(4, channels), nn.LayerNorm(channels)
         self.ff = FeedForward(channels, 3)
 
     def forward(self, x: Tensor, num_frames: int, context: Tensor | None) -> Tensor:

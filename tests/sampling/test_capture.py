@@ -11,10 +11,12 @@ from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS, solver_table
 from vfengine.formats.checkpoint import PlainConfig, build_network, load_network, read_config
 from vfengine.models import vdm_config
-from vfengine.models.layers import FeedForward, GroupNorm, LayerNorm, Transformer
+from vfengine.models.layers import GroupNorm, Transformer
+from vfengine.plan.cuda import CudaUNet
 from vfengine.sampling.guidance import GuidedModel, ModelSpec
+from vfengine.sampling.in_loop import Steps, in_loop
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
-from vfengine.sampling.loop import LoopSpec
+from vfengine.sampling.loop import LoopSpec, steps_in_a_graph
 from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 STEPS = 5
@@ -25,27 +27,26 @@ PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
 
 
 PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
-FUSED = {  # our op, and torch's in whose place it runs
-    "group_norm_silu": "aten.native_group_norm.default",
-    "layer_norm": "aten.native_layer_norm.default",
-    "geglu": "aten.gelu.default",
-    "temporal_attention": None,
-}
+MOST_KERNELS = {"base": 120, "residual": 170, "video": 180}  # of a step
+NETWORK_OPS = (
+    *("model_input", "noise_estimate"),
+    *("group_norm_silu", "layer_norm", "temporal_attention"),
+)
 
 
-def fused_ops(ops: list[str]) -> dict[str, int]:
+def network_ops(ops: list[str]) -> dict[str, int]:
     """How often each of these ops of networks runs."""
-    assert not set(FUSED.values()) & set(ops)
-    return {op: ops.count(f"vfengine.{op}.default") for op in FUSED}
+    return {op: ops.count(f"vfengine.{op}.default") for op in NETWORK_OPS}
 
 
-def ops_of_layers(network: nn.Module) -> dict[str, int]:
-    """The same, from the layers that it has, each of which runs once."""
-    kinds = {"group_norm_silu": GroupNorm, "layer_norm": LayerNorm, "geglu": FeedForward}
-    layers = list(network.modules())
+def ops_of_layers(networks: list[nn.Module]) -> dict[str, int]:
+    """The same, from the layers that they have, each of which runs once."""
+    kinds = {"group_norm_silu": GroupNorm, "layer_norm": nn.LayerNorm}
+    layers = [layer for network in networks for layer in network.modules()]
     counts = {op: sum(isinstance(layer, kind) for layer in layers) for op, kind in kinds.items()}
     transformers = [layer for layer in layers if isinstance(layer, Transformer)]
-    return {**counts, "temporal_attention": sum(layer.axis == "time" for layer in transformers)}
+    counts["temporal_attention"] = sum(layer.axis == "time" for layer in transformers)
+    return {"model_input": len(networks), "noise_estimate": len(networks), **counts}
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +105,38 @@ def fake_loop(phase, networks, table):
     """The loop on fake CUDA tensors, and the tensors that live across its steps, by name."""
     loop, parts = make_loop(phase, networks, table)
     mode, memo = FakeTensorMode(), {}
-    networks = [part.network for part in parts if isinstance(part, GuidedModel)]
-    for part in (loop, *parts, *networks):
+    models = [part for part in parts if isinstance(part, GuidedModel)]
+    for part in (loop, *parts, *[model.network for model in models]):
         fake_cuda.to_fake_cuda(part, mode, memo)
+    with mode, torch.inference_mode():
+        for model in models:
+            model.network.unet = CudaUNet(model.network.unet, torch.bfloat16)
+        tie(loop, phase, *models)
+        loop.step()  # what is made once and kept
     buffers = dict(vars(loop))
     for name in ("mix", "mix_base", "mix_residual"):
         if name in buffers:
             mixing = buffers.pop(name)
             buffers |= {f"{name}.{k}": slot for k, slot in enumerate(mixing.history)}
     return loop, buffers
+
+
+def tie(loop, phase: str, *models: GuidedModel) -> None:
+    """Ties a loop to its models anew, now that their networks have the form for CUDA."""
+
+    def tied(model, frames=None):
+        shape = (1, 3, 64, 64) if frames is None else (1, frames, 3, 64, 64)
+        steps = Steps(loop.timesteps, loop.counter, torch.Size(shape), torch.float32)
+        model = in_loop(model, steps)
+        model.start()
+        return model
+
+    if phase == "interleaved":
+        loop.base_model, loop.residual_model = tied(models[0]), tied(models[1], FRAMES)
+    elif phase == "windows":
+        loop.model.model = tied(*models, 5)
+    else:
+        loop.model = tied(*models, None if phase == "base" else FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +171,19 @@ def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
     assert report.clean, report
     assert len(report.ops) == STEPS
     assert all(ops == report.ops[0] for ops in report.ops)
-    step_ops = {"base": "decomposed_step", "interleaved": "decomposed_step"}
-    name = step_ops.get(phase, "residual_step")
-    assert report.ops[0].count(f"vfengine.{name}_.default") == 1
+    step_ops = {"base": "base_step", "interleaved": "decomposed_step_"}
+    name = step_ops.get(phase, "path_step")
+    assert report.ops[0].count(f"vfengine.{name}.default") == 1
+    if phase != "interleaved":
+        assert report.ops[0][-1] == f"vfengine.{name}.default"  # it counts the step too
+    if (phase, solver) in ((name, "ddim") for name in MOST_KERNELS):
+        kernels = [op for op in fake_cuda.launched(report.ops[0]) if op != "aten.to.dtype"]
+        norms = kernels.count("vfengine.group_norm_silu.default")  # of one launch or two
+        assert len(kernels) + norms <= MOST_KERNELS[phase], kernels
     in_step = PHASE_NETWORKS.get(phase, ("residual",))
-    layers = nn.ModuleList(networks[name] for name in in_step)
     runs = 2 if phase == "windows" else 1
-    once = ops_of_layers(layers)
-    assert fused_ops(report.ops[0]) == {op: runs * count for op, count in once.items()}
+    once = ops_of_layers([networks[name].unet.unet for name in in_step])
+    assert network_ops(report.ops[0]) == {op: runs * count for op, count in once.items()}
 
 
 def test_step_that_waits_is_reported(networks, cuda_guard):
@@ -194,7 +223,7 @@ class WholeLoop(torch.nn.Module):
                 gathered.setdefault((id(part), name), (part, name, []))[2].append(tensor)
         for part, name, tensors in gathered.values():
             setattr(part, name, tuple(tensors))
-        self.loop.counter.zero_()
+        self.loop.clock.rewind()
         self.loop.mix.clear()
         getattr(self.loop, self.state).copy_(start)
         for _ in range(len(self.loop)):
@@ -219,7 +248,7 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
     if phase == "base":
         loop, start = (
             BaseSpec.of(noise.base, table, NoisePlace(0)).build(model),
-            noise.base[:, None],
+            noise.base,
         )
     else:
         states = torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -243,7 +272,8 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
 def test_on_a_cpu_the_step_itself_runs():
     no_networks = {"base": None, "residual": None, "video": None}
     loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 2))
-    assert loop.stepper(capture=True) == loop.step
+    steps = loop.stepper(capture=True)
+    assert (steps.take, steps.count) == (loop.step, 1)
 
 
 def test_float64_cannot_be_captured():
@@ -252,3 +282,19 @@ def test_float64_cannot_be_captured():
     loop.device, loop.dtype = torch.device("cuda", 0), torch.float64
     with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
         loop.stepper(capture=True)
+
+
+@pytest.mark.parametrize(
+    ("total", "count"),
+    [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (10, 2), (12, 3), (13, 1), (16, 4), (20, 5), (50, 5)],
+)
+def test_steps_in_a_graph_divide_the_loop(total, count):
+    assert steps_in_a_graph(total) == count
+
+
+def test_a_graph_holds_no_part_of_a_loop_that_leaves_a_rest():
+    no_networks = {"base": None, "residual": None, "video": None}
+    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 5))
+    loop.device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="at_once must divide the loop's 5 steps, got 2"):
+        loop.stepper(capture=True, at_once=2)

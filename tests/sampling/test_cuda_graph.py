@@ -1,8 +1,4 @@
-"""The calls of torch.cuda by vfengine/sampling/cuda_graph.py; a stub records them.
-
-Nothing runs on a device: "captured" and replayed steps run on the CPU, so that clips can be
-compared with plain ones.
-"""
+"""The calls of torch.cuda by vfengine/sampling/cuda_graph.py; a stub records them."""
 
 import contextlib
 import threading
@@ -11,116 +7,17 @@ import numpy as np
 import pytest
 import torch
 from held import loops_of
-from torch.overrides import TorchFunctionMode
+from stub_cuda import (
+    CUDA,
+    WAIT,
+    OnTheCpu,
+    StubCuda,
+    WatchedLock,
+    pretended,
+    stub_with_loops,
+)
 
-from vfengine import VideoFusionPipeline
 from vfengine.sampling import cuda_graph as capture
-from vfengine.sampling import overlap
-from vfengine.sampling.loop import Loop
-
-CUDA = torch.device("cuda", 0)
-WAIT = 60.0  # seconds after which a thread that never comes fails the test
-
-
-class StubCuda:
-    """In place of torch.cuda: who captures, what breaks that, which streams are used.
-
-    calls:    in order; warm-up and captured steps are included if they record themselves
-    problems: calls that the driver or torch would or could have refused
-    """
-
-    def __init__(self, monkeypatch, capture_fails=False):
-        self.calls, self.problems, self.fails = [], [], capture_fails
-        self.local = threading.local()
-        self.capturing = None  # thread
-        self.entered = threading.Event()  # another thread came while one was capturing
-        self.modes, self.streams = [], 0
-        for name in ("device", "stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        for name in ("synchronize", "empty_cache"):
-            monkeypatch.setattr(torch.cuda, name, self._whole_device(name))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.Stream(self, self.here()))
-        monkeypatch.setattr(torch.cuda, "Stream", lambda *_: self.Stream(self, self._new_name()))
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "set_stream", lambda s: self._go(s.name))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self.Graph(self))
-        monkeypatch.setattr(capture, "_idle_streams", {})
-
-    class Stream:
-        def __init__(self, stub, name):
-            self.stub, self.name = stub, name
-
-        def wait_stream(self, other):
-            self.stub.calls.append(f"{self.name} waits for {other.name}")
-
-        def record_event(self):
-            return self
-
-        def synchronize(self):
-            if self.stub.capturing is threading.current_thread():
-                self.stub.problems.append("waits for a stream in capture")
-
-    class Graph:
-        def __init__(self, stub):
-            self.stub, self.step, self.stream = stub, getattr(stub.local, "step", None), None
-
-        def replay(self):
-            if capture.exclusive._is_owned():
-                self.stub.problems.append("replayed with the lock held")
-            self.stub.calls.append("replay")
-            if self.step is not None:
-                self.step()
-
-    def here(self):
-        return getattr(self.local, "stream", "main")
-
-    def _go(self, name):
-        self.local.stream = name
-
-    def _new_name(self):
-        self.streams += 1
-        return "side" if self.streams == 1 else f"side {self.streams}"
-
-    def _whole_device(self, name):
-        def call(*_):
-            self._check(name)
-            self.calls.append(name)
-
-        return call
-
-    def _check(self, what):
-        self.entered.set()
-        if self.capturing is not None:
-            self.problems.append(f"{what} during a capture")
-
-    @contextlib.contextmanager
-    def device(self, device):
-        yield
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        before = self.here()
-        self._go(stream.name)
-        yield
-        self._go(before)
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
-        torch.cuda.synchronize()  # as torch does
-        torch.cuda.empty_cache()
-        self._check("a capture")
-        self.modes.append(torch.is_inference_mode_enabled())
-        self.capturing, graph.stream = threading.current_thread(), stream.name
-        self._go(stream.name)
-        self.calls.append(f"capture {capture_error_mode}")
-        try:
-            yield
-        finally:
-            self.capturing = None
-        if self.fails:  # as capture_end does, before it goes back to the stream it came from
-            raise RuntimeError("ended")
-        self.calls.append("captured")
-        self._go("main")
 
 
 def test_captured_warms_up_on_the_side_and_replays(monkeypatch):
@@ -136,8 +33,51 @@ def test_captured_warms_up_on_the_side_and_replays(monkeypatch):
     assert cuda.calls == [*begin, *warm_up, *recording, "main waits for side"]
     assert cuda.here() == "main"
     replay()
-    assert cuda.calls[-1] == "replay"
+    assert cuda.calls[-2:] == ["replay", "step on main"]
+    assert (replay.count, replay.stream.name) == (1, "side")
     assert not cuda.problems
+
+
+def test_several_steps_are_captured_and_one_warms_up(monkeypatch):
+    cuda, steps = StubCuda(monkeypatch), []
+    replay = capture.captured(lambda: steps.append(cuda.capturing), CUDA, lambda: None, count=3)
+    here = threading.current_thread()
+    assert steps == [None] * 2 + [here] * 3
+    assert replay.count == 3
+    replay()
+    assert len(steps) == 8
+
+
+@pytest.mark.parametrize("switch", ["deterministic", "benchmark", None])
+def test_cudnn_searches_while_a_step_warms_up_and_not_in_the_capture(monkeypatch, switch):
+    StubCuda(monkeypatch)
+    cudnn, seen = torch.backends.cudnn, []
+    for name in ("deterministic", "benchmark"):
+        monkeypatch.setattr(cudnn, name, name == switch)
+    capture.captured(lambda: seen.append(cudnn.benchmark), CUDA, lambda: None)
+    former = switch == "benchmark"
+    assert seen == [switch != "deterministic"] * 2 + [former]
+    assert cudnn.benchmark is former
+
+    def fails():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        capture.captured(fails, CUDA, lambda: None)
+    assert cudnn.benchmark is former
+
+
+def test_a_second_graph_has_the_memory_and_the_stream_of_the_first(monkeypatch):
+    """And it leaves the stream to the first one."""
+    cuda, calls = StubCuda(monkeypatch), []
+    first = capture.captured(lambda: None, CUDA, lambda: None, count=2)
+    second = capture.captured_after(first, CUDA, lambda: calls.append(cuda.here()))
+    assert calls == ["side"]  # no warm-up
+    assert (second.count, second.stream) == (2, first.stream)
+    assert second.graph.memory == first.graph.memory
+    del second
+    other = capture.captured(lambda: None, CUDA, lambda: None)
+    assert other.stream.name == "side 2"
 
 
 @pytest.mark.parametrize("when", ["warm-up", "capture"])
@@ -176,76 +116,33 @@ def test_graphs_share_no_stream_and_leave_theirs_behind(monkeypatch):
         return capture.captured(lambda: None, CUDA, lambda: None)
 
     graphs = [replay(), replay()]
-    assert len({graph.__self__.stream for graph in graphs}) == 2
+    assert len({graph.stream.name for graph in graphs}) == 2
     with capture.side_stream(CUDA) as stream:
-        assert stream.name not in {graph.__self__.stream for graph in graphs}
+        assert stream.name not in {graph.stream.name for graph in graphs}
     for _ in range(5):  # as of an engine whose shapes change
         graphs = graphs[1:]
         graphs.append(replay())
-        assert len({graph.__self__.stream for graph in graphs}) == 2
+        assert len({graph.stream.name for graph in graphs}) == 2
     assert cuda.streams == 3
     graphs.append(replay())
-    assert len({graph.__self__.stream for graph in graphs}) == 3
+    assert len({graph.stream.name for graph in graphs}) == 3
 
 
 # -- threads ---------------------------------------------------------------------------------------
 
 
-class OnTheCpu(TorchFunctionMode):
-    """Tensors that are sent to CUDA stay on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to and CUDA in args:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-class WatchedLock:
-    """A lock that says so before a thread waits for it."""
-
-    def __init__(self, lock, stub):
-        self.lock, self.stub, self._is_owned = lock, stub, lock._is_owned
-
-    def __enter__(self):
-        if self.stub.capturing not in (None, threading.current_thread()):
-            self.stub.entered.set()
-        self.lock.acquire()
-
-    def __exit__(self, *_):
-        self.lock.release()
-
-
 @pytest.fixture
 def stub(monkeypatch):
-    """The stub, with loops that capture although they are on the CPU, and a watched lock."""
-    cuda = StubCuda(monkeypatch)
-    monkeypatch.setattr(capture, "exclusive", WatchedLock(capture.exclusive, cuda))
-
-    def stepper(loop, capturing):
-        if loop._replay is None:
-            cuda.local.step = loop.step
-            loop._replay = capture.captured(loop.step, CUDA, loop._rewind)
-        return loop._replay
-
-    monkeypatch.setattr(Loop, "stepper", stepper)
-    return cuda
-
-
-def pretended(checkpoint, label, **settings):
-    """A pipeline with its networks in memory, that from then on takes the CPU for a GPU."""
-    pipe = VideoFusionPipeline.from_pretrained(checkpoint, device="cpu", dtype=torch.float32)
-    with pytest.MonkeyPatch.context() as undo:
-        undo.setattr(Loop, "stepper", lambda loop, capturing: loop.step)
-        clip = pipe(label, offload_base=False, **settings).frames
-    pipe._session.device = CUDA
-    return pipe, clip
+    return stub_with_loops(monkeypatch)
 
 
 def test_two_threads_never_capture_at_once(stub, tiny_checkpoint):
     """The first capture goes on until the other thread wants to begin its own, or has done so."""
     settings = {"num_inference_steps": 3, "base_path": "stepwise"}
     labels = ("walk", "jump")
-    pipes, plain = zip(*(pretended(tiny_checkpoint, x, **settings) for x in labels), strict=True)
+    pipes, plain = zip(
+        *(pretended(stub, tiny_checkpoint, x, **settings) for x in labels), strict=True
+    )
     met, graph, threads, clips = [], stub.graph, [], [None, None]
 
     @contextlib.contextmanager
@@ -298,17 +195,45 @@ def test_memory_is_given_back_between_captures(stub):
     assert stub.calls[-1] == "empty_cache"
 
 
-def test_overlapped_phases_have_streams_of_their_own(stub, tiny_checkpoint, monkeypatch):
-    settings = {"num_inference_steps": 3, "base_path": "stepwise", "overlap_phases": True}
-    pipe, plain = pretended(tiny_checkpoint, "walk", **settings)
-    monkeypatch.setattr(overlap, "_in_thread", overlap._on_stream)  # as for loops on CUDA
+def test_settings_are_not_read_while_cudnn_searches(monkeypatch):
+    """Another thread's key would tell of a search that its own loop does not make."""
+    stub = StubCuda(monkeypatch)
+    lock = WatchedLock(capture.exclusive, stub)
+    monkeypatch.setattr(capture, "exclusive", lock)
+    before, keys = capture.process_settings_key(CUDA), []
+    other = threading.Thread(target=lambda: keys.append(capture.process_settings_key(CUDA)))
+
+    def step():
+        if other.ident is None:
+            stub.capturing = threading.current_thread()
+            stub.entered.clear()
+            other.start()
+            assert stub.entered.wait(WAIT)
+            stub.capturing = None
+
+    capture.captured(step, CUDA, lambda: None)
+    other.join(WAIT)
+    assert keys == [before]
+
+
+def test_overlapped_phases_are_branches_of_one_graph(stub, tiny_checkpoint):
+    """The base phase's steps run on the stream of its own graph, which brings its workspaces."""
+    settings = {"num_inference_steps": 8, "base_path": "stepwise", "overlap_phases": True}
+    pipe, plain = pretended(stub, tiny_checkpoint, "walk", **settings)
     with OnTheCpu():
         assert np.array_equal(pipe("walk", **settings).frames, plain)
     loops = loops_of(pipe)
-    graphs = {loops[phase]._replay.__self__.stream for phase in ("base", "residual")}
-    assert graphs == {"side", "side 2"}
-    assert stub.calls.count("side 3 waits for main") == 1  # where the base phase ran ahead
-    assert stub.calls[-1] == "main waits for side 3"
+    assert [loops[phase].stepper(True).stream.name for phase in ("base", "residual")] == [
+        "side",
+        "side 2",
+    ]
+    assert stub.calls.count("capture thread_local") == 3  # of either phase, and of both
+    fork = stub.calls.index("side waits for side 2")
+    branch = ["side waits for side 2", "side 2 waits for an event of side", "side 2 waits for side"]
+    assert stub.calls[fork : fork + 3] == branch
+    assert stub.calls[fork + 3] == "captured"
+    (both,) = loops["residual"].beside.values()
+    assert both.graph.memory == loops["residual"].stepper(True).graph.memory
     assert not stub.problems
 
 
@@ -352,10 +277,17 @@ def test_key_sees_which_attention_torch_may_take(name):
     assert capture.process_settings_key(CUDA) == before
 
 
-@pytest.mark.parametrize("name", ["VFENGINE_KERNEL_BACKEND", "VFENGINE_ATTENTION_BACKEND"])
-def test_key_sees_the_environment(monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VFENGINE_KERNEL_BACKEND", "triton"),
+        ("VFENGINE_ATTENTION_BACKEND", "sdpa"),
+        ("VFENGINE_PDL", "off"),
+    ],
+)
+def test_key_sees_the_environment(monkeypatch, name, value):
     before = capture.process_settings_key(CUDA)
-    monkeypatch.setenv(name, "triton")
+    monkeypatch.setenv(name, value)
     assert capture.process_settings_key(CUDA) != before
 
 

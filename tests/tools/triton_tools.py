@@ -152,6 +152,13 @@ class Compiled:
         """The same of st.global."""
         return _accesses(self.asm["ptx"], "st")
 
+    @property
+    def waits_first(self) -> bool:
+        """Whether the PTX waits for the kernels before this one, and only then touches memory."""
+        access = r"\b(?:ld|st|atom|red)\.global|\bcp\.(?:async|reduce)"
+        first = re.search(rf"griddepcontrol\.wait|{access}", self.asm["ptx"])
+        return first is not None and first[0] == "griddepcontrol.wait"
+
     @functools.cached_property
     def usage(self) -> dict[str, int]:
         """Resources of a thread: {"REG": registers, "STACK": bytes, ...}; spills are in STACK."""

@@ -8,7 +8,16 @@ import torch
 from kernel_cases import DTYPES, all_dtypes
 from triton_tools import Compiled, interpret, specialise
 
-from vfengine.kernels import decomposed_noise, decomposed_step, frames, remove_base, residual_step
+from vfengine.kernels import (
+    base_step,
+    decomposed_noise,
+    decomposed_step,
+    frames,
+    path_step,
+    remove_base,
+    residual_step,
+)
+from vfengine.ops import Clock
 
 RULES = {
     "residual_step": residual_step.RULE,
@@ -98,6 +107,49 @@ def test_guidance_and_drawn_noise_keep_whole_vectors(op, dtype):
         guided = specialised(op, dtype, r_uncond=torch.zeros(shape, dtype=dtype))
         assert guided.loads == {16: 4 * vectors, 4: 5}
         assert_no_local_memory(guided, registers=64)
+
+
+def a_clock() -> Clock:
+    number = torch.zeros(1, dtype=torch.int32)
+    return Clock(number, number.clone(), torch.zeros(10, dtype=torch.int64), torch.zeros(2).long())
+
+
+@all_dtypes
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("seed", [None, 1], ids=["quiet", "drawn"])
+def test_step_along_a_path_keeps_whole_vectors(dtype, arch, seed):
+    vectors, pixels = VECTORS[dtype.itemsize], 3 * 64 * 64
+    u, r = torch.zeros(2, 2, 16, 1, 1, pixels, dtype=dtype)
+    states, c1 = torch.zeros(11, 2, 1, 1, pixels), torch.zeros(10, dtype=torch.float64)
+    grid, arguments, constants = frames.launch_arguments(
+        path_step.RULE,
+        **{"x": u, "g": u, "r": r, "out": u, "lam": torch.zeros(16), "coeffs": torch.zeros(10, 3)},
+        **{"step": torch.zeros(1, dtype=torch.int32), "residual_seed": seed},
+        path=frames.BasePath(a_clock(), states, c1, 8),
+    )
+    compiled = specialise(frames.frames_kernel, *arguments, arch=arch, grid=grid, **constants)
+    # d_t and d_p are fp32; c1 and the next timestep have 8 bytes
+    assert compiled.loads == {16: 2 * vectors + 2 * VECTORS[4], 8: 2, 4: 5}
+    assert compiled.stores[16] == vectors
+    assert compiled.count("ATOM*") == 1
+    assert "fma.rn" not in compiled.asm["ptx"]
+    assert_no_local_memory(compiled, registers=168 if seed else 80)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("seed", [None, 1], ids=["quiet", "drawn"])
+def test_base_step_moves_16_bytes_an_instruction(arch, seed):
+    z, b, mixed = torch.zeros(3, 2, 3, 64, 64)
+    states, tables = torch.zeros(11, 2, 3, 64, 64), (torch.zeros(10), torch.zeros(10, 3))
+    grid, arguments, constants = base_step.launch_arguments(
+        z, b, mixed, states, *tables, a_clock(), seed, 0
+    )
+    compiled = specialise(base_step.base_step_kernel, *arguments, arch=arch, grid=grid, **constants)
+    assert compiled.loads == {16: 3 * VECTORS[4], 8: 1, 4: 5}
+    assert compiled.stores[16] == 3 * VECTORS[4]
+    assert compiled.count("ATOM*") == 1
+    assert "fma.rn" not in compiled.asm["ptx"]
+    assert_no_local_memory(compiled, registers=168 if seed else 80)
 
 
 @all_dtypes

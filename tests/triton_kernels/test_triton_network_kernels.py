@@ -4,7 +4,10 @@ Their values are tested in the interpreter, by tests/triton_kernels/test_triton_
 """
 
 import pytest
+import test_model_input
+import test_noise_estimate
 import torch
+from generator_cases import SHAPES
 from kernel_cases import DTYPES, all_dtypes
 from test_triton_kernels import ARCHITECTURES, VECTORS, assert_no_local_memory
 from triton_tools import Compiled, specialise
@@ -14,6 +17,8 @@ from vfengine.kernels import (
     geglu,
     group_norm_silu,
     layer_norm,
+    model_input,
+    noise_estimate,
     spatial_attention,
     temporal_attention,
 )
@@ -142,3 +147,32 @@ def test_spatial_attention_fits(dtype, arch):
     compiled = specialise(attention.attention_kernel, *values, arch=arch, grid=grid, **constants)
     assert compiled.shared <= SHARED
     assert compiled.usage["LOCAL"] == compiled.usage["STACK"] == 0
+
+
+@all_dtypes
+@all_architectures
+def test_model_input_moves_the_most_that_a_patch_has(dtype, arch):
+    """Four pixels, as many as lie beside one another in patches of 4; rows 16 bytes at a time."""
+    case = test_model_input.make_case(SHAPES["residual"], dtype)
+    grid, arguments, constants = model_input.launch_arguments(
+        *(case[name] for name in ("z", "coeffs", "step", "conditioned", "out"))
+    )
+    kernel = model_input.model_input_kernel
+    compiled = specialise(kernel, *arguments, arch=arch, grid=grid, **constants)
+    assert compiled.stores == {16: 2}  # a guided batch is written twice
+    assert compiled.loads[4 * dtype.itemsize] == 4  # the frame and its base frame
+    assert_no_local_memory(compiled, registers=64)
+
+
+@all_dtypes
+@all_architectures
+@pytest.mark.parametrize("name", ["base", "residual", "many"])
+def test_noise_estimate_holds_its_pixels_in_registers(dtype, arch, name):
+    case = test_noise_estimate.make_case(SHAPES[name], dtype)
+    names = ("z", "rows", "coeffs", "step", "guidance_scale", "z")
+    grid, arguments, constants = noise_estimate.launch_arguments(*(case[name] for name in names))
+    kernel = noise_estimate.noise_estimate_kernel
+    compiled = specialise(kernel, *arguments, arch=arch, grid=grid, **constants)
+    pixels = constants["BLOCK"] // 128
+    assert compiled.stores.total() <= 3 * pixels
+    assert_no_local_memory(compiled, registers=64)

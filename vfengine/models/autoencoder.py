@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .empty import without_weights
-from .layers import Attention, Conv2d, GroupNorm, ResBlock, Upsample, images, rows
+from .layers import Attention, GroupNorm, ResBlock, Upsample, images, rows
 
 _EPS = 1e-6  # of every norm
 
@@ -126,10 +126,10 @@ class Decoder(nn.Module):
         self.config = config
         latent, widths = config.latent_channels, config.block_out_channels
         self.post_quant_conv = nn.Linear(latent, latent) if config.post_quant_conv else None
-        self.conv_in = Conv2d(latent, widths[-1], 3, padding=1)
+        self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
         self.layers = nn.ModuleList(_layer(step, config) for step in decoder_steps(config))
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], _EPS)
-        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor) -> Tensor:

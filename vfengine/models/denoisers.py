@@ -5,12 +5,20 @@ scales the UNet's input to unit variance and turns its output into ε. Published
 (PretrainedGenerator).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.decompose import Lam, base_index, frame_weights
 from ..diffusion.schedule import NoiseSchedule
+from .tied import TiedGenerator
 from .unet import UNet
+
+if TYPE_CHECKING:
+    from ..sampling.in_loop import Steps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -19,6 +27,7 @@ class _Generator(nn.Module):
     """The common part: the UNet, ᾱ of all timesteps, the standard deviation of what it predicts."""
 
     takes_labels = True  # whether labels, and so guidance, change the estimate
+    conditioned = False  # whether the base frame is an input of the UNet for every frame
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, data_std: float):
         super().__init__()
@@ -35,6 +44,34 @@ class _Generator(nn.Module):
     def _alphas_cumprod(self, t: Tensor, dims: int) -> Tensor:
         """ᾱ_t as fp32 [B, 1, ...] with `dims` dimensions."""
         return self.alphas_cumprod[t].float().view(-1, *[1] * (dims - 1))
+
+    def in_loop(
+        self,
+        steps: Steps,
+        class_labels: Tensor | None = None,
+        lam: Lam | None = None,
+        guidance_scale: float = 1.0,
+    ) -> TiedGenerator | None:
+        """This generator in a loop (tied.py); None if its UNet has not the form for CUDA.
+
+        class_labels: int64 [B]; under guidance [2 B], those of the condition first
+        lam:          as in `forward` of a ResidualGenerator
+
+        Raises ValueError where the UNet does.
+        """
+        if not hasattr(self.unet, "rows") or steps.dtype == torch.float64:
+            return None
+        frames = steps.shape[1] if len(steps.shape) == 5 else 1
+        a = self._alphas_cumprod(steps.timesteps, 2).double()  # [S, 1]
+        columns = torch.broadcast_tensors(*self._coefficients(a, frames, lam))
+        shape = (len(a), frames, len(columns))
+        coeffs = torch.stack(columns, -1).expand(shape).float().contiguous()
+        labels = class_labels if self.takes_labels else None
+        return TiedGenerator(self.unet, steps, coeffs, labels, guidance_scale, self.conditioned)
+
+    def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
+        """The columns of vfengine/ops/_generator_ops.py, for ᾱ float64 [S, 1]: each [S, N or 1]."""
+        raise NotImplementedError
 
 
 class _BlendGenerator(_Generator):
@@ -66,6 +103,11 @@ class _BlendGenerator(_Generator):
         """
         a = self._alphas_cumprod(t, z.dim())
         return (z - a.sqrt() * self.denoise(z, t, **conditions)) / (1 - a).sqrt()
+
+    def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
+        total = a * self.data_std**2 + (1 - a)
+        shrink = a.sqrt() * self.data_std**2 / total
+        return torch.ones_like(a), total.rsqrt(), shrink, a.sqrt(), (1 - a).rsqrt()
 
 
 class BaseGenerator(_BlendGenerator):
@@ -101,6 +143,12 @@ class PretrainedGenerator(_Generator):
         a = self._alphas_cumprod(t, z.dim())
         return a.sqrt() * out + (1 - a).sqrt() * z
 
+    def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
+        one, none = torch.ones_like(a), torch.zeros_like(a)
+        if self.prediction_type == "epsilon":
+            return one, one, none, one, none
+        return one, one, none, a.sqrt(), (1 - a).sqrt()
+
 
 class VideoGenerator(_BlendGenerator):
     """The noise estimate of whole clips z [B, N, C, H, W] by one video UNet: VDM* (`vdm_config`).
@@ -128,6 +176,8 @@ class ResidualGenerator(_Generator):
     be on the device.
     """
 
+    conditioned = True
+
     def __init__(self, unet: UNet, schedule: NoiseSchedule, lam: float, data_std: float = 0.35):
         _check_channels("ResidualGenerator", unet, inputs=2, weights=3)
         super().__init__(unet, schedule, data_std)
@@ -148,14 +198,23 @@ class ResidualGenerator(_Generator):
         return (difference - change) / self._variance(z, t, lam).sqrt()
 
     def _variance(self, z: Tensor, t: Tensor, lam: Lam | None) -> Tensor:
-        """σ² = (1-λ) (1-ᾱ)/ᾱ, the variance of z'_i / √ᾱ about x_i: [B, N, 1, 1, 1].
+        """σ² = (1-λ) (1-ᾱ)/ᾱ, the variance of z'_i / √ᾱ about x_i: [B, N, 1, 1, 1]."""
+        a = self._alphas_cumprod(t, z.dim())
+        own = self._own_share(z.shape[1], lam, z.device).view(-1, 1, 1, 1)
+        return own * (1 - a) / a
+
+    def _own_share(self, num_frames: int, lam: Lam | None, device: torch.device) -> Tensor:
+        """1-λ [N], the share of a frame's noise that is its own.
 
         Where λ = 1 a frame has no noise of its own, and r̂ no meaning; a floor keeps it finite.
         """
-        a = self._alphas_cumprod(t, z.dim())
-        weights = _weights_on_device(self.lam if lam is None else lam, z.shape[1], z.device)
-        own = (1 - weights).clamp(min=1e-4).view(-1, 1, 1, 1)
-        return own * (1 - a) / a
+        weights = _weights_on_device(self.lam if lam is None else lam, num_frames, device)
+        return (1 - weights).clamp(min=1e-4)
+
+    def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
+        variance = self._own_share(num_frames, lam, a.device).double() * (1 - a) / a
+        total, one = self.data_std**2 + variance, torch.ones_like(a)
+        return a.rsqrt(), total.rsqrt(), self.data_std**2 / total, one, variance.rsqrt()
 
     def _change(self, z: Tensor, t: Tensor, lam: Lam | None, conditions: dict):
         """x̂_m [B, 1, C, H, W]; z'_i / √ᾱ - x̂_m; and x̂_i - x̂_m, which is 0 in frame m."""

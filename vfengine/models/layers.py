@@ -4,41 +4,16 @@ Activations are `[B*N, C, H, W]` in channels_last memory, that is rows of C cont
 `[B*N, H*W, C]` for a spatial transformer and `[B, N, H*W, C]` for a temporal one are views of the
 same memory, never copies.
 
-Where `fused` says so (inference on CUDA), norms with what follows them, GEGLU and temporal
-attention run as kernels of vfengine/ops.
-
-A layer has `plan` beside `forward`: the same formula as calls of a builder (vfengine/plan/walk.py),
-which chooses the kernels. Only the builder knows what x and the result are.
+`forward` is for training, in plain PyTorch. A layer has `plan` beside it for inference: the same
+formula as calls of a builder (vfengine/plan), which chooses the kernels. Only the builder knows
+what x and the result are.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfengine.ops import geglu, group_norm_silu, layer_norm, temporal_attention
-from vfengine.ops._dispatch import DTYPE_NUMBERS, MAX_HEAD_DIM
-from vfengine.ops.temporal_attention import MAX_FRAMES
-
-from ..devices import matmul_in_tf32
 from ..ops.attention import attend
 from .positions import RelativePositionBias
-
-
-def fused(x: Tensor, module: nn.Module, *more: Tensor | None) -> bool:
-    """Whether `module` runs x through the kernels of vfengine/ops, which have no derivative.
-
-    more: other tensors that the kernel would read
-
-    That is inference on CUDA; training, autocast, torch.compile and torch.export see plain PyTorch.
-    """
-    if not x.is_cuda or x.dtype not in DTYPE_NUMBERS or module.training:
-        return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    read = (x, *module.parameters(), *(t for t in more if t is not None))
-    return not any(t.requires_grad for t in read)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -75,61 +50,13 @@ class GroupNorm(nn.GroupNorm):
         frames pass a clip [B, C, N, H*W].
         """
         weight, bias = self.weight.float(), self.bias.float()
-        if fused(x, self, scale, shift):
-            tables = {"scale": scale, "shift": shift} if scale is not None else {}
-            return group_norm_silu(
-                x.contiguous(memory_format=torch.channels_last),
-                self.num_groups,
-                weight,
-                bias,
-                eps=self.eps,
-                silu=silu,
-                **{name: table.float().contiguous() for name, table in tables.items()},
-            )
         h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         if scale is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return (F.silu(h) if silu else h).to(x.dtype)
 
 
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        if fused(x, self):
-            weight, bias = self.weight.float(), self.bias.float()
-            return layer_norm(x.contiguous(), weight, bias, eps=self.eps)
-        return super().forward(x)
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution that at inference on CUDA uses TF32 only if matrix products do.
-
-    Torch's default rounds fp32 convolutions to TF32, an error of 3e-4, but not matrix products.
-    Every call passes its precision, so that no setting of the process changes.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.float32 or not fused(x, self):
-            return super().forward(x)
-        cudnn = torch.backends.cudnn
-        deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-        return torch._convolution(  # what torch.conv2d calls with the settings of the process
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,  # not transposed
-            (0, 0),
-            self.groups,
-            cudnn.benchmark,
-            deterministic,
-            cudnn.enabled,
-            matmul_in_tf32(),
-        )
-
-
-class Downsample(Conv2d):
+class Downsample(nn.Conv2d):
     """3x3 of stride 2: half the height and width, an odd one rounded up."""
 
     def __init__(self, channels: int):
@@ -142,7 +69,7 @@ class Downsample(Conv2d):
         return build.conv(x, self)
 
 
-class Upsample(Conv2d):
+class Upsample(nn.Conv2d):
     """3x3 after nearest-neighbour upsampling.
 
     any_size: upsample to the size of the skip, since downsampling rounds odd sizes up; otherwise
@@ -179,14 +106,16 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = None
         if embed_dim is not None:
             self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = zero_(Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = (
-            Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
         )
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -219,7 +148,7 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(GroupNorm(groups, channels) for _ in range(depth))
         self.convs = nn.ModuleList(
-            Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(depth)
+            nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(depth)
         )
         zero_(self.convs[-1])
 
@@ -267,16 +196,6 @@ class Attention(nn.Module):
         )
         return self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
 
-    def over_frames(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [B, N, P, C] -> the same, N frames of each of P pixels attending to each other."""
-        dim_fits = self.head_dim % 8 == 0 and self.head_dim <= MAX_HEAD_DIM
-        if x.shape[1] > MAX_FRAMES or not dim_fits:  # no kernel takes these
-            return self(x.transpose(1, 2).contiguous(), bias=bias).transpose(1, 2)
-        # concatenated at every call: weights may change, even under a captured graph
-        into = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-        bias = bias if bias is None else bias.float().contiguous()
-        return self.to_out(temporal_attention(F.linear(x, into), self.heads, bias))
-
 
 class FeedForward(nn.Module):
     """GEGLU: C -> mult * C, gated by a second projection, -> C."""
@@ -287,10 +206,7 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(mult * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.proj(x)
-        if fused(x, self):
-            return self.out(geglu(h))
-        value, gate = h.chunk(2, dim=-1)
+        value, gate = self.proj(x).chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
     def plan(self, build, x, residual, then=None):
@@ -313,17 +229,17 @@ class TransformerBlock(nn.Module):
         for name, layer in ends.items():
             self.add_module(name, layer)
         self.axis = axis
-        self.norm1, self.attn1 = LayerNorm(channels), Attention(channels, head_dim)
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, head_dim)
         self.norm2 = self.attn2 = self.norm3 = self.ff = self.bias = None
         if axis == "space" and config.context_dim:
-            self.norm2 = LayerNorm(channels)
+            self.norm2 = nn.LayerNorm(channels)
             self.attn2 = Attention(channels, head_dim, config.context_dim)
         if axis == "time" and config.temporal_self_attentions == 2:
-            self.norm2, self.attn2 = LayerNorm(channels), Attention(channels, head_dim)
+            self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, head_dim)
         if axis == "time" and config.position_buckets:
             self.bias = RelativePositionBias(self.attn1.heads, config.position_buckets)
         if config.feed_forward_mult:
-            self.norm3 = LayerNorm(channels)
+            self.norm3 = nn.LayerNorm(channels)
             self.ff = FeedForward(channels, config.feed_forward_mult)
 
     def forward(
@@ -331,18 +247,14 @@ class TransformerBlock(nn.Module):
         h: Tensor,
         num_frames: int,
         context: Tensor | None = None,
-        frames_first: bool = False,
     ) -> Tensor:
         """h -> the same shape; context [B*N, M, C'] or None.
 
-        h is [B*N, H*W, C]; over time [B, H*W, N, C], or with frames_first [B, N, H*W, C].
+        h is [B*N, H*W, C]; over time [B, H*W, N, C].
         """
         for norm, attention, source, bias in self.attentions(context):
             bias = None if bias is None else bias(num_frames, h.device)
-            if frames_first:
-                h = h + attention.over_frames(norm(h), bias)
-            else:
-                h = h + attention(norm(h), source, bias)
+            h = h + attention(norm(h), source, bias)
         if self.ff is not None:
             h = h + self.ff(self.norm3(h))
         return h
@@ -401,21 +313,20 @@ class Transformer(TransformerBlock):
         """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
         height, width = x.shape[-2:]
         over_time = self.axis == "time"
-        frames_first = over_time and fused(x, self)  # the order in memory, and of the kernel
         if self.norm_over_frames:
             clip = rows(x).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)  # [B, C, N, H*W]
             h = self.norm(clip).permute(0, 2, 3, 1)  # [B, N, H*W, C]
         else:
             h = rows(self.norm(x))  # [B*N, H*W, C]
             h = h.unflatten(0, (-1, num_frames)) if over_time else h
-        if over_time and not frames_first:
+        if over_time:
             h = h.transpose(1, 2)  # [B, H*W, N, C], the memory stays
-        h = super().forward(self.proj_in(h), num_frames, context, frames_first)
+        h = super().forward(self.proj_in(h), num_frames, context)
         for block in self.rest:
-            h = block(h, num_frames, context, frames_first)
+            h = block(h, num_frames, context)
         h = self.proj_out(h)
         if over_time:
-            h = (h if frames_first else h.transpose(1, 2)).flatten(0, 1)
+            h = h.transpose(1, 2).flatten(0, 1)
         return x + images(h, height, width)
 
     def plan(self, build, x, context=None):

@@ -20,7 +20,6 @@ from ..diffusion.decompose import base_index
 from .config import UNetConfig
 from .empty import without_weights
 from .layers import (
-    Conv2d,
     Downsample,
     GroupNorm,
     ResBlock,
@@ -182,7 +181,7 @@ class UNet(Embeddings):
     def __init__(self, config: UNetConfig):
         super().__init__(config)
         widths, folded = config.block_out_channels, config.patch_size**2
-        self.conv_in = Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
         self.transformer_in = None
         if config.transformer_in_heads is not None:
             self.transformer_in = Transformer(
@@ -198,7 +197,7 @@ class UNet(Embeddings):
             self.get_submodule(step.name.rpartition(".")[0]).append(layer)
             self.steps.append((step, layer))
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], config.norm_eps)
-        self.conv_out = zero_(Conv2d(widths[0], config.out_channels * folded, 3, padding=1))
+        self.conv_out = zero_(nn.Conv2d(widths[0], config.out_channels * folded, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(

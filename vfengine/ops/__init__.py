@@ -1,16 +1,25 @@
 """Ops on plain tensors, in place or into `out`, one module per op (see CONTRIBUTING.md)."""
 
+from vfengine.ops._clock import Clock
+from vfengine.ops.base_step import base_step, base_step_reference
 from vfengine.ops.decomposed_noise import decomposed_noise, decomposed_noise_reference
 from vfengine.ops.decomposed_step import decomposed_step, decomposed_step_reference
 from vfengine.ops.geglu import geglu, geglu_reference
 from vfengine.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from vfengine.ops.implicit_gemm import implicit_gemm, implicit_gemm_reference
 from vfengine.ops.layer_norm import layer_norm, layer_norm_reference
+from vfengine.ops.model_input import model_input, model_input_reference
+from vfengine.ops.noise_estimate import noise_estimate, noise_estimate_reference
+from vfengine.ops.path_step import path_step, path_step_reference
 from vfengine.ops.remove_base import remove_base, remove_base_reference
 from vfengine.ops.residual_step import residual_step, residual_step_reference
 from vfengine.ops.spatial_attention import spatial_attention, spatial_attention_reference
 from vfengine.ops.temporal_attention import temporal_attention, temporal_attention_reference
 
 __all__ = [
+    "Clock",
+    "base_step",
+    "base_step_reference",
     "decomposed_noise",
     "decomposed_noise_reference",
     "decomposed_step",
@@ -19,8 +28,16 @@ __all__ = [
     "geglu_reference",
     "group_norm_silu",
     "group_norm_silu_reference",
+    "implicit_gemm",
+    "implicit_gemm_reference",
     "layer_norm",
     "layer_norm_reference",
+    "model_input",
+    "model_input_reference",
+    "noise_estimate",
+    "noise_estimate_reference",
+    "path_step",
+    "path_step_reference",
     "remove_base",
     "remove_base_reference",
     "residual_step",

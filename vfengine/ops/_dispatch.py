@@ -6,7 +6,7 @@
 | "cuda"      | CUDA     | vfengine_native built with nvcc; CPU tensors too in tests/tools |
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
 | "reference" | both     | nothing: the op's fp32 reference in PyTorch |
-| "auto"      | CPU      | takes "cpu" |
+| "auto"      | CPU      | takes "cpu", which ops that are for CUDA alone have not |
 |             | CUDA     | takes "cuda" where it was built and the op has it, else "triton"; |
 |             |          | "triton" where the op prefers it |
 
@@ -55,12 +55,16 @@ def choose_backend(
     """
     asked = f"backend={backend!r}"
     if backend == "auto":
-        backend = native().environment("VFENGINE_KERNEL_BACKEND") or "auto"
+        backend = asked_backend(backend)
         asked = f"VFENGINE_KERNEL_BACKEND={backend}" if backend != "auto" else asked
     if backend not in BACKENDS:
         raise ValueError(f"{op}: {asked} is unknown, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
         if device.type == "cpu":
+            if "cpu" not in kernels:
+                raise ValueError(
+                    f"{op}: there is no kernel for CPU tensors, say backend='reference'"
+                )
             return "cpu"
         if device.type == "cuda":
             both = "cuda" in kernels and native().cuda_built
@@ -81,6 +85,13 @@ def choose_backend(
         if device.type != "cuda" and not interpreted:
             raise ValueError(f"{op}: {asked} takes CUDA tensors, got {device}")
     return backend
+
+
+def asked_backend(backend: str) -> str:
+    """`backend`, where "auto" is what VFENGINE_KERNEL_BACKEND says, if anything."""
+    if backend != "auto":
+        return backend
+    return native().environment("VFENGINE_KERNEL_BACKEND") or "auto"
 
 
 def run_native(op: str, backend: str, tensor: Tensor, **fields: object) -> None:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
 
+from ..ops._dispatch import DTYPE_NUMBERS
 from .builder import Builder
+from .cuda import CudaUNet
 from .forms import FeatureMap
 from .memory import return_memory
 from .packing import Weights
@@ -194,13 +196,15 @@ def for_inference(
     device: torch.device | str,
     planned: type[PlannedNetwork] = PlannedUNet,
 ) -> nn.Module:
-    """The network in its fastest form: on a CPU a `planned`, which consumes it; else itself.
+    """The network in its fastest form, which consumes it: a `planned` on a CPU, else a `CudaUNet`.
 
-    float16 on a CPU is left to PyTorch.
+    Left to PyTorch: float16 on a CPU, and on CUDA all but UNets, and float64.
     """
-    if torch.device(device).type != "cpu" or dtype is torch.float16:
-        return network.eval().requires_grad_(False)
-    return planned(network, dtype)
+    if torch.device(device).type == "cpu" and dtype is not torch.float16:
+        return planned(network, dtype)
+    if torch.device(device).type == "cuda" and planned is PlannedUNet and dtype in DTYPE_NUMBERS:
+        return CudaUNet(network, dtype)
+    return network.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,9 @@ def sample(
                     (d_t = √ᾱ_t x_m; two-phase only)
     base_seed, residual_seed: seeds of the noise that steps add where η > 0
     overlap_phases: run both phases at once, the residual phase one step behind; the bits are the
-                    same. The base phase has its own thread on a CPU, its own stream on CUDA, or
-                    its own device if base_noise is on another one (stepwise, two-phase only)
+                    same. The base phase has its own thread on a CPU, its own stream or branch of
+                    the graph on CUDA, or its own device if base_noise is on another one
+                    (stepwise, two-phase only)
     capture:        on CUDA, replay each phase's step from a graph (vfengine/sampling/cuda_graph.py)
     backend:        backend of the step's ops (vfengine/ops); float64 runs their references
     callback:       called as callback(phase, steps done, steps in all), for progress bars; phase is

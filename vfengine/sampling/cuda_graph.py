@@ -1,4 +1,4 @@
-"""A step over static buffers, captured once in a CUDA graph and replayed; run plainly on a CPU.
+"""Steps over static buffers, captured in CUDA graphs and replayed; run plainly on a CPU.
 
 A step can be captured if all memory that it reads or writes stays in place, if a counter on the
 device selects its row of the tables, and if it neither waits for the device nor branches on values
@@ -15,11 +15,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..devices import matmul_in_tf32
+from ..devices import dependent_launches, matmul_in_tf32
 
 Step = Callable[[], None]
 
@@ -32,15 +33,35 @@ exclusive = threading.RLock()
 _idle_streams: dict[tuple[int, str], list[torch.cuda.Stream]] = {}  # by device and use
 
 
-def captured(step: Step, device: torch.device, before: Step) -> Step:
-    """The replay of a CUDA graph that holds the step.
+@dataclass(frozen=True, eq=False)
+class Stepper:
+    """Takes `count` steps of a loop, at every call."""
+
+    take: Step
+    count: int = 1
+
+    def __call__(self) -> None:
+        self.take()
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedStepper(Stepper):
+    """The replay of a CUDA graph.
+
+    stream: where it was captured, and where no graph was that is replayed beside it: libraries keep
+            a workspace for each stream, whose address is in the graph
+    """
+
+    graph: torch.cuda.CUDAGraph | None = None
+    stream: torch.cuda.Stream | None = None
+
+
+def captured(step: Step, device: torch.device, before: Step, count: int = 1) -> CapturedStepper:
+    """A CUDA graph that holds the step, `count` times; it may be replayed beside others.
 
     step:   runs in inference mode
     before: called before each warm-up step and the capture, to reset the counter; both leave
             meaningless values in the buffers
-
-    Each graph has its own stream, so that graphs can be replayed at the same time: libraries keep
-    a workspace for each stream, whose address is in the graph.
 
     Raises RuntimeError for a step that cannot be captured: it is not run eagerly instead.
     """
@@ -48,45 +69,93 @@ def captured(step: Step, device: torch.device, before: Step) -> Step:
         torch.cuda.synchronize(device)  # the stream's last graph may still be running
         graph, (stream, idle) = torch.cuda.CUDAGraph(), _take_stream(device, "capture")
         weakref.finalize(graph, idle.append, stream)
-        here = torch.cuda.current_stream()
-        try:
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream), torch.inference_mode():
+
+        def steps() -> None:
+            for _ in range(count):
+                step()
+
+        with _on(stream):
+            with torch.inference_mode(), _cudnn_searches():
                 for _ in range(_WARM_UP_STEPS):
                     before()
                     step()
                 before()
-            try:
-                _capture(graph, stream, step)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                # Ending a failed capture raises a second error; CUDA's message has several lines.
-                cause = str(error.__context__ or error).partition("\n")[0]
-                raise RuntimeError(
-                    f"this step cannot be captured in a CUDA graph ({cause}); run it with "
-                    "capture=False"
-                ) from error
-        finally:
-            torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
-            here.wait_stream(stream)
-    return graph.replay
+            _capture(graph, stream, steps)
+    return CapturedStepper(graph.replay, count, graph, stream)
 
 
-def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, step: Step) -> None:
-    """Captures the step, which runs in inference mode; the capture begins outside of it.
+def captured_after(first: CapturedStepper, device: torch.device, call: Step) -> CapturedStepper:
+    """A second graph, of `call`, with the memory and stream of the first; not to run beside it.
+
+    call: takes as many steps as `first`, and has been warmed up. It may use other streams, if it
+          begins and ends on the first one's
+
+    Raises RuntimeError for a call that cannot be captured.
+    """
+    with exclusive, torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with _on(first.stream):
+            _capture(graph, first.stream, call, first.graph.pool())
+    return CapturedStepper(graph.replay, first.count, graph, first.stream)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """The `with` block runs on this stream, after and before what the current one does."""
+    here = torch.cuda.current_stream()
+    try:
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.set_stream(here)  # a failed capture leaves its own stream current
+        here.wait_stream(stream)
+
+
+def _capture(
+    graph: torch.cuda.CUDAGraph,
+    stream: torch.cuda.Stream,
+    call: Step,
+    pool: tuple[int, int] | None = None,
+) -> None:
+    """Captures the call, which runs in inference mode; the capture begins outside of it.
 
     Torch before 2.11 creates the graph's generator state where the capture begins. If that is in
     inference mode, no capture can begin outside of it while the graph lives
     (github.com/pytorch/pytorch/issues/166792).
     """
-    with (
-        torch.inference_mode(False),
-        # thread_local: CUDA calls of other threads do not break this capture
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        torch.inference_mode(),
-    ):
-        step()
+    mode = "thread_local"  # CUDA calls of other threads do not break this capture
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode),
+            torch.inference_mode(),
+        ):
+            call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # Ending a failed capture raises a second error; CUDA's message has several lines.
+        cause = str(error.__context__ or error).partition("\n")[0]
+        raise RuntimeError(
+            f"this step cannot be captured in a CUDA graph ({cause}); run it with capture=False"
+        ) from error
+
+
+@contextmanager
+def _cudnn_searches() -> Iterator[None]:
+    """cuDNN measures its algorithms within, and remembers the fastest; holders of `exclusive` only.
+
+    Not where results must be the same in every process: the fastest may be another one there.
+    """
+    cudnn = torch.backends.cudnn
+    former = cudnn.benchmark
+    reproducible = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = former or not reproducible
+    try:
+        yield
+    finally:
+        cudnn.benchmark = former
 
 
 def empty_cache() -> None:
@@ -134,21 +203,29 @@ def weights_key(*modules: nn.Module) -> tuple:
 def process_settings_key(device: torch.device) -> tuple:
     """The settings of the process that decide how a step is computed; a graph keeps them too."""
     names = ("VFENGINE_KERNEL_BACKEND", "VFENGINE_ATTENTION_BACKEND")
+    of_cuda = ()
+    if device.type == "cuda":
+        with exclusive:  # `_cudnn_searches` on another thread changes one of them for a moment
+            of_cuda = _cuda_settings()
     return (
         *(os.environ.get(name) for name in names),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-        *(_cuda_settings() if device.type == "cuda" else ()),
+        *of_cuda,
     )
 
 
 def _cuda_settings() -> tuple:
-    """The settings of torch's CUDA libraries; None for one that this torch does not have."""
+    """How kernels are launched, and the settings of torch's CUDA libraries.
+
+    None for one that this torch does not have.
+    """
     cudnn, cuda, matmul = torch.backends.cudnn, torch.backends.cuda, torch.backends.cuda.matmul
     reductions = ("fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction")
     splits = (f"{name}_split_k" for name in reductions)
     attentions = ("flash", "mem_efficient", "math", "cudnn")
     return (
+        dependent_launches(),
         matmul_in_tf32(),
         *(getattr(matmul, f"allow_{name}", None) for name in (*reductions, *splits)),
         getattr(matmul, "allow_fp16_accumulation", None),

@@ -156,10 +156,10 @@ class Driver:
     def _run(self, loop: Loop, run: Run, *noise: Tensor) -> None:
         """All steps of a loop, from its noise."""
         with run.phase(loop.phase, loop.device), torch.inference_mode():
-            step = loop.stepper(self.capture)
+            stepper = loop.stepper(self.capture)
             loop.start(*noise)
             run.report(loop.phase, 0, len(loop))
-            loop.run(step, run.report)
+            loop.run(stepper, run.report)
 
     def _result(self, buffer: Tensor) -> Tensor:
         """The buffer, or a copy of it if the loop is kept: its next run would overwrite it."""

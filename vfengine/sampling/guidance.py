@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cuda_graph import weights_key
+from .in_loop import LoopModel, Steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,11 @@ class GuidedModel:
         """Replaces the labels by as many others."""
         if labels is not None:
             self.labels.copy_(labels)
+
+    def in_loop(self, steps: Steps) -> LoopModel | None:
+        """The network in a loop, with guidance, if it has a form for that."""
+        tie = getattr(self.network, "in_loop", None)
+        return None if tie is None else tie(steps, self.labels, self.lam, self.scale)
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
         conditions = {"class_labels": self.labels, "lam": self.lam}

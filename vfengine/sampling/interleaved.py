@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..diffusion.decompose import Lam, Model, base_index, combine, frame_weights
 from ..ops._dispatch import step_op
+from .in_loop import Steps, in_loop
 from .loop import Loop, LoopSpec, Mixing, estimate
 
 
@@ -38,7 +39,9 @@ class InterleavedLoop(Loop):
 
     def __init__(self, base_model: Model, residual_model: Model, spec: InterleavedSpec) -> None:
         super().__init__(spec)
-        self.base_model, self.residual_model = base_model, residual_model
+        clock, base = (self.timesteps, self.counter), spec.base
+        self.base_model = in_loop(base_model, Steps(*clock, base.shape, base.dtype))
+        self.residual_model = in_loop(residual_model, Steps(*clock, spec.shape, spec.dtype))
         self.base_dtype, table, frames = spec.base.dtype, spec.table, spec.shape[1]
         like = {"dtype": self.state_dtype, "device": self.device}
         self.m, self.lam = base_index(frames), frame_weights(spec.lam, frames, device=self.device)
@@ -57,6 +60,8 @@ class InterleavedLoop(Loop):
     def start(self, base_noise: Tensor, residual_noise: Tensor) -> None:
         """base_noise: b [B, C, H, W]; residual_noise: r [B, N, C, H, W]."""
         self._rewind()
+        self.base_model.start()
+        self.residual_model.start()
         self.mix_base.clear()
         self.mix_residual.clear()
         # Sampling b, r^i;  z^m <- b;  z^i = √λ^i b + √(1-λ^i) r^i
@@ -65,8 +70,7 @@ class InterleavedLoop(Loop):
 
     def step(self) -> None:
         # for t = T to 1 do
-        row, z = self.counter.long(), self.z
-        self._set_timestep(row)
+        row, z = self.counter, self.z
         # b <- z_φ(z^m, t)
         z_m = z[:, self.m].to(self.base_dtype, copy=True).contiguous()
         b = estimate("base_model", self.base_model, z_m, self.t).to(z.dtype).contiguous()
@@ -82,4 +86,4 @@ class InterleavedLoop(Loop):
         b, r = self.mix_base(row, b), self.mix_residual(row, r.to(z.dtype)).contiguous()
         step |= {"coeffs": self.coeffs, **self.noise}
         self.advance(z, b, r, **step, out=z)
-        self.counter.add_(1)
+        self.clock.move_on()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from ..diffusion.decompose import Model
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
-from .cuda_graph import Step, captured
+from ..ops import Clock
+from .cuda_graph import CapturedStepper, Stepper, captured
 from .run import Callback
 
 if TYPE_CHECKING:
@@ -79,42 +81,67 @@ class Loop:
         self.coeffs = spec.table.coeffs.to(self.device, self.state_dtype)
         self.timesteps = spec.table.timesteps.to(self.device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)  # steps done
-        self.t = torch.empty(spec.shape[0], dtype=torch.int64, device=self.device)
-        self._replay: Step | None = None
+        self.ticket = torch.zeros_like(self.counter)
+        self.t = self.timesteps[:1].repeat(spec.shape[0])
+        self._captured: dict[int, CapturedStepper] = {}  # by the steps in a graph
+        # Of its steps beside another loop's (overlap.py); gone when that loop is.
+        self.beside: WeakKeyDictionary[Loop, CapturedStepper] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def clock(self) -> Clock:
+        """Counter and timestep, which the last op of a step moves on."""
+        return Clock(self.counter, self.ticket, self.timesteps, self.t)
 
     def step(self) -> None:
         """One step of the solver on the buffers."""
         raise NotImplementedError
 
-    def stepper(self, capture: bool) -> Step:
-        """`step`, or with capture on CUDA the replay of its graph; call this before `start`.
+    def stepper(self, capture: bool, at_once: int | None = None) -> Stepper:
+        """`step`, or with capture on CUDA a graph of some steps; call this before `start`.
+
+        at_once: steps in a graph, a divisor of all; None: `steps_in_a_graph`
 
         Raises RuntimeError for a step that cannot be captured, such as one in float64, whose
         reference ops wait for the device.
         """
         if not capture or self.device.type != "cuda":
-            return self.step
+            return Stepper(self.step)
         if self.dtype == torch.float64:
             raise RuntimeError("steps of float64 clips cannot be captured in a CUDA graph")
-        if self._replay is None:
-            self._replay = captured(self.step, self.device, self._rewind)
-        return self._replay
+        count = steps_in_a_graph(len(self)) if at_once is None else at_once
+        if len(self) % count:
+            raise ValueError(f"at_once must divide the loop's {len(self)} steps, got {count}")
+        if count not in self._captured:
+            self._captured[count] = captured(self.step, self.device, self._rewind, count)
+        return self._captured[count]
 
-    def run(self, step: Step, callback: Callback | None = None) -> None:
-        """Takes all steps, each by `step` of `stepper`; call `start` first."""
-        for k in range(len(self)):
-            step()
-            if callback is not None:
+    def run(self, stepper: Stepper, callback: Callback | None = None) -> None:
+        """Takes all steps, by what `stepper` returned; call `start` first."""
+        for done in range(0, len(self), stepper.count):
+            stepper()
+            self.report(callback, done, stepper.count)
+
+    def report(self, callback: Callback | None, done: int, count: int) -> None:
+        """Tells the callback, if there is one, of each of `count` steps after `done`."""
+        if callback is not None:
+            for k in range(done, done + count):
                 callback(self.phase, k + 1, len(self))
 
     def _rewind(self) -> None:
-        self.counter.zero_()
+        self.clock.rewind()
 
-    def _set_timestep(self, row: Tensor) -> None:
-        self.t.copy_(self.timesteps.index_select(0, row).expand_as(self.t))
+
+def steps_in_a_graph(total: int) -> int:
+    """How many of a loop's steps share a graph: 5, where that divides a loop of 20 or more.
+
+    More would gain nothing, for a graph is launched while the one before it runs. Callbacks come
+    after a graph's last step, and its capture takes the time of as many plain steps: fewer than 5
+    where they would be more than a quarter of the loop, or do not divide it.
+    """
+    return max(k for k in range(1, 6) if total % k == 0 and (k == 1 or 4 * k <= total))
 
 
 class Mixing:
@@ -135,7 +162,7 @@ class Mixing:
             slot.zero_()
 
     def __call__(self, row: Tensor, eps: Tensor) -> Tensor:
-        """ε̃ in the dtype of eps; one-step solvers get eps itself."""
+        """ε̃ in the dtype of eps, at the row int [1]; one-step solvers get eps itself."""
         if not self.history:
             return eps
         mixing = self.mixing.index_select(0, row)[0]

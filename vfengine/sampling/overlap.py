@@ -2,6 +2,9 @@
 
 The base loop never waits for the residual loop. It passes on one small image d a step, and nothing
 else is shared. The results are therefore those of one phase after the other, bit for bit.
+
+Captured on one GPU, both are branches of one graph: base steps k, k+1, ... beside the residual
+steps before them. Otherwise the base loop has a thread or a stream of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .cuda_graph import Step, side_stream
+from .cuda_graph import CapturedStepper, Step, captured_after, side_stream
 from .run import Callback
 from .two_phase import BaseLoop, ResidualLoop
 
@@ -34,7 +37,12 @@ def run_overlapped(
     residual.states is base.states itself, or a copy on another device that is filled row by row.
     callback is called from the caller's thread, for both phases. Errors of networks are raised.
     """
-    base_step, residual_step = base.stepper(capture), residual.stepper(capture)
+    captured_here = capture and base.device.type == "cuda"
+    if captured_here and residual.states is base.states:
+        _run_as_branches(base, residual, base_noise, residual_noise, callback)
+        return
+    # A row at a time: several steps in a graph would hold it back.
+    base_step, residual_step = base.stepper(capture, 1), residual.stepper(capture, 1)
     count = len(base)
     base.start(base_noise)
     ahead = _on_stream if base.device.type == "cuda" else _in_thread
@@ -44,8 +52,7 @@ def run_overlapped(
             """Waits for a row of the path: a step's d, or after the last the finished frame."""
             if row < count:
                 wait(row)
-                if callback is not None:
-                    callback(base.phase, row + 1, count)
+                base.report(callback, row, 1)
             if residual.states is not base.states:
                 residual.states[row].copy_(base.states[row])
 
@@ -54,8 +61,59 @@ def run_overlapped(
         for k in range(count):
             receive(k + 1)
             residual_step()
-            if callback is not None:
-                callback(residual.phase, k + 1, count)
+            residual.report(callback, k, 1)
+
+
+def _run_as_branches(
+    base: BaseLoop,
+    residual: ResidualLoop,
+    base_noise: Tensor,
+    residual_noise: Tensor,
+    callback: Callback | None,
+) -> None:
+    """Both loops on one GPU: a graph of base steps, graphs of both, a graph of residual steps."""
+    ahead, behind = base.stepper(capture=True), residual.stepper(capture=True)
+    both = _branches(base, residual, ahead, behind)
+    count, total = ahead.count, len(base)
+    lead = max(2, count)  # base steps ahead of the residual loop: it reads two rows of the path
+    base.start(base_noise)
+    for done in range(0, min(lead, total), count):
+        ahead()
+        base.report(callback, done, count)
+    residual.start(residual_noise)
+    for done in range(0, total, count):
+        if done + lead < total:
+            both()
+            base.report(callback, done + lead, count)
+        else:
+            behind()
+        residual.report(callback, done, count)
+
+
+def _branches(
+    base: BaseLoop, residual: ResidualLoop, ahead: CapturedStepper, behind: CapturedStepper
+) -> CapturedStepper:
+    """The graph of as many base steps as residual ones beside them; kept by the residual loop."""
+    if (kept := residual.beside.get(base)) is not None:
+        return kept
+    count = behind.count
+
+    def fork_and_join() -> None:
+        side, here = ahead.stream, behind.stream
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            base.step()
+            first = side.record_event()
+            for _ in range(count - 1):
+                base.step()
+        for k in range(count):
+            if k == count - 1 > 0:  # it reads the first row of this graph's; one step is 2 behind
+                here.wait_event(first)
+            residual.step()
+        here.wait_stream(side)
+
+    residual.beside[base] = captured_after(behind, residual.device, fork_and_join)
+    return residual.beside[base]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..diffusion.decompose import Lam, Model, base_index, combine, frame_weights
-from ..ops._dispatch import step_op
+from .in_loop import Steps, in_loop
 from .loop import Loop, LoopSpec, Mixing, estimate, unshared
 from .windows import windowed
 
@@ -49,42 +49,31 @@ class BaseLoop(Loop):
 
     def __init__(self, model: Model, spec: BaseSpec) -> None:
         super().__init__(spec)
-        self.model, table = model, spec.table
+        self.model = in_loop(model, Steps(self.timesteps, self.counter, spec.shape, spec.dtype))
+        table = spec.table
         like = {"dtype": self.state_dtype, "device": self.device}
-        self.noise_levels = (1.0 - table.alphas_cumprod).sqrt().to(**like)
-        self.lam = torch.ones(1, device=self.device)
-        self.z = torch.zeros(spec.shape, **like).unsqueeze(1)  # a clip of one frame: z_m
-        self.d = torch.zeros_like(self.z)
+        self.noise_levels = (1.0 - table.alphas_cumprod[:-1]).sqrt().to(**like)
+        self.z = torch.zeros(spec.shape, **like)  # z_m
         self.states = torch.zeros(len(table) + 1, *spec.shape, **like)
-        self.mix = Mixing(table, self.z.shape, **like)
-        kind = (self.dtype, self.backend)
-        self.remove = step_op(ops.remove_base, ops.remove_base_reference, *kind)
-        self.advance = step_op(ops.decomposed_step, ops.decomposed_step_reference, *kind)
+        self.mix = Mixing(table, spec.shape, **like)
         self.noise: dict[str, int] = {}
         if (place := spec.place) is not None:
-            self.noise = {"base_seed": place.seed, "residual_seed": 0}
-            self.noise["sample_offset"] = place.sample_offset
+            self.noise = {"seed": place.seed, "sample_offset": place.sample_offset}
 
     def start(self, noise: Tensor) -> None:
         """noise: b [B, C, H, W]."""
         self._rewind()
+        self.model.start()
         self.mix.clear()
-        self.z[:, 0].copy_(noise)  # z_m <- b
+        self.z.copy_(noise)  # z_m <- b
 
     def step(self) -> None:
-        row, z = self.counter.long(), self.z
-        self._set_timestep(row)
-        z_m = z[:, 0].to(self.dtype)
-        b = estimate("base_model", self.model, z_m, self.t)
-        b = unshared(b.to(z.dtype).unsqueeze(1), z)
-        step = {"lam": self.lam, "step": self.counter}
-        self.remove(z, b[:, 0], noise_levels=self.noise_levels, **step, out=self.d)  # d_t
-        self.states.index_copy_(0, row, self.d.transpose(0, 1))
-        b = self.mix(row, b)
-        step |= {"coeffs": self.coeffs, **self.noise}
-        self.advance(z, b[:, 0], b, **step, out=z)  # λ = 1: ε̂ = b̂
-        self.states.index_copy_(0, row + 1, z.transpose(0, 1))  # replaced by the next step's d_t
-        self.counter.add_(1)
+        z = self.z
+        b = estimate("base_model", self.model, z.to(self.dtype), self.t)
+        b = unshared(b.to(z.dtype), z)
+        options = {"mixed": self.mix(self.counter, b), "backend": self.backend, **self.noise}
+        tables = self.states, self.noise_levels, self.coeffs
+        ops.base_step(z, b, *tables, self.clock, **options)
 
 
 # -- the residual phase ----------------------------------------------------------------------------
@@ -178,26 +167,25 @@ class ResidualLoop(Loop):
 
     def __init__(self, model: Model, spec: ResidualSpec) -> None:
         super().__init__(spec)
-        batch, frames, *image = spec.shape
-        like = {"dtype": self.dtype, "device": self.device}
-        self.model, self.clean, self.m = model, spec.motion.clean, base_index(frames)
+        frames, steps = spec.shape[1], Steps(self.timesteps, self.counter, spec.shape, spec.dtype)
+        self.model, self.m = in_loop(model, steps), base_index(frames)
         self.estimated = "model" if spec.path is None else "residual_model"
         if spec.path is None:
             self.states, self.lam = None, torch.zeros(frames, device=self.device)
         else:
             self.states = spec.path.memory(self.device)
             self.lam = frame_weights(spec.motion.lam, frames, device=self.device)
-        self.c1 = spec.table.coeffs[:, 0].to(self.device)  # float64: g is a small difference
-        self.u = torch.zeros(spec.shape, **like)
-        self.g = torch.zeros(batch, *image, **like)
+        self.c1 = None  # g = 0
+        if spec.path is not None and not spec.motion.clean:
+            self.c1 = spec.table.coeffs[:, 0].to(self.device).contiguous()  # float64
+        self.u = torch.zeros(spec.shape, dtype=self.dtype, device=self.device)
         self.mix = Mixing(spec.table, spec.shape, self.state_dtype, self.device)
-        kind = (self.dtype, self.backend)
-        self.advance = step_op(ops.residual_step, ops.residual_step_reference, *kind)
         self.noise = {} if spec.place is None else asdict(spec.place)
 
     def start(self, noise: Tensor) -> None:
         """noise: r [B, N, C, H, W]; the first state of the path must be known."""
         self._rewind()
+        self.model.start()
         self.mix.clear()
         if self.states is None:
             self.u.copy_(noise)
@@ -207,16 +195,9 @@ class ResidualLoop(Loop):
         self.u.copy_(combine(d, noise.to(d.dtype), self.lam))
 
     def step(self) -> None:
-        row, u, states = self.counter.long(), self.u, self.states
-        if states is not None:
-            d_p = states.index_select(0, row + 1)[0]
-            if not self.clean:  # g = d_p - c1 d_t
-                d_t, c1 = states.index_select(0, row)[0], self.c1.index_select(0, row)
-                self.g.copy_(d_p.double() - c1 * d_t.double())
-        self._set_timestep(row)
+        u = self.u
         r = estimate(self.estimated, self.model, u, self.t).to(self.dtype)
-        r = unshared(self.mix(row, r), u)
-        self.advance(u, r, self.g, self.lam, self.coeffs, self.counter, **self.noise, out=u)
-        if states is not None:
-            u[:, self.m].copy_(d_p)  # already equal up to rounding, as λ_m = 1; now bit for bit
-        self.counter.add_(1)
+        r = unshared(self.mix(self.counter, r), u)
+        path = {"states": self.states, "c1": self.c1, "base_frame": self.m}
+        options = {"backend": self.backend, **path, **self.noise}
+        ops.path_step(u, r, self.lam, self.coeffs, self.clock, **options)

@@ -9,12 +9,13 @@ the end. The network needs the memory of one window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..diffusion.decompose import Lam, Model, base_index
+from .in_loop import LoopModel, Steps, in_loop
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,15 @@ class _Windowed:
     def __init__(self, model: Model, plan: Windows, device: torch.device | str) -> None:
         self.model, self.plan = model, plan
         self.weights = plan.weights.view(*plan.weights.shape, 1, 1, 1).to(device)
+
+    def in_loop(self, steps: Steps) -> LoopModel:
+        """Its model in a loop, called window by window."""
+        batch, _, *image = steps.shape
+        of_window = replace(steps, shape=torch.Size((batch, self.plan.window, *image)))
+        return _Windowed(in_loop(self.model, of_window), self.plan, self.weights.device)
+
+    def start(self) -> None:
+        self.model.start()
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
         window, starts = self.plan.window, self.plan.starts

@@ -3,16 +3,20 @@
 A section prints one JSON object a line on stdout, a part of a line of gpu.jsonl (results.py);
 gpu_check.py adds the rest and keeps it. Everything else that it prints is its log.
 
-With --prepare it compiles whatever it would compile and measures nothing. With
-VFENGINE_GPU_CHECK=dry it runs at tiny sizes on a CPU, where a graph is the plain call.
+With --prepare it compiles whatever it would compile and measures nothing. Compilers keep what they
+made on disk, so the parts of a preparation are processes of their own, beside one another
+(`prepared_in_parts`). With VFENGINE_GPU_CHECK=dry it runs at tiny sizes on a CPU, where a graph is
+the plain call.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 DRY = os.environ.get("VFENGINE_GPU_CHECK") == "dry"
@@ -80,6 +84,24 @@ def _of_the_device(error: Exception) -> bool:
     return isinstance(error, sticky) or "CUDA error" in str(error)
 
 
+def prepared_in_parts(section: str, parts: Sequence[str]) -> str | None:
+    """Prepares a process a part, and returns None when they have ended; in each of them, its part.
+
+    section: the name of its module
+    """
+    if len(sys.argv) > 2:
+        return sys.argv[2]
+    command = [sys.executable, "-m", f"gpu_run.sections.{section}", "--prepare"]
+    parts = parts[:1] if DRY else parts
+    start = time.monotonic()
+    processes = [subprocess.Popen([*command, part]) for part in parts]
+    for part, process in zip(parts, processes, strict=True):
+        status = process.wait()
+        note = f"ended with exit status {status} after {time.monotonic() - start:.0f} s"
+        verdict(part, status == 0, note)
+    return None
+
+
 def timed(
     case: str,
     contenders: dict[str, Callable[[], object]],
@@ -87,10 +109,12 @@ def timed(
     moved_bytes: int,
     dtype: str,
     seconds: float = 0.3,
+    flops: int | None = None,
 ) -> None:
     """Time, GB/s and share of a copy's GB/s of contenders in turns, from graphs of many calls.
 
     moved_bytes: what the op must read and write; the copy moves as many, in as much memory
+    flops:       of a call, for its TFLOP/s
     """
     import torch
     from lib.harness import timed_turns
@@ -109,3 +133,5 @@ def timed(
         emit(case, name, "time", value.median * 1e6, "us", **place)
         emit(case, name, "bandwidth", moved_bytes / value.median / 1e9, "GB/s", **place)
         emit(case, name, "of copy", 100 * times["copy"].median / value.median, "%", **place)
+        if flops is not None and name != "copy":
+            emit(case, name, "rate", flops / value.median / 1e12, "TFLOP/s", **place)

@@ -2,7 +2,8 @@
 
 Every contender is checked against the op's reference before it is timed, in a graph of up to 64
 calls that rotate over several sets of buffers. Bytes are what the op must move: a clip and a half
-of images at least. Shapes: one clip that no cache holds, and the default one.
+of images at least. Shapes: one clip that no cache holds, and the default one, which the compiler
+takes no part in.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from vfengine import ops
 SHAPES = [(1, 4, 3, 8, 8)] if DRY else [(1, 64, 3, 512, 512), (1, 16, 3, 64, 64)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETS = 4  # of buffers, taken in turns
+SECONDS = 0.2  # of turns
+LARGE = 2**24  # numbers in a clip that no cache holds
 GUIDED = {"guidance_scale": 2.0}
 SEEDS = {"base_seed": 1, "residual_seed": 2}
 
@@ -37,6 +40,11 @@ def main() -> None:
             residual_steps(f"{{}}, {what}", clips, name)
             others(f"{{}}, {what}", clips, name)
             noise(f"{{}}, {what}", clips, name)
+            with guarded(f"path_step, {what}", dtype=name):
+                path_steps(f"{{}}, {what}", clips, name)
+            if name == "fp32" and clips[0].z.numel() < LARGE:
+                with guarded(f"base_step, {what}", dtype=name):
+                    base_step(f"{{}}, {what}", clips)
             del clips
 
 
@@ -89,7 +97,7 @@ def residual_steps(case: str, clips: list[Clip], dtype: str) -> None:
         if kind == "drawn":
             calls["randn, eager"] = rotating([with_randn(clip) for clip in clips])
         moved = bytes_of(clips[0], 4 if kind == "guided" else 3)
-        timed(here, calls, moved_bytes=moved, dtype=dtype)
+        timed(here, calls, moved_bytes=moved, dtype=dtype, seconds=SECONDS)
 
 
 def written(case: str, dtype: str, clips: list[Clip]) -> Calls:
@@ -103,7 +111,7 @@ def written(case: str, dtype: str, clips: list[Clip]) -> Calls:
     ways: dict[str, list[Callable[[], Tensor]]] = {
         "eager": [lambda o=o: algorithm_2(*o)[1] for o in operands],
     }
-    if not DRY:  # a compiler is not what a dry run is for
+    if clips[0].z.numel() >= LARGE:  # nor is a dry run for compilers
         ways["compiled"] = [lambda o=o: compiled(*o)[1] for o in operands]
         ways["compiled into"] = [lambda o=o: into(*o, *spare) for o in operands]
     return checked(case, dtype, result, ways)
@@ -136,13 +144,13 @@ def others(case: str, clips: list[Clip], dtype: str) -> None:
                 lambda c=c: bench_decomposed_step.written(c.z, c.b, c.r, c.lam) for c in clips
             ]
         calls = checked(here, dtype, result, ways)
-        timed(here, calls, moved_bytes=bytes_of(clips[0], 3), dtype=dtype)
+        timed(here, calls, moved_bytes=bytes_of(clips[0], 3), dtype=dtype, seconds=SECONDS)
     here = case.format("remove_base")
     result = ops.remove_base_reference(z, b, clips[0].lam, clips[0].noise_levels, quiet)
     ways = {name: [removed(clip, name) for clip in clips] for name in BACKENDS}
     ways["eager"] = [lambda c=c: bench_remove_base.written(c.z, c.b, c.lam) for c in clips]
     calls = checked(here, dtype, result, ways)
-    timed(here, calls, moved_bytes=bytes_of(clips[0], 2), dtype=dtype)
+    timed(here, calls, moved_bytes=bytes_of(clips[0], 2), dtype=dtype, seconds=SECONDS)
 
 
 def noise(case: str, clips: list[Clip], dtype: str) -> None:
@@ -162,7 +170,69 @@ def noise(case: str, clips: list[Clip], dtype: str) -> None:
                 raise ValueError("not the reference's noise, bit for bit")
             calls[backend] = rotating(ways)
     calls["randn"] = rotating([lambda o=o: torch.randn(o.shape, out=o) for o in outs])
-    timed(here, calls, moved_bytes=like.nbytes, dtype=dtype)
+    timed(here, calls, moved_bytes=like.nbytes, dtype=dtype, seconds=SECONDS)
+
+
+class Loop:
+    """A sampling loop's clock, tables and base path, for steps that count themselves.
+
+    The counter goes back to 0 ahead of every call on a large clip, which costs it nothing; else
+    ahead of every 32nd, for a graph has 64.
+    """
+
+    def __init__(self, clip: Clip, noisy: bool = False) -> None:
+        self.period, steps = (1, 2) if clip.z.numel() >= LARGE else (32, 128)
+        image = (clip.z.shape[0], *clip.z.shape[2:])
+        self.coeffs = clip.coeffs[int(noisy)].expand(steps, -1).contiguous()
+        self.c1 = self.coeffs[:, 0].double()
+        self.noise_levels = clip.noise_levels[:1].expand(steps).contiguous()
+        self.states = clip.b.float().expand(steps + 1, *image).clone()
+        t = torch.zeros(image[0], dtype=torch.int64, device=DEVICE)
+        counter, ticket = torch.zeros(2, dtype=torch.int32, device=DEVICE).split(1)
+        self.clock = ops.Clock(counter, ticket, torch.arange(steps, device=DEVICE), t)
+        self.calls = 0
+
+    def take(self, step: Callable[[], Tensor]) -> Tensor:
+        if self.calls % self.period == 0:
+            self.clock.counter.zero_()
+        self.calls += 1
+        return step()
+
+
+def path_steps(case: str, clips: list[Clip], dtype: str) -> None:
+    """A step of the residual loop: path, solver, base frame, counter and timestep in one launch."""
+
+    def step(clip: Clip, u: Tensor, options: dict, backend: str) -> Callable[[], Tensor]:
+        loop = Loop(clip, noisy="seed" in options)
+        path = {"states": loop.states, "c1": loop.c1, "base_frame": u.shape[1] // 2}
+        options = {**path, **options, "backend": backend}
+        place = (clip.r.to(u.dtype), clip.lam, loop.coeffs, loop.clock)
+        return lambda: loop.take(lambda: ops.path_step(u, *place, **options))
+
+    for kind, options in (("plain", {}), ("drawn", {"seed": 1})):
+        here = case.format(f"path_step, {kind}")
+        exact = clips[0].z.to(torch.float32, copy=True)
+        result = step(clips[0], exact, options, "reference")()
+        ways = {
+            name: [step(clip, clip.z.clone(), options, name) for clip in clips] for name in BACKENDS
+        }
+        calls = checked(here, dtype, result, ways)
+        moved = bytes_of(clips[0], 3, 0) + 2 * clips[0].b.numel() * 4
+        timed(here, calls, moved_bytes=moved, dtype=dtype, seconds=SECONDS)
+
+
+def base_step(case: str, clips: list[Clip]) -> None:
+    """A step of the base loop, of one image: its path and the solver."""
+
+    def step(clip: Clip, backend: str) -> Callable[[], Tensor]:
+        z, loop = clip.z[:, 0].clone(), Loop(clip)
+        place = (clip.b, loop.states, loop.noise_levels, loop.coeffs, loop.clock)
+        return lambda: loop.take(lambda: ops.base_step(z, *place, backend=backend))
+
+    here = case.format("base_step, plain")
+    ways = {name: [step(clip, name) for clip in clips] for name in BACKENDS}
+    calls = checked(here, "fp32", step(clips[0], "reference")(), ways)
+    timed(here, calls, moved_bytes=5 * clips[0].b.nbytes, dtype="fp32", seconds=SECONDS)
 
 
 def checked(

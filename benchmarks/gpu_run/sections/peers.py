@@ -1,32 +1,28 @@
-"""Other libraries on the same work: diffusers' UNet3D, and torch.compile on our own VDM*.
+"""torch.compile on our own VDM*, beside our loop of it.
 
-A step is the network and DDIM's line for all frames. Eager, captured by hand in a CUDA graph, and
-compiled with mode="reduce-overhead", weights in channels_last, attention as each brings it.
+A step is the network and DDIM's line for all frames. "eager" and "captured" are our loop, as a
+pipeline runs it. What is compiled is the network's module, with weights in channels_last, which
+anybody would write: by mode="reduce-overhead", and by the default mode in a CUDA graph of ours, in
+case the compiler makes none.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from lib.table4_models import SCHEDULE, Networks, make_noise, size
+from lib.table4_models import SCHEDULE, Networks, Size, make_noise, size
+from lib.table4_ways import VDM, kept
 from torch import Tensor, nn
 
-from gpu_run.sections import DEVICE, DRY, PREPARE, emit, guarded
-from gpu_run.sections.table4 import seconds
-
-Way = Callable[[nn.Module, Tensor], Callable[[], object]]  # network and noise to one step's call
+from gpu_run.sections import DEVICE, DRY, PREPARE, emit, guarded, prepared_in_parts
+from gpu_run.sections.table4 import now, seconds
 
 STEPS = 2 if DRY else 10
 ROUNDS = 5
-CASES = (  # size, network, its name, ways: compiling takes longest, diffusers' above all
-    ("large", "peer", "diffusers UNet3D", ("eager", "captured")),
-    ("large", "video", "VDM*", ("eager", "captured")),
-    ("default", "video", "VDM*", ("eager", "captured", "compiled, captured", "compiled")),
-    ("large", "video", "VDM*", ("compiled, captured", "compiled")),
-    ("large", "peer", "diffusers UNet3D", ("compiled",)),
-)
+SIZES = ("large", "default")
 
 
 class Step(nn.Module):
@@ -47,29 +43,49 @@ class Step(nn.Module):
 
 def main() -> None:
     torch._logging.set_logs(perf_hints=True)  # why a compiled step runs without a graph, if it does
-    for size_name, network, name, ways in CASES:
-        if PREPARE and "compiled" not in ways:
-            continue
-        case = f"{size_name}, 1 clip"
-        shape = size("tiny" if DRY else size_name)
-        with guarded(case, contender=name, dtype="bf16"), torch.no_grad():
-            networks = Networks(shape, DEVICE, torch.bfloat16, keep=True)
-            noise = make_noise(shape, DEVICE, clips=1)
-            model = networks(network)
-            channels_last(model)
-            step = Step(model).to(DEVICE).eval()
-            for way in ways if not PREPARE else ("compiled",):
-                with guarded(case, contender=f"{name}, {way}", dtype="bf16"):
-                    measure(case, f"{name}, {way}", WAYS[way], step, noise.clip)
+    sizes = SIZES[-1:] if DRY else SIZES
+    if PREPARE:
+        part = prepared_in_parts("peers", sizes)
+        sizes = [name for name in sizes if name == part]
+    for name in sizes:
+        with guarded(f"{name}, 1 clip", dtype="bf16"), torch.no_grad():
+            both(f"{name}, 1 clip", size("tiny" if DRY else name))
 
 
-def channels_last(model: nn.Module) -> None:
+def both(case: str, shape: Size) -> None:
+    networks = Networks(shape, DEVICE, torch.bfloat16, keep=True)
+    noise = make_noise(shape, DEVICE, clips=1)
+    if not PREPARE:
+        for form, capture in (("eager", False), ("captured", True)):
+            loop = partial(kept, VDM, networks, noise, STEPS, capture)
+            measure(case, f"VDM*, {form}", loop, graph=capture, steps=STEPS)
+    step = Step(channels_last(networks("plain"))).to(DEVICE).eval()
+    measure(case, "VDM*, compiled, captured", lambda: captured(compiled(step), noise.clip))
+    measure(case, "VDM*, compiled", lambda: reduced_overhead(step, noise.clip))
+
+
+def channels_last(model: nn.Module) -> nn.Module:
     """Weights of convolutions of both kinds, where they lie."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
         elif isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
+    return model
+
+
+def compiled(step: nn.Module, **how: object) -> nn.Module:
+    return step if DRY else torch.compile(step, dynamic=False, **how)  # no dry run is for compilers
+
+
+def reduced_overhead(step: nn.Module, z: Tensor) -> Callable[[], object]:
+    state, fast = z.clone(), compiled(step, mode="reduce-overhead")
+
+    def call() -> object:
+        torch.compiler.cudagraph_mark_step_begin()
+        return state.copy_(fast(state))
+
+    return call
 
 
 def eager(step: nn.Module, z: Tensor) -> Callable[[], object]:
@@ -78,6 +94,7 @@ def eager(step: nn.Module, z: Tensor) -> Callable[[], object]:
 
 
 def captured(step: nn.Module, z: Tensor) -> Callable[[], object]:
+    """The replay of a step's graph."""
     if DRY:
         return eager(step, z)
     state, stream = z.clone(), torch.cuda.Stream()
@@ -92,51 +109,39 @@ def captured(step: nn.Module, z: Tensor) -> Callable[[], object]:
     return graph.replay
 
 
-def compiled(step: nn.Module, z: Tensor) -> Callable[[], object]:
-    if DRY:
-        return eager(step, z)
-    state = z.clone()
-    fast = torch.compile(step, mode="reduce-overhead", dynamic=False)
-
-    def call() -> object:
-        torch.compiler.cudagraph_mark_step_begin()
-        return state.copy_(fast(state))
-
-    return call
-
-
-def compiled_and_captured(step: nn.Module, z: Tensor) -> Callable[[], object]:
-    """The compiler's kernels in a graph of ours, in case the compiler makes none."""
-    return captured(step if DRY else torch.compile(step, dynamic=False), z)
-
-
-WAYS = {
-    "eager": eager,
-    "captured": captured,
-    "compiled": compiled,
-    "compiled, captured": compiled_and_captured,
-}
-
-
-def measure(case: str, name: str, way: Way, step: nn.Module, z: Tensor) -> None:
-    if not DRY:
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    call = way(step, z)
-    first = seconds(call)
-    if PREPARE:
-        return
-    for _ in range(3):
+def measure(
+    case: str,
+    name: str,
+    make: Callable[[], Callable[[], object]],
+    graph: bool = True,
+    steps: int = 1,
+) -> None:
+    """Times the call that `make` makes, which takes so many steps."""
+    with guarded(case, contender=name, dtype="bf16"):
+        if not DRY:
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = now()
+        call = make()
         call()
-    times = [seconds(lambda: [call() for _ in range(STEPS)]) / STEPS * 1e3 for _ in range(ROUNDS)]
-    median = statistics.median(times)
-    place = {"dtype": "bf16", "graph": way is not eager, "n": ROUNDS}
-    emit(case, name, "per step", median, "ms", spread=(max(times) - min(times)) / median, **place)
-    emit(case, name, "first call", first, "s", **place)
-    if not DRY:
-        reserved = torch.cuda.max_memory_reserved() / 2**30
-        emit(case, name, "reserved", reserved, "GiB", **place)
+        first = now() - start
+        if PREPARE:
+            return
+        call()
+        count = max(STEPS // steps, 1)
+        times = [
+            seconds(lambda: [call() for _ in range(count)]) / (count * steps) * 1e3
+            for _ in range(ROUNDS)
+        ]
+        median = statistics.median(times)
+        spread = (max(times) - min(times)) / median
+        place = {"dtype": "bf16", "graph": graph, "n": ROUNDS}
+        emit(case, name, "per step", median, "ms", spread=spread, **place)
+        emit(case, name, "first call", first, "s", **place)
+        if not DRY:
+            reserved = torch.cuda.max_memory_reserved() / 2**30
+            emit(case, name, "reserved", reserved, "GiB", **place)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The kernels that one replayed step of each network launches: their names, number and time.
 
-It is a step of the sampling loop, solver included. The list shows what to optimise next.
+It is a step of the sampling loop, solver included. The list shows what to optimise next. How long
+the candidates of each measured choice took (vfengine/ops/_tuning.py) is in the log.
 """
 
 from __future__ import annotations
@@ -9,33 +10,16 @@ import re
 from collections import defaultdict
 
 import torch
-from lib.table4_models import LAM, SCHEDULE, Networks, make_noise, size
+from lib.table4_models import Networks, size
+from lib.table4_ways import ddim, step_loops
 from torch.profiler import ProfilerActivity
 
 from gpu_run.sections import DEVICE, DRY, emit, guarded
-from vfengine.diffusion.noise import NoisePlace
-from vfengine.diffusion.solvers import solver_table
-from vfengine.sampling.loop import Loop
-from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
+from vfengine.ops._tuning import measured
 
-SIZES = ("default", "large", "paper")
+SIZES = ("large", "default", "paper")
 STEPS = 5 if DRY else 20
 SHOWN = 25  # kernels of a step, by time; the others are one row
-
-
-def loops(networks: Networks) -> dict[str, tuple[Loop, tuple[torch.Tensor, ...]]]:
-    """The loop of each network, and what it starts from."""
-    noise, table = make_noise(networks.size, DEVICE, clips=1), solver_table("ddim", SCHEDULE, STEPS)
-    place = NoisePlace(0)
-    base = BaseSpec.of(noise.base, table, place).build(networks("base"))
-    path = PathSpec.of(base.states, shared=True)
-    residual = ResidualSpec.of(noise.clip, table, place, motion=Motion(LAM), path=path)
-    video = ResidualSpec.of(noise.clip, table, place)
-    return {
-        "base": (base, (noise.base,)),
-        "residual": (residual.build(networks("residual")), (noise.clip,)),
-        "video": (video.build(networks("video")), (noise.clip,)),
-    }
 
 
 def short(name: str) -> str:
@@ -52,11 +36,13 @@ def main() -> None:
     for name in SIZES[:1] if DRY else SIZES:
         with guarded(name), torch.inference_mode():
             networks = Networks(size("tiny" if DRY else name), DEVICE, torch.bfloat16, keep=True)
-            for network, (loop, start) in loops(networks).items():
+            for network, (loop, start) in step_loops(networks, ddim(STEPS)).items():
                 with guarded(f"{name}, {network}", graph=True, dtype="bf16"):
-                    step = loop.stepper(capture=True)
+                    step = loop.stepper(capture=True, at_once=1)
                     loop.start(*start)
                     measure(f"{name}, {network}", step)
+    for key, times in measured().items():
+        print(f"{key}: {times} ms")
 
 
 def measure(case: str, step) -> None:

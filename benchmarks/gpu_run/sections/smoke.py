@@ -12,6 +12,10 @@ from gpu_run.sections import BACKENDS, DEVICE, guarded, verdict
 from vfengine import ops
 
 SHAPE = (2, 5, 3, 10, 14)  # no whole number of vectors, frames or blocks
+NOT_IN_CPP = {  # network ops without a kernel of this backend
+    "cpu": ("implicit_gemm",),
+    "cuda": ("implicit_gemm", "spatial_attention", "layer_norm", "geglu"),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,6 +70,8 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
     qkv, wide = normal(2, 5, 7, 3 * 2 * 16), normal(9, 48)
     q, k, v = normal(3, 35, 3 * 32).chunk(3, -1)
     weight, bias = normal(48, dtype=torch.float32), normal(48, dtype=torch.float32)
+    pictures, kernels = normal(3, 10, 14, 24), normal(48, 3, 3, 24)
+    terms = {"padding": (1, 1), "shift": normal(3, 48, dtype=torch.float32)}
     calls = {
         "group_norm_silu": (
             lambda: ops.group_norm_silu(x, 4, **norm, num_frames=3, backend=backend),
@@ -87,10 +93,41 @@ def network_ops(dtype: torch.dtype, backend: str) -> dict[str, tuple[Callable[[]
             lambda: ops.geglu(wide, backend=backend),
             ops.geglu_reference(wide.float()),
         ),
+        "implicit_gemm": (
+            lambda: ops.implicit_gemm(pictures, kernels, weight, **terms, backend=backend),
+            ops.implicit_gemm_reference(pictures.float(), kernels.float(), weight, **terms),
+        ),
     }
-    if backend == "cuda":  # there are no others in CUDA C++
-        return {name: calls[name] for name in ("group_norm_silu", "temporal_attention")}
-    return calls
+    return {name: call for name, call in calls.items() if name not in NOT_IN_CPP.get(backend, ())}
+
+
+def generator_ops(
+    dtype: torch.dtype, backend: str
+) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
+    """The same of the ops around a network's layers, which are in Triton alone."""
+    if backend != "triton":
+        return {}
+    random = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, device=DEVICE)
+
+    z, predicted, coeffs = normal(*SHAPE).to(dtype), normal(20, 5, 7, 24), normal(3, 5, 5)
+    step = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    rows = torch.empty_like(predicted, dtype=dtype)
+    numbers = {"coeffs": coeffs, "step": step}
+    guided = {**numbers, "guidance_scale": 2.0}
+    seen = ops.model_input_reference(z.float(), **numbers, patch_size=2, conditioned=True)
+    return {
+        "model_input": (
+            lambda: ops.model_input(z, **numbers, out=rows, conditioned=True, backend=backend),
+            seen.repeat(2, 1, 1, 1),
+        ),
+        "noise_estimate": (
+            lambda: ops.noise_estimate(z, predicted, **guided, backend=backend),
+            ops.noise_estimate_reference(z.float(), predicted, **guided),
+        ),
+    }
 
 
 @torch.inference_mode()
@@ -98,7 +135,11 @@ def main() -> None:
     for name, dtype in DTYPES.items():
         for backend in BACKENDS:
             place = {"contender": backend, "dtype": name}
-            for make, right in ((step_ops, check), (network_ops, roughly)):
+            for make, right in (
+                (step_ops, check),
+                (network_ops, roughly),
+                (generator_ops, roughly),
+            ):
                 with guarded(make.__name__, **place):
                     for op, (call, exact) in make(dtype, backend).items():
                         with guarded(op, **place):

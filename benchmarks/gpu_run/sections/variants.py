@@ -1,4 +1,4 @@
-"""Choices that a GPU decides: cuDNN's own search, steps in a graph, which backend of an op."""
+"""Choices that a GPU decides: steps in a graph, how kernels are launched, backends of ops."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import torch
 from lib.table4_models import Networks, size
+from lib.table4_ways import ddim, step_loops
 
 from gpu_run.sections import BACKENDS, DEVICE, DRY, emit, guarded
-from gpu_run.sections.profile import loops
 from gpu_run.sections.table4 import seconds
+from vfengine.sampling.cuda_graph import Stepper
 from vfengine.sampling.loop import Loop
 
 SIZES = ("default", "large")
 ROUNDS = 5
-PER_GRAPH = 5  # steps
+STEPS = 5 if DRY else 20
 
 
 def main() -> None:
@@ -26,66 +27,43 @@ def main() -> None:
             for network in ("base", "residual", "video"):
                 for variant, make in VARIANTS.items():
                     with guarded(f"{name}, {network}", contender=variant, dtype="bf16"):
-                        loop, start = loops(networks)[network]  # a new one: it captures anew
+                        loops = step_loops(networks, ddim(STEPS))  # new ones: they capture anew
+                        loop, start = loops[network]
                         measure(f"{name}, {network}", variant, loop, start, make)
 
 
-def as_it_is(loop: Loop) -> tuple[Callable[[], object], int]:
-    """A call, and the steps that it takes."""
-    return loop.stepper(capture=True), 1
+def switched(variable: str, value: str) -> Callable[[Loop], Stepper]:
+    """Captures with an environment variable at this value."""
 
+    def make(loop: Loop) -> Stepper:
+        former = os.environ.get(variable)
+        os.environ[variable] = value
+        try:
+            return loop.stepper(capture=True)
+        finally:
+            if former is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = former
 
-def cudnn_searches(loop: Loop) -> tuple[Callable[[], object], int]:
-    former = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        return loop.stepper(capture=True), 1
-    finally:
-        torch.backends.cudnn.benchmark = former
-
-
-def triton_ops(loop: Loop) -> tuple[Callable[[], object], int]:
-    former = os.environ.get("VFENGINE_KERNEL_BACKEND")
-    os.environ["VFENGINE_KERNEL_BACKEND"] = BACKENDS[0] if DRY else "triton"
-    try:
-        return loop.stepper(capture=True), 1
-    finally:
-        if former is None:
-            del os.environ["VFENGINE_KERNEL_BACKEND"]
-        else:
-            os.environ["VFENGINE_KERNEL_BACKEND"] = former
-
-
-def sdpa_attention(loop: Loop) -> tuple[Callable[[], object], int]:
-    os.environ["VFENGINE_ATTENTION_BACKEND"] = "sdpa"
-    try:
-        return loop.stepper(capture=True), 1
-    finally:
-        del os.environ["VFENGINE_ATTENTION_BACKEND"]
-
-
-def several_steps(loop: Loop) -> tuple[Callable[[], object], int]:
-    single = loop.step
-    loop.step = lambda: [single() for _ in range(PER_GRAPH)]
-    return loop.stepper(capture=True), PER_GRAPH
+    return make
 
 
 VARIANTS = {
-    "as it is": as_it_is,
-    "cudnn.benchmark": cudnn_searches,
-    "every op in Triton": triton_ops,
-    "attention by SDPA": sdpa_attention,
-    f"{PER_GRAPH} steps a graph": several_steps,
+    "as it is": lambda loop: loop.stepper(capture=True),
+    "1 step a graph": lambda loop: loop.stepper(capture=True, at_once=1),
+    "no dependent launches": switched("VFENGINE_PDL", "off"),
+    "every op in Triton": switched("VFENGINE_KERNEL_BACKEND", BACKENDS[0] if DRY else "triton"),
+    "attention by SDPA": switched("VFENGINE_ATTENTION_BACKEND", "sdpa"),
 }
 
 
 def measure(case: str, variant: str, loop: Loop, start: tuple, make) -> None:
-    call, steps = make(loop)
+    stepper = make(loop)
     times = []
     for _ in range(ROUNDS):
         loop.start(*start)
-        count = len(loop) // steps
-        times.append(seconds(lambda n=count: [call() for _ in range(n)]) / (count * steps) * 1e6)
+        times.append(seconds(lambda: loop.run(stepper)) / len(loop) * 1e6)
     median = statistics.median(times)
     place = {"dtype": "bf16", "graph": True, "n": ROUNDS}
     emit(case, variant, "time", median, "us", spread=(max(times) - min(times)) / median, **place)

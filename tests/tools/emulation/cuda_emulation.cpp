@@ -129,7 +129,7 @@ std::deque<std::unique_ptr<Block>> blocks;     // the running one last
 
 #if defined(EMULATION_TSAN)
 void* host_fiber;
-char launch_end;
+char launch_end, fences;
 #endif
 #if defined(EMULATION_ASAN)
 void* host_asan_stack;
@@ -396,6 +396,8 @@ void* shared_memory(const void* site, size_t bytes, size_t alignment) {
   sites[num_sites++] = {site, at};
   return at;
 }
+
+void fence() { IF_TSAN(__tsan_acquire(&fences); __tsan_release(&fences);) }
 
 void* dynamic_shared_memory() { return shared_memory(&dynamic_bytes, dynamic_bytes, 16); }
 

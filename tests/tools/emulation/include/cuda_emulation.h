@@ -47,6 +47,7 @@ void* shared_memory(const void* site, size_t bytes, size_t alignment);
 void* dynamic_shared_memory();
 
 void block_barrier();
+void fence();
 void warp_barrier(unsigned mask);
 
 // Every lane of a warp shows `mine` to the others: theirs, lane by lane, until its next exchange.

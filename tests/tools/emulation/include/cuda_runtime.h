@@ -91,10 +91,21 @@ void __stcs(T* to, T x) {
   *to = x;
 }
 
+// What comes before one thread's fence comes before what follows a later fence of another.
+inline void __threadfence() { emulation::fence(); }
+
 // Relaxed, as on the device: they order nothing else, and TSan must not think they do.
 inline int atomicAdd(int* to, int x) { return __atomic_fetch_add(to, x, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* to, unsigned x) {
   return __atomic_fetch_add(to, x, __ATOMIC_RELAXED);
+}
+inline unsigned atomicInc(unsigned* to, unsigned last) {  // last + 1 is 0
+  unsigned old;
+  __atomic_load(to, &old, __ATOMIC_RELAXED);
+  unsigned next = old >= last ? 0 : old + 1;
+  while (!__atomic_compare_exchange(to, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+    next = old >= last ? 0 : old + 1;
+  return old;
 }
 inline float atomicAdd(float* to, float x) {
   float old;

@@ -1,0 +1,449 @@
+"""Inference of networks on CUDA: one walk of the network, whose calls are ops.
+
+A `CudaUNet` takes a UNet's place. It walks the same `plan` as the CPU's builders do
+(vfengine/plan/walk.py), with a builder that runs each call at once: a launch or two, so that a
+step's time is arithmetic rather than launches. Activations are rows `[images, H, W, C]` of one
+dtype, which is what channels_last memory is. A CUDA graph keeps the launches
+(vfengine/sampling/cuda_graph.py), so nothing is planned ahead.
+
+What does not change between steps is computed once: q, k and v weights lie side by side, and so do
+all projections of the embedding; parameters of norms and biases are in fp32, as they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops._dispatch import MAX_HEAD_DIM
+from ..ops._tuning import choose
+from ..ops.attention import attend
+from ..ops.temporal_attention import MAX_FRAMES
+
+_ALIGNED = 16  # channels of an input row: whole 16-byte vectors, and a product's least depth
+
+
+class CudaUNet(nn.Module):
+    """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on CUDA.
+
+    unet:  a `UNet`, consumed: its weights stay where they are, but its forward runs no more
+    dtype: of weights and activations: float32, bfloat16 or float16
+
+    `modulation` and `rows` are the two halves of a forward pass: what depends on timestep, class
+    and frame alone, and the layers. A sampling loop computes the first for all its steps ahead.
+
+    Raises ValueError where UNet does.
+    """
+
+    def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = unet.config, dtype
+        self.unet = unet.eval().requires_grad_(False)
+        self.check_inputs = unet.check_inputs
+        prepare = Preparer(dtype)
+        with torch.no_grad():
+            unet.plan(
+                prepare, prepare.any, context=prepare.any if unet.config.context_dim else None
+            )
+            self.projections = Joined.of(*prepare.projections)
+        self.attentions = prepare.attentions
+        ends = list(accumulate(layer.out_features for layer in prepare.projections))
+        self.columns = dict(zip(prepare.projections, [0, *ends[:-1]], strict=True))
+        self.input_width = unet.conv_in.weight.shape[1]
+        # Embeddings in float64: once rounded, they do not depend on the order of sums.
+        self.embeddings = unet.embeddings()
+        _cast(self.embeddings, torch.float64)
+        self._biases: dict[tuple[nn.Module, int], Tensor] = {}  # of positions
+
+    @property
+    def class_embedding(self) -> nn.Module | None:
+        return self.unet.class_embedding
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The network's prediction, of the shape of x but with out_channels, in its own dtype."""
+        self.check_inputs(x, t, context, class_labels)
+        frames = x.shape[1] if self.config.is_video else 1
+        images = x.flatten(0, 1) if self.config.is_video else x
+        with torch.no_grad():
+            folded = F.pixel_unshuffle(images.to(self.dtype), self.config.patch_size)
+            padded = F.pad(folded.permute(0, 2, 3, 1), (0, self.input_width - folded.shape[1]))
+            modulation = self.modulation(t, class_labels, frames)
+            out = self.rows(padded.contiguous(), modulation, frames, context)
+            out = F.pixel_shuffle(out.permute(0, 3, 1, 2), self.config.patch_size)
+        out = out.to(self.dtype, memory_format=torch.contiguous_format)
+        return out.unflatten(0, (-1, frames)) if self.config.is_video else out
+
+    def modulation(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:
+        """All layers' projections of the embedding: fp32 [rows, columns].
+
+        t, class_labels: [S] as in `forward`
+
+        A row for each of the S and each of its frames, if frames have an embedding of their own;
+        else one for each of the S.
+        """
+        frames = num_frames if self.config.frame_embedding else 1
+        embedding = F.silu(self.embeddings.embed(t, class_labels, frames)).to(self.dtype)
+        return _linear(embedding, self.projections, out_dtype=torch.float32)
+
+    def rows(
+        self, x: Tensor, modulation: Tensor, num_frames: int, context: Tensor | None = None
+    ) -> Tensor:
+        """The layers alone: fp32 [B*N, h, w, out_channels * patch²].
+
+        x:          [B*N, h, w, input_width] in the network's dtype, contiguous: patches with their
+                    pixels in the order of F.pixel_unshuffle, then zeros
+        modulation: of `modulation`, for B samples
+        context:    [B, M, C'] or None
+        """
+        build = CudaBuilder(self, x.shape[0] // num_frames, num_frames, modulation)
+        if context is not None:
+            context = context.to(self.dtype)
+        return self.unet.plan(build, Features(x), context).x
+
+    def position_bias(self, layer: nn.Module, num_frames: int) -> Tensor:
+        """fp32 [heads, N, N], kept for further calls."""
+        key = (layer, num_frames)
+        if key not in self._biases:
+            bias = layer(num_frames, self.projections.weight.device)
+            self._biases[key] = bias.float().contiguous()
+        return self._biases[key]
+
+    def _apply(self, fn, recurse=True):
+        """Accepts only its own dtype: what was joined and rounded for it cannot be cast."""
+        device = self.projections.weight.device
+        probe = fn(torch.empty(0, dtype=self.dtype, device=device))
+        if probe.dtype != self.dtype or probe.device != device:
+            raise RuntimeError(
+                f"CudaUNet: made for {self.dtype} on {device}; load the network anew for "
+                f"{probe.dtype} on {probe.device}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature map: x [images, H, W, C]."""
+
+    x: Tensor
+
+
+@dataclass
+class CudaBuilder:
+    """Runs the calls of a network's plan on CUDA (vfengine/plan/walk.py lists them).
+
+    modulation: fp32 rows of all projections of the embedding, one an image or one a sample
+    """
+
+    network: CudaUNet
+    batch: int
+    frames: int
+    modulation: Tensor
+
+    def cat(self, x: Features, y: Features) -> Features:
+        return Features(torch.cat([x.x, y.x], dim=-1))
+
+    def conv(
+        self,
+        x: Features,
+        conv: nn.Conv2d,
+        *,
+        shift: nn.Linear | None = None,
+        plus: tuple[nn.Module, Features] | None = None,
+        padded: bool = False,
+        fp32: bool = False,
+    ) -> Features:
+        residual = None
+        if plus is not None:
+            shortcut, residual = plus
+            if not isinstance(shortcut, nn.Identity):
+                residual = self.conv(residual, shortcut)
+        return Features(
+            ops.implicit_gemm(
+                x.x,
+                conv.weight.permute(0, 2, 3, 1),
+                conv.bias,
+                stride=conv.stride[0],
+                padding=conv.padding,
+                shift=None if shift is None else self._table(shift),
+                residual=None if residual is None else residual.x,
+                out_dtype=torch.float32 if fp32 else None,
+            )
+        )
+
+    def conv_over_frames(
+        self, x: Features, conv: nn.Conv2d, residual: Features | None = None
+    ) -> Features:
+        clips = (self.batch, self.frames, -1, x.x.shape[-1])
+        out = ops.implicit_gemm(
+            x.x.view(clips),
+            conv.weight.permute(0, 2, 3, 1),
+            conv.bias,
+            padding=conv.padding,
+            residual=None if residual is None else residual.x.view(clips),
+        )
+        return Features(out.view(*x.x.shape[:3], -1))
+
+    def upsampled_conv(
+        self, x: Features, conv: nn.Conv2d, skip: Features | None = None
+    ) -> Features:
+        height, width = x.x.shape[1:3]
+        size = (2 * height, 2 * width) if skip is None else tuple(skip.x.shape[1:3])
+        h, upsample = x.x, 2
+        if size != (2 * height, 2 * width):  # an odd size, rounded up by downsampling
+            images = F.interpolate(h.permute(0, 3, 1, 2), size=size, mode="nearest")
+            h, upsample = images.permute(0, 2, 3, 1).contiguous(), 1
+        return Features(
+            ops.implicit_gemm(
+                h,
+                conv.weight.permute(0, 2, 3, 1),
+                conv.bias,
+                padding=conv.padding,
+                upsample=upsample,
+            )
+        )
+
+    def group_norm(
+        self,
+        x: Features,
+        norm: nn.GroupNorm,
+        *,
+        silu: bool = False,
+        modulation: nn.Linear | None = None,
+        over_frames: bool = False,
+    ) -> Features:
+        scale = shift = None
+        if modulation is not None:
+            scale, shift = self._table(modulation).chunk(2, dim=1)
+        out = ops.group_norm_silu(
+            x.x.permute(0, 3, 1, 2),
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            num_frames=self.frames if over_frames else 1,
+            scale=scale,
+            shift=shift,
+            silu=silu,
+        )
+        return Features(out.permute(0, 2, 3, 1))
+
+    def layer_norm(self, x: Features, norm: nn.LayerNorm) -> Features:
+        return Features(ops.layer_norm(x.x, norm.weight, norm.bias, eps=norm.eps))
+
+    def geglu(self, x: Features, layer: nn.Linear) -> Features:
+        return Features(_linear(x.x, layer, gated=True))
+
+    def linear(
+        self,
+        x: Features,
+        layer: nn.Linear,
+        *,
+        residual: Features | None = None,
+        then: tuple[nn.Linear, Features] | None = None,
+    ) -> Features:
+        added = None if residual is None else residual.x
+        h = Features(_linear(x.x, layer, residual=added))
+        return h if then is None else self.linear(h, then[0], residual=then[1])
+
+    def attention(
+        self,
+        x: Features,
+        norm: nn.LayerNorm | nn.GroupNorm,
+        attention: nn.Module,
+        context: Tensor | None = None,
+        *,
+        bias: nn.Module | None = None,
+        over_frames: bool = False,
+    ) -> Features:
+        """x + attention(norm(x)): an image's pixels attend to each other, or to a context's rows.
+
+        over_frames: a pixel's frames attend to each other, with a `bias(frames, device)`
+        """
+        normed = (self.group_norm if isinstance(norm, nn.GroupNorm) else self.layer_norm)(x, norm)
+        into, from_context = self.network.attentions[attention]
+        h = _linear(normed.x, into)
+        if over_frames:
+            out = self._over_frames(h, attention, bias)
+        else:
+            q = h.flatten(1, 2)  # [images, H*W, C], or q, k and v beside each other
+            if from_context is None:
+                q, k, v = q.chunk(3, dim=-1)
+            else:
+                rows = _linear(context, from_context)
+                if self.batch > 1 and self.frames > 1:
+                    rows = rows.repeat_interleave(self.frames, dim=0)
+                k, v = rows.chunk(2, dim=-1)
+            out = _spatial(q, k, v, attention.heads)
+        out = out.view(*x.x.shape[:3], -1)
+        return Features(_linear(out, attention.to_out, residual=x.x))
+
+    def _over_frames(self, qkv: Tensor, attention: nn.Module, bias: nn.Module | None) -> Tensor:
+        heads = attention.heads
+        table = None if bias is None else self.network.position_bias(bias, self.frames)
+        qkv = qkv.view(self.batch, self.frames, -1, qkv.shape[-1])  # [B, N, H*W, 3 C]
+        if self.frames <= MAX_FRAMES and _fits(attention.head_dim):
+            return ops.temporal_attention(qkv, heads, table)
+        split = qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 2, 4, 1, 5)  # [3, B, P, H, N, D]
+        return attend(*split.unbind(), table, backend="sdpa").permute(0, 3, 1, 2, 4).contiguous()
+
+    def runs_in_tiles(self, x: Features, transformer: nn.Module) -> bool:
+        return False
+
+    def _table(self, projection: nn.Linear) -> Tensor:
+        """The columns of a layer's projection of the embedding."""
+        first = self.network.columns[projection]
+        return self.modulation[:, first : first + projection.out_features]
+
+
+def _linear(x: Tensor, layer: nn.Linear | Joined, **options: Any) -> Tensor:
+    """x [..., C] by a layer's weight [D, C] -> [..., D]; a residual is like the result."""
+    rows = x.view(1, -1, 1, x.shape[-1])
+    if (residual := options.get("residual")) is not None:
+        options["residual"] = residual.view(1, -1, 1, residual.shape[-1])
+    out = ops.implicit_gemm(rows, layer.weight[:, None, None], layer.bias, **options)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _spatial(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of rows q [F, Sq, C], k and v [F or 1, Sk, C]: [F, Sq, C], the faster way."""
+
+    def sdpa() -> Tensor:
+        split = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q_, k_, v_ = (t.expand(len(q), -1, -1, -1) for t in split)
+        return attend(q_, k_, v_, backend="sdpa").transpose(1, 2).reshape(q.shape)
+
+    if not _fits(q.shape[-1] // heads):
+        return sdpa()
+    ways = {"ours": lambda: ops.spatial_attention(q, k, v, heads), "sdpa": sdpa}
+    if k.shape[1] > 256:  # where nothing can be measured, what was fastest on an H100
+        ways = {name: ways[name] for name in ("sdpa", "ours")}
+    key = ("spatial attention", q.dtype, tuple(q.shape), tuple(k.shape), heads)
+    return ways[choose(key, ways)]()
+
+
+def _fits(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Weights that are used together, one below the other, with their biases in fp32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> Joined:
+        """The layers' weights; from now on each layer's own are a view of its part."""
+        weight, bias = torch.cat([layer.weight for layer in layers]), None
+        sizes = [layer.out_features for layer in layers]
+        for layer, part in zip(layers, weight.split(sizes), strict=True):
+            layer.weight = nn.Parameter(part, requires_grad=False)
+        if layers[0].bias is not None:
+            bias = torch.cat([layer.bias for layer in layers])
+        return cls(weight, bias)
+
+
+class Preparer:
+    """Makes the layers that a network's plan names ready for a `CudaBuilder`.
+
+    Norms' parameters and biases become fp32, other weights `dtype`, those of convolutions in
+    channels_last memory.
+    """
+
+    any = object()  # stands for every feature map and context
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.attentions: dict[nn.Module, tuple[Joined, Joined | None]] = {}
+        self.projections: list[nn.Linear] = []
+
+    def cat(self, x: Any, y: Any) -> Any:
+        return x
+
+    def conv(self, x: Any, conv: nn.Conv2d, *, shift=None, plus=None, padded=False, fp32=False):
+        self._layer(conv)
+        if padded:
+            conv.weight = _frozen(_padded(conv.weight))
+        if shift is not None:
+            self._project(shift)
+        if plus is not None and not isinstance(plus[0], nn.Identity):
+            self._layer(plus[0])
+        return x
+
+    def conv_over_frames(self, x: Any, conv: nn.Conv2d, residual: Any = None) -> Any:
+        return self._layer(conv)
+
+    def upsampled_conv(self, x: Any, conv: nn.Conv2d, skip: Any = None) -> Any:
+        return self._layer(conv)
+
+    def group_norm(self, x: Any, norm: nn.GroupNorm, *, silu=False, modulation=None, **_: Any):
+        _cast(norm, torch.float32)
+        if modulation is not None:
+            self._project(modulation)
+        return x
+
+    def layer_norm(self, x: Any, norm: nn.LayerNorm) -> Any:
+        _cast(norm, torch.float32)
+        return x
+
+    def geglu(self, x: Any, layer: nn.Linear) -> Any:
+        return self._layer(layer)
+
+    def linear(self, x: Any, layer: nn.Linear, *, residual: Any = None, then: Any = None) -> Any:
+        self._layer(layer)
+        return x if then is None else self._layer(then[0])
+
+    def attention(self, x: Any, norm: nn.Module, attention: nn.Module, context=None, **_: Any):
+        _cast(norm, torch.float32)
+        q, k, v = attention.to_q, attention.to_k, attention.to_v
+        for layer in (q, k, v, attention.to_out):
+            self._layer(layer)
+        crossed = context is not None
+        joined = (Joined.of(q), Joined.of(k, v)) if crossed else (Joined.of(q, k, v), None)
+        self.attentions[attention] = joined
+        return x
+
+    def runs_in_tiles(self, x: Any, transformer: nn.Module) -> bool:
+        return False
+
+    def _project(self, projection: nn.Linear) -> None:
+        self._layer(projection)
+        self.projections.append(projection)
+
+    def _layer(self, layer: nn.Conv2d | nn.Linear) -> Any:
+        form = torch.channels_last if layer.weight.dim() == 4 else torch.contiguous_format
+        layer.weight = _frozen(layer.weight.to(self.dtype).contiguous(memory_format=form))
+        if layer.bias is not None:
+            layer.bias = _frozen(layer.bias.float())
+        return self.any
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """`module.to(dtype)`, which cannot be had of fake tensors."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = _frozen(parameter.to(dtype))
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """A convolution's weight with input channels of zeros, up to whole vectors."""
+    padding = -weight.shape[1] % _ALIGNED
+    return F.pad(weight, (0, 0, 0, 0, 0, padding)).to(memory_format=torch.channels_last)
