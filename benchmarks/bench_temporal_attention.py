@@ -4,6 +4,8 @@ That is a permutation to [B, P, H, N, D], attention ("math" of vfengine/ops/atte
 torch's SDPA) and a permutation back. Frames of 16 x 16 and 32 x 32 pixels, with a bias.
 """
 
+import functools
+
 import pytest
 import torch
 from lib.harness import Row, Target, main
@@ -55,7 +57,10 @@ def contenders(case: str) -> tuple[dict, torch.Tensor, int]:
         "compiled": lambda: compiled(qkv, heads, bias),
     }
     if DEVICE == "cuda":
-        calls["triton"] = lambda: temporal_attention(qkv, heads, bias, out=also, backend="triton")
+        for backend in ("cuda", "triton"):
+            calls[backend] = functools.partial(
+                temporal_attention, qkv, heads, bias, out=also, backend=backend
+            )
     exact = temporal_attention_reference(qkv.double(), heads, bias)
     return calls, exact, qkv.nbytes + out.nbytes
 

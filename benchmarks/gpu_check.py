@@ -313,10 +313,8 @@ def chosen(only: str | None, until: str | None, folder: Path, module: Path | Non
         names.discard("build")
     else:
         names.add("build")
-    wanted = [s for s in SECTIONS if s.stage <= last and s.name in names]
-    # To compile ahead saves time only beside what runs anyway.
-    ahead = [s for s in SECTIONS if s.prepares in names and s.stage in {w.stage for w in wanted}]
-    return [s for s in SECTIONS if s in wanted or (s in ahead and s.stage <= last)]
+    # Compilers run in parallel ahead of what they compile for, and one after another inside it.
+    return [s for s in SECTIONS if s.stage <= last and names & {s.name, s.prepares}]
 
 
 def within(budget: float, sections: Sequence[Section]) -> list[Section]:
@@ -325,7 +323,7 @@ def within(budget: float, sections: Sequence[Section]) -> list[Section]:
     for stage in sorted({s.stage for s in sections}):
         timed = [s for s in sections if s.stage == stage and not s.prepares]
         fit |= {s.name for s in timed if start + s.expected <= budget}
-        start += max((s.expected for s in timed if s.name in fit), default=0)
+        start += max((s.expected for s in timed if s.name in fit), default=0.0)
     return [s for s in sections if not s.prepares or s.prepares in fit]
 
 

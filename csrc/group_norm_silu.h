@@ -1,9 +1,10 @@
 // y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift)
 //
 // x, y: [images, rows, channels], rows of pixels (channels_last); weight, bias: [channels] or null,
-// for 1 and 0; scale, shift: [images, channels], rows of modulation_stride numbers, both or
-// neither. mu, var: of the channels / groups channels of a group at the pixels of num_frames
-// consecutive images, from centred squares in fp32. Without silu, SiLU is left out.
+// for 1 and 0; scale, shift: both or neither, channels of one row for modulation_images images, one
+// after another, 0 meaning 1; rows are modulation_stride numbers apart. mu, var: of the channels /
+// groups channels of a group at the pixels of num_frames consecutive images, from centred squares
+// in fp32. Without silu, SiLU is left out.
 #pragma once
 #include <cstdint>
 
@@ -16,8 +17,7 @@ namespace vf {
 // [images, 3, channels] are written (cpu/norm.h) and nothing else.
 // workspace: fp32 scratch for statistics; on a CPU group_norm_workspace() numbers, needed in a
 // program (cpu/base/parallel.h) and the kernel's own elsewhere.
-// CUDA alone: chunk_rows, the rows of one chunk (vfengine/ops/group_norm_silu.py);
-// modulation_stride is the number of channels there.
+// CUDA alone: chunk_rows, the least rows of one chunk (vfengine/ops/group_norm_silu.py).
 #define VF_GROUP_NORM_SILU_FIELDS(FIELD, OPTIONAL) \
   FIELD(const void*, x)                            \
   OPTIONAL(const void*, x2)                        \
@@ -26,6 +26,7 @@ namespace vf {
   OPTIONAL(const float*, scale)                    \
   OPTIONAL(const float*, shift)                    \
   OPTIONAL(int64_t, modulation_stride)             \
+  OPTIONAL(int64_t, modulation_images)             \
   OPTIONAL(void*, out)                             \
   OPTIONAL(float*, coefficients)                   \
   OPTIONAL(float*, workspace)                      \

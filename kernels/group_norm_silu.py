@@ -2,7 +2,8 @@
                                                                         csrc/group_norm_silu.h
 
 x: [B, P, C] rows of pixels; μ, σ² of the C / G channels of a group at the pixels of num_frames
-images, a set. Three launches, without atomics, so the order of sums depends on the shape alone:
+images, a set. One launch where a program holds all rows of a group: slab_kernel, which moves x
+once. Else three, without atomics, so the order of sums depends on the shape alone:
 channel_kernel gives the mean and centred squares of each channel in each chunk of a set's rows,
 group_kernel merges those of a group, apply_kernel writes y. All sums in fp32. Two reads of x, one
 write of y; the statistics are small beside them.
@@ -18,9 +19,10 @@ from .launch import launch_kernel, wait_for_inputs
 
 TILE = 4096  # elements of x that a program holds
 MAX_BLOCK = 256  # channels of a tile
+SLAB = 16384  # elements that a program of slab_kernel holds
 ENTRIES = 1024  # chunks times channels of a group that are merged at a time
 # Integers that may take any value: a variant compiled for 1, or for multiples of 16, gains nothing.
-NUMBERS = ["set_rows", "chunk_rows", "chunks", "rows", "tiles", "num_frames"]
+NUMBERS = ["set_rows", "chunk_rows", "chunks", "rows", "tiles", "num_frames", "table_images"]
 
 
 @triton.jit(do_not_specialize=NUMBERS[:3])
@@ -126,6 +128,8 @@ def apply_kernel(
     rows,
     tiles,  # of ROWS rows in an image
     num_frames,
+    table_images,  # that share a row of scale and shift, and how far rows are apart
+    table_stride,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     WEIGHT: tl.constexpr,  # whether there is one, and likewise the rest
@@ -149,7 +153,7 @@ def apply_kernel(
     if BIAS:
         offset = tl.load(bias_ptr + channel, mask=inside, other=0.0)
     if SCALE:
-        of_image = image.to(tl.int64) * C + channel
+        of_image = (image // table_images).to(tl.int64) * table_stride + channel
         more = 1.0 + tl.load(scale_ptr + of_image, mask=inside, other=0.0)
         factor *= more
         offset = offset * more + tl.load(shift_ptr + of_image, mask=inside, other=0.0)
@@ -160,6 +164,65 @@ def apply_kernel(
     if SILU:
         y *= tl.sigmoid(y)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "num_frames", "table_images"])
+def slab_kernel(
+    x_ptr,
+    weight_ptr,  # as in apply_kernel
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    rows,
+    num_frames,
+    table_images,
+    table_stride,
+    eps,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUPS: tl.constexpr,  # of a program
+    ROWS: tl.constexpr,  # rows of a set and WIDTH, rounded up to powers of two
+    BLOCK: tl.constexpr,
+):
+    """y of GROUPS groups of one set, [ROWS, GROUPS, BLOCK], whose images share a row of scale."""
+    programs: tl.constexpr = C // (GROUPS * WIDTH)
+    at_set = (tl.program_id(0) // programs).to(tl.int64)
+    group = tl.program_id(0) % programs * GROUPS + tl.arange(0, GROUPS)
+    row, in_group = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    set_rows = rows * num_frames
+    channel = group[:, None] * WIDTH + in_group[None, :]
+    inside = in_group[None, :] < WIDTH
+    here = (row < set_rows)[:, None, None] & inside[None, :, :]
+    set_ptr = x_ptr + at_set * set_rows * C
+    at = row[:, None, None] * C + channel[None, :, :]
+    x = tl.load(set_ptr + at, mask=here, other=0.0).to(tl.float32)
+    # Differences from the first are small where the mean is large: their sum loses nothing.
+    origin = tl.load(set_ptr + group * WIDTH).to(tl.float32)
+    apart = tl.where(here, x - origin[None, :, None], 0.0)
+    size = set_rows.to(tl.float32) * WIDTH
+    mean = origin + tl.sum(tl.sum(apart, 2), 0) / size
+    x = tl.where(here, x - mean[None, :, None], 0.0)
+    variance = tl.sum(tl.sum(x * x, 2), 0) / size
+    factor = (1.0 / tl.sqrt_rn(variance + eps))[:, None] + tl.zeros([GROUPS, BLOCK], tl.float32)
+    offset = tl.zeros([GROUPS, BLOCK], tl.float32)
+    if WEIGHT:
+        factor *= tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    if BIAS:
+        offset = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+    if SCALE:
+        of_set = at_set * num_frames // table_images * table_stride + channel
+        more = 1.0 + tl.load(scale_ptr + of_set, mask=inside, other=0.0)
+        factor *= more
+        offset = offset * more + tl.load(shift_ptr + of_set, mask=inside, other=0.0)
+    y = x * factor[None, :, :] + offset[None, :, :]
+    if SILU:
+        y *= tl.sigmoid(y)
+    tl.store(out_ptr + at_set * set_rows * C + at, y.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def launch(x: Tensor, *arguments) -> None:
@@ -181,25 +244,42 @@ def launches(
     out: Tensor,
     workspace: Tensor,
 ) -> list[tuple]:
-    """(kernel, grid, arguments, constants) of the three launches."""
+    """(kernel, grid, arguments, constants) of each launch: one for sets that fit, else three."""
     images, channels, height, width = x.shape
     rows, sets = height * width, images // num_frames
     chunks, chunk_rows = chunk_plan(images, rows, num_frames)
     if rows * num_frames >= 2**31 - TILE:
         raise ValueError("group_norm_silu: backend='triton' takes sets of fewer than 2^31 pixels")
+    given = {"WEIGHT": weight, "BIAS": bias, "SCALE": scale}
+    there = {name: tensor is not None for name, tensor in given.items()}
+    tensors = [x if t is None else t for t in (x, weight, bias, scale, shift)]
+    modulation = (1, channels) if scale is None else (images // len(scale), scale.stride(0))
+    width = channels // num_groups
+    grouped = {"C": channels, "WIDTH": width}
+
+    together = 1  # groups that make 32 bytes of a row, a sector of memory
+    while together * width * x.element_size() < 32 and num_groups % (2 * together) == 0:
+        together *= 2
+    whole = {"ROWS": triton.next_power_of_2(rows * num_frames)}
+    whole |= {"BLOCK": triton.next_power_of_2(width)}
+    held = together * whole["ROWS"] * whole["BLOCK"]
+    if held <= SLAB and (scale is None or modulation[0] % num_frames == 0):
+        constants = {**grouped, **there, "SILU": silu, "GROUPS": together, **whole}
+        constants["num_warps"] = 4 if held <= TILE else 8
+        numbers = (rows, num_frames, *modulation, eps)
+        grid = (sets * num_groups // together,)
+        return [(slab_kernel, grid, (*tensors, out, *numbers), constants)]
+
     block = min(MAX_BLOCK, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
     tile_rows = min(TILE // block, triton.next_power_of_2(rows))
     tiles = triton.cdiv(rows, tile_rows)
-    entries = min(ENTRIES, triton.next_power_of_2(chunks * (channels // num_groups)))
+    entries = min(ENTRIES, triton.next_power_of_2(chunks * width))
     groups = workspace[2 * sets * chunks * channels :]
     table = (rows * num_frames, chunk_rows, chunks)
     shape = {"C": channels, "num_warps": 4}
     tile = {"ROWS": tile_rows, "BLOCK": block}
-    given = {"WEIGHT": weight, "BIAS": bias, "SCALE": scale}
-    there = {name: tensor is not None for name, tensor in given.items()}
-    tensors = [x if t is None else t for t in (x, weight, bias, scale, shift)]
-    grouped = {**shape, "WIDTH": channels // num_groups}
+    grouped |= shape
     return [
         (channel_kernel, (sets * chunks, blocks), (x, workspace, *table), {**shape, **tile}),
         (
@@ -211,7 +291,7 @@ def launches(
         (
             apply_kernel,
             (images * tiles, blocks),
-            (*tensors, groups, out, rows, tiles, num_frames),
+            (*tensors, groups, out, rows, tiles, num_frames, *modulation),
             {**grouped, **there, "SILU": silu, **tile},
         ),
     ]

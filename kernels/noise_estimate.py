@@ -61,6 +61,7 @@ def noise_estimate_kernel(
     pixels: tl.constexpr = HEIGHT * WIDTH
     blocks: tl.constexpr = (pixels + BLOCK - 1) // BLOCK
     K: tl.constexpr = (CHANNELS + WEIGHTS) * folded
+    size: tl.constexpr = pixels // folded * K
     image = (tl.program_id(0) // blocks).to(tl.int64)
     frame = image % frames
     m = frames // 2
@@ -68,8 +69,8 @@ def noise_estimate_kernel(
     inside = index < pixels
     patch = index // folded
     at = pixel_of(patch, index, WIDTH, PATCH)
-    row = image * (pixels * (CHANNELS + WEIGHTS)) + patch * K + index % folded
-    unconditional = images * (pixels * (CHANNELS + WEIGHTS)) + row
+    row = image * size + patch * K + index % folded
+    unconditional = (image + images) * size + patch * K + index % folded
 
     unit = coefficient(coeffs_ptr, step_ptr, num_steps, frames, frame, 0)
     shrink = coefficient(coeffs_ptr, step_ptr, num_steps, frames, frame, 2)

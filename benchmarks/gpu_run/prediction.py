@@ -18,15 +18,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_run.findings import VDM, number, two_phases
+from gpu_run.findings import VDM, launches, number, two_phases
 from gpu_run.results import Line, Results
 from gpu_run.tables import rows, sentence
 
 NODE = 2.0e-6  # s
 NOT_YET = "not yet run"
 NAMES = {"base": "base", "residual": "residual", "video": "VDM*"}
+NETWORKS = {name: network for network, name in NAMES.items()}
 TWO_PHASES = "two phases"
-HEAD = ("", "", "kernels", "GFLOP", "GB", "nodes", "arithmetic", "bytes", "predicted")
+HEAD = ("", "", "kernels", "GFLOP", "GB", "nodes", "arithmetic", "bytes", "predicted", "of VDM*")
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,28 @@ def chapter(results: Results, counted: Counted) -> list[str]:
     if not counted.sizes or not card:
         return []
     runs = {run.id: str(place) for place, run in enumerate(results.runs, 1)}
-    body = []
+    body, launched = [], launches(results.figures)
     for size, networks in counted.sizes.items():
         steps = {NAMES[name]: counts for name, counts in networks.items()}
         steps[TWO_PHASES] = networks["base"] + networks["residual"]
+        whole = sum(card.terms(networks["video"]))
         for place, (name, counts) in enumerate(steps.items()):
-            line = _measured(results, size, name)
-            body.append(
-                [size if not place else "", name, *_cells(counts, card), *_read(line, runs)]
-            )
+            share = f"{sum(card.terms(counts)) / whole:.2f}" if name == TWO_PHASES else ""
+            measured = _read(_measured(results, size, name), launched.get(size, {}), name, runs)
+            body.append(["" if place else size, name, *_cells(counts, card), share, *measured])
     words = (
         f"A captured step, one clip, bf16: predicted = kernels x {NODE * 1e6:.1f} µs + FLOP / "
         f"{card.rate / 1e12:,.0f} TFLOP/s + bytes / {card.bandwidth / 1e9:,.0f} GB/s, the ceilings "
         "below. Kernels, FLOP and bytes are counted on fake CUDA tensors at commit "
-        f"{sentence(counted.commit)}; a measured figure is of its run's commit. Of two phases and "
-        "VDM*, measured is a step of the loop; of base and residual, the time of its kernels."
+        f"{sentence(counted.commit)}; measured figures are of their run's commit, whose kernels "
+        "stand beside them. Of two phases and VDM*, measured is a step of the loop; of base and "
+        "residual, the time of its kernels."
     )
-    return ["### Predicted and measured", words, rows([*HEAD, "measured", "run"], body)]
+    return [
+        "### Predicted and measured",
+        words,
+        rows([*HEAD, "measured", "its kernels", "run"], body),
+    ]
 
 
 def _cells(counts: Counts, card: Ceilings) -> list[str]:
@@ -128,11 +134,17 @@ def _cells(counts: Counts, card: Ceilings) -> list[str]:
     ]
 
 
-def _read(line: Line | None, runs: dict[str, str]) -> list[str]:
+def _read(
+    line: Line | None, launched: dict[str, float], name: str, runs: dict[str, str]
+) -> list[str]:
+    """The figure, its run's kernels, which tell whether that was the code counted, and the run."""
     if line is None:
-        return [NOT_YET, ""]
+        return [NOT_YET, "", ""]
     unit = {"ms": 1.0, "us": 1e-3}[line["unit"]]
-    return [f"{number(line['value'] * unit)} ms", runs[line["run"]]]
+    networks = ("base", "residual") if name == TWO_PHASES else (NETWORKS[name],)
+    counts = [launched.get(network) for network in networks]
+    kernels = "" if None in counts else f"{sum(counts):,.0f}"
+    return [f"{number(line['value'] * unit)} ms", kernels, runs[line["run"]]]
 
 
 def _measured(results: Results, size: str, name: str) -> Line | None:

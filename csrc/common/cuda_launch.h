@@ -1,8 +1,7 @@
 // What every .cu file needs around its kernel: the launch, its check, the current device.
 //
-// VF_LAUNCH is the only place that launches and VF_SHARED the only one with __shared__, so that a
-// .cu file can also be compiled as plain C++ against tests/tools/emulation, which defines both
-// itself.
+// The macros are the only places that launch or have __shared__, so that a .cu file can also be
+// compiled as plain C++ against tests/tools/emulation, which defines them itself.
 //
 // Launches are programmatic dependent ones from sm_90 on (CUDA C++ Programming Guide, "Programmatic
 // Dependent Launch"): the blocks of a kernel are set up while those of the kernel before it still
@@ -33,8 +32,14 @@ __device__ __forceinline__ void wait_for_inputs() {
 
 #if !defined(VF_LAUNCH)
 #define VF_LAUNCH(kernel, grid, block, stream, ...) \
-  ::vf::launch(kernel, grid, block, stream, __VA_ARGS__)
+  VF_LAUNCH_DYNAMIC(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define VF_LAUNCH_DYNAMIC(kernel, grid, block, bytes, stream, ...) \
+  ::vf::launch(kernel, grid, block, bytes, stream, __VA_ARGS__)
 #define VF_SHARED(type, name, count) __shared__ type name[count]
+// The `bytes` of VF_LAUNCH_DYNAMIC; one a kernel.
+#define VF_DYNAMIC_SHARED(type, name)       \
+  extern __shared__ uint4 dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
 
 namespace vf {
 
@@ -49,7 +54,7 @@ inline bool dependent_launches() {
 
 // The caller reads cudaGetLastError.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t bytes, void* stream,
             Arguments&&... arguments) {
   cudaFuncAttributes code{};
   if (cudaFuncGetAttributes(&code, kernel) != cudaSuccess) return;
@@ -59,6 +64,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &dependent;
   // Code for older architectures, compiled again for a newer one, does not wait.

@@ -37,8 +37,8 @@ static inline void draw_words(const NoiseSource& from, uint32_t first_counter, U
   odd[0] += uint64_t(first_counter);
   const uint32_t rest[3] = {from.frame, from.sample, from.stream_and_step};
   for (int k = 1; k < 4; ++k) even[k] = odd[k] = U64{} + uint64_t(rest[k - 1]);
-  philox4x32_10<VectorLanes>(even, from.key);
-  philox4x32_10<VectorLanes>(odd, from.key);
+  philox4x32_10<VectorLanes>(even, from.keys);
+  philox4x32_10<VectorLanes>(odd, from.keys);
   for (int k = 0; k < 4; ++k)
     words[k] = reinterpret_cast<U32>((even[k] & 0xffffffffu) | odd[k] << 32);
 }
@@ -48,10 +48,8 @@ template <class T>
 static inline void draw_block(const NoiseSource& from, uint32_t first_counter, float* to) {
   U32 words[4];
   draw_words<T>(from, first_counter, words);
-  I32 w[4];
-  for (int k = 0; k < 4; ++k) w[k] = reinterpret_cast<I32>(words[k] >> 8);
   F32 n[4], even[2], odd[2];
-  box_muller<VectorLanes>(w, n);
+  box_muller<VectorLanes>(words, n);
   zip(n[0], n[2], &even[0], &even[1]);
   zip(n[1], n[3], &odd[0], &odd[1]);
   for (int k = 0; k < 2; ++k) {

@@ -196,14 +196,15 @@ static inline Coefficients group_coefficients(const GroupNormSiluArgs& a, const 
                                               const float* inverse, float* out) {
   float *scale = out, *shift = out + s.channels, *centre = out + 2 * s.channels;
   const int64_t width = s.channels / a.groups;
+  const int64_t row = image / std::max<int64_t>(1, a.modulation_images) * a.modulation_stride;
   for (int64_t g = 0; g < a.groups; ++g)
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       float w = inverse[g] * (a.weight ? a.weight[c] : 1.0f);
       float b = a.bias ? a.bias[c] : 0.0f;
       if (a.scale) {
-        const float m = 1.0f + a.scale[image * a.modulation_stride + c];
+        const float m = 1.0f + a.scale[row + c];
         w *= m;
-        b = b * m + a.shift[image * a.modulation_stride + c];
+        b = b * m + a.shift[row + c];
       }
       const bool centred = sizeof(T) == 4;
       scale[c] = w;

@@ -12,18 +12,17 @@ namespace vf {
 namespace {
 
 template <bool kVector, bool kDraw>
-__global__ void __launch_bounds__(kThreads, 3) base_step_kernel(const BaseStepArgs args) {
+__global__ void __launch_bounds__(kThreads, 3)
+    base_step_kernel(const BaseStepArgs args, const PhiloxKeys keys) {
   wait_for_inputs();
   constexpr int kSize = Group<float>::kSize;
   VF_SHARED(int32_t, step_of_block, 1);
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   const int64_t count = args.pixels - i;
   bool last = false;
-  if (threadIdx.x == 0) {
-    *step_of_block = *args.clock.counter;
-    last = last_to_read(args.clock);
-  }
+  if (threadIdx.x == 0) *step_of_block = *args.clock.counter;
   __syncthreads();
+  if (threadIdx.x == 0) last = last_to_read(args.clock);
   const int32_t step = *step_of_block;
   const bool known = step >= 0 && step < args.clock.num_steps;
   float level = 0.0f, row[3] = {nanf(""), 0.0f, 0.0f};
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 3) base_step_kernel(const BaseStepAr
     if constexpr (kDraw)
       if (noisy)
         draw_normals<kSize>({0, args.sample_offset + uint32_t(image),
-                             stream_and_step(kBaseStream, uint32_t(step) + 1), args.seed},
+                             stream_and_step(kBaseStream, uint32_t(step) + 1), keys},
                             i, drawn);
     Group<float> d, moved;
 #pragma unroll
@@ -81,7 +80,9 @@ void base_step_cuda(const BaseStepArgs& args, int device, void* stream) {
   const int64_t per_block = int64_t(kThreads) * kSize;
   const dim3 blocks(unsigned((args.pixels + per_block - 1) / per_block),
                     unsigned(std::min<int64_t>(args.batch, kMaxBlocks)));
-  const auto launch = [&](auto kernel) { VF_LAUNCH(kernel, blocks, dim3(kThreads), stream, args); };
+  const auto launch = [&](auto kernel) {
+    VF_LAUNCH(kernel, blocks, dim3(kThreads), stream, args, PhiloxKeys(args.seed));
+  };
   if (vectors)
     args.draw ? launch(base_step_kernel<true, true>) : launch(base_step_kernel<true, false>);
   else

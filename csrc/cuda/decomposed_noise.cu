@@ -10,7 +10,8 @@ namespace vf {
 namespace {
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads) noise_kernel(const DecomposedNoiseArgs args, int run) {
+__global__ void __launch_bounds__(kThreads)
+    noise_kernel(const DecomposedNoiseArgs args, const PhiloxKeys keys, int run) {
   wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
@@ -21,13 +22,13 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const DecomposedNoiseAr
     const int64_t last = first + run < args.frames ? first + run : args.frames;
     for (int64_t clip = blockIdx.y; clip < args.batch; clip += gridDim.y) {
       const uint32_t sample = args.sample_offset + uint32_t(clip);
-      const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), args.seed};
+      const NoiseSource base{0, sample, stream_and_step(kBaseStream, args.step), keys};
       float b[kSize], r[kSize];
       if constexpr (!std::is_same_v<T, uint32_t>)
         if (args.base) draw_normals<kSize>(base, i, b);
       for (int64_t n = first; n < last; ++n) {
         const NoiseSource residual{args.frame_offset + uint32_t(n), sample,
-                                   stream_and_step(kResidualStream, args.step), args.seed};
+                                   stream_and_step(kResidualStream, args.step), keys};
         Group<T> out;
         if constexpr (std::is_same_v<T, uint32_t>) {
           draw_words(args.base ? base : residual, i, out.at);
@@ -48,9 +49,11 @@ void launch(const DecomposedNoiseArgs& args, int device, void* stream) {
   constexpr int kSize = Group<T>::kSize;
   const FrameGrid grid = frame_grid(args.batch, args.frames, args.pixels, kSize, device);
   if (reinterpret_cast<uintptr_t>(args.out) % 16 == 0 && args.pixels % kSize == 0)
-    VF_LAUNCH((noise_kernel<T, true>), grid.blocks, dim3(kThreads), stream, args, grid.run);
+    VF_LAUNCH((noise_kernel<T, true>), grid.blocks, dim3(kThreads), stream, args,
+              PhiloxKeys(args.seed), grid.run);
   else
-    VF_LAUNCH((noise_kernel<T, false>), grid.blocks, dim3(kThreads), stream, args, grid.run);
+    VF_LAUNCH((noise_kernel<T, false>), grid.blocks, dim3(kThreads), stream, args,
+              PhiloxKeys(args.seed), grid.run);
   cuda_check(cudaGetLastError(), "decomposed_noise");
 }
 

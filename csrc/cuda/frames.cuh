@@ -28,6 +28,10 @@ constexpr int blocks_per_processor(bool vectors, bool drawing) {
   return !vectors ? 2 : drawing ? 3 : 4;
 }
 
+struct FrameKeys {
+  PhiloxKeys base, residual;
+};
+
 // What is read of one frame, as words until it is used: elements of 16 bits that outlive a turn of
 // the loop would take a register each.
 struct FrameInputs {
@@ -64,7 +68,8 @@ __device__ __forceinline__ void read_path(const BasePath& path, const FrameArgs&
 // out may be x: the host refuses any other overlap.
 template <class Rule, class T, bool kVector, bool kDraw>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw))
-    frames_kernel(const FrameArgs args, const BasePath path, const Clock clock, int run) {
+    frames_kernel(const FrameArgs args, const BasePath path, const Clock clock,
+                  const FrameKeys keys, int run) {
   wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   constexpr bool kAhead = kVector && !kDraw;  // other kernels have no registers to spare
@@ -126,15 +131,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
       if constexpr (kDraw && Rule::kBaseNoise)
         if (noisy)
           draw_normals<kSize>(
-              {0, sample, stream_and_step(kBaseStream, uint32_t(step) + 1), args.base_seed}, i,
+              {0, sample, stream_and_step(kBaseStream, uint32_t(step) + 1), keys.base}, i,
               base_noise);
 #pragma unroll 1
       for (int n = 0; n < frames; ++n, at += args.pixels) {
         const FrameInputs now = kAhead ? next : load(at);
         if (kAhead && n + 1 < frames) next = load(at + args.pixels);
         const FrameWeights w = weights[n];
-        const Group<T> x = group_of<T>(now.x), r = group_of<T>(now.r);
-        const Group<T> r_uncond = group_of<T>(now.r_uncond), shared = group_of<T>(g);
+        const Floats<T> x = floats_of<T>(now.x), r = floats_of<T>(now.r);
+        const Floats<T> r_uncond = floats_of<T>(now.r_uncond), shared = floats_of<T>(g);
         Group<T> out;
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
@@ -142,14 +147,13 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kVector, kDraw)
             if (noisy && k % kNormals == 0)
               draw_normals<kNormals>(
                   {args.frame_offset + uint32_t(first + n), sample,
-                   stream_and_step(kResidualStream, uint32_t(step) + 1), args.residual_seed},
+                   stream_and_step(kResidualStream, uint32_t(step) + 1), keys.residual},
                   i + k, drawn);
-          float sum = w.x * to_float(x.at[k]) + w.base * to_float(shared.at[k]);
+          float sum = w.x * x.at[k] + w.base * shared.at[k];
           if constexpr (Rule::kResidual) {
-            float estimate = to_float(r.at[k]);
+            float estimate = r.at[k];
             if constexpr (Rule::kGuidance)
-              if (args.r_uncond)
-                estimate = guided(estimate, to_float(r_uncond.at[k]), args.guidance_scale);
+              if (args.r_uncond) estimate = guided(estimate, r_uncond.at[k], args.guidance_scale);
             sum += w.residual * estimate;
             if constexpr (kDraw)
               if (noisy) {
@@ -180,12 +184,13 @@ template <class Rule, class T, bool kDraw>
 void launch_frames(const FrameArgs& args, const BasePath& path, const Clock& clock, int device,
                    void* stream) {
   const FrameGrid grid = frame_grid(args.batch, args.frames, args.pixels, Group<T>::kSize, device);
+  const FrameKeys keys{args.base_seed, args.residual_seed};
   if (vectors_fit<T>(args, path))
     VF_LAUNCH((frames_kernel<Rule, T, true, kDraw>), grid.blocks, dim3(kThreads), stream, args,
-              path, clock, grid.run);
+              path, clock, keys, grid.run);
   else
     VF_LAUNCH((frames_kernel<Rule, T, false, kDraw>), grid.blocks, dim3(kThreads), stream, args,
-              path, clock, grid.run);
+              path, clock, keys, grid.run);
   cuda_check(cudaGetLastError(), Rule::kName);
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/cuda_launch.h"
 #include "common/noise.h"
@@ -34,6 +35,11 @@ struct alignas(16) Group {
 };
 
 template <class T>
+struct Floats {
+  float at[Group<T>::kSize];
+};
+
+template <class T>
 __device__ __forceinline__ uint4 words_of(const Group<T>& x) {
   uint4 words;
   memcpy(&words, &x, sizeof words);
@@ -44,6 +50,25 @@ template <class T>
 __device__ __forceinline__ Group<T> group_of(const uint4& words) {
   Group<T> x;
   memcpy(&x, &words, sizeof x);
+  return x;
+}
+
+// The elements in fp32.
+template <class T>
+__device__ __forceinline__ Floats<T> floats_of(const uint4& words) {
+  Floats<T> x;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // an instruction each: their bits, and zeros
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      x.at[2 * k] = __uint_as_float(pairs[k] << 16);
+      x.at[2 * k + 1] = __uint_as_float(pairs[k] & 0xffff0000u);
+    }
+  } else {
+    const Group<T> group = group_of<T>(words);
+#pragma unroll
+    for (int k = 0; k < Group<T>::kSize; ++k) x.at[k] = to_float(group.at[k]);
+  }
   return x;
 }
 
@@ -87,7 +112,7 @@ __device__ __forceinline__ void draw_words(const NoiseSource& from, int64_t elem
   words[1] = from.frame;
   words[2] = from.sample;
   words[3] = from.stream_and_step;
-  philox4x32_10<ScalarLanes>(words, from.key);
+  philox4x32_10<ScalarLanes>(words, from.keys);
 }
 
 constexpr int kNormals = 4;  // of one counter
@@ -100,9 +125,7 @@ __device__ __forceinline__ void draw_normals(const NoiseSource& from, int64_t el
   for (int first = 0; first < kSize; first += kNormals) {
     uint32_t words[4];
     draw_words(from, element + first, words);
-    int32_t w[4];
-    for (int k = 0; k < 4; ++k) w[k] = int32_t(words[k] >> 8);
-    box_muller<ScalarLanes>(w, normals + first);
+    box_muller<ScalarLanes>(words, normals + first);
   }
 }
 

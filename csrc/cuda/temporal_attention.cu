@@ -1,16 +1,18 @@
 // y_n = sum_m softmax_m(q_n . k_m / sqrt(D) + bias_nm) v_m, of every pixel and head
 //
-// qkv: [B, N, P, 3 H D], read in place: a pixel's frames are P rows apart. A block owns 16 queries
-// of one pixel and head, 4 to a warp, and walks over the keys, 16 at a time, with a running maximum
-// and sum (Milakov and Gimelshein 2018; Dao et al. 2022). Rows pass through shared memory:
+// qkv: [B, N, P, 3 H D], read in place: a pixel's frames are P rows apart. 16-bit dtypes are in
+// cuda/tensor_attention.cuh. For fp32 a block owns 16 queries of one pixel and head, 4 to a warp,
+// and walks over the keys, 16 at a time, with a running maximum and sum (Milakov and Gimelshein
+// 2018; Dao et al. 2022). Rows pass through shared memory:
 //
 //   logits  a lane owns one key and some of the warp's queries: whole products, no shuffles
 //   sums    a lane owns D / 32 neighbouring elements of all 4 queries; v is read once for them
 //
 // Neighbouring blocks are the heads of one pixel, whose rows are neighbours. qkv moves once and y
 // once for N up to 16, beyond that k and v come once per 16 queries, from cache. Sums are fp32
-// FMAs without tensor cores, which need 16 rows of one sequence for a product.
+// FMAs: tensor cores would round to TF32.
 #include "cuda/group.cuh"
+#include "cuda/tensor_attention.cuh"
 #include "temporal_attention.h"
 
 namespace vf {
@@ -204,28 +206,55 @@ __global__ void __launch_bounds__(kBlock, 4)
   }
 }
 
+inline float scale_of(const TemporalAttentionArgs& args) {
+  return args.scale > 0 ? args.scale : 1.0f / sqrtf(float(args.head_dim));
+}
+
+inline bool are_aligned(const TemporalAttentionArgs& args) {
+  return reinterpret_cast<uintptr_t>(args.qkv) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+}
+
 template <class T, int kDim>
 void launch(const TemporalAttentionArgs& args, void* stream) {
   const int64_t tiles = (args.frames + kQueries - 1) / kQueries;
   const int64_t blocks = args.batch * args.pixels * args.heads * tiles;
   const dim3 grid(unsigned(std::min<int64_t>(blocks, 0x7fffffff)));
-  const float scale = args.scale > 0 ? args.scale : 1.0f / sqrtf(float(args.head_dim));
-  const bool aligned = reinterpret_cast<uintptr_t>(args.qkv) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  VF_LAUNCH((attention_kernel<T, kDim>), grid, dim3(kBlock), stream, args, blocks, scale, aligned);
-  cuda_check(cudaGetLastError(), "temporal_attention");
+  VF_LAUNCH((attention_kernel<T, kDim>), grid, dim3(kBlock), stream, args, blocks, scale_of(args),
+            are_aligned(args));
+}
+
+void choose_dim(const TemporalAttentionArgs& args, void* stream) {
+  if (args.head_dim <= 32)
+    launch<float, 32>(args, stream);
+  else if (args.head_dim <= 64)
+    launch<float, 64>(args, stream);
+  else if (args.head_dim <= 128)
+    launch<float, 128>(args, stream);
+  else
+    launch<float, 256>(args, stream);
+}
+
+template <class T, int kDim>
+void launch_tensor(const TemporalAttentionArgs& args, bool aligned, void* stream) {
+  const int64_t warps = args.pixels * args.heads, parts = kDim <= 128 ? 1 : 2;
+  const int64_t tiles = (args.frames + kTile - 1) / kTile;
+  const dim3 grid(unsigned((warps + kTensorWarps - 1) / kTensorWarps), unsigned(tiles * parts),
+                  unsigned(std::min<int64_t>(args.batch, 65535)));
+  const auto kernel =
+      aligned ? tensor_attention_kernel<T, kDim, true> : tensor_attention_kernel<T, kDim, false>;
+  VF_LAUNCH(kernel, grid, dim3(32 * kTensorWarps), stream, args, int(parts), scale_of(args));
 }
 
 template <class T>
-void choose_dim(const TemporalAttentionArgs& args, void* stream) {
-  if (args.head_dim <= 32)
-    launch<T, 32>(args, stream);
-  else if (args.head_dim <= 64)
-    launch<T, 64>(args, stream);
+void choose_tensor_dim(const TemporalAttentionArgs& args, void* stream) {
+  const bool aligned = are_aligned(args);
+  if (args.head_dim <= 64)
+    launch_tensor<T, 64>(args, aligned, stream);
   else if (args.head_dim <= 128)
-    launch<T, 128>(args, stream);
+    launch_tensor<T, 128>(args, aligned, stream);
   else
-    launch<T, 256>(args, stream);
+    launch_tensor<T, 256>(args, aligned, stream);
 }
 
 }  // namespace
@@ -233,11 +262,12 @@ void choose_dim(const TemporalAttentionArgs& args, void* stream) {
 void temporal_attention_cuda(const TemporalAttentionArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
   if (args.dtype == DType::f32)
-    choose_dim<float>(args, stream);
+    choose_dim(args, stream);
   else if (args.dtype == DType::f16)
-    choose_dim<__half>(args, stream);
+    choose_tensor_dim<__half>(args, stream);
   else
-    choose_dim<__nv_bfloat16>(args, stream);
+    choose_tensor_dim<__nv_bfloat16>(args, stream);
+  cuda_check(cudaGetLastError(), "temporal_attention");
 }
 
 }  // namespace vf

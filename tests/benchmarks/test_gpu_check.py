@@ -150,7 +150,7 @@ def test_only_and_until_choose_sections(tmp_path):
 
     assert names() == list(gpu_check.NAMES)
     assert names(until="smoke") == ["build", "ceilings", "smoke"]
-    assert names("kernels,peers") == ["build", "kernels", "peers"]  # nothing to compile beside
+    assert names("kernels,peers") == ["build", "prepare peers", "kernels", "peers"]
     assert names("tests,peers") == ["build", "tests", "prepare peers", "peers"]
     assert names("tests,table4") == ["build", "tests", "prepare table4", "table4"]
     assert names("kernels", module=tmp_path) == ["kernels"]

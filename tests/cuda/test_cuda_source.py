@@ -181,7 +181,7 @@ def test_tail_overrun_is_caught(tmp_path, correct, planted):
 
 @pytest.mark.slow
 def test_missing_end_of_a_row_is_caught(tmp_path):
-    planted = ("cuda/frames.cuh", "if (i >= args.pixels) return;", "")
+    planted = ("cuda/frames.cuh", "if (count > 0) {", "{")
     result = run_driver("address", tmp_path, 3, 48, replace=planted)
     assert_caught(result, "heap-buffer-overflow", "frames.cuh")
 
@@ -203,6 +203,7 @@ def test_overlap_of_out_and_input_is_caught(tmp_path):
 @pytest.mark.slow
 def test_overlap_of_blocks_is_caught(tmp_path):
     """Two blocks that own the same frame."""
-    planted = ("cuda/frames.cuh", "first = tile % runs * run;", "first = tile % runs * run / 2;")
+    at = "at = (clip * args.frames + first)"
+    planted = ("cuda/frames.cuh", at, at.replace("first", "first / 2"))
     result = run_driver("thread", tmp_path, 4, 48, replace=planted)
     assert_caught(result, "data race", "frames.cuh")

@@ -70,6 +70,17 @@ def test_shuffles_follow_cuda(planted):
     assert numbers(planted("plain", "shuffles")) == [3, 4, 7, 1, 3, 6, 7, 3]
 
 
+@pytest.mark.parametrize("case", ["product", "product_bf16"])
+def test_a_warps_product_has_the_fragments_of_ptx(planted, case):
+    assert numbers(planted("plain", case, seed=1)) == [0]  # elements that are wrong
+
+
+@pytest.mark.parametrize("variant", ["plain", "address"])
+def test_dynamic_shared_memory_must_be_asked_for(planted, variant):
+    invalid = 1  # cudaErrorInvalidValue
+    assert numbers(planted(variant, "dynamic_shared")) == [invalid, 0, 1, 0]
+
+
 @pytest.mark.parametrize("seed", ORDERS)
 def test_shuffled_orders_differ(planted, seed):
     first = planted("plain", "first_to_arrive", seed)
@@ -128,6 +139,7 @@ def test_partial_mask_is_refused(planted):
     [
         ("shared_index", "index 8 out of bounds for type 'float [8]'"),
         ("shared_pointer", "use-after-poison"),
+        ("dynamic_overrun", "use-after-poison"),
         ("tail_overrun", "heap-buffer-overflow"),
         ("misaligned", "which requires 16 byte alignment"),
     ],

@@ -17,8 +17,10 @@ from vfengine.native import vfengine_native
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = vfengine_native.cuda_architectures.split() or ["none"]  # CUDAARCHS picks them
-# Clips and image that may be read.
-OPS = {"ResidualStep": 4, "DecomposedStep": 3, "RemoveBase": 2}
+# Clips and images that may be read: g, d_t and d_p among them.
+OPS = {"ResidualStep": 4, "DecomposedStep": 3, "RemoveBase": 2, "PathStep": 4}
+# What is narrower: step, its row and lam; c1 and the next timestep along a path.
+NARROW = {"ResidualStep": 5, "DecomposedStep": 5, "RemoveBase": 3, "PathStep": 7}
 
 pytestmark = pytest.mark.skipif(
     not vfengine_native.cuda_built and os.environ.get("VFENGINE_CUDA") != "on",
@@ -68,13 +70,15 @@ def test_every_kernel_is_there(kernels):
     frames = [name for name in kernels if "frames_kernel" in name]
     noise = [name for name in kernels if "noise_kernel" in name]
     norm = [name for name in kernels if "group_norm_silu" in name]
-    attention = [name for name in kernels if "temporal_attention" in name]
+    attention = [name for name in kernels if "attention_kernel" in name]
+    base = [name for name in kernels if "base_step_kernel" in name]
     # 3 dtypes, vectors or not, drawn noise or not where a rule has noise; words for the noise.
-    assert len(frames) == 3 * 2 * (2 + 2 + 1)
+    assert len(frames) == 3 * 2 * (2 + 2 + 2 + 1)
+    assert len(base) == 2 * 2  # vectors or not, drawn noise or not
     assert len(noise) == 4 * 2
-    assert len(norm) == 3 * 2 * 2 + 1  # two of its kernels know dtype and vectors
-    assert len(attention) == 3 * 4  # dtypes, head dimensions
-    assert len(kernels) == len(frames) + len(noise) + len(norm) + len(attention)
+    assert len(norm) == 3 * (1 + 2 * 2)  # dtypes; one launch for vectors, two for any memory
+    assert len(attention) == 4 + 2 * 3 * 2  # fp32; 16-bit dtypes, vectors or not: head dimensions
+    assert len(kernels) == len(frames) + len(base) + len(noise) + len(norm) + len(attention)
 
 
 def test_nothing_spills(kernels):
@@ -84,12 +88,18 @@ def test_nothing_spills(kernels):
 
 
 def test_registers_leave_room_for_threads(kernels):
-    """With 64 registers 4 blocks of 256 threads fit on a processor, with 80 only 3."""
+    """With 64 registers 4 blocks of 256 threads fit on a processor, with 80 only 3, with 128 2.
+
+    Steps of clips that are not whole vectors may take 128.
+    """
     for name, (_, usage) in kernels.items():
         main_path = template(name, "frames_kernel").endswith("Lb1ELb0")  # vectors, nothing drawn
         of_64 = main_path or "noise_kernel" in name
-        if "temporal_attention" in name:  # blocks of 128 threads: 128 let 4 of them live
-            assert usage["REG"] <= 128, name
+        by_elements = "Lb0ELb" in template(name, "frames_kernel")
+        if "tensor_attention" in name:  # blocks of 128 threads: three of them, or two
+            assert usage["REG"] <= (168 if "Li64ELb1" in name else 255), name
+        elif "group_norm" in name or "attention_kernel" in name or by_elements:
+            assert usage["REG"] <= 128, name  # two blocks of 256 threads, or four of 128
         else:
             assert usage["REG"] <= (64 if of_64 else 80), name
 
@@ -119,40 +129,75 @@ def test_main_path_moves_16_bytes_an_instruction(kernels, op):
         paths += 1
         assert count(code, r"LDG\.E\.128") >= OPS[op], name
         assert count(code, r"STG\.E\.128") >= 1, name
-        assert count(code, r"STG") == count(code, r"STG\.E\.128"), name
-        # step, its row and lam are all that is narrower, the last once an unrolled frame.
-        vectors = count(code, r"LDG\.E\.128")
-        assert count(code, r"LDG") - vectors <= 4 + vectors // (OPS[op] - 1), name
+        # Along a path the counter, and the timestep of every sample, are written too.
+        stores = count(code, r"STG")
+        assert stores == count(code, r"STG\.E\.128$") or op == "PathStep", name
+        assert count(code, r"STG.*STRONG|STG\.E\.U?16") == 0, name
+        assert count(code, r"LDG") - count(code, r"LDG\.E\.128") <= NARROW[op], name
         assert count(code, r"LDG\.E\.U16") == 0, name
+        assert count(code, r"ATOM") == (op == "PathStep"), name
     assert paths == 3 * (1 if op == "RemoveBase" else 2)
 
 
-@pytest.mark.parametrize(("kernel", "inputs"), [("channel_kernel", 1), ("apply_kernel", 1)])
-def test_group_norm_moves_16_bytes_an_instruction(kernels, kernel, inputs):
+def test_weights_are_computed_before_the_frames(kernels):
+    """A square root, or a division of 64-bit integers, has a branch to a slow path.
+
+    Two of a block's weights have one; noise has none, and nobody divides.
+    """
+    for name, (code, _) in kernels.items():
+        if "noise_kernel" in name:
+            assert count(code, r"CALL|RET") == 0, name
+        elif "frames_kernel" in name:
+            roots = 1 if "RemoveBase" in name else 2
+            assert count(code, r"CALL") <= roots, name
+
+
+@pytest.mark.parametrize("kernel", ["slab_kernel", "chunk_kernel", "apply_kernel"])
+def test_group_norm_has_8_loads_of_16_bytes_in_flight(kernels, kernel):
     paths = 0
     for name, (code, _) in kernels.items():
-        if not template(name, kernel).endswith("Lb1"):
+        arguments = template(name, kernel)
+        if not arguments.endswith(
+            "Lb1" if kernel != "slab_kernel" else ("f", "__half", "bfloat16")
+        ):
             continue
         paths += 1
-        assert count(code, r"LDG\.E\.128") >= inputs, name
+        assert count(code, r"LDG\.E\.128") >= 8, name
         assert count(code, r"LDG\.E\.U16") == 0, name
         stored = count(code, r"STG\.E\.128")
-        assert (stored >= 1 and stored == count(code, r"STG")) == (kernel == "apply_kernel"), name
+        assert (stored >= 1 and stored == count(code, r"STG")) == (kernel != "chunk_kernel"), name
     assert paths == 3
 
 
-def test_attention_moves_16_bytes_an_instruction_and_shuffles_no_products(kernels):
+def test_attention_of_fp32_moves_16_bytes_an_instruction_and_shuffles_no_products(kernels):
     """q, k and v come as vectors where qkv is aligned; a row's D products are summed in a lane."""
     paths = 0
     for name, (code, _) in kernels.items():
-        if "temporal_attention" not in name:
+        if not template(name, "16attention_kernel"):
             continue
         paths += 1
         assert count(code, r"LDG\.E\.128") >= 3, name
         assert count(code, r"LDS\.128") >= 3, name
         assert count(code, r"FFMA") >= 32, name
         assert count(code, r"SHFL") <= 2 * 2 * 4, name  # a maximum and a sum of two queries
-    assert paths == 12
+    assert paths == 4
+
+
+def test_attention_of_16_bits_runs_on_tensor_cores_without_a_barrier(kernels):
+    """q, k and v come as vectors, and no lane needs another's but for a row's maximum and sum."""
+    paths = 0
+    for name, (code, _) in kernels.items():
+        arguments = template(name, "tensor_attention_kernel")
+        if not arguments.endswith("Lb1"):
+            continue
+        paths += 1
+        channels = 64 if "Li64E" in arguments else 128  # of y
+        assert count(code, r"HMMA\.16816\.F32") >= 8 + channels // 8, name
+        assert count(code, r"LDG\.E\.128") >= 8 + channels // 16, name
+        assert count(code, r"LDG\.E\.U16") == count(code, r"LDS|STS|BAR") == 0, name
+        assert count(code, r"STG") == count(code, r"STG\.E\.128") == channels // 16, name
+        assert count(code, r"SHFL") == 2 * 2 * 2, name  # two rows
+    assert paths == 2 * 3
 
 
 def test_noise_is_written_16_bytes_an_instruction(kernels):

@@ -26,12 +26,27 @@ SHAPES = {
     "single_frame": ((2, 64, 8, 8), 8, 1),
     "wide": ((2, 2600, 2, 2), 4, 2),  # more channels than a block has threads for
     "many_chunks": ((4, 16, 48, 40), 4, 4),
+    "large_set": ((2, 24, 80, 40), 2, 2),  # more than a block of one launch takes in any dtype
+    "wide_groups": ((1, 4112, 3, 3), 1, 1),  # wider than a block in every dtype
+    "tall": ((1, 16, 48, 32), 1, 1),  # in fp32 more than the emulated GPU's shared memory holds
 }
-SMALL = {name: SHAPES[name] for name in ("odd", "no_vectors", "tiny", "single_frame", "wide")}
-RACE = {"one_chunk": ((2, 8, 2, 2), 2, 2), "two_chunks": ((1, 8, 8, 8), 2, 1)}
+SMALL = {
+    **{name: shape for name, shape in SHAPES.items() if name not in ("model", "many_chunks")},
+    "large_set": ((2, 48, 30, 24), 1, 2),
+}
+RACE = {
+    "one_chunk": ((2, 8, 2, 2), 2, 2),
+    "two_chunks": ((1, 8, 8, 8), 2, 1),
+    "no_vectors": ((1, 6, 8, 8), 2, 1),
+}
 GPU = {"model": SHAPES["model"], "odd": SHAPES["odd"]}
 SETS = {"all": SHAPES, "small": SMALL, "race": RACE, "gpu": GPU}
-FORMS = {"plain": (), "whole": ("weight", "scale"), "linear": ("weight", "linear")}
+FORMS = {
+    "plain": (),
+    "whole": ("weight", "scale"),
+    "of_sets": ("scale", "of_sets"),  # a row of a wider table for the images of a set
+    "linear": ("weight", "linear"),
+}
 BACKENDS = ("cpu", "reference")
 
 all_cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -56,7 +71,10 @@ def make_case(
     case = {"x": rows_placed(drawn, place), "num_groups": groups, "num_frames": frames}
     if "weight" in form:
         case |= {"weight": table(size[1]), "bias": table(size[1])}
-    if "scale" in form:
+    if "of_sets" in form:
+        _, scale, shift = table(size[0] // frames, 3 * size[1]).chunk(3, 1)
+        case |= {"scale": scale, "shift": shift}
+    elif "scale" in form:
         case |= {"scale": table(*size[:2]), "shift": table(*size[:2])}
     return {**case, "silu": "linear" not in form}
 
@@ -68,7 +86,8 @@ def in_own_dtype(x, num_groups, num_frames, silu, weight=None, bias=None, scale=
     y = torch.group_norm(clips, num_groups, cast(weight), cast(bias))  # F refuses single pixels
     y = y.transpose(1, 2).reshape(x.shape)
     if scale is not None:
-        y = y * (1 + cast(scale)[:, :, None, None]) + cast(shift)[:, :, None, None]
+        scale, shift = (cast(t).repeat_interleave(len(x) // len(t), 0) for t in (scale, shift))
+        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     return F.silu(y) if silu else y
 
 

@@ -27,6 +27,7 @@ PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
 
 
 PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
+MOST_KERNELS = {"base": 120, "residual": 170, "video": 180}  # of a step
 NETWORK_OPS = (
     *("model_input", "noise_estimate"),
     *("group_norm_silu", "layer_norm", "temporal_attention"),
@@ -175,6 +176,10 @@ def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
     assert report.ops[0].count(f"vfengine.{name}.default") == 1
     if phase != "interleaved":
         assert report.ops[0][-1] == f"vfengine.{name}.default"  # it counts the step too
+    if (phase, solver) in ((name, "ddim") for name in MOST_KERNELS):
+        kernels = [op for op in fake_cuda.launched(report.ops[0]) if op != "aten.to.dtype"]
+        norms = kernels.count("vfengine.group_norm_silu.default")  # of one launch or two
+        assert len(kernels) + norms <= MOST_KERNELS[phase], kernels
     in_step = PHASE_NETWORKS.get(phase, ("residual",))
     runs = 2 if phase == "windows" else 1
     once = ops_of_layers([networks[name].unet.unet for name in in_step])

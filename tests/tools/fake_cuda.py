@@ -30,6 +30,11 @@ aten = torch.ops.aten
 
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _NEEDS_VALUES_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Of aten, by name: they make views, or memory that nothing fills. In inference mode torch hands on
+# those that it would else take apart.
+_NO_LAUNCH = {"view", "_unsafe_view", "as_strided", "slice", "select", "split", "split_with_sizes"}
+_NO_LAUNCH |= {"chunk", "unbind", "permute", "transpose", "unsqueeze", "flatten", "unflatten"}
+_NO_LAUNCH |= {"expand", "expand_as", "detach", "alias", "empty", "empty_like", "new_empty"}
 # Tagged dynamic_output_shape for their masks; indices on the device are fine.
 _INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
@@ -169,6 +174,11 @@ def ops_within(call: Callable[[], object]) -> list[str]:
     with Within():
         call()
     return ops
+
+
+def launched(ops: Iterable[str]) -> list[str]:
+    """The ops that start a kernel, of those that a report names."""
+    return [op for op in ops if op.split(".")[1] not in _NO_LAUNCH]
 
 
 def storages(tensors: Iterable[Tensor]) -> list[int]:

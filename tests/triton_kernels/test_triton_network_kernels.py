@@ -29,13 +29,16 @@ SHARED = 99 << 10  # bytes a block can have on the smallest of them, sm_120
 all_architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
-def group_norm(dtype: torch.dtype, arch: int = 90, channels: int = 128) -> list[Compiled]:
-    """The three kernels, for 2 sets of 4 images of 32 x 32 with everything there is."""
-    x = torch.zeros(8, channels, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
+def group_norm(
+    dtype: torch.dtype, arch: int = 90, channels: int = 128, side: int = 32
+) -> list[Compiled]:
+    """The kernels for 2 sets of 4 images of side x side with everything there is."""
+    x = torch.zeros(8, channels, side, side, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
     tables = torch.zeros(channels), torch.zeros(channels)
-    of_images = torch.zeros(8, channels), torch.zeros(8, channels)
+    of_sets = torch.zeros(2, 2 * channels).chunk(2, 1)
     launches = group_norm_silu.launches(
-        x, *tables, *of_images, 4, 1e-5, 4, True, x.clone(), make_workspace(x, 4, 4)
+        x, *tables, *of_sets, 4, 1e-5, 4, True, x.clone(), make_workspace(x, 4, 4)
     )
     return [
         specialise(kernel, *arguments, arch=arch, grid=grid, **constants)
@@ -58,8 +61,18 @@ def test_group_norm_moves_16_bytes_an_instruction(dtype, arch):
 
 
 @all_dtypes
+@all_architectures
+def test_group_norm_of_small_sets_is_one_launch(dtype, arch):
+    (slab,) = group_norm(dtype, arch, side=8)
+    assert slab.loads[16] > 0
+    assert slab.loads[2] <= 1  # of the group's first element
+    assert slab.stores[16] == slab.stores.total() > 0
+    assert_no_local_memory(slab, registers=168)
+
+
+@all_dtypes
 def test_group_norm_of_odd_channels_has_no_local_memory(dtype):
-    for compiled in group_norm(dtype, channels=20):
+    for compiled in [*group_norm(dtype, channels=20), *group_norm(dtype, channels=20, side=6)]:
         assert_no_local_memory(compiled, registers=168)
 
 

@@ -7,7 +7,8 @@
 | "triton"    | CUDA     | triton; CPU tensors too under TRITON_INTERPRET=1, for tests |
 | "reference" | both     | nothing: the op's fp32 reference in PyTorch |
 | "auto"      | CPU      | takes "cpu", which ops that are for CUDA alone have not |
-|             | CUDA     | takes "cuda" where it was built and the op has it, else "triton" |
+|             | CUDA     | takes "cuda" where it was built and the op has it, else "triton"; |
+|             |          | "triton" where the op prefers it |
 
 An op without a kernel in CUDA C++ says so in `kernels`.
 """
@@ -38,11 +39,16 @@ LIBRARY = torch.library.Library("vfengine", "FRAGMENT")
 
 
 def choose_backend(
-    op: str, backend: str, device: torch.device, kernels: tuple[str, ...] = KERNELS
+    op: str,
+    backend: str,
+    device: torch.device,
+    kernels: tuple[str, ...] = KERNELS,
+    prefer: str = "cuda",
 ) -> str:
     """Resolve `backend` for tensors on `device` to "cuda", "triton", "cpu" or "reference".
 
     kernels: those the op has, of KERNELS
+    prefer:  "cuda" or "triton": what "auto" takes on CUDA where there are both
 
     "auto" defers to VFENGINE_KERNEL_BACKEND. Raises ValueError for an unknown name, and where the
     backend asked for cannot run: it is never replaced by another.
@@ -61,7 +67,8 @@ def choose_backend(
                 )
             return "cpu"
         if device.type == "cuda":
-            return "cuda" if "cuda" in kernels and native().cuda_built else "triton"
+            both = "cuda" in kernels and native().cuda_built
+            return prefer if both else "triton"
         raise ValueError(f"{op}: expected CPU or CUDA tensors, got {device}")
     if backend != "reference" and backend not in kernels:
         raise ValueError(f"{op}: {asked}, but there are only kernels for {', '.join(kernels)}")

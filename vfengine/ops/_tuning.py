@@ -13,8 +13,9 @@ from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
-_LAUNCHES, _REPEATS = 8, 5
-_HEAD_START = 2_000_000  # clocks that the GPU waits, in which the host queues all launches
+_LAUNCHES, _REPEATS = 8, 3
+_ENOUGH = 0.5  # milliseconds, beyond which more launches tell no more
+_HEAD_START = 1_000_000  # clocks that the GPU waits, in which the host queues all launches
 
 _times: dict[Hashable, dict[str, float]] = {}
 _lock = threading.Lock()
@@ -60,14 +61,17 @@ def can_measure() -> bool:
 def _time(call: Callable[[], object]) -> float:
     """Milliseconds of a call among calls; the first one builds kernels and is not counted."""
     call()
+    launches = max(1, min(_LAUNCHES, int(_ENOUGH / _once(call, 1))))
+    return statistics.median(_once(call, launches) for _ in range(_REPEATS))
+
+
+def _once(call: Callable[[], object], launches: int) -> float:
+    """Milliseconds of a call among so many."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(_REPEATS):
-        torch.cuda._sleep(_HEAD_START)
-        begin.record()
-        for _ in range(_LAUNCHES):
-            call()
-        end.record()
-        end.synchronize()  # waits for this stream, and breaks no capture of another thread
-        times.append(begin.elapsed_time(end) / _LAUNCHES)
-    return statistics.median(times)
+    torch.cuda._sleep(_HEAD_START)
+    begin.record()
+    for _ in range(launches):
+        call()
+    end.record()
+    end.synchronize()  # waits for this stream, and breaks no capture of another thread
+    return begin.elapsed_time(end) / launches

@@ -50,7 +50,8 @@ def group_norm_silu(
     num_groups:   divides C
     weight, bias: fp32 [C], or None for 1 and 0
     num_frames:   images that share their statistics, one after another; divides B
-    scale, shift: fp32 [B, C] of each image, both or neither
+    scale, shift: fp32 [R, C], both or neither; row r is of images r B/R to (r + 1) B/R - 1. Rows
+                  may be apart, as slices of a wider table are, both alike
     silu:         False leaves SiLU out
     out:          like x, memory that no argument shares; None: allocated
     backend:      "auto", "cpu", "cuda", "triton" or "reference" (vfengine/ops/_dispatch.py)
@@ -92,7 +93,7 @@ def group_norm_silu_reference(
     Returns a new tensor in the dtype it was computed in.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, channels = x.shape[:2]
+    batch = len(x)
     y = x.to(dtype).reshape(batch // num_frames, num_frames, num_groups, -1)
     centred = y - y.mean((1, 3), keepdim=True)
     variance = centred.square().mean((1, 3), keepdim=True)
@@ -102,8 +103,11 @@ def group_norm_silu_reference(
     if bias is not None:
         y = y + bias.to(dtype).view(-1, 1, 1)
     if scale is not None:
-        y = y * (1 + scale.to(dtype).view(batch, channels, 1, 1))
-        y = y + shift.to(dtype).view(batch, channels, 1, 1)
+        scale, shift = (
+            table.to(dtype).repeat_interleave(batch // len(table), 0)[..., None, None]
+            for table in (scale, shift)
+        )
+        y = y * (1 + scale) + shift
     if silu:
         y = y * y.sigmoid()
     return y
@@ -163,7 +167,8 @@ def _run(x, weight, bias, scale, shift, num_groups, eps, num_frames, silu, backe
         x,
         x=x.data_ptr(),
         **{name: address(table) for name, table in named.items()},
-        modulation_stride=channels,
+        modulation_stride=0 if scale is None else scale.stride(0),
+        modulation_images=1 if scale is None else images // len(scale),
         out=out.data_ptr(),
         images=images,
         rows=height * width,
@@ -196,11 +201,34 @@ def _check(
     check_table(_NAME, "bias", bias, (channels,), x)
     if (scale is None) != (shift is None):
         raise ValueError(f"{_NAME}: expected scale and shift, or neither")
-    check_table(_NAME, "scale", scale, (images, channels), x)
-    check_table(_NAME, "shift", shift, (images, channels), x)
+    if scale is not None:
+        _check_modulation(scale, shift, x)
     size = _workspace_size(x, num_groups, num_frames)
     check_table(_NAME, "workspace", workspace, (size,), x)
     check_no_grad(_NAME, x, weight, bias, scale, shift, out)
+
+
+def _check_modulation(scale: Tensor, shift: Tensor, x: Tensor) -> None:
+    """Raise unless these are fp32 [R, C] where x is, R divides its images, and rows are alike."""
+    images, channels = x.shape[:2]
+    for name, table in (("scale", scale), ("shift", shift)):
+        if table.dtype is not torch.float32:
+            raise TypeError(f"{_NAME}: {name} must be torch.float32, got {table.dtype}")
+        if table.device != x.device:
+            raise ValueError(f"{_NAME}: {name} must be on {x.device}, got {table.device}")
+        shape = table.shape
+        if len(shape) != 2 or shape[1] != channels or not shape[0] or images % shape[0]:
+            raise ValueError(
+                f"{_NAME}: {name} must be [{images}, {channels}], or have fewer rows that divide "
+                f"{images}, got {list(shape)}"
+            )
+        if (channels > 1 and table.stride(1) != 1) or table.stride(0) < channels:
+            raise ValueError(f"{_NAME}: rows of {name} must be contiguous, got {table.stride()}")
+    if scale.shape != shift.shape or (len(scale) > 1 and scale.stride(0) != shift.stride(0)):
+        raise ValueError(
+            f"{_NAME}: scale and shift must have the same rows, got {list(scale.shape)} with "
+            f"strides {scale.stride()} and {list(shift.shape)} with {shift.stride()}"
+        )
 
 
 def _check_picture(name: str, tensor: Tensor, x: Tensor) -> None:

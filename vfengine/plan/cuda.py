@@ -282,7 +282,7 @@ class CudaBuilder:
                 q, k, v = q.chunk(3, dim=-1)
             else:
                 rows = _linear(context, from_context)
-                if self.batch > 1:
+                if self.batch > 1 and self.frames > 1:
                     rows = rows.repeat_interleave(self.frames, dim=0)
                 k, v = rows.chunk(2, dim=-1)
             out = _spatial(q, k, v, attention.heads)

@@ -1,6 +1,7 @@
 """The kernels that one replayed step of each network launches: their names, number and time.
 
-It is a step of the sampling loop, solver included. The list shows what to optimise next.
+It is a step of the sampling loop, solver included. The list shows what to optimise next. How long
+the candidates of each measured choice took (vfengine/ops/_tuning.py) is in the log.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lib.table4_ways import ddim, step_loops
 from torch.profiler import ProfilerActivity
 
 from gpu_run.sections import DEVICE, DRY, emit, guarded
+from vfengine.ops._tuning import measured
 
 SIZES = ("large", "default", "paper")
 STEPS = 5 if DRY else 20
@@ -39,6 +41,8 @@ def main() -> None:
                     step = loop.stepper(capture=True, at_once=1)
                     loop.start(*start)
                     measure(f"{name}, {network}", step)
+    for key, times in measured().items():
+        print(f"{key}: {times} ms")
 
 
 def measure(case: str, step) -> None:

@@ -137,6 +137,7 @@ static inline void store_pair(Half* p, const Pair& x) {
 struct VectorLanes {
   using F = F32;
   using I = I32;
+  using U = U32;
   using W = U64;  // a random word in the low half of each lane, anything in the high one
 
   static inline U64 product(W a, uint32_t b) {
@@ -165,6 +166,11 @@ struct VectorLanes {
     for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
     return x;
 #endif
+  }
+  static inline void exchange_if(I negative, F* a, F* b) {
+    const I swap = (as_int(*a) ^ as_int(*b)) & (negative >> 31);
+    *a = as_float(as_int(*a) ^ swap);
+    *b = as_float(as_int(*b) ^ swap);
   }
   static inline F as_float(I bits) { return reinterpret_cast<F32>(bits); }
   static inline I as_int(F x) { return reinterpret_cast<I32>(x); }

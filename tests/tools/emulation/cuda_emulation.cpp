@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -59,7 +60,8 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kSharedLimit = 48 << 10;   // what CUDA allows without asking
 constexpr size_t kSharedGap = 256;          // poisoned, after each declaration
 constexpr int kMaxSites = 64;               // declarations in a kernel
-constexpr size_t kArenaBytes = 96 << 10;    // kSharedLimit and the gaps
+constexpr size_t kSharedMost = 99 << 10;    // with cudaFuncSetAttribute, as sm_120 has it
+constexpr size_t kArenaBytes = 192 << 10;   // kSharedMost and the gaps
 constexpr unsigned kSwitchWithoutSync = 1;  // of __tsan_switch_to_fiber
 // TSan spends 0.8 MB on a fiber, and forgets what it did once it is gone.
 constexpr size_t kFibersKept = 1024;
@@ -115,14 +117,15 @@ Thread* self;
 Worker workers[kMaxThreads];
 int idle[kMaxThreads], num_idle;
 int num_workers;  // ever used: idle ones among them
-uint64_t exchanged[2][kMaxThreads];
+Exchanged exchanged[2][kMaxThreads];
 
 ucontext_t scheduler;
 char* memory;  // [arena of shared memory][stack of worker 0][stack of worker 1]...
 Site sites[kMaxSites];
 int num_sites;
-size_t shared_bytes, arena_used;
-std::deque<std::unique_ptr<Block>> blocks;  // the running one last
+size_t shared_bytes, dynamic_bytes, shared_limit, arena_used;
+std::map<const void*, size_t> dynamic_limits;  // of kernels that asked for another
+std::deque<std::unique_ptr<Block>> blocks;     // the running one last
 
 #if defined(EMULATION_TSAN)
 void* host_fiber;
@@ -177,7 +180,8 @@ void fresh_memory() {
     fill_arena(arena_used);
   }
   num_sites = 0;
-  shared_bytes = arena_used = 0;
+  shared_bytes = dynamic_bytes;
+  arena_used = 0;
 }
 
 // ---- Fibers -----------------------------------------------------------------------------------
@@ -330,6 +334,14 @@ void run_block(std::mt19937* random) {
   }
 }
 
+// 48 KiB in all, or kSharedMost where the kernel asked for dynamic memory; that, as it asked.
+bool takes_shared_memory(const Configuration& launch) {
+  const auto asked = dynamic_limits.find(launch.kernel);
+  const bool more = asked != dynamic_limits.end();
+  shared_limit = more ? kSharedMost : kSharedLimit;
+  return launch.shared_bytes <= (more ? asked->second : kSharedLimit);
+}
+
 bool valid(dim3 grid, dim3 block) {
   const bool empty = grid.x * uint64_t(grid.y) * grid.z == 0 || block.x * block.y * block.z == 0;
   return !empty && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535 && block.x <= 1024 &&
@@ -338,12 +350,14 @@ bool valid(dim3 grid, dim3 block) {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, void (*new_body)(void*), void* new_context) {
+void run_grid(const Configuration& launch, void (*new_body)(void*), void* new_context) {
   const std::lock_guard<std::mutex> lock(one_launch);
-  if (!valid(grid, block)) {
-    last_error = cudaErrorInvalidConfiguration;
+  const auto [kernel, grid, block, dynamic] = launch;
+  if (!valid(grid, block) || !takes_shared_memory(launch)) {
+    last_error = valid(grid, block) ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration;
     return;
   }
+  dynamic_bytes = dynamic;
   gridDim = grid;
   blockDim = block;
   body = new_body;
@@ -371,9 +385,10 @@ void run_grid(dim3 grid, dim3 block, void (*new_body)(void*), void* new_context)
 void* shared_memory(const void* site, size_t bytes, size_t alignment) {
   for (int i = 0; i < num_sites; ++i)
     if (sites[i].declaration == site) return sites[i].memory;
-  shared_bytes += bytes;
-  if (shared_bytes > kSharedLimit || num_sites == kMaxSites)
-    die("more than 48 KiB of shared memory, or 64 declarations");
+  if (site != &dynamic_bytes) shared_bytes += bytes;
+  if (shared_bytes > shared_limit || num_sites == kMaxSites)
+    die("more than " + std::to_string(shared_limit >> 10) +
+        " KiB of shared memory, or 64 declarations");
   alignment = std::max<size_t>(alignment, 16);
   char* at = memory + (arena_used + alignment - 1) / alignment * alignment;
   IF_ASAN(__asan_unpoison_memory_region(at, bytes);)
@@ -384,6 +399,8 @@ void* shared_memory(const void* site, size_t bytes, size_t alignment) {
 
 void fence() { IF_TSAN(__tsan_acquire(&fences); __tsan_release(&fences);) }
 
+void* dynamic_shared_memory() { return shared_memory(&dynamic_bytes, dynamic_bytes, 16); }
+
 void block_barrier() { wait(blocks.back()->all, num_threads, "__syncthreads", true); }
 
 void warp_barrier(unsigned mask) {
@@ -392,8 +409,19 @@ void warp_barrier(unsigned mask) {
   wait(blocks.back()->warps[warp], warp_size(warp), "__syncwarp", true);
 }
 
+const Exchanged* exchange(unsigned mask, const char* call, const Exchanged& mine) {
+  check_mask(mask, call);
+  const int linear = int(self - threads), warp = linear / 32;
+  // Two slots in turn: a fast lane may be at its next exchange before a slow one has read this.
+  Barrier& barrier = blocks.back()->warps[warp];
+  Exchanged* slots = exchanged[barrier.generation % 2];
+  slots[linear] = mine;
+  // CUDA promises no memory order here: only __syncwarp gives one.
+  wait(barrier, warp_size(warp), call, false);
+  return slots + 32 * warp;
+}
+
 uint64_t shuffle(unsigned mask, Shuffle kind, uint64_t mine, int operand, int width) {
-  check_mask(mask, "a shuffle");
   if (width < 1 || width > 32 || (width & (width - 1)) != 0)
     die(named(*self) + ": a shuffle of width " + std::to_string(width));
   const int linear = int(self - threads), warp = linear / 32, lane = linear % 32;
@@ -413,13 +441,8 @@ uint64_t shuffle(unsigned mask, Shuffle kind, uint64_t mine, int operand, int wi
       if ((lane ^ operand) < segment + width) source = lane ^ operand;
       break;
   }
-  // Two slots in turn: a fast lane may be at its next shuffle before a slow one has read this.
-  Barrier& barrier = blocks.back()->warps[warp];
-  uint64_t* slots = exchanged[barrier.generation % 2] + 32 * warp;
-  slots[lane] = mine;
-  // CUDA promises no memory order here: only __syncwarp gives one.
-  wait(barrier, warp_size(warp), "a shuffle", false);
-  return source < warp_size(warp) ? slots[source] : ~uint64_t(0);  // undefined on the device: NaN
+  const Exchanged* lanes = exchange(mask, "a shuffle", {{mine}});
+  return source < warp_size(warp) ? lanes[source].words[0] : ~uint64_t(0);  // undefined: NaN
 }
 
 }  // namespace emulation

@@ -45,6 +45,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = emulation::kSharedLimit;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulation::kSharedMost;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = emulation::kSharedMost + 1024;  // of which a block costs 1 KiB
+      return cudaSuccess;
     case cudaDevAttrWarpSize:
       *value = 32;
       return cudaSuccess;
@@ -58,6 +64,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     }
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value < 0 || size_t(value) > emulation::kSharedMost) return cudaErrorInvalidValue;
+  emulation::dynamic_limits[kernel] = size_t(value);
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {

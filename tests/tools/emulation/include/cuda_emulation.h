@@ -8,8 +8,8 @@
 //   VF_EMULATED_SEED=n        shuffles the order of blocks, and of threads between barriers
 //   VF_EMULATED_PROCESSORS=n  multiprocessors of the emulated device, 2 unless set
 //
-// Not modelled: weak memory order, partial masks, dynamic shared memory, streams that overlap,
-// cooperative groups, tensor cores, cp.async.
+// Not modelled: weak memory order, partial masks, streams that overlap, cooperative groups,
+// cp.async.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,15 +32,29 @@ constexpr int warpSize = 32;
 
 namespace emulation {
 
+// A launch of `kernel`, with `shared_bytes` of dynamic shared memory a block.
+struct Configuration {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+};
+
 // Runs body(context) once for every thread of the grid, or leaves an error for cudaGetLastError.
-void run_grid(dim3 grid, dim3 block, void (*body)(void*), void* context);
+void run_grid(const Configuration& launch, void (*body)(void*), void* context);
 
 // The `bytes` of shared memory that belong to this declaration (`site`) in the running block.
 void* shared_memory(const void* site, size_t bytes, size_t alignment);
+void* dynamic_shared_memory();
 
 void block_barrier();
 void fence();
 void warp_barrier(unsigned mask);
+
+// Every lane of a warp shows `mine` to the others: theirs, lane by lane, until its next exchange.
+struct Exchanged {
+  uint64_t words[3];
+};
+const Exchanged* exchange(unsigned mask, const char* call, const Exchanged& mine);
 
 // Which lane of the warp a shuffle reads.
 enum class Shuffle { index, up, down, exclusive_or };
@@ -60,13 +74,15 @@ T shuffle_as(unsigned mask, Shuffle kind, T mine, int operand, int width) {
 template <class... Parameters>
 class Launch {
  public:
-  Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const void* /*stream*/)
-      : kernel_(kernel), grid_(grid), block_(block) {}
+  Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+         const void* /*stream*/)
+      : kernel_(kernel),
+        launch_{reinterpret_cast<const void*>(kernel), grid, block, shared_bytes} {}
 
   template <class... Arguments>
   void operator()(Arguments&&... arguments) const {
     Call call{kernel_, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
-    run_grid(grid_, block_, &run_thread, &call);
+    run_grid(launch_, &run_thread, &call);
   }
 
  private:
@@ -81,16 +97,21 @@ class Launch {
   }
 
   void (*kernel_)(Parameters...);
-  dim3 grid_, block_;
+  Configuration launch_;
 };
 
 }  // namespace emulation
 
 #define VF_LAUNCH(kernel, grid, block, stream, ...) \
-  (::emulation::Launch(kernel, grid, block, stream)(__VA_ARGS__))
+  VF_LAUNCH_DYNAMIC(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define VF_LAUNCH_DYNAMIC(kernel, grid, block, bytes, stream, ...) \
+  (::emulation::Launch(kernel, grid, block, bytes, stream)(__VA_ARGS__))
 
 // The address of the static tells one declaration from another.
 #define VF_SHARED(type, name, count)                 \
   static char name##_site;                           \
   type(&name)[count] = *static_cast<type(*)[count]>( \
       ::emulation::shared_memory(&name##_site, sizeof(type) * (count), alignof(type)))
+
+#define VF_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(::emulation::dynamic_shared_memory())

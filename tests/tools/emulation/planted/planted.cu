@@ -6,6 +6,9 @@
 #include <cstring>
 #include <vector>
 
+#include "common/cuda_mma.h"
+#include "cuda/group.cuh"
+
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
@@ -82,6 +85,41 @@ __global__ void shared_overrun(float* out, int past) {
   out[threadIdx.x] = past > 0 ? p[threadIdx.x + past] : before[threadIdx.x - past];
 }
 
+// Thread i reads what i + 1 wrote; the last of the block `past` too far.
+__global__ void dynamic_shared(float* out, int past) {
+  VF_DYNAMIC_SHARED(float, values);
+  values[threadIdx.x] = float(threadIdx.x);
+  __syncthreads();
+  const unsigned next = (threadIdx.x + 1) % blockDim.x;
+  out[threadIdx.x] = values[next + (next == 0 ? past : 0)];
+}
+
+// a [16, 16] and b [16, 8] by rows, whole numbers; the fragments are those of the PTX manual.
+template <class T>
+__global__ void product(const float* a, const float* b, float* d) {
+  const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
+  const auto word = [](float low, float high) {
+    struct {
+      T low, high;
+    } both;
+    vf::from_float(both.low, low);
+    vf::from_float(both.high, high);
+    return emulation::bit_cast<uint32_t>(both);
+  };
+  uint32_t of_a[4], of_b[2];
+  for (int i = 0; i < 4; ++i) {
+    const float* at = a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
+    of_a[i] = word(at[0], at[1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const float* at = b + (2 * t + 8 * i) * 8 + g;
+    of_b[i] = word(at[0], at[8]);
+  }
+  float sum[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  vf::warp_mma<T>(sum, of_a, of_b);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
 __global__ void divergent_barrier(float* out) {
   if (threadIdx.x != 3) __syncthreads();
   out[blockDim.x * threadIdx.y + threadIdx.x] = 1.0f;
@@ -142,6 +180,26 @@ int main(int count, char** arguments) {
     VF_LAUNCH(shared_overrun, 1, 8, stream, out.data(), -1);
   } else if (is("shared_pointer")) {
     VF_LAUNCH(shared_overrun, 1, 8, stream, out.data(), 1);
+  } else if (is("dynamic_shared") || is("dynamic_overrun")) {
+    const int bytes = 60 << 10, past = is("dynamic_overrun") ? bytes / 4 : 0;
+    VF_LAUNCH_DYNAMIC(dynamic_shared, 1, 8, bytes, stream, out.data(), 0);
+    std::printf("%d ", cudaGetLastError());  // more than 48 KiB, which must be asked for
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(dynamic_shared),
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    VF_LAUNCH_DYNAMIC(dynamic_shared, 1, 8, bytes, stream, out.data(), past);
+    std::printf("%d %g %g", cudaGetLastError(), out[0], out[7]);
+  } else if (is("product") || is("product_bf16")) {
+    for (float& number : x) number = float(int(number) * 37 % 11 - 5);
+    const float *a = x.data(), *b = a + 256;
+    VF_LAUNCH((is("product") ? product<__half> : product<__nv_bfloat16>), 1, 32, stream, a, b,
+              out.data());
+    int wrong = 0;
+    for (int i = 0; i < 16 * 8; ++i) {
+      float sum = 1.0f;
+      for (int k = 0; k < 16; ++k) sum += a[i / 8 * 16 + k] * b[k * 8 + i % 8];
+      wrong += out[i] != sum;
+    }
+    std::printf("%d", wrong);
   } else if (is("divergent_barrier")) {
     VF_LAUNCH(divergent_barrier, dim3(1, 2), dim3(4, 2), stream, out.data());
   } else if (is("block_race")) {
