@@ -150,8 +150,7 @@ def test_measured_choices_of_implicit_gemm_are_right(device, monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_registers(op, device):
-    runs = device == "cuda" or "cpu" in OPS[op]
-    tests_of(op).check_registration(device, *([] if runs else ["reference"]))
+    tests_of(op).check_registration(device)
 
 
 @every_backend
