@@ -97,11 +97,10 @@ def test_a_step_outside_the_coefficients_is_refused():
 
 
 def test_noise_estimate_registers():
-    check_registration("cpu")
+    check_registration("cpu", "reference")
 
 
-def check_registration(device):
-    backend = "reference" if device == "cpu" else "auto"
+def check_registration(device, backend="auto"):
     case = make_case(device=device)
     arguments = [case[name] for name in ("z", "rows", "coeffs", "step", "guidance_scale")]
     op = torch.ops.vfengine.noise_estimate.default
