@@ -89,9 +89,10 @@ def test_one_captured_step_is_all_of_them(backend, device):
 
 
 def load(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """A network in its form for CUDA."""
+    """A network, on CUDA in its form for that."""
     network = load_network(folder, read_config(folder), name, device, dtype)
-    network.unet = CudaUNet(network.unet, dtype)
+    if device != "cpu":
+        network.unet = CudaUNet(network.unet, dtype)
     return network
 
 
