@@ -1,11 +1,12 @@
 """The tiles of kernels/implicit_gemm.py: what there is, what suits a shape, how K is cut."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from vfengine.ops.implicit_gemm import Product
+from vfengine.ops.implicit_gemm import Size
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Tile:
         return self.m * self.n * (1 + gated) // (32 * self.warps)
 
     def shared(self, itemsize: int, gated: bool) -> int:
-        """Bytes of shared memory that the operands of all stages take."""
-        return (self.m + self.n * (1 + gated)) * self.k * self.stages * itemsize
+        """Bytes of shared memory at most: operands of all stages, and 4 KiB for the rest."""
+        return (self.m + self.n * (1 + gated)) * self.k * self.stages * itemsize + 4096
 
 
 # From large to small. wgmma takes 64 rows at least. A multiprocessor has room for one program of
@@ -57,21 +58,21 @@ CANDIDATES = 6
 SHARED = 227 << 10  # bytes that a program can have on sm_90
 
 
-def tiles_for(product: Product) -> list[Tile]:
+@functools.cache
+def tiles_for(size: Size) -> tuple[Tile, ...]:
     """Tiles that suit the shape and the card, the likely fastest first."""
-    tiles = GATED_TILES if product.gated else TILES
-    tiles = FP32_TILES if product.x.dtype == torch.float32 else tiles
-    fitting = [t for t in tiles if fits(t, product)]
-    times = {t: likely_time(t, product, splits_of(t, product)) for t in fitting}
-    return sorted(fitting, key=times.__getitem__)[:CANDIDATES]
+    tiles = GATED_TILES if size.gated else TILES
+    tiles = FP32_TILES if size.dtype == torch.float32 else tiles
+    fitting = [t for t in tiles if fits(t, size)]
+    times = {t: likely_time(t, size, splits_of(t, size)) for t in fitting}
+    return tuple(sorted(fitting, key=times.__getitem__)[:CANDIDATES])
 
 
-def fits(tile: Tile, product: Product) -> bool:
+def fits(tile: Tile, size: Size) -> bool:
     """Whether operands fit shared memory; and normalising them, registers beside all the sums."""
-    crowded = tile.warps == 4 and tile.sums_of_thread(product.gated) >= 128
-    shared = tile.shared(product.x.itemsize, product.gated)
-    normed = product.coefficients is not None
-    return shared <= _shared_memory(product.x.device) and not (normed and crowded)
+    crowded = tile.warps == 4 and tile.sums_of_thread(size.gated) >= 128
+    shared = tile.shared(size.dtype.itemsize, size.gated)
+    return shared <= _shared_memory(size.device) and not (size.normed and crowded)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -80,38 +81,39 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def splits_of(tile: Tile, product: Product) -> int:
+@functools.cache
+def splits_of(tile: Tile, size: Size) -> int:
     """How many runs K is cut into, none of them empty, by shape and tile alone."""
     if not tile.split:
         return 1
-    programs, steps = tile_count(tile, product), step_count(tile, product)
+    programs, steps = tile_count(tile, size), step_count(tile, size)
     most = min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS)
-    splits = min(range(1, max(1, most) + 1), key=lambda n: likely_time(tile, product, n))
+    splits = min(range(1, max(1, most) + 1), key=lambda n: likely_time(tile, size, n))
     return triton.cdiv(steps, triton.cdiv(steps, splits))
 
 
-def tile_count(tile: Tile, product: Product) -> int:
+def tile_count(tile: Tile, size: Size) -> int:
     """How many tiles the output has."""
-    of_set = triton.cdiv(product.rows // product.sets, tile.m)
-    return product.sets * of_set * triton.cdiv(product.columns, tile.n)
+    of_set = triton.cdiv(size.rows // size.sets, tile.m)
+    return size.sets * of_set * triton.cdiv(size.columns, tile.n)
 
 
-def step_count(tile: Tile, product: Product) -> int:
+def step_count(tile: Tile, size: Size) -> int:
     """How many steps along K a tile takes."""
-    blocks = sum(triton.cdiv(channels, tile.k) for channels in product.channels)
-    return product.taps * blocks
+    blocks = sum(triton.cdiv(channels, tile.k) for channels in size.channels)
+    return size.taps * blocks
 
 
-def likely_time(tile: Tile, product: Product, splits: int) -> float:
+def likely_time(tile: Tile, size: Size, splits: int) -> float:
     """A guess, in clocks of a multiprocessor of an H100; only the order of tiles matters.
 
     A step costs its products or the bytes that it brings from cache, and never less than a latency.
     The sums of runs cost tickets and barriers, a latency for every four runs, and their bytes.
     """
-    columns = tile.n * (1 + product.gated)
-    waves = triton.cdiv(tile_count(tile, product) * splits, FILLED)
+    columns = tile.n * (1 + size.gated)
+    waves = triton.cdiv(tile_count(tile, size) * splits, FILLED)
     products = tile.m * columns * tile.k / (2048 if tile.m >= 64 else 1024)
     fetched = (tile.m + columns) * tile.k * 2 / 64
-    steps = triton.cdiv(step_count(tile, product), splits) * max(products, fetched, 150)
+    steps = triton.cdiv(step_count(tile, size), splits) * max(products, fetched, 150)
     sums = 1500 + 175 * splits + splits * tile.m * columns / 16 if splits > 1 else 0
     return waves * (steps + 1000) + sums

@@ -263,10 +263,10 @@ def launch(product: Product, tile: Tile) -> None:
 
 def workspace(product: Product, tile: Tile) -> tuple[Tensor, Tensor]:
     """Partial sums, and tickets that are zero before a launch and after it."""
-    splits, tickets = splits_of(tile, product), _tickets(product.x.device)
+    splits, tickets = splits_of(tile, product.size), _tickets(product.x.device)
     if splits == 1:
         return tickets.view(torch.float32), tickets
-    size = splits * tile_count(tile, product) * tile.m * tile.n * (1 + product.gated)
+    size = splits * tile_count(tile, product.size) * tile.m * tile.n * (1 + product.gated)
     return product.x.new_empty(size, dtype=torch.float32), tickets
 
 
@@ -306,7 +306,7 @@ def launch_arguments(
         partial,
         tickets,
     )
-    splits = splits_of(tile, product)
+    splits = splits_of(tile, product.size)
     numbers = (
         *product.channels,
         product.columns,
@@ -318,7 +318,7 @@ def launch_arguments(
         product.stride,
         *product.padding,
         product.upsample - 1,
-        triton.cdiv(step_count(tile, product), splits),
+        triton.cdiv(step_count(tile, product.size), splits),
         splits,
         product.sets // (1 if shift is None else len(shift)),
         product.sets // (1 if coefficients is None else len(coefficients)),
@@ -340,4 +340,4 @@ def launch_arguments(
         "num_stages": tile.stages,
     }
     sets = product.sets
-    return (tile_count(tile, product) // sets, splits, sets), (*tensors, *numbers), constants
+    return (tile_count(tile, product.size) // sets, splits, sets), (*tensors, *numbers), constants

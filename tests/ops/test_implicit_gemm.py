@@ -152,13 +152,13 @@ def run_torch(device, dtypes=ALL_DTYPES):
 def run_tiles(device, monkeypatch, dtype):
     """Each tile, whatever the shape; with K in several runs where the tile allows it."""
     tables = {
-        "model": gemm_tiles.TILES if dtype.itemsize == 2 else gemm_tiles.FP32_TILES,
+        "split": gemm_tiles.TILES if dtype.itemsize == 2 else gemm_tiles.FP32_TILES,
         "geglu": gemm_tiles.GATED_TILES if dtype.itemsize == 2 else gemm_tiles.FP32_TILES,
     }
     for name, tiles in tables.items():
         case = make_case(SHAPES[name], dtype, device)
         for tile in tiles:
-            monkeypatch.setattr(gemm_tiles, "tiles_for", lambda product, tile=tile: [tile])
+            monkeypatch.setattr(gemm_tiles, "tiles_for", lambda size, tile=tile: [tile])
             first = assert_matches(case, "triton")
             assert torch.equal(first, assert_matches(case, "triton")), tile
 

@@ -73,9 +73,10 @@ def test_what_rules_measuring_out(gpu, monkeypatch):
     assert not can_measure()
 
 
-def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
-    """Each repeat: the GPU is held up, then an event, the calls, an event."""
-    happened, clock = [], iter(range(1000))
+@pytest.mark.parametrize(("milliseconds", "launches"), [(0.01, 8), (0.2, 2), (4.0, 1)])
+def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch, milliseconds, launches):
+    """Each time the GPU is held up, then an event, the calls, an event; slow calls are few."""
+    happened = []
 
     class Event:
         def __init__(self, enable_timing):
@@ -83,7 +84,7 @@ def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
 
         def record(self):
             happened.append("event")
-            self.at = next(clock) * 4.0
+            self.at = happened.count("call") * milliseconds
 
         def synchronize(self):
             happened.append("wait")
@@ -93,7 +94,6 @@ def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: happened.append("hold"), raising=False)
-    launches, repeats = _tuning._LAUNCHES, _tuning._REPEATS
-    assert _tuning._time(lambda: happened.append("call")) == 4.0 / launches
-    repeat = ["hold", "event", *["call"] * launches, "event", "wait"]
-    assert happened == ["call", *repeat * repeats]
+    assert _tuning._time(lambda: happened.append("call")) == pytest.approx(milliseconds)
+    first, repeat = (["hold", "event", *["call"] * n, "event", "wait"] for n in (1, launches))
+    assert happened == ["call", *first, *repeat * _tuning._REPEATS]

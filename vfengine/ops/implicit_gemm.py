@@ -144,6 +144,21 @@ def _of_pictures(rows: Tensor, pictures: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What the choice of a tile depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int  # output pixels
+    sets: int  # runs of pictures, each with one row of shift and one of coefficients
+    columns: int  # output channels
+    channels: tuple[int, int]  # of x and of second
+    taps: int
+    gated: bool
+    normed: bool
+
+
+@dataclass(frozen=True)
 class Product:
     """The arguments of a call, checked, as the kernel and its choice of tiles read them."""
 
@@ -197,17 +212,25 @@ class Product:
         return plain and self.upsample == 1 and exact
 
     @property
+    def size(self) -> Size:
+        return Size(
+            self.x.device,
+            self.x.dtype,
+            self.rows,
+            self.sets,
+            self.columns,
+            self.channels,
+            self.taps,
+            self.gated,
+            self.coefficients is not None,
+        )
+
+    @property
     def key(self) -> Hashable:
         """All that the time of a call depends on."""
-        tables = (self.second, *self.terms, self.coefficients)
-        return (
-            _NAME,
-            self.x.device,
-            *(self.x.dtype, self.out.dtype, self.x.shape, self.weight.shape, self.channels),
-            *(self.stride, self.padding, self.upsample, self.silu, self.gated, self.sets),
-            *(table is not None for table in tables),
-            matmul_in_tf32(),
-        )
+        shapes = (self.x.shape, self.weight.shape, self.out.dtype)
+        options = (self.stride, self.padding, self.upsample, self.silu, matmul_in_tf32())
+        return (_NAME, self.size, shapes, options, tuple(term is not None for term in self.terms))
 
     @property
     def sets(self) -> int:
@@ -283,7 +306,7 @@ def _run_triton(product: Product, measured: bool) -> None:
     from vfengine.kernels.gemm_tiles import tiles_for
     from vfengine.kernels.implicit_gemm import launch
 
-    tiles = tiles_for(product)
+    tiles = tiles_for(product.size)
     if not measured:
         return launch(product, tiles[0])
     ways = {str(tile): partial(launch, product, tile) for tile in tiles}
