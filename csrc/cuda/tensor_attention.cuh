@@ -70,6 +70,7 @@ __device__ __forceinline__ int key_of(int t, int i) { return 2 * t + i % 2 + i /
 template <class T, int kDim, bool kVector>
 __global__ void __launch_bounds__(32 * kTensorWarps, kDim <= 64 && kVector ? 3 : 2)
     tensor_attention_kernel(const TemporalAttentionArgs args, int parts, float scale) {
+  wait_for_inputs();
   constexpr int kBlocks = kDim <= 64 ? 1 : 2;  // of 64 channels
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int frames = int(args.frames), dim = int(args.head_dim), heads = int(args.heads);
