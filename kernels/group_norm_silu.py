@@ -189,6 +189,7 @@ def slab_kernel(
     ROWS: tl.constexpr,  # rows of a set and WIDTH, rounded up to powers of two
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     """y of GROUPS groups of one set, [ROWS, GROUPS, BLOCK], whose images share a row of scale."""
     wait_for_inputs()
     programs: tl.constexpr = C // (GROUPS * WIDTH)

@@ -240,7 +240,7 @@ void launch_tensor(const TemporalAttentionArgs& args, bool aligned, void* stream
   const int64_t warps = args.pixels * args.heads, parts = kDim <= 128 ? 1 : 2;
   const int64_t tiles = (args.frames + kTile - 1) / kTile;
   const dim3 grid(unsigned((warps + kTensorWarps - 1) / kTensorWarps), unsigned(tiles * parts),
-                  unsigned(std::min<int64_t>(args.batch, 65535)));
+                  unsigned(std::min(args.batch, kMaxBlocks)));
   const auto kernel =
       aligned ? tensor_attention_kernel<T, kDim, true> : tensor_attention_kernel<T, kDim, false>;
   VF_LAUNCH(kernel, grid, dim3(32 * kTensorWarps), stream, args, int(parts), scale_of(args));
