@@ -27,13 +27,14 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (!std::is_same_v<T, uint32_t>)
         if (args.base) draw_normals<kSize>(base, i, b);
       for (int64_t n = first; n < last; ++n) {
-        const NoiseSource residual{args.frame_offset + uint32_t(n), sample,
-                                   stream_and_step(kResidualStream, args.step), keys};
+        const NoiseSource from{
+            args.base ? 0 : args.frame_offset + uint32_t(n), sample,
+            stream_and_step(args.base ? kBaseStream : kResidualStream, args.step), keys};
         Group<T> out;
         if constexpr (std::is_same_v<T, uint32_t>) {
-          draw_words(args.base ? base : residual, i, out.at);
+          draw_words(from, i, out.at);
         } else {
-          if (!args.base) draw_normals<kSize>(residual, i, r);
+          if (!args.base) draw_normals<kSize>(from, i, r);
 #pragma unroll
           for (int k = 0; k < kSize; ++k) from_float(out.at[k], args.base ? b[k] : r[k]);
         }

@@ -145,7 +145,7 @@ def test_weights_are_computed_before_the_frames(kernels):
     Two of a block's weights have one; noise has none, and nobody divides.
     """
     for name, (code, _) in kernels.items():
-        if "noise_kernel" in name:
+        if template(name, "noise_kernel").endswith("Lb1"):  # of elements, sm_80 shares code so
             assert count(code, r"CALL|RET") == 0, name
         elif "frames_kernel" in name:
             roots = 1 if "RemoveBase" in name else 2
