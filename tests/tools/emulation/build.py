@@ -46,6 +46,7 @@ COMMON = (
     "-Wall",
     "-Wno-unknown-pragmas",
 )
+# Its headers come before csrc's, some of which they shadow.
 # nvcc's device compiler does not reason from types either, and kernels move bytes as uint4.
 CUDA = ("-x", "c++", "-fno-strict-aliasing", f"-I{EMULATION / 'include'}")
 
@@ -100,8 +101,9 @@ def build_program(
     engine = program.with_suffix(".engine.o")
     path = EMULATION / "cuda_emulation.cpp"
     _run(("g++", *COMMON, *_engine_flags(variant, sources), "-c", str(path), "-o", str(engine)))
-    options = (*COMMON, *_variant(variant), f"-I{sources}", *(f"-D{define}" for define in defines))
-    _run(("g++", *options, *CUDA, str(source), "-x", "none", str(engine), "-o", str(program)))
+    macros = (f"-D{define}" for define in defines)
+    options = (*COMMON, *_variant(variant), *CUDA, f"-I{sources}", *macros)
+    _run(("g++", *options, str(source), "-x", "none", str(engine), "-o", str(program)))
     return program
 
 
