@@ -73,8 +73,9 @@ def test_what_rules_measuring_out(gpu, monkeypatch):
     assert not can_measure()
 
 
-def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
-    """Each repeat: the GPU is held up, then an event, the calls, an event."""
+@pytest.mark.parametrize(("once", "launches"), [(0.05, _tuning._LAUNCHES), (0.2, 2), (7.0, 1)])
+def test_a_call_is_timed_among_calls_behind_a_busy_gpu(once, launches, monkeypatch):
+    """Each repeat: the GPU is held up, then an event, the calls, an event; fewer of long calls."""
     happened, clock = [], iter(range(1000))
 
     class Event:
@@ -83,7 +84,7 @@ def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
 
         def record(self):
             happened.append("event")
-            self.at = next(clock) * 4.0
+            self.at = next(clock) * once
 
         def synchronize(self):
             happened.append("wait")
@@ -93,7 +94,9 @@ def test_a_call_is_timed_among_calls_behind_a_busy_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: happened.append("hold"), raising=False)
-    launches, repeats = _tuning._LAUNCHES, _tuning._REPEATS
-    assert _tuning._time(lambda: happened.append("call")) == 4.0 / launches
-    repeat = ["hold", "event", *["call"] * launches, "event", "wait"]
-    assert happened == ["call", *repeat * repeats]
+    time = _tuning._time(lambda: happened.append("call"))
+    assert time == pytest.approx(once / launches)
+    first, repeat = (
+        ["hold", "event", *["call"] * count, "event", "wait"] for count in (1, launches)
+    )
+    assert happened == ["call", *first, *repeat * _tuning._REPEATS]
