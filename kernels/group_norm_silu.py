@@ -36,8 +36,8 @@ def channel_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    wait_for_inputs()
     """Mean and centred squares of BLOCK channels in one chunk."""
+    wait_for_inputs()
     set_and_chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
@@ -82,8 +82,8 @@ def group_kernel(
     WIDTH: tl.constexpr,  # C / G
     ENTRIES: tl.constexpr,
 ):
-    wait_for_inputs()
     """Mean and 1 / √(σ² + ε) of one group of one set."""
+    wait_for_inputs()
     groups: tl.constexpr = C // WIDTH
     at_set = (tl.program_id(0) // groups).to(tl.int64)
     from_ptr = partial_ptr + 2 * (at_set * chunks * C + tl.program_id(0) % groups * WIDTH)
@@ -190,6 +190,7 @@ def slab_kernel(
     BLOCK: tl.constexpr,
 ):
     """y of GROUPS groups of one set, [ROWS, GROUPS, BLOCK], whose images share a row of scale."""
+    wait_for_inputs()
     programs: tl.constexpr = C // (GROUPS * WIDTH)
     at_set = (tl.program_id(0) // programs).to(tl.int64)
     group = tl.program_id(0) % programs * GROUPS + tl.arange(0, GROUPS)

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_inputs();
   constexpr int kSize = Group<T>::kSize;
   VF_SHARED(Line, lines, kTable);
-  VF_DYNAMIC_SHARED(Group<T>, rows_kept);
+  VF_DYNAMIC_SHARED(uint4, rows_kept);  // of T, a Group would come by elements
   const int tid = int(threadIdx.x), slot = tid / slab.columns, column = tid % slab.columns;
   const int set = int(blockIdx.x) / slab.count;
   const int64_t first = int64_t(int(blockIdx.x) % slab.count) * slab.channels;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = tid; i < tables * slab.channels; i += kThreads)
     lines[i] = modulated(args, image + i / slab.channels, first + i % slab.channels);
   const Moments<T> own = moments_of<T, true>(x, step, mine, kSize, [&](int i, const Group<T>& row) {
-    if (i < kept) rows_kept[i * kThreads + tid] = row;
+    if (i < kept) rows_kept[i * kThreads + tid] = *reinterpret_cast<const uint4*>(&row);
   });
   merge<T>(own, slab, rows, slab.cell, [&](int cell, float mean, float squares) {
     const float variance = squares / (float(rows) * float(slab.cell));
@@ -69,7 +69,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const int here = min(mine, kept);
 #pragma unroll 4
-  for (int i = 0; i < here; ++i) write(i, rows_kept[i * kThreads + tid]);
+  for (int i = 0; i < here; ++i) {
+    const uint4 row_kept = rows_kept[i * kThreads + tid];
+    write(i, *reinterpret_cast<const Group<T>*>(&row_kept));
+  }
   for (int i = here; i < mine; i += kBatch) {
     Group<T> batch[kBatch];
 #pragma unroll

@@ -63,10 +63,14 @@ __device__ __forceinline__ Group<T> load_channels(const T* rows, int frame, int6
   return part;
 }
 
+// The keys whose weights lane t of a row has, 0 to 3.
+__device__ __forceinline__ int key_of(int t, int i) { return 2 * t + i % 2 + i / 2 * 8; }
+
 // kDim: of q and k, at least D. A warp has 128 channels of y at most: `parts` of them make a head.
 template <class T, int kDim, bool kVector>
 __global__ void __launch_bounds__(32 * kTensorWarps, kDim <= 64 && kVector ? 3 : 2)
     tensor_attention_kernel(const TemporalAttentionArgs args, int parts, float scale) {
+  wait_for_inputs();
   constexpr int kBlocks = kDim <= 64 ? 1 : 2;  // of 64 channels
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int frames = int(args.frames), dim = int(args.head_dim), heads = int(args.heads);
@@ -89,10 +93,20 @@ __global__ void __launch_bounds__(32 * kTensorWarps, kDim <= 64 && kVector ? 3 :
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // keys of p's columns
-          const int row = start + 2 * t + i % 2 + i / 2 * 8, channel = out_channel + 64 * b + 8 * g;
+        for (int i = 0; i < 4; ++i) {
+          const int row = start + key_of(t, i), channel = out_channel + 64 * b + 8 * g;
           v[b][i] = load_channels<kVector>(rows + 2 * width, row, in_frame, channel, frames, dim);
         }
+
+      float bias[2][4] = {};
+      if (args.bias) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {  // the last query or key again where there is none
+          const int query = min(first + g + i / 4 * 8, frames - 1);
+          const int key = min(start + key_of(t, i % 4), frames - 1);
+          bias[i / 4][i % 4] = args.bias[(int64_t(head) * frames + query) * frames + key];
+        }
+      }
 
       float logits[2][4] = {};  // keys 0 to 7 and 8 to 15
 #pragma unroll 1
@@ -123,15 +137,11 @@ __global__ void __launch_bounds__(32 * kTensorWarps, kDim <= 64 && kVector ? 3 :
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int query = first + g + 8 * r;
         float logit[4], weight[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int key = start + 2 * t + i % 2 + i / 2 * 8;
-          logit[i] = logits[i / 2][2 * r + i % 2] * scale;
-          if (args.bias && query < frames && key < frames)
-            logit[i] += args.bias[(int64_t(head) * frames + query) * frames + key];
-          if (key >= frames) logit[i] = -INFINITY;
+          logit[i] = fmaf(logits[i / 2][2 * r + i % 2], scale, bias[r][i]);
+          if (start + key_of(t, i) >= frames) logit[i] = -INFINITY;
         }
         const float most = fmaxf(fmaxf(logit[0], logit[1]), fmaxf(logit[2], logit[3]));
         const float new_top = fmaxf(top[r], row_max(most));

@@ -5,6 +5,7 @@ where it promises bits, against those of the CPU kernels.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,14 @@ def run_kernels(variant: str, folder: Path, *options: str, seed: int | None = No
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("file", sorted(CSRC.glob("cuda/*.cu*")), ids=lambda file: file.name)
+def test_every_kernel_begins_with_the_wait(file):
+    """For those before it (csrc/common/cuda_launch.h); test_machine_code.py reads what became of it."""
+    bodies = re.findall(r"^__global__[^{]*\{\n(.*)\n", file.read_text(), re.MULTILINE)
+    assert all(first.strip() == "wait_for_inputs();" for first in bodies)
+    assert len(bodies) == file.read_text().count("__global__")
 
 
 @pytest.fixture(scope="module")

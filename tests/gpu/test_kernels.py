@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from kernel_cases import (
+    LOOP_OPS,
     OPS,
     SETS,
     SHAPES,
@@ -97,6 +98,20 @@ def test_triton_kernels(op, run, device):
     name, dtypes, place = TRITON[run]
     shapes = {name: shapes_of(op, "gpu")[name]}
     tests_of(op).run_cases("triton", shapes, device, place, dtypes)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", LOOP_OPS)
+def test_steps_of_a_loop(op, backend, device):
+    """The very bits of the ops that they are made of on a CPU, and the clock moved on."""
+    tests = tests_of(op)
+    if backend == "cuda":
+        for place in (as_it_is, misaligned):
+            tests.run_steps(backend, SHAPES, device, place)
+    else:
+        tests.run_steps(backend, SETS["gpu"], device, as_it_is, (torch.float32,))
+    if device == "cuda":
+        tests.run_cases(backend, {}, device, as_it_is)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

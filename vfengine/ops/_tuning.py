@@ -15,7 +15,7 @@ import torch
 
 _LAUNCHES, _REPEATS = 8, 3
 _ENOUGH = 0.5  # milliseconds, beyond which more launches tell no more
-_HEAD_START = 1_500_000  # clocks that the GPU waits, in which the host queues all launches
+_HEAD_START = 2_000_000  # clocks that the GPU waits, in which the host queues all launches
 
 _times: dict[Hashable, dict[str, float]] = {}
 _lock = threading.Lock()
