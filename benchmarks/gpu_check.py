@@ -23,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -66,16 +67,16 @@ SECTIONS = (  # in the order of their worth
     Section("build", 0, 70, 200, checks=True),
     Section("ceilings", 0, 6, 40),
     Section("smoke", 1, 18, 60, checks=True),
-    Section("tests", 2, 60, 170, checks=True),
+    Section("tests", 2, 100, 170, checks=True),
     Section("prepare network_ops", 2, 45, 100, prepares="network_ops"),
     Section("prepare table4", 2, 60, 120, prepares="table4"),
     Section("prepare peers", 2, 60, 120, prepares="peers"),
     Section("prepare unet3d", 2, 80, 150, prepares="unet3d"),
-    Section("kernels", 3, 25, 60),
-    Section("network_ops", 4, 40, 90),
-    Section("capture", 5, 15, 70),
-    Section("table4", 6, 60, 150),
-    Section("profile", 7, 20, 90),
+    Section("capture", 3, 15, 70),
+    Section("profile", 4, 20, 90),
+    Section("table4", 5, 60, 150),
+    Section("kernels", 6, 25, 60),
+    Section("network_ops", 7, 40, 90),
     Section("memory", 8, 45, 120),
     Section("peers", 9, 35, 120),
     Section("unet3d", 10, 60, 150),
@@ -272,6 +273,7 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
     values = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
     values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
+    values["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # sections share what they choose; no run does
     if dry:
         stand_ins = str(tools / "gpu_tools")  # for ncu and compute-sanitizer
         values |= {

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DEVICE = os.environ.get("VFENGINE_TEST_DEVICE", "cuda")
 SECONDS = 150  # of a test in a process of its own; one that hangs says where a little earlier
 
+os.environ.setdefault("VFENGINE_TUNING", "process")  # side by side, nothing is measured well
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each would take all cores
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 
 DRY = os.environ.get("VFENGINE_GPU_CHECK") == "dry"
 PREPARE = "--prepare" in sys.argv
+if PREPARE:  # beside others: what is measured now is not to be kept
+    os.environ["VFENGINE_TUNING"] = "process"
 DEVICE = "cpu" if DRY else "cuda"
 if DRY and os.environ.get("TRITON_INTERPRET") == "1":
     from triton_tools import compute_bf16_correctly  # of tests/tools; Triton truncates here
