@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from vfengine.ops.implicit_gemm import Size
 
@@ -89,18 +88,23 @@ def splits_of(tile: Tile, size: Size) -> int:
     programs, steps = tile_count(tile, size), step_count(tile, size)
     most = min(FILLED // programs, steps // LEAST_STEPS, MOST_SPLITS)
     splits = min(range(1, max(1, most) + 1), key=lambda n: likely_time(tile, size, n))
-    return triton.cdiv(steps, triton.cdiv(steps, splits))
+    return _ceil_div(steps, _ceil_div(steps, splits))
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """`triton.cdiv` costs microseconds, as a function that kernels can call as well."""
+    return -(-a // b)
 
 
 def tile_count(tile: Tile, size: Size) -> int:
     """How many tiles the output has."""
-    of_set = triton.cdiv(size.rows // size.sets, tile.m)
-    return size.sets * of_set * triton.cdiv(size.columns, tile.n)
+    of_set = _ceil_div(size.rows // size.sets, tile.m)
+    return size.sets * of_set * _ceil_div(size.columns, tile.n)
 
 
 def step_count(tile: Tile, size: Size) -> int:
     """How many steps along K a tile takes."""
-    blocks = sum(triton.cdiv(channels, tile.k) for channels in size.channels)
+    blocks = sum(_ceil_div(channels, tile.k) for channels in size.channels)
     return size.taps * blocks
 
 
@@ -111,9 +115,9 @@ def likely_time(tile: Tile, size: Size, splits: int) -> float:
     The sums of runs cost tickets and barriers, a latency for every four runs, and their bytes.
     """
     columns = tile.n * (1 + size.gated)
-    waves = triton.cdiv(tile_count(tile, size) * splits, FILLED)
+    waves = _ceil_div(tile_count(tile, size) * splits, FILLED)
     products = tile.m * columns * tile.k / (2048 if tile.m >= 64 else 1024)
     fetched = (tile.m + columns) * tile.k * 2 / 64
-    steps = triton.cdiv(step_count(tile, size), splits) * max(products, fetched, 150)
+    steps = _ceil_div(step_count(tile, size), splits) * max(products, fetched, 150)
     sums = 1500 + 175 * splits + splits * tile.m * columns / 16 if splits > 1 else 0
     return waves * (steps + 1000) + sums

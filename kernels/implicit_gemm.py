@@ -318,7 +318,7 @@ def launch_arguments(
         product.stride,
         *product.padding,
         product.upsample - 1,
-        triton.cdiv(step_count(tile, product.size), splits),
+        -(-step_count(tile, product.size) // splits),
         splits,
         product.sets // (1 if shift is None else len(shift)),
         product.sets // (1 if coefficients is None else len(coefficients)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -176,22 +176,22 @@ class Product:
     gated: bool
     out: Tensor
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Output pixels."""
         return self.out.numel() // self.columns
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Output channels."""
         return self.out.shape[-1]
 
-    @property
+    @cached_property
     def channels(self) -> tuple[int, int]:
         """Those of x and of second."""
         return self.x.shape[-1], 0 if self.second is None else self.second.shape[-1]
 
-    @property
+    @cached_property
     def taps(self) -> int:
         return self.weight.shape[1] * self.weight.shape[2]
 
@@ -211,7 +211,7 @@ class Product:
         exact = self.x.itemsize == 2 or self.linear or matmul_in_tf32()
         return plain and self.upsample == 1 and exact
 
-    @property
+    @cached_property
     def size(self) -> Size:
         return Size(
             self.x.device,
@@ -232,7 +232,7 @@ class Product:
         options = (self.stride, self.padding, self.upsample, self.silu, matmul_in_tf32())
         return (_NAME, self.size, shapes, options, tuple(term is not None for term in self.terms))
 
-    @property
+    @cached_property
     def sets(self) -> int:
         """Runs of pictures, each with one row of shift and one of coefficients."""
         tables = (self.shift, self.coefficients)
