@@ -28,7 +28,7 @@ def found(tmp_path):
 
 
 def test_the_terms_are_the_nodes_the_arithmetic_and_the_bytes():
-    assert CARD.terms(STEP) == pytest.approx((200e-6, 2e-3, 0.5e-3))
+    assert CARD.terms(STEP) == pytest.approx((100 * prediction.NODE, 2e-3, 0.5e-3))
     assert STEP + STEP == prediction.Counts(200, 2 * 10**12, 2 * 10**9)
 
 
@@ -36,8 +36,8 @@ def test_predicted_stands_beside_measured(found):
     _, words, table = prediction.chapter(found(whole_run()), COUNTED)
     assert "741 TFLOP/s" in words and "2,987 GB/s" in words and "abc1234" in words
     rows = table.splitlines()[2:]
-    assert "| 0.20 ms | 1.35 ms | 0.33 ms | 1.88 ms |  | 1.71 ms |" in rows[0]
-    assert "| 3.77 ms | 2.00 | 4.50 ms | 2,112 |" in rows[3]
+    assert "| 0.47 ms | 1.35 ms | 0.33 ms | 2.15 ms |  | 1.71 ms |" in rows[0]
+    assert "| 4.31 ms | 2.00 | 4.50 ms |" in rows[3]
     assert [row.split(" | ")[1] for row in rows] == ["base", "residual", "VDM*", "two phases"]
     assert "| 7.40 ms |" in rows[2] and "| 4.50 ms |" in rows[3]
 
