@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vfengine.models import PlannedUNet, UNet, for_inference, vdm_config
 from vfengine.native import vfengine_native
 from vfengine.plan import network as planned
+from vfengine.plan.cuda import CudaUNet
 from vfengine.plan.forms import ImplicitGemm, Winograd, convolution
 from vfengine.plan.network import inference_dtype
 
@@ -290,9 +291,10 @@ def test_inference_dtype_refuses_others(dtype):
         PlannedUNet(UNet(IMAGE), dtype)
 
 
-def test_for_inference_plans_for_a_cpu_alone():
+def test_for_inference_is_for_a_cpu_or_cuda():
     assert isinstance(for_inference(UNet(IMAGE), torch.float32, "cpu"), PlannedUNet)
-    for dtype, device in ((torch.float16, "cpu"), (torch.float32, "cuda"), (torch.float32, "meta")):
+    assert isinstance(for_inference(UNet(IMAGE), torch.float16, "cuda"), CudaUNet)
+    for dtype, device in ((torch.float16, "cpu"), (torch.float64, "cuda"), (torch.float32, "meta")):
         unet = UNet(IMAGE)
         assert for_inference(unet, dtype, device) is unet
         assert not unet.training and not any(p.requires_grad for p in unet.parameters())
