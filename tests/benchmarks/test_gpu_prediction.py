@@ -1,6 +1,5 @@
 """benchmarks/gpu_run/prediction.py, and the counts behind it (lib/step_costs.py)."""
 
-import json
 import subprocess
 import sys
 
@@ -25,6 +24,17 @@ def found(tmp_path):
         return results.read(file)
 
     return make
+
+
+def count(folder, size: str) -> prediction.Counted:
+    """What count_steps.py writes of this size, and prints."""
+    out = folder / "gpu-counts.json"
+    command = [sys.executable, str(BENCHMARKS / "count_steps.py"), "--sizes", size]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counted = prediction.read(out)
+    assert f"{size}, base: {counted.sizes[size]['base'].kernels} kernels" in done.stdout
+    return counted
 
 
 def test_the_terms_are_the_nodes_the_arithmetic_and_the_bytes():
@@ -56,18 +66,27 @@ def test_nothing_is_predicted_without_counts_or_ceilings(found):
 
 def test_a_step_is_counted_without_a_gpu(tmp_path):
     """The tiny size: all its networks, and nothing in them that needs a GPU."""
-    out = tmp_path / "gpu-counts.json"
-    command = [sys.executable, str(BENCHMARKS / "count_steps.py"), "--sizes", "tiny"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counted = prediction.read(out)
+    counted = count(tmp_path, "tiny")
     counts = counted.sizes["tiny"]
     assert list(counts) == ["base", "residual", "video"]
     assert counts["base"].kernels < counts["video"].kernels < 2000
     assert 0 < counts["residual"].flops < counts["video"].flops
-    assert f"tiny, base: {counts['base'].kernels} kernels" in done.stdout
     assert prediction.read(tmp_path / "none.json") == prediction.NOTHING
-    assert json.loads(out.read_text())["commit"]
+    assert counted.commit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["default", "large", "paper"])
+def test_no_kernel_creeps_back(size, tmp_path):
+    """A step launches at most so many, a group norm counted twice."""
+    most = {
+        "default": {"base": 120, "residual": 170, "video": 180},
+        "large": {"base": 260, "residual": 350, "video": 350},
+        "paper": {"base": 410, "residual": 480, "video": 590},
+    }
+    counts = count(tmp_path, size).sizes[size]
+    for name, limit in most[size].items():
+        assert counts[name].kernels <= limit, name
 
 
 def test_a_page_has_the_table(found):
