@@ -15,6 +15,7 @@ from seeded import filled, normal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vfengine import ops
 from vfengine.models import UNet, for_inference
 from vfengine.ops.temporal_attention import MAX_FRAMES
 from vfengine.plan.cuda import CudaUNet
@@ -172,3 +173,17 @@ def test_it_can_be_captured_and_launches_ops_alone(case, cuda_guard):
     if case in ("clip, heads of 12", "clip, many frames"):
         return  # no kernel takes these
     assert sorted(op for op in ops if op.startswith("aten.")) == sorted(allowed)
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa", "flash"])
+def test_attention_asked_for_by_name_runs_or_raises(backend, references, monkeypatch):
+    unet, inputs = make("image", torch.float32)
+    network = CudaUNet(unet, torch.float32)
+    expected = network(**inputs)
+    monkeypatch.setenv("VFENGINE_ATTENTION_BACKEND", backend)
+    monkeypatch.setattr(ops, "spatial_attention", None)
+    if backend == "flash":
+        with pytest.raises(ValueError, match="VFENGINE_ATTENTION_BACKEND=flash takes CUDA tensors"):
+            network(**inputs)
+    else:
+        assert torch.allclose(network(**inputs), expected, atol=1e-5)

@@ -7,10 +7,11 @@
 | "sdpa"  | any                          | torch's scaled_dot_product_attention |
 | "math"  | any                          | two batched products around a softmax in fp32 |
 | "auto"  | those of "flash"             | "flash", where the package is installed |
-|         | all others                   | "math" up to 64 keys, "sdpa" beyond |
+|         | all others on CUDA           | "sdpa" |
+|         | all others on a CPU          | "math" up to 64 keys, "sdpa" beyond |
 
 Frames and coarse pictures are short sequences in large batches: there "math" takes a fraction of
-the time of torch's fused CPU kernel. On CUDA the rule is the same for want of a measurement.
+the time of torch's fused CPU kernel. On CUDA it is five launches where "sdpa" is one.
 
 "flash" has only ever been tested with a stand-in for its package: it has never run on a GPU here.
 """
@@ -70,7 +71,8 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend
     if backend == "auto":
         if why_no_flash(q, k, v, bias) is None:
             return "flash"
-        return "math" if k.shape[-2] <= _SHORT else "sdpa"
+        fused = q.is_cuda and math.prod(q.shape[:-3]) <= _MAX_BATCH
+        return "math" if k.shape[-2] <= _SHORT and not fused else "sdpa"
     if backend == "flash":
         reason = why_no_flash(q, k, v, bias)
         if reason is not None:

@@ -12,6 +12,7 @@ all projections of the embedding; parameters of norms and biases are in fp32, as
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -296,7 +297,7 @@ class CudaBuilder:
         if self.frames <= MAX_FRAMES and _fits(attention.head_dim):
             return ops.temporal_attention(qkv, heads, table)
         split = qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 2, 4, 1, 5)  # [3, B, P, H, N, D]
-        return attend(*split.unbind(), table, backend="sdpa").permute(0, 3, 1, 2, 4).contiguous()
+        return attend(*split.unbind(), table).permute(0, 3, 1, 2, 4).contiguous()
 
     def runs_in_tiles(self, x: Features, transformer: nn.Module) -> bool:
         return False
@@ -319,16 +320,17 @@ def _linear(x: Tensor, layer: nn.Linear | Joined, **options: Any) -> Tensor:
 def _spatial(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention of rows q [F, Sq, C], k and v [F or 1, Sk, C]: [F, Sq, C], the faster way."""
 
-    def sdpa() -> Tensor:
+    def library() -> Tensor:
         split = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         q_, k_, v_ = (t.expand(len(q), -1, -1, -1) for t in split)
-        return attend(q_, k_, v_, backend="sdpa").transpose(1, 2).reshape(q.shape)
+        return attend(q_, k_, v_).transpose(1, 2).reshape(q.shape)
 
-    if not _fits(q.shape[-1] // heads):
-        return sdpa()
-    ways = {"ours": lambda: ops.spatial_attention(q, k, v, heads), "sdpa": sdpa}
+    asked = os.environ.get("VFENGINE_ATTENTION_BACKEND") or "auto"
+    if asked != "auto" or not _fits(q.shape[-1] // heads):
+        return library()
+    ways = {"ours": lambda: ops.spatial_attention(q, k, v, heads), "library": library}
     if k.shape[1] > 256:  # where nothing can be measured, what was fastest on an H100
-        ways = {name: ways[name] for name in ("sdpa", "ours")}
+        ways = {name: ways[name] for name in ("library", "ours")}
     key = ("spatial attention", q.dtype, tuple(q.shape), tuple(k.shape), heads)
     return ways[choose(key, ways)]()
 
