@@ -10,7 +10,14 @@ from conftest import ON_CPU, tiny_config
 
 import vfengine as vf
 from vfengine.cli.settings import UsageError, read_settings
-from vfengine.models import PretrainedGenerator, UNet, UNetConfig, load_unet
+from vfengine.models import (
+    CudaUNet,
+    PretrainedGenerator,
+    UNet,
+    UNetConfig,
+    load_unet,
+    read_unet,
+)
 
 SHAPE = {
     "in_channels": 3,
@@ -59,6 +66,20 @@ def test_walks_the_base_path_with_the_published_network(tiny_checkpoint, tmp_pat
     assert out.frames.shape == (1, 4, 16, 16, 3)
     given = open_with(tiny_checkpoint, unet)("jump", **CALL)
     assert np.array_equal(given.frames, out.frames)
+
+
+def test_a_network_in_its_form_for_cuda_stays_as_it_is(tiny_checkpoint, tmp_path, monkeypatch):
+    """As `load_unet` makes it there; here with the references of its ops."""
+    monkeypatch.setenv("VFENGINE_KERNEL_BACKEND", "reference")
+    unet = CudaUNet(read_unet(save_peer(tmp_path), torch.float32), torch.float32)
+    pipe = open_with(tiny_checkpoint, unet)
+    path = pipe.walk_base("jump", num_inference_steps=2)
+    assert pipe._session.networks["base"].unet is unet
+    assert path.states.isfinite().all()
+    assert path.metadata["model"] == pipe.walk_base("jump", num_inference_steps=2).metadata["model"]
+    unet.unet.conv_in.weight.mul_(2)
+    again = open_with(tiny_checkpoint, unet).walk_base("jump", num_inference_steps=2)
+    assert again.metadata["model"] != path.metadata["model"]
 
 
 def test_labels_are_left_to_the_residual_network(tiny_checkpoint, tmp_path):

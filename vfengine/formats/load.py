@@ -19,7 +19,7 @@ from ..models.autoencoder import Autoencoder, AutoencoderConfig, empty_decoder
 from ..models.config import UNetConfig
 from ..models.unet import UNet, empty_unet
 from ..plan.decoder import PlannedDecoder
-from ..plan.network import PlannedUNet, for_inference, inference_dtype
+from ..plan.network import InferenceUNet, PlannedUNet, for_inference, inference_dtype
 from . import diffusers, modelscope
 from .diffusers import read_scheduler
 from .diffusers_autoencoder import decoder_layers, decoder_weights, diffusers_autoencoder_config
@@ -41,10 +41,10 @@ def load_unet(
     source: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-) -> UNet | PlannedUNet:
+) -> UNet | InferenceUNet:
     """A published UNet, for inference: forward(x, t, context=None, class_labels=None).
 
-    It is the UNet of `read_unet` in its fastest form. On a CPU its weights are packed
+    It is the UNet of `read_unet` in its fastest form: on a CPU with packed weights, on CUDA as ops
     (vfengine/plan). A CPU without bfloat16 instructions runs it in float32, with a warning.
     """
     device, read = torch.device(device), _read_dtype(dtype, device)
@@ -205,13 +205,13 @@ def locate(source: str | Path) -> tuple[Path | None, list[Path]]:
     return diffusers.locate(folder, chosen)
 
 
-def fingerprint(source: str | Path | UNet | PlannedUNet, *notes: str) -> str:
+def fingerprint(source: str | Path | UNet | InferenceUNet, *notes: str) -> str:
     """16 hex digits that name a network: of its files, or of a module's configuration and weights.
 
     notes: other values that are part of the name
     """
     digest = hashlib.sha256("\n".join(notes).encode())
-    if isinstance(source, (UNet, PlannedUNet)):
+    if isinstance(source, UNet | InferenceUNet):
         digest.update(repr(source.config.identity()).encode())
         hash_tensors(digest, source.state_dict())
         if isinstance(

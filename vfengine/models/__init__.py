@@ -13,10 +13,12 @@ from .unet import UNet
 
 if TYPE_CHECKING:
     from vfengine.formats.load import load_autoencoder, load_unet, read_unet
+    from vfengine.plan.cuda import CudaUNet
     from vfengine.plan.decoder import PlannedDecoder
     from vfengine.plan.network import PlannedUNet, for_inference
 
 _ELSEWHERE = {
+    "CudaUNet": "vfengine.plan.cuda",
     "PlannedDecoder": "vfengine.plan.decoder",
     "PlannedUNet": "vfengine.plan.network",
     "for_inference": "vfengine.plan.network",
@@ -29,6 +31,7 @@ __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
     "BaseGenerator",
+    "CudaUNet",
     "Decoder",
     "PlannedDecoder",
     "PlannedUNet",

@@ -19,7 +19,7 @@ from ..formats.load import fingerprint, read_scheduler, read_unet, read_unet_con
 from ..models.config import UNetConfig
 from ..models.denoisers import PREDICTION_TYPES, PretrainedGenerator
 from ..models.unet import UNet
-from ..plan.network import PlannedUNet
+from ..plan.network import InferenceUNet
 
 _SCHEDULES = {"linear": NoiseSchedule.linear, "scaled_linear": NoiseSchedule.scaled_linear}
 
@@ -28,7 +28,7 @@ _SCHEDULES = {"linear": NoiseSchedule.linear, "scaled_linear": NoiseSchedule.sca
 class PretrainedBase:
     """Where a base network comes from: a source of `load_unet`, or a UNet in memory."""
 
-    source: Path | UNet | PlannedUNet
+    source: Path | UNet | InferenceUNet
     prediction_type: str
     fingerprint: str
 
@@ -38,7 +38,7 @@ class PretrainedBase:
         """The network; a UNet in memory stays as it is."""
         if isinstance(self.source, Path):
             unet = read_unet(self.source, dtype, device)
-        elif isinstance(self.source, PlannedUNet):
+        elif isinstance(self.source, InferenceUNet):
             unet = self.source
         else:
             unet = copy.deepcopy(self.source)
@@ -46,7 +46,7 @@ class PretrainedBase:
 
 
 def pretrained_base(
-    source: str | Path | UNet | PlannedUNet,
+    source: str | Path | UNet | InferenceUNet,
     config: CheckpointConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -63,7 +63,7 @@ def pretrained_base(
     """
     if config.objective != "decomposed":
         raise ValueError("base_unet: a plain video model has no base network to replace")
-    if isinstance(source, (UNet, PlannedUNet)):
+    if isinstance(source, UNet | InferenceUNet):
         unet, scheduler = source.config, {}
         place = next(source.parameters()).device
         if (place, source.dtype) != (torch.empty(0, device=device).device, dtype):

@@ -32,8 +32,9 @@ from ..diffusion.noise import NoisePlace, base_noise, check_seed
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
 from ..media.pictures import to_frames, to_network, to_uint8
-from ..models import PlannedUNet, UNet
+from ..models import UNet
 from ..names import AUTO
+from ..plan.network import InferenceUNet
 from ..sampling.guidance import Condition
 from ..sampling.run import Callback, Run, zero_timings
 from ..sampling.two_phase import Motion
@@ -59,7 +60,7 @@ class VideoFusionPipeline(Pipeline):
         device: torch.device | str = AUTO,
         dtype: torch.dtype | str = AUTO,
         capture: bool = True,
-        base_unet: str | Path | UNet | PlannedUNet | None = None,
+        base_unet: str | Path | UNet | InferenceUNet | None = None,
         base_prediction_type: str | None = None,
     ) -> VideoFusionPipeline | PlainVideoPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
@@ -87,7 +88,7 @@ class VideoFusionPipeline(Pipeline):
         for a device, dtype or base_unet that cannot be used. The first call reads the weights; the
         files of a base_unet are also read at once, for their SHA-256.
         """
-        if isinstance(base_unet, (UNet, PlannedUNet)):
+        if isinstance(base_unet, UNet | InferenceUNet):
             device = next(base_unet.parameters()).device if device == AUTO else device
             dtype = base_unet.dtype if dtype == AUTO else dtype
         device = chosen_device(device)

@@ -73,7 +73,7 @@ class CudaUNet(nn.Module):
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
     ) -> Tensor:
-        """The network's prediction, of the shape of x but with out_channels, in its own dtype."""
+        """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
         self.check_inputs(x, t, context, class_labels)
         frames = x.shape[1] if self.config.is_video else 1
         images = x.flatten(0, 1) if self.config.is_video else x
@@ -83,7 +83,7 @@ class CudaUNet(nn.Module):
             modulation = self.modulation(t, class_labels, frames)
             out = self.rows(padded.contiguous(), modulation, frames, context)
             out = F.pixel_shuffle(out.permute(0, 3, 1, 2), self.config.patch_size)
-        out = out.to(self.dtype, memory_format=torch.contiguous_format)
+        out = out.to(x.dtype, memory_format=torch.contiguous_format)
         return out.unflatten(0, (-1, frames)) if self.config.is_video else out
 
     def modulation(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:

@@ -190,6 +190,9 @@ class PlannedUNet(PlannedNetwork):
         )
 
 
+InferenceUNet = PlannedUNet | CudaUNet  # what takes a UNet's place
+
+
 def for_inference(
     network: nn.Module,
     dtype: torch.dtype,
