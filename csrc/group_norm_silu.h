@@ -1,7 +1,8 @@
 // y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift)
 //
-// x, y: [images, rows, channels], rows of pixels (channels_last); weight, bias: [channels] or null,
-// for 1 and 0; scale, shift: both or neither, channels of one row for modulation_images images, one
+// x: [images, rows, channels], rows of pixels (channels_last), and x2 or null, whose channels2
+// channels follow those of x, in y and in everything below; weight, bias: [channels] or null, for 1
+// and 0; scale, shift: both or neither, channels of one row for modulation_images images, one
 // after another, 0 meaning 1; rows are modulation_stride numbers apart. mu, var: of the channels /
 // groups channels of a group at the pixels of num_frames consecutive images, from centred squares
 // in fp32. Without silu, SiLU is left out.
@@ -13,8 +14,8 @@
 
 namespace vf {
 
-// CPU alone: x2 and channels2, further channels beside those of x, and coefficients, where fp32
-// [images, 3, channels] are written (cpu/norm.h) and nothing else.
+// CPU alone: coefficients, where fp32 [images, 3, channels] are written (cpu/norm.h) and nothing
+// else.
 // workspace: fp32 scratch for statistics; on a CPU group_norm_workspace() numbers, needed in a
 // program (cpu/base/parallel.h) and the kernel's own elsewhere.
 // CUDA alone: chunk_rows, the least rows of one chunk (vfengine/ops/group_norm_silu.py).

@@ -1,12 +1,13 @@
 """y = SiLU(((x - μ) / √(σ² + ε) weight + bias) (1 + scale) + shift)
                                                                         csrc/group_norm_silu.h
 
-x: [B, P, C] rows of pixels; μ, σ² of the C / G channels of a group at the pixels of num_frames
-images, a set. One launch where a program holds all rows of a group: slab_kernel, which moves x
-once. Else three, without atomics, so the order of sums depends on the shape alone:
-channel_kernel gives the mean and centred squares of each channel in each chunk of a set's rows,
-group_kernel merges those of a group, apply_kernel writes y. All sums in fp32. Two reads of x, one
-write of y; the statistics are small beside them.
+x: [B, P, C] rows of pixels, and a second [B, P, C2] or none, whose channels follow. C and C2 are
+constants, so that Triton sees which rows are aligned. μ, σ² of the (C + C2) / G channels of a group
+at the pixels of num_frames images, a set. One launch where a program holds all rows of a group:
+slab_kernel, which moves x once. Else three, without atomics, so the order of sums depends on the
+shape alone: channel_kernel gives the mean and centred squares of each channel in each chunk of a
+set's rows, group_kernel merges those of a group, apply_kernel writes y. All sums in fp32. Two reads
+of x, one write of y; the statistics are small beside them.
 """
 
 import triton
@@ -25,14 +26,28 @@ ENTRIES = 1024  # chunks times channels of a group that are merged at a time
 NUMBERS = ["set_rows", "chunk_rows", "chunks", "rows", "tiles", "num_frames", "table_images"]
 
 
+@triton.jit
+def load_rows(x_ptr, second_ptr, first_row, row, channel, here, C: tl.constexpr, C2: tl.constexpr):
+    """Channels of rows first_row + row in fp32, zero where not `here`."""
+    from_ptr, channels, column = x_ptr + first_row * C, C, channel
+    if C2 > 0:
+        in_second = channel >= C
+        from_ptr = tl.where(in_second, second_ptr + first_row * C2, from_ptr)
+        channels, column = tl.where(in_second, C2, C), tl.where(in_second, channel - C, channel)
+    at = row * channels + column
+    return tl.load(from_ptr + at, mask=here, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=NUMBERS[:3])
 def channel_kernel(
     x_ptr,
+    second_ptr,  # x_ptr where there is none
     partial_ptr,  # [set, chunk, channel, 2]
     set_rows,
     chunk_rows,
     chunks,
-    C: tl.constexpr,  # a constant, so that Triton sees which rows are aligned
+    C: tl.constexpr,
+    C2: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,21 +55,20 @@ def channel_kernel(
     wait_for_inputs()
     set_and_chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < C
+    inside = channel < C + C2
     first = set_and_chunk % chunks * chunk_rows
     last = tl.minimum(first + chunk_rows, set_rows)
-    set_ptr = x_ptr + (set_and_chunk // chunks).to(tl.int64) * set_rows * C
+    first_row = (set_and_chunk // chunks).to(tl.int64) * set_rows
     # Differences from the first row are small where the mean is large: their sums lose nothing.
-    at_first = set_ptr + first.to(tl.int64) * C + channel
-    origin = tl.load(at_first, mask=inside, other=0.0).to(tl.float32)
+    origin = load_rows(x_ptr, second_ptr, first_row, first.to(tl.int64), channel, inside, C, C2)
     mean = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     seen = 0
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         here = (row < last)[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None] * C + channel[None, :]
-        x = tl.load(set_ptr + at, mask=here, other=0.0).to(tl.float32)
+        row = row.to(tl.int64)[:, None]
+        x = load_rows(x_ptr, second_ptr, first_row, row, channel[None, :], here, C, C2)
         x = tl.where(here, x - origin[None, :], 0.0)
         count = tl.minimum(last - start, ROWS)
         tile_mean = tl.sum(x, 0) / count
@@ -65,7 +79,7 @@ def channel_kernel(
         mean += apart * share
         squares += tl.sum(centred * centred, 0) + apart * apart * (seen * share)
         seen = total
-    entry = 2 * (set_and_chunk.to(tl.int64) * C + channel)
+    entry = 2 * (set_and_chunk.to(tl.int64) * (C + C2) + channel)
     tl.store(partial_ptr + entry, origin + mean, mask=inside)
     tl.store(partial_ptr + entry + 1, squares, mask=inside)
 
@@ -78,7 +92,7 @@ def group_kernel(
     chunk_rows,
     chunks,
     eps,
-    C: tl.constexpr,
+    C: tl.constexpr,  # of both
     WIDTH: tl.constexpr,  # C / G
     ENTRIES: tl.constexpr,
 ):
@@ -119,7 +133,8 @@ def group_kernel(
 @triton.jit(do_not_specialize=NUMBERS[3:])
 def apply_kernel(
     x_ptr,
-    weight_ptr,  # x_ptr where there is none, and likewise the next three
+    second_ptr,  # x_ptr where there is none, and likewise the next four
+    weight_ptr,
     bias_ptr,
     scale_ptr,
     shift_ptr,
@@ -131,6 +146,7 @@ def apply_kernel(
     table_images,  # that share a row of scale and shift, and how far rows are apart
     table_stride,
     C: tl.constexpr,
+    C2: tl.constexpr,
     WIDTH: tl.constexpr,
     WEIGHT: tl.constexpr,  # whether there is one, and likewise the rest
     BIAS: tl.constexpr,
@@ -143,8 +159,8 @@ def apply_kernel(
     image = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < C
-    group = 2 * (image // num_frames * (C // WIDTH) + channel // WIDTH)
+    inside = channel < C + C2
+    group = 2 * (image // num_frames * ((C + C2) // WIDTH) + channel // WIDTH)
     mean = tl.load(group_ptr + group, mask=inside, other=0.0)
     factor = tl.load(group_ptr + group + 1, mask=inside, other=0.0)
     offset = tl.zeros([BLOCK], tl.float32)
@@ -153,23 +169,25 @@ def apply_kernel(
     if BIAS:
         offset = tl.load(bias_ptr + channel, mask=inside, other=0.0)
     if SCALE:
-        of_image = (image // table_images).to(tl.int64) * table_stride + channel
-        more = 1.0 + tl.load(scale_ptr + of_image, mask=inside, other=0.0)
+        in_table = (image // table_images).to(tl.int64) * table_stride + channel
+        more = 1.0 + tl.load(scale_ptr + in_table, mask=inside, other=0.0)
         factor *= more
-        offset = offset * more + tl.load(shift_ptr + of_image, mask=inside, other=0.0)
+        offset = offset * more + tl.load(shift_ptr + in_table, mask=inside, other=0.0)
     here = (row < rows)[:, None] & inside[None, :]
-    at = (image.to(tl.int64) * rows + row)[:, None] * C + channel[None, :]
-    x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
+    row = (image.to(tl.int64) * rows + row)[:, None]
+    x = load_rows(x_ptr, second_ptr, 0, row, channel[None, :], here, C, C2)
     y = (x - mean[None, :]) * factor[None, :] + offset[None, :]
     if SILU:
         y *= tl.sigmoid(y)
+    at = row * (C + C2) + channel[None, :]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["rows", "num_frames", "table_images"])
 def slab_kernel(
     x_ptr,
-    weight_ptr,  # as in apply_kernel
+    second_ptr,  # as in apply_kernel
+    weight_ptr,
     bias_ptr,
     scale_ptr,
     shift_ptr,
@@ -180,6 +198,7 @@ def slab_kernel(
     table_stride,
     eps,
     C: tl.constexpr,
+    C2: tl.constexpr,
     WIDTH: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -189,10 +208,9 @@ def slab_kernel(
     ROWS: tl.constexpr,  # rows of a set and WIDTH, rounded up to powers of two
     BLOCK: tl.constexpr,
 ):
-    wait_for_inputs()
     """y of GROUPS groups of one set, [ROWS, GROUPS, BLOCK], whose images share a row of scale."""
     wait_for_inputs()
-    programs: tl.constexpr = C // (GROUPS * WIDTH)
+    programs: tl.constexpr = (C + C2) // (GROUPS * WIDTH)
     at_set = (tl.program_id(0) // programs).to(tl.int64)
     group = tl.program_id(0) % programs * GROUPS + tl.arange(0, GROUPS)
     row, in_group = tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -200,11 +218,12 @@ def slab_kernel(
     channel = group[:, None] * WIDTH + in_group[None, :]
     inside = in_group[None, :] < WIDTH
     here = (row < set_rows)[:, None, None] & inside[None, :, :]
-    set_ptr = x_ptr + at_set * set_rows * C
-    at = row[:, None, None] * C + channel[None, :, :]
-    x = tl.load(set_ptr + at, mask=here, other=0.0).to(tl.float32)
+    first_row = at_set * set_rows
+    row, of_group = row[:, None, None], channel[None, :, :]
+    x = load_rows(x_ptr, second_ptr, first_row, row, of_group, here, C, C2)
     # Differences from the first are small where the mean is large: their sum loses nothing.
-    origin = tl.load(set_ptr + group * WIDTH).to(tl.float32)
+    there = group < programs * GROUPS
+    origin = load_rows(x_ptr, second_ptr, first_row, 0, group * WIDTH, there, C, C2)
     apart = tl.where(here, x - origin[None, :, None], 0.0)
     size = set_rows.to(tl.float32) * WIDTH
     mean = origin + tl.sum(tl.sum(apart, 2), 0) / size
@@ -224,7 +243,8 @@ def slab_kernel(
     y = x * factor[None, :, :] + offset[None, :, :]
     if SILU:
         y *= tl.sigmoid(y)
-    tl.store(out_ptr + at_set * set_rows * C + at, y.to(out_ptr.dtype.element_ty), mask=here)
+    at = row * (C + C2) + of_group
+    tl.store(out_ptr + first_row * (C + C2) + at, y.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def launch(x: Tensor, *arguments) -> None:
@@ -235,6 +255,7 @@ def launch(x: Tensor, *arguments) -> None:
 
 def launches(
     x: Tensor,
+    second: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -254,10 +275,11 @@ def launches(
         raise ValueError("group_norm_silu: backend='triton' takes sets of fewer than 2^31 pixels")
     given = {"WEIGHT": weight, "BIAS": bias, "SCALE": scale}
     there = {name: tensor is not None for name, tensor in given.items()}
-    tensors = [x if t is None else t for t in (x, weight, bias, scale, shift)]
+    tensors = [x if t is None else t for t in (x, second, weight, bias, scale, shift)]
+    parts = {"C": channels, "C2": 0 if second is None else second.shape[1]}
+    channels = sum(parts.values())
     modulation = (1, channels) if scale is None else (images // len(scale), scale.stride(0))
     width = channels // num_groups
-    grouped = {"C": channels, "WIDTH": width}
 
     together = 1  # groups that make 32 bytes of a row, a sector of memory
     while together * width * x.element_size() < 32 and num_groups % (2 * together) == 0:
@@ -266,7 +288,7 @@ def launches(
     whole |= {"BLOCK": triton.next_power_of_2(width)}
     held = together * whole["ROWS"] * whole["BLOCK"]
     if held <= SLAB and (scale is None or modulation[0] % num_frames == 0):
-        constants = {**grouped, **there, "SILU": silu, "GROUPS": together, **whole}
+        constants = {**parts, "WIDTH": width, **there, "SILU": silu, "GROUPS": together, **whole}
         constants["num_warps"] = 4 if held <= TILE else 8
         numbers = (rows, num_frames, *modulation, eps)
         grid = (sets * num_groups // together,)
@@ -279,21 +301,15 @@ def launches(
     entries = min(ENTRIES, triton.next_power_of_2(chunks * width))
     groups = workspace[2 * sets * chunks * channels :]
     table = (rows * num_frames, chunk_rows, chunks)
-    shape = {"C": channels, "num_warps": 4}
-    tile = {"ROWS": tile_rows, "BLOCK": block}
-    grouped |= shape
+    tile = {**parts, "ROWS": tile_rows, "BLOCK": block, "num_warps": 4}
+    merge = {"C": channels, "WIDTH": width, "ENTRIES": entries, "num_warps": 4}
     return [
-        (channel_kernel, (sets * chunks, blocks), (x, workspace, *table), {**shape, **tile}),
-        (
-            group_kernel,
-            (sets * num_groups,),
-            (workspace, groups, *table, eps),
-            {**grouped, "ENTRIES": entries},
-        ),
+        (channel_kernel, (sets * chunks, blocks), (*tensors[:2], workspace, *table), tile),
+        (group_kernel, (sets * num_groups,), (workspace, groups, *table, eps), merge),
         (
             apply_kernel,
             (images * tiles, blocks),
             (*tensors, groups, out, rows, tiles, num_frames, *modulation),
-            {**grouped, **there, "SILU": silu, **tile},
+            {**tile, "WIDTH": width, **there, "SILU": silu},
         ),
     ]

@@ -11,6 +11,43 @@ namespace vf {
 constexpr int kWarps = kThreads / 32;
 constexpr int kBatch = 8;  // vectors that a thread has in flight
 
+// Of a row of out: those of x, then those of x2.
+VF_HOST_DEVICE int64_t all_channels(const GroupNormSiluArgs& args) {
+  return args.channels + args.channels2;
+}
+
+// A thread's `count` channels from `channel` on, in rows `apart` rows from each other. A vector
+// lies in x or in x2. Elements that move one by one may begin in x and end in x2.
+template <class T, bool kVector>
+struct Column {
+  const T *from, *rest;  // rest: in x2, what follows the channels of x
+  int step, rest_step;   // from row to row
+  int here, count;       // here: channels of `from`
+
+  __device__ __forceinline__ Column(const GroupNormSiluArgs& args, int64_t row, int apart,
+                                    int64_t channel, int count)
+      : count(count) {
+    const T *x = static_cast<const T*>(args.x), *x2 = static_cast<const T*>(args.x2);
+    const bool in_x2 = x2 && channel >= args.channels;
+    const int64_t channels = in_x2 ? args.channels2 : args.channels;
+    from = (in_x2 ? x2 : x) + row * channels + (in_x2 ? channel - args.channels : channel);
+    step = apart * int(channels);
+    here = x2 && !in_x2 ? int(min(int64_t(count), args.channels - channel)) : count;
+    rest = x2 ? x2 + row * args.channels2 : x;
+    rest_step = apart * int(args.channels2);
+  }
+
+  __device__ __forceinline__ Group<T> load(int row) const {
+    if constexpr (kVector) return load_group<true>(from + int64_t(row) * step, count);
+    Group<T> x{};
+    for (int k = 0; k < Group<T>::kSize; ++k)
+      if (k < count)
+        x.at[k] =
+            k < here ? from[int64_t(row) * step + k] : rest[int64_t(row) * rest_step + k - here];
+    return x;
+  }
+};
+
 // A cell is a group, or a part of one that is wider than a block: what has statistics of its own.
 struct Slab {
   int cell, pieces;  // channels of a cell, the last of a group may have fewer; cells of a group
@@ -31,20 +68,21 @@ __device__ __forceinline__ int cell_channels(const Slab& slab, int piece, int64_
 // The narrowest slab of `least` channels or more that divides a row; else the widest of a block.
 // size: of a vector, which slabs are multiples of; 1 where elements move one by one.
 inline Slab make_slab(const GroupNormSiluArgs& args, int in_vector, int size, int64_t least) {
-  const int64_t width = args.channels / args.groups, most = int64_t(kThreads) * in_vector;
+  const int64_t width = all_channels(args) / args.groups, most = int64_t(kThreads) * in_vector;
   Slab slab{int(std::min(width, most)), int((width + most - 1) / most)};
   slab.channels = slab.cell;
   if (slab.pieces == 1) {
     const int64_t unit = std::lcm(width, int64_t(size));
-    for (int64_t wide = unit; wide <= std::min(most, args.channels); wide += unit) {
-      if (args.channels % wide) continue;
+    for (int64_t wide = unit; wide <= std::min(most, all_channels(args)); wide += unit) {
+      if (all_channels(args) % wide) continue;
       slab.channels = int(wide);
       if (wide >= least) break;
     }
   }
   slab.columns = (slab.channels + in_vector - 1) / in_vector;
   slab.slots = kThreads / slab.columns;
-  slab.count = int(slab.pieces == 1 ? args.channels / slab.channels : args.groups * slab.pieces);
+  slab.count =
+      int(slab.pieces == 1 ? all_channels(args) / slab.channels : args.groups * slab.pieces);
   return slab;
 }
 
@@ -78,9 +116,9 @@ __device__ __forceinline__ void add_rows(Moments<T>& sum, const Group<T> (&rows)
   }
 }
 
-// Of a thread's `rows` rows, `step` elements apart; keep(i, vector) sees each.
+// Of a thread's `rows` rows; keep(i, vector) sees each.
 template <class T, bool kVector, class Keep>
-__device__ __forceinline__ Moments<T> moments_of(const T* x, int64_t step, int rows, int64_t count,
+__device__ __forceinline__ Moments<T> moments_of(const Column<T, kVector>& column, int rows,
                                                  const Keep& keep) {
   Moments<T> sum;
   Group<T> batch[kBatch];
@@ -88,7 +126,7 @@ __device__ __forceinline__ Moments<T> moments_of(const T* x, int64_t step, int r
     const int here = min(kBatch, rows - first);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)  // the last row again where there is none: no branch
-      batch[i] = load_group<kVector>(x + (first + min(i, here - 1)) * step, count);
+      batch[i] = column.load(first + min(i, here - 1));
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
       if (i < here) keep(first + i, batch[i]);

@@ -1,9 +1,9 @@
 // y = SiLU(((x - mu) / sqrt(var + eps) weight + bias) (1 + scale) + shift) = SiLU(a (x - centre) +
 // b)
 //
-// x: [B, P, C]; a set is num_frames images, which share statistics. A slab is neighbouring groups
-// of a set, in 16-byte vectors where memory allows; a thread owns one vector's channels and every
-// slots-th row of it. `one_launch` chooses by shape between
+// x: [B, P, C], and x2, whose channels follow; a set is num_frames images, which share statistics.
+// A slab is neighbouring groups of a set, in 16-byte vectors where memory allows; a thread owns one
+// vector's channels and every slots-th row of it. `one_launch` chooses by shape between
 //
 //   slab_kernel    a block to a slab: its statistics, then y. Rows that fit are kept in shared
 //                  memory, so that x moves once; the rest comes again, from L2
@@ -35,14 +35,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int set = int(blockIdx.x) / slab.count;
   const int64_t first = int64_t(int(blockIdx.x) % slab.count) * slab.channels;
   const int rows = int(args.rows * args.num_frames), mine = rows_of(slot, rows, slab.slots);
-  const int64_t step = slab.slots * args.channels, image = set * args.num_frames;
-  const int64_t at = (int64_t(set) * rows + slot) * args.channels + first + column * kSize;
-  const T* x = static_cast<const T*>(args.x) + at;
-  T* out = static_cast<T*>(args.out) + at;
+  const int64_t step = slab.slots * all_channels(args), image = set * args.num_frames;
+  const int64_t channel = first + column * kSize, first_row = int64_t(set) * rows + slot;
+  const Column<T, true> x(args, first_row, slab.slots, channel, kSize);
+  T* out = static_cast<T*>(args.out) + first_row * all_channels(args) + channel;
 
   for (int i = tid; i < tables * slab.channels; i += kThreads)
     lines[i] = modulated(args, image + i / slab.channels, first + i % slab.channels);
-  const Moments<T> own = moments_of<T, true>(x, step, mine, kSize, [&](int i, const Group<T>& row) {
+  const Moments<T> own = moments_of(x, mine, [&](int i, const Group<T>& row) {
     if (i < kept) rows_kept[i * kThreads + tid] = *reinterpret_cast<const uint4*>(&row);
   });
   merge<T>(own, slab, rows, slab.cell, [&](int cell, float mean, float squares) {
@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = here; i < mine; i += kBatch) {
     Group<T> batch[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      batch[j] = load_group<true>(x + min(i + j, mine - 1) * step, kSize);
+    for (int j = 0; j < kBatch; ++j) batch[j] = x.load(min(i + j, mine - 1));
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
       if (i + j < mine) write(i + j, batch[j]);
@@ -96,7 +95,7 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     chunk_kernel(const GroupNormSiluArgs args, const Slab slab, const Chunks chunks) {
   wait_for_inputs();
-  const int64_t width = args.channels / args.groups, set_rows = args.rows * args.num_frames;
+  const int64_t width = all_channels(args) / args.groups, set_rows = args.rows * args.num_frames;
   const int column = int(threadIdx.x) % slab.columns, slot = int(threadIdx.x) / slab.columns;
   const int index = int(blockIdx.x) % slab.count;
   const int64_t chunk = blockIdx.x / slab.count % chunks.count;
@@ -106,12 +105,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int in_slab = slab.pieces == 1 ? slab.channels : cell;
   const int count = in_slab - column * Group<T>::kSize;
   const int64_t row = set * set_rows + chunk * chunks.rows + slot;
-  const T* x = static_cast<const T*>(args.x) + row * args.channels +
-               first_channel(slab, index, width) + column * Group<T>::kSize;
+  const int64_t channel = first_channel(slab, index, width) + column * Group<T>::kSize;
+  const Column<T, kVector> x(args, row, slab.slots, channel, count);
 
   const int mine = count > 0 ? rows_of(slot, rows, slab.slots) : 0;
   const auto forget = [](int, const Group<T>&) {};
-  const Moments<T> own = moments_of<T, kVector>(x, slab.slots * args.channels, mine, count, forget);
+  const Moments<T> own = moments_of(x, mine, forget);
   const int in_set = int(args.groups) * slab.pieces;
   const int first_cell = slab.pieces == 1 ? index * (slab.channels / slab.cell) : index;
   merge<T>(own, slab, rows, cell, [&](int i, float mean, float squares) {
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Mean and 1 / deviation of a group, in all lanes of a warp.
 __device__ __forceinline__ float2 statistics_of(const GroupNormSiluArgs& args, const Slab& slab,
                                                 const Chunks& chunks, int64_t set, int group) {
-  const int64_t width = args.channels / args.groups, set_rows = args.rows * args.num_frames;
+  const int64_t width = all_channels(args) / args.groups, set_rows = args.rows * args.num_frames;
   const float2* partial = chunks.partial + (set * args.groups + group) * slab.pieces * chunks.count;
   const auto entries = [&](const auto& body) {
     for (int piece = 0; piece < slab.pieces; ++piece) {
@@ -169,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t first_row = int64_t(row_tile % tiles.in_image) * tiles.rows;
   const int rows = int(min(int64_t(tiles.rows), args.rows - first_row));
 
-  const int width = int(args.channels / args.groups);
-  const int64_t last = min(first + tiles.columns * kSize, args.channels);
+  const int width = int(all_channels(args) / args.groups);
+  const int64_t last = min(first + tiles.columns * kSize, all_channels(args));
   for (int group = int(first / width) + tid / 32; int64_t(group) * width < last; group += kWarps) {
     const float2 of_group = statistics_of(args, slab, chunks, image / int(args.num_frames), group);
     const int64_t begin = max(first, int64_t(group) * width);
@@ -180,24 +179,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
-  const int64_t channel = first + column * kSize, count = args.channels - channel;
+  const int64_t channel = first + column * kSize;
+  const int count = int(all_channels(args) - channel);
   if (slot >= slots || count <= 0) return;
   Lines<T> own_lines;
   own_lines.load(lines + column * kSize);
-  const int64_t at = (image * args.rows + first_row + slot) * args.channels + channel;
-  const int64_t step = slots * args.channels;
-  const T* x = static_cast<const T*>(args.x) + at;
-  T* out = static_cast<T*>(args.out) + at;
+  const int64_t own_row = image * args.rows + first_row + slot;
+  const int step = slots * int(all_channels(args));
+  const Column<T, kVector> x(args, own_row, slots, channel, count);
+  T* out = static_cast<T*>(args.out) + own_row * all_channels(args) + channel;
   const int mine = rows_of(slot, rows, slots);
   for (int i = 0; i < mine; i += kBatch) {
     Group<T> batch[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      batch[j] = load_group<kVector>(x + min(i + j, mine - 1) * step, count);
+    for (int j = 0; j < kBatch; ++j) batch[j] = x.load(min(i + j, mine - 1));
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
       if (i + j < mine)
-        store_group<kVector>(out + (i + j) * step, own_lines.y(batch[j], args.silu), count);
+        store_group<kVector>(out + int64_t(i + j) * step, own_lines.y(batch[j], args.silu), count);
   }
 }
 
@@ -253,8 +252,9 @@ void launch_chunks(const GroupNormSiluArgs& args, void* stream) {
   VF_LAUNCH((chunk_kernel<T, kVector>), dim3(unsigned(sets * chunks.count * slab.count)),
             dim3(kThreads), stream, args, slab, chunks);
 
-  const int columns = int(std::min<int64_t>(kChannels, args.channels) + kSize - 1) / kSize;
-  Tiles tiles{columns, int((args.channels + columns * kSize - 1) / (columns * kSize))};
+  const int64_t channels = all_channels(args);
+  const int columns = int(std::min<int64_t>(kChannels, channels) + kSize - 1) / kSize;
+  Tiles tiles{columns, int((channels + columns * kSize - 1) / (columns * kSize))};
   const auto set_rows_a_thread = [&](int rows) {
     tiles.rows = kThreads / columns * rows;
     tiles.in_image = int((args.rows + tiles.rows - 1) / tiles.rows);
@@ -270,11 +270,11 @@ void launch_chunks(const GroupNormSiluArgs& args, void* stream) {
 template <class T>
 void launch(const GroupNormSiluArgs& args, int device, void* stream) {
   constexpr int kSize = Group<T>::kSize;
-  const int64_t width = args.channels / args.groups;
-  // Slabs must begin and end with a vector.
-  bool vectors = args.channels % kSize == 0 &&
+  const int64_t width = all_channels(args) / args.groups;
+  // Slabs must begin and end with a vector, and so must x and x2.
+  bool vectors = args.channels % kSize == 0 && args.channels2 % kSize == 0 &&
                  (width % kSize == 0 || std::lcm(width, int64_t(kSize)) <= kThreads * kSize);
-  for (const void* address : {args.x, static_cast<const void*>(args.out)})
+  for (const void* address : {args.x, args.x2, static_cast<const void*>(args.out)})
     vectors = vectors && reinterpret_cast<uintptr_t>(address) % 16 == 0;
   const Slab slab = make_slab(args, kSize, kSize, 32 / int(sizeof(T)));  // a sector of memory
   const bool one_table = !args.scale || args.modulation_images % args.num_frames == 0;

@@ -17,7 +17,7 @@ from kernel_cases import (
 
 from vfengine.ops import group_norm_silu, group_norm_silu_reference
 
-# (B, C, H, W), groups, num_frames
+# (B, C, H, W), groups, num_frames, and how many of the C channels are in a second tensor
 SHAPES = {
     "model": ((32, 96, 8, 8), 8, 16),
     "odd": ((10, 20, 7, 11), 5, 5),  # whole vectors of fp32 but not of bf16
@@ -29,17 +29,28 @@ SHAPES = {
     "large_set": ((2, 24, 80, 40), 2, 2),  # more than a block of one launch takes in any dtype
     "wide_groups": ((1, 4112, 3, 3), 1, 1),  # wider than a block in every dtype
     "tall": ((1, 16, 48, 32), 1, 1),  # in fp32 more than the emulated GPU's shared memory holds
+    # Two tensors, and a group with channels of both.
+    "pair": ((32, 96, 8, 8), 8, 16, 32),
+    "odd_pair": ((10, 20, 7, 11), 5, 5, 7),  # a border within what would be a vector
+    "single_last": ((2, 9, 5, 5), 3, 1, 1),
+    "wide_pair": ((2, 2600, 2, 2), 4, 2, 1001),
+    "large_pair": ((2, 24, 80, 40), 2, 2, 8),
+    "wide_groups_of_a_pair": ((1, 4112, 3, 3), 1, 1, 2000),
+    "tall_pair": ((1, 16, 48, 32), 1, 1, 8),
 }
 SMALL = {
-    **{name: shape for name, shape in SHAPES.items() if name not in ("model", "many_chunks")},
+    **{name: SHAPES[name] for name in SHAPES if name not in ("model", "many_chunks", "pair")},
     "large_set": ((2, 48, 30, 24), 1, 2),
+    "large_pair": ((2, 48, 30, 24), 1, 2, 16),
 }
 RACE = {
     "one_chunk": ((2, 8, 2, 2), 2, 2),
     "two_chunks": ((1, 8, 8, 8), 2, 1),
     "no_vectors": ((1, 6, 8, 8), 2, 1),
+    "pair": ((1, 16, 4, 4), 1, 1, 8),
+    "no_vectors_of_a_pair": ((1, 6, 4, 4), 1, 1, 3),
 }
-GPU = {"model": SHAPES["model"], "odd": SHAPES["odd"]}
+GPU = {name: SHAPES[name] for name in ("model", "odd", "pair")}
 SETS = {"all": SHAPES, "small": SMALL, "race": RACE, "gpu": GPU}
 FORMS = {
     "plain": (),
@@ -63,12 +74,15 @@ def make_case(
     std=1.5,
 ):
     """Keyword arguments of a call."""
-    size, groups, frames = shape
+    size, groups, frames, *of_second = shape
     random = torch.Generator().manual_seed(sum(size))
     table = lambda *size: place(torch.randn(*size, generator=random).to(device))  # noqa: E731
 
     drawn = (torch.randn(size, generator=random) * std + mean).to(device, dtype)
-    case = {"x": rows_placed(drawn, place), "num_groups": groups, "num_frames": frames}
+    parts = drawn.split([size[1] - sum(of_second), *of_second], 1)
+    pictures = [rows_placed(part, place) for part in parts]
+    case = dict(zip(("x", "second"), pictures, strict=False))
+    case |= {"num_groups": groups, "num_frames": frames}
     if "weight" in form:
         case |= {"weight": table(size[1]), "bias": table(size[1])}
     if "of_sets" in form:
@@ -79,8 +93,16 @@ def make_case(
     return {**case, "silu": "linear" not in form}
 
 
-def in_own_dtype(x, num_groups, num_frames, silu, weight=None, bias=None, scale=None, shift=None):
+def joined(x, second=None):
+    """In channels_last memory."""
+    return x if second is None else torch.cat([x, second], 1)
+
+
+def in_own_dtype(
+    x, num_groups, num_frames, silu, weight=None, bias=None, scale=None, shift=None, second=None
+):
     """The formula in plain PyTorch: every operation rounds to the dtype of x."""
+    x = joined(x, second)
     cast = lambda t: None if t is None else t.to(x.dtype)  # noqa: E731
     clips = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
     y = torch.group_norm(clips, num_groups, cast(weight), cast(bias))  # F refuses single pixels
@@ -92,7 +114,7 @@ def in_own_dtype(x, num_groups, num_frames, silu, weight=None, bias=None, scale=
 
 
 def assert_matches(case, backend, place=as_it_is):
-    out = rows_placed(torch.empty_like(case["x"]), place)
+    out = rows_placed(torch.empty_like(joined(case["x"], case.get("second"))), place)
     assert group_norm_silu(**case, out=out, backend=backend) is out
     exact = group_norm_silu_reference(**doubled(case))
     assert_as_close_as_pytorch(out, exact, in_own_dtype(**case))
@@ -151,15 +173,27 @@ def test_reference_backend(dtype):
     assert torch.equal(out, group_norm_silu_reference(**case).to(dtype))
 
 
+def test_a_second_tensor_has_the_channels_that_follow():
+    case = make_case(SHAPES["odd_pair"])
+    whole = {**case, "x": joined(case["x"], case["second"]), "second": None}
+    for backend in BACKENDS:
+        out = group_norm_silu(**case, backend=backend)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out, group_norm_silu(**whole, backend=backend))
+
+
 def test_group_norm_silu_registers():
     check_registration("cpu", "reference")
 
 
 def check_registration(device, backend="auto"):
-    case = make_case(device=device)
-    tensors = [case[name] for name in ("x", "weight", "bias", "scale", "shift")]
-    rest = (5, 1e-5, 5, True, backend, torch.empty_like(case["x"]), None)
-    torch.library.opcheck(torch.ops.vfengine.group_norm_silu.default, (*tensors, *rest))
+    for shape in (SHAPES["odd"], SHAPES["odd_pair"]):
+        case = make_case(shape, device=device)
+        names = ("x", "second", "weight", "bias", "scale", "shift")
+        tensors = [case.get(name) for name in names]
+        out = torch.empty_like(joined(case["x"], case.get("second")))
+        rest = (5, 1e-5, 5, True, backend, out, None)
+        torch.library.opcheck(torch.ops.vfengine.group_norm_silu.default, (*tensors, *rest))
 
 
 def test_rejects_other_dtype_shape_layout_and_device():
@@ -173,6 +207,33 @@ def test_rejects_other_dtype_shape_layout_and_device():
         group_norm_silu(**other(torch.Tensor.contiguous))
     with pytest.raises(ValueError, match="out must be on cpu"):
         group_norm_silu(**other(lambda t: t.to("meta")))
+
+
+def test_rejects_another_second_tensor():
+    case = make_case(SHAPES["odd_pair"])
+    second = case["second"]
+    other = lambda change: {**case, "second": change(second)}  # noqa: E731
+    with pytest.raises(TypeError, match=r"second must be torch\.float32, got torch\.float16"):
+        group_norm_silu(**other(torch.Tensor.half))
+    with pytest.raises(TypeError, match="second must be a tensor"):
+        group_norm_silu(**other(lambda t: 1))
+    for change, words in (
+        (lambda t: t[0], r"second must be \[B, C2, H, W\] and not empty, got \[7, 7, 11\]"),
+        (lambda t: t[:, :0], r"second must be \[B, C2, H, W\] and not empty"),
+        (lambda t: t[:5], r"second must be \[10, 7, 7, 11\], got \[5, 7, 7, 11\]"),
+        (torch.Tensor.contiguous, "second must be in channels_last memory"),
+        (lambda t: t.to("meta"), "second must be on cpu"),
+        (lambda t: t[:, 1:], "num_groups must divide 19 channels, got 5"),
+        (lambda t: t.clone().requires_grad_(), "has no derivative"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            group_norm_silu(**other(change))
+    out = torch.empty_like(joined(case["x"], second))
+    within = out.permute(0, 2, 3, 1).flatten()[: second.numel()].view(10, 7, 11, 7)
+    with pytest.raises(ValueError, match="out shares memory with second"):
+        group_norm_silu(**other(lambda t: within.permute(0, 3, 1, 2)), out=out)
+    with pytest.raises(ValueError, match=r"out must be \[10, 20, 7, 11\]"):
+        group_norm_silu(**case, out=torch.empty_like(case["x"]))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift"])

@@ -27,7 +27,7 @@ PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
 
 
 PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
-MOST_KERNELS = {"base": 120, "residual": 170, "video": 180}  # of a step
+MOST_KERNELS = {"base": 110, "residual": 150, "video": 140}  # of a step
 NETWORK_OPS = (
     *("model_input", "noise_estimate"),
     *("group_norm_silu", "layer_norm", "temporal_attention"),

@@ -3,6 +3,8 @@
 Their values are tested in the interpreter, by tests/triton_kernels/test_triton_kernels.py.
 """
 
+import itertools
+
 import pytest
 import test_model_input
 import test_noise_estimate
@@ -10,6 +12,7 @@ import torch
 from generator_cases import SHAPES
 from kernel_cases import DTYPES, all_dtypes
 from test_triton_kernels import ARCHITECTURES, VECTORS, assert_no_local_memory
+from torch import Tensor
 from triton_tools import Compiled, specialise
 
 from vfengine.kernels import (
@@ -30,15 +33,22 @@ all_architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
 def group_norm(
-    dtype: torch.dtype, arch: int = 90, channels: int = 128, side: int = 32
+    dtype: torch.dtype, arch: int = 90, channels: int = 128, side: int = 32, of_second: int = 0
 ) -> list[Compiled]:
-    """The kernels for 2 sets of 4 images of side x side with everything there is."""
-    x = torch.zeros(8, channels, side, side, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    """The kernels for 2 sets of 4 images of side x side with everything there is.
+
+    of_second: channels of these that are in a second tensor
+    """
+
+    def picture(channels: int) -> Tensor:
+        return torch.zeros(8, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+    x, out = picture(channels - of_second), picture(channels)
+    second = picture(of_second) if of_second else None
     tables = torch.zeros(channels), torch.zeros(channels)
     of_sets = torch.zeros(2, 2 * channels).chunk(2, 1)
     launches = group_norm_silu.launches(
-        x, *tables, *of_sets, 4, 1e-5, 4, True, x.clone(), make_workspace(x, 4, 4)
+        x, second, *tables, *of_sets, 4, 1e-5, 4, True, out, make_workspace(out, 4, 4)
     )
     return [
         specialise(kernel, *arguments, arch=arch, grid=grid, **constants)
@@ -48,8 +58,9 @@ def group_norm(
 
 @all_dtypes
 @all_architectures
-def test_group_norm_moves_16_bytes_an_instruction(dtype, arch):
-    channel, group, apply = group_norm(dtype, arch)
+@pytest.mark.parametrize("of_second", [0, 48])
+def test_group_norm_moves_16_bytes_an_instruction(dtype, arch, of_second):
+    channel, group, apply = group_norm(dtype, arch, of_second=of_second)
     tile = 4 * VECTORS[dtype.itemsize]  # of 4096 elements that 128 threads share
     assert channel.loads[16] >= tile
     assert channel.loads[2] <= 1  # of the chunk's first row
@@ -62,8 +73,9 @@ def test_group_norm_moves_16_bytes_an_instruction(dtype, arch):
 
 @all_dtypes
 @all_architectures
-def test_group_norm_of_small_sets_is_one_launch(dtype, arch):
-    (slab,) = group_norm(dtype, arch, side=8)
+@pytest.mark.parametrize("of_second", [0, 48])
+def test_group_norm_of_small_sets_is_one_launch(dtype, arch, of_second):
+    (slab,) = group_norm(dtype, arch, side=8, of_second=of_second)
     assert slab.loads[16] > 0
     assert slab.loads[2] <= 1  # of the group's first element
     assert slab.stores[16] == slab.stores.total() > 0
@@ -72,7 +84,10 @@ def test_group_norm_of_small_sets_is_one_launch(dtype, arch):
 
 @all_dtypes
 def test_group_norm_of_odd_channels_has_no_local_memory(dtype):
-    for compiled in [*group_norm(dtype, channels=20), *group_norm(dtype, channels=20, side=6)]:
+    sizes = itertools.product((32, 6), (0, 7))
+    for compiled in itertools.chain(
+        *(group_norm(dtype, channels=20, side=side, of_second=second) for side, second in sizes)
+    ):
         assert_no_local_memory(compiled, registers=168)
 
 

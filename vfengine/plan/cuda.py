@@ -135,9 +135,15 @@ class CudaUNet(nn.Module):
 
 @dataclass(frozen=True)
 class Features:
-    """A feature map: x [images, H, W, C]."""
+    """A feature map [images, H, W, C], whose last channels may lie in a tensor of their own."""
 
-    x: Tensor
+    first: Tensor
+    second: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """All channels, for what takes no second tensor."""
+        return self.first if self.second is None else torch.cat([self.first, self.second], dim=-1)
 
 
 @dataclass
@@ -153,7 +159,7 @@ class CudaBuilder:
     modulation: Tensor
 
     def cat(self, x: Features, y: Features) -> Features:
-        return Features(torch.cat([x.x, y.x], dim=-1))
+        return Features(x.x, y.x)
 
     def conv(
         self,
@@ -171,12 +177,11 @@ class CudaBuilder:
             if not isinstance(shortcut, nn.Identity):
                 residual = self.conv(residual, shortcut)
         return Features(
-            ops.implicit_gemm(
-                x.x,
-                conv.weight.permute(0, 2, 3, 1),
-                conv.bias,
+            _conv(
+                x.first,
+                conv,
+                second=x.second,
                 stride=conv.stride[0],
-                padding=conv.padding,
                 shift=None if shift is None else self._table(shift),
                 residual=None if residual is None else residual.x,
                 out_dtype=torch.float32 if fp32 else None,
@@ -187,13 +192,8 @@ class CudaBuilder:
         self, x: Features, conv: nn.Conv2d, residual: Features | None = None
     ) -> Features:
         clips = (self.batch, self.frames, -1, x.x.shape[-1])
-        out = ops.implicit_gemm(
-            x.x.view(clips),
-            conv.weight.permute(0, 2, 3, 1),
-            conv.bias,
-            padding=conv.padding,
-            residual=None if residual is None else residual.x.view(clips),
-        )
+        added = None if residual is None else residual.x.view(clips)
+        out = _conv(x.x.view(clips), conv, residual=added)
         return Features(out.view(*x.x.shape[:3], -1))
 
     def upsampled_conv(
@@ -205,15 +205,7 @@ class CudaBuilder:
         if size != (2 * height, 2 * width):  # an odd size, rounded up by downsampling
             images = F.interpolate(h.permute(0, 3, 1, 2), size=size, mode="nearest")
             h, upsample = images.permute(0, 2, 3, 1).contiguous(), 1
-        return Features(
-            ops.implicit_gemm(
-                h,
-                conv.weight.permute(0, 2, 3, 1),
-                conv.bias,
-                padding=conv.padding,
-                upsample=upsample,
-            )
-        )
+        return Features(_conv(h, conv, upsample=upsample))
 
     def group_norm(
         self,
@@ -228,10 +220,11 @@ class CudaBuilder:
         if modulation is not None:
             scale, shift = self._table(modulation).chunk(2, dim=1)
         out = ops.group_norm_silu(
-            x.x.permute(0, 3, 1, 2),
+            x.first.permute(0, 3, 1, 2),
             norm.num_groups,
             norm.weight,
             norm.bias,
+            second=None if x.second is None else x.second.permute(0, 3, 1, 2),
             eps=norm.eps,
             num_frames=self.frames if over_frames else 1,
             scale=scale,
@@ -306,6 +299,12 @@ class CudaBuilder:
         """The columns of a layer's projection of the embedding."""
         first = self.network.columns[projection]
         return self.modulation[:, first : first + projection.out_features]
+
+
+def _conv(x: Tensor, conv: nn.Conv2d, **options: Any) -> Tensor:
+    """x [B, H, W, C] by a layer's weight, in channels_last memory -> [B, Ho, Wo, D]."""
+    weight = conv.weight.permute(0, 2, 3, 1)
+    return ops.implicit_gemm(x, weight, conv.bias, padding=conv.padding, **options)
 
 
 def _linear(x: Tensor, layer: nn.Linear | Joined, **options: Any) -> Tensor:
