@@ -273,7 +273,6 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
     values = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
     values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
-    values["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # sections share what they choose; no run does
     if dry:
         stand_ins = str(tools / "gpu_tools")  # for ncu and compute-sanitizer
         values |= {
@@ -352,7 +351,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     wanted = within(arguments.budget, wanted)
     journal = Journal(arguments.out)
-    runner = Runner(journal, environment(arguments.dry_run, arguments.module))
+    choices = tempfile.TemporaryDirectory()  # measured ones: sections share them, runs do not
+    values = environment(arguments.dry_run, arguments.module)
+    runner = Runner(journal, values | {"XDG_CACHE_HOME": choices.name})
 
     def stop(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -383,6 +384,7 @@ def run(arguments: argparse.Namespace) -> int:
         return status
     finally:
         runner.kill_all()
+        choices.cleanup()
 
 
 def _passed(journal: Journal, section: str) -> bool:

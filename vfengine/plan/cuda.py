@@ -142,7 +142,7 @@ class Features:
 
     @property
     def x(self) -> Tensor:
-        """All channels, for what takes no second tensor."""
+        """All channels, for what takes no second tensor; of two tensors, a copy at every call."""
         return self.first if self.second is None else torch.cat([self.first, self.second], dim=-1)
 
 
@@ -191,17 +191,17 @@ class CudaBuilder:
     def conv_over_frames(
         self, x: Features, conv: nn.Conv2d, residual: Features | None = None
     ) -> Features:
-        clips = (self.batch, self.frames, -1, x.x.shape[-1])
+        h = x.x
+        clips = (self.batch, self.frames, -1, h.shape[-1])
         added = None if residual is None else residual.x.view(clips)
-        out = _conv(x.x.view(clips), conv, residual=added)
-        return Features(out.view(*x.x.shape[:3], -1))
+        return Features(_conv(h.view(clips), conv, residual=added).view(*h.shape[:3], -1))
 
     def upsampled_conv(
         self, x: Features, conv: nn.Conv2d, skip: Features | None = None
     ) -> Features:
-        height, width = x.x.shape[1:3]
-        size = (2 * height, 2 * width) if skip is None else tuple(skip.x.shape[1:3])
         h, upsample = x.x, 2
+        height, width = h.shape[1:3]
+        size = (2 * height, 2 * width) if skip is None else tuple(skip.first.shape[1:3])
         if size != (2 * height, 2 * width):  # an odd size, rounded up by downsampling
             images = F.interpolate(h.permute(0, 3, 1, 2), size=size, mode="nearest")
             h, upsample = images.permute(0, 2, 3, 1).contiguous(), 1
@@ -280,7 +280,7 @@ class CudaBuilder:
                     rows = rows.repeat_interleave(self.frames, dim=0)
                 k, v = rows.chunk(2, dim=-1)
             out = _spatial(q, k, v, attention.heads)
-        out = out.view(*x.x.shape[:3], -1)
+        out = out.view(*normed.x.shape[:3], -1)
         return Features(_linear(out, attention.to_out, residual=x.x))
 
     def _over_frames(self, qkv: Tensor, attention: nn.Module, bias: nn.Module | None) -> Tensor:
