@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from vfengine.diffusion.base_path import BaseTrajectory
     from vfengine.diffusion.noise import decomposed_noise
     from vfengine.diffusion.schedule import NoiseSchedule
+    from vfengine.pipelines.load import load_pipeline
+    from vfengine.pipelines.text_to_video import TextToVideoPipeline
     from vfengine.pipelines.videofusion import VideoFusionPipeline
     from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
 
 _HOME = {
     "BaseTrajectory": "vfengine.diffusion.base_path",
     "NoiseSchedule": "vfengine.diffusion.schedule",
+    "TextToVideoPipeline": "vfengine.pipelines.text_to_video",
     "VideoFusionPipeline": "vfengine.pipelines.videofusion",
     "decomposed_noise": "vfengine.diffusion.noise",
+    "load_pipeline": "vfengine.pipelines.load",
     "sample": "vfengine.sampling.api",
     "sample_base": "vfengine.sampling.api",
     "sample_residual": "vfengine.sampling.api",

@@ -5,6 +5,7 @@ AUTO = "auto"  # the device, dtype or precision that suits the machine
 SOLVERS = ("ddim", "ddpm", "dpmsolver", "dpmsolver++", "unipc")
 BASE_PATHS = ("stepwise", "clean")  # by the base network's estimates, or by the finished base frame
 OUTPUT_TYPES = ("np", "pt", "pil")  # formats of a pipeline's frames
+TEXT_OUTPUT_TYPES = (*OUTPUT_TYPES, "latent")  # and those of a text-to-video pipeline's
 FILTERS = ("nearest", "lanczos")  # for enlarging frames
 OBJECTIVES = ("decomposed", "vdm")  # kinds of models; "vdm" is plain video diffusion
 PRECISIONS = ("bf16", "fp32")  # of training

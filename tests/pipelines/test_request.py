@@ -137,6 +137,35 @@ RULES = [
         "--overlap-phases --offload-base",
         "--overlap-phases cannot go with --offload-base: both phases run at once",
     ),
+    *(
+        (
+            None,
+            None,
+            f"--latents l.safetensors {flags}",
+            f"--latents cannot go with {flags.split()[0]}: the latents are finished",
+        )
+        for flags in (
+            "--prompt panda",
+            "--negative-prompt bamboo",
+            "--num-videos 2",
+            "--num-frames 4",
+            "--height 64",
+            "--width 64",
+            "--num-inference-steps 4",
+            "--guidance-scale 2",
+            "--solver unipc",
+            "--eta 0.5",
+            "--window 4",
+            "--window-overlap 2",
+            "--save-latents s.safetensors",
+        )
+    ),
+    (
+        None,
+        None,
+        "--prompt panda --label walk",
+        "--prompt cannot go with --label: each says what to show",
+    ),
 ]
 
 

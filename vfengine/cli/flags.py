@@ -49,7 +49,7 @@ ON_OFF = Kind("switch", {"action": argparse.BooleanOptionalAction})  # --name or
 
 
 def text(metavar: str, convert: Callable[[str], Any] = str) -> Kind:
-    words = {"FILE": "file", "DIR": "folder"}.get(metavar, "name")
+    words = {"FILE": "file", "DIR": "folder", "TEXT": "text"}.get(metavar, "name")
     return Kind(words, {"metavar": metavar, "type": convert})
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pipelines.request import VideoRequest, field_names
+from ..pipelines.request import TextRequest, VideoRequest, field_names
 from .flags import Failure, UsageError, flag, one_line
 from .output import (
     Job,
@@ -31,10 +33,7 @@ from .settings import written_settings
 if TYPE_CHECKING:
     from ..diffusion.base_path import BaseTrajectory
     from ..pipelines.batches import Batch
-    from ..pipelines.plain_video import PlainVideoPipeline
-    from ..pipelines.videofusion import VideoFusionPipeline
-
-    Pipe = VideoFusionPipeline | PlainVideoPipeline
+    from ..pipelines.pipeline import Pipeline
 
 
 def generate(settings: argparse.Namespace, started: float, files: list[Path]) -> None:
@@ -57,9 +56,8 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
         return
     _check_model(settings, pipe)
     settings = _complete(settings, pipe)
-    targets = check_outputs(Path(settings.output), count)
-    path = _read_trajectory(settings, pipe)
-    request = _request(settings, pipe, path)
+    request = (_text_request if _takes_text(pipe) else _request)(settings, pipe)
+    targets = check_outputs(Path(settings.output), request.num_clips)
 
     job = _sample_and_write(settings, pipe, request, targets, record)
     record.timings["total"] = time.perf_counter() - record.started
@@ -72,13 +70,13 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
 # -- from settings to a request --------------------------------------------------------------------
 
 
-def _open_pipeline(settings: argparse.Namespace) -> Pipe:
+def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
     import torch
 
-    from ..pipelines.videofusion import VideoFusionPipeline
+    from ..pipelines.load import load_pipeline
 
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return VideoFusionPipeline.from_pretrained(
+    return load_pipeline(
         settings.model,
         device=settings.device,
         dtype=dtype,
@@ -87,26 +85,34 @@ def _open_pipeline(settings: argparse.Namespace) -> Pipe:
     )
 
 
-def _check_model(settings: argparse.Namespace, pipe: Pipe) -> None:
+def _check_model(settings: argparse.Namespace, pipe: Pipeline) -> None:
     """ValueError for settings that this model cannot take; the pipeline checks their values."""
-    if settings.label not in pipe.labels:
-        problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
-        raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
-    if pipe.config.channels != 3:
-        raise UsageError(f"{pipe.folder}: clips of {pipe.config.channels} channels are not RGB")
     written = written_settings(settings)
 
     def spell(name: str) -> str:
         return flag(name, False if written[name] is False else None)
 
+    if _takes_text(pipe):
+        pipe.check_fields(written, spell)
+        if settings.prompt is None and settings.latents is None:
+            raise UsageError("no --prompt, which says what to show, and no --latents to decode")
+        return
+    if settings.label not in pipe.labels:
+        problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
+        raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
+    if pipe.config.channels != 3:
+        raise UsageError(f"{pipe.folder}: clips of {pipe.config.channels} channels are not RGB")
     pipe.check_fields(written, spell)
 
 
-def _complete(settings: argparse.Namespace, pipe: Pipe) -> argparse.Namespace:
+def _takes_text(pipe: Pipeline) -> bool:
+    return pipe.request_type is TextRequest
+
+
+def _complete(settings: argparse.Namespace, pipe: Pipeline) -> argparse.Namespace:
     """The settings with output, fps, model, device and dtype filled in."""
-    ending = ".png" if settings.preview else ".mp4"
     filled = {
-        "output": settings.label + ending if settings.output is None else settings.output,
+        "output": _default_output(settings) if settings.output is None else settings.output,
         "fps": pipe.config.fps if settings.fps is None else settings.fps,
         "model": str(pipe.folder),
         "device": str(pipe.device),
@@ -115,7 +121,17 @@ def _complete(settings: argparse.Namespace, pipe: Pipe) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(settings), **filled})
 
 
-def _read_trajectory(settings: argparse.Namespace, pipe: Pipe) -> BaseTrajectory | None:
+def _default_output(settings: argparse.Namespace) -> str:
+    """A name after the label, the first words of the prompt, or the file of latents."""
+    if settings.latents is not None:
+        return Path(settings.latents).stem + ".mp4"
+    if settings.prompt is not None:
+        words = re.findall(r"\w+", settings.prompt.lower())[:8]
+        return ("-".join(words)[:60] or "clip") + ".mp4"
+    return settings.label + (".png" if settings.preview else ".mp4")
+
+
+def _read_trajectory(settings: argparse.Namespace, pipe: Pipeline) -> BaseTrajectory | None:
     """The base path in --base-trajectory, if the file exists and this run can follow it."""
     if settings.base_trajectory is None or not Path(settings.base_trajectory).exists():
         return None
@@ -148,15 +164,26 @@ def _read_trajectory(settings: argparse.Namespace, pipe: Pipe) -> BaseTrajectory
     return path
 
 
-def _request(settings: argparse.Namespace, pipe: Pipe, path: BaseTrajectory | None) -> VideoRequest:
+def _request(settings: argparse.Namespace, pipe: Pipeline) -> VideoRequest:
     """The request that the settings make, with the files that they name read."""
     from ..media.pictures import read_picture
 
-    values = {**vars(settings), "trajectory": path}
+    values = {**vars(settings), "trajectory": _read_trajectory(settings, pipe)}
     if settings.image is not None:
         values["image"] = read_picture(settings.image)
     names = field_names(pipe.request_type) & values.keys()
     return pipe.request_type(**{name: values[name] for name in names})
+
+
+def _text_request(settings: argparse.Namespace, pipe: Pipeline) -> TextRequest:
+    """The request that the settings make of a text-to-video model."""
+    if settings.latents is not None:
+        from ..pipelines.latents import read_latents
+
+        return TextRequest(finished=read_latents(settings.latents)[0])
+    names = field_names(TextRequest) & settings.given
+    seed = {"seed": settings.seed} if "seed" in settings else {}
+    return TextRequest(**{name: getattr(settings, name) for name in names}, **seed)
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -164,8 +191,8 @@ def _request(settings: argparse.Namespace, pipe: Pipe, path: BaseTrajectory | No
 
 def _sample_and_write(
     settings: argparse.Namespace,
-    pipe: Pipe,
-    request: VideoRequest,
+    pipe: Pipeline,
+    request: VideoRequest | TextRequest,
     targets: Sequence[Path],
     record: Record,
 ) -> Job:
@@ -176,7 +203,10 @@ def _sample_and_write(
     batches = Batches(pipe, request, settings.batch_size)
     job = Job(settings, pipe, batches.request)
     paths = []
-    with Progress(batches.steps.total, settings.quiet, record) as progress:
+    with (
+        Progress(batches.steps.total, settings.quiet, record) as progress,
+        _naming_latents(job.request, record),
+    ):
         for batch in _explained(batches.run(progress), settings, record):
             record.begin()
             record.add(batch.output.timings)
@@ -191,6 +221,18 @@ def _sample_and_write(
     if paths:
         write_trajectory(Path(settings.base_trajectory), paths)
     return job
+
+
+@contextmanager
+def _naming_latents(request: VideoRequest | TextRequest, record: Record) -> Iterator[None]:
+    """Counts the file of latents among the complete ones if the `with` block fails."""
+    try:
+        yield
+    except BaseException:
+        file = getattr(request, "save_latents", None)
+        if file is not None and file.num_clips:
+            record.files.append(file.path)
+        raise
 
 
 def _explained(

@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 
     from ..diffusion.base_path import BaseTrajectory
     from ..pipelines.batches import Steps
-    from ..pipelines.plain_video import PlainVideoPipeline
-    from ..pipelines.request import VideoRequest
-    from ..pipelines.videofusion import VideoFusionPipeline
+    from ..pipelines.pipeline import Pipeline
+    from ..pipelines.request import TextRequest, VideoRequest
 
 
 class Job(NamedTuple):
     """One command line on its model: the settings, complete, and the request made of them."""
 
     settings: argparse.Namespace
-    pipe: VideoFusionPipeline | PlainVideoPipeline
-    request: VideoRequest
+    pipe: Pipeline
+    request: VideoRequest | TextRequest
 
     @property
     def trajectory(self) -> BaseTrajectory | None:
@@ -184,8 +183,10 @@ def summary(job: Job, record: Record) -> str:
         f"{words} {record.timings[name]:.1f} s"
         for words, name in {"start": "startup", **_timed_phases(job)}.items()
     )
+    sampled = job.pipe.phases(request) != ("decode",)
+    steps = f"{request.num_inference_steps} steps, " if sampled else ""
     return (
-        f"{names}: {frames}, {settings.num_inference_steps} steps, "
+        f"{names}: {frames}, {steps}"
         f"{settings.dtype} on {settings.device}, {record.timings['total']:.1f} s ({seconds})"
     )
 
@@ -196,7 +197,11 @@ def _timed_phases(job: Job) -> dict[str, str]:
         return {"base": "base"}
     if job.settings.overlap_phases:
         return {"both phases": "residual"}
-    if job.pipe.phases(job.request) == ("video",):
+    phases = job.pipe.phases(job.request)
+    if "decode" in phases:
+        words = {"text": "text", "video": "sampling", "decode": "decoding"}
+        return {words[phase]: phase for phase in phases}
+    if phases == ("video",):
         return {"sampling": "residual"}
     return {"base": "base", "residual": "residual"}
 
@@ -211,8 +216,7 @@ def json_line(job: Job, record: Record) -> dict[str, Any]:
     cuda = pipe.device.type == "cuda"
     return {
         "files": [str(file) for file in record.files],
-        "base_seed": _base_seed(job),
-        "residual_seed": None if job.settings.preview else job.request.residual_seed,
+        **_seeds(job),
         "timings": {name: round(seconds, 4) for name, seconds in record.timings.items()},
         "peak_memory": {
             "process": _peak_process_memory(),
@@ -222,11 +226,19 @@ def json_line(job: Job, record: Record) -> dict[str, Any]:
         },
         "base_trajectory_read": job.trajectory is not None,
         "base_cache_hit": record.timings["base"] == 0.0 if cached else None,  # for every batch
-        "model_fingerprint": pipe.config.fingerprint(),
+        "model_fingerprint": pipe.fingerprint,
         "threads": torch.get_num_threads(),
         "version": __version__,
         "settings": _settings_in_use(job),
     }
+
+
+def _seeds(job: Job) -> dict[str, int | None]:
+    """The seeds in use, by name."""
+    if hasattr(job.request, "seed"):
+        return {"seed": None if job.settings.latents is not None else job.request.seed}
+    residual_seed = None if job.settings.preview else job.request.residual_seed
+    return {"base_seed": _base_seed(job), "residual_seed": residual_seed}
 
 
 def _base_seed(job: Job) -> int | None:
@@ -241,7 +253,8 @@ def _settings_in_use(job: Job) -> dict[str, Any]:
     """The settings, with what the request has filled in."""
     elsewhere = ("list_labels", "json", "quiet", "base_seed", "residual_seed")
     values = {name: getattr(job.settings, name) for name in DEFAULTS if name not in elsewhere}
-    for name in ("num_frames", "base_path", "window", "window_overlap", "offload_base"):
+    filled = ("num_frames", "height", "width", "guidance_scale", "base_path", "offload_base")
+    for name in (*filled, "window", "window_overlap"):
         values[name] = getattr(job.request, name, None)
     if job.settings.preview:
         values["num_frames"] = 1

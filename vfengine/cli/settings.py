@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..names import AUTO, BASE_PATHS, DTYPE_NAMES, FILTERS, SOLVERS
-from ..pipelines.request import SamplingRequest, conflicts, effective
+from ..pipelines.request import SamplingRequest, TextRequest, conflicts, effective
 from .flags import (
     ON_OFF,
     SWITCH,
@@ -37,24 +37,38 @@ _SEED = whole(0, 2**64 - 1, "S")
 
 
 def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") -> Setting:
-    """A setting that is a field of the request, with the request's default."""
-    return Setting(name, group, kind, help, getattr(SamplingRequest, name), otherwise)
+    """A setting that is a field of a request, with the request's default."""
+    request = SamplingRequest if hasattr(SamplingRequest, name) else TextRequest
+    return Setting(name, group, kind, help, getattr(request, name), otherwise)
 
 
 SETTINGS = (
     _field("label", "what", text("NAME"), "what to show, one of the names of --list-labels"),
+    _field("prompt", "what", text("TEXT"), "what to show, in words; for a text-to-video model"),
+    _field("negative_prompt", "what", text("TEXT"), "what to avoid, in words", "empty"),
     Setting("list_labels", "what", SWITCH, "print the labels and stop", False),
     _field(
         "preview", "what", SWITCH, "write the base frame alone; the clip will have the same one"
     ),
     _field("image", "what", text("FILE"), "animate this picture, cropped to the model's size"),
     _field("num_frames", "what", whole(1, 4096), "frames of a clip", "as the model was trained"),
+    _field("height", "what", whole(8, 8192), "height in pixels, of text-to-video", "the model's"),
+    _field("width", "what", whole(8, 8192), "width in pixels, of text-to-video", "the model's"),
     _field("num_inference_steps", "how", _COUNT, "steps of the solver"),
     _field(
-        "guidance_scale", "how", number(0, 100, "S"), "scale of classifier-free guidance; 1 is off"
+        "guidance_scale",
+        "how",
+        number(0, 100, "S"),
+        "scale of classifier-free guidance; 1 is off",
+        "2; 9 for a text-to-video model",
     ),
     Setting(
-        "seed", "what", whole(0, 2**64 - 2, "S"), "short for --base-seed S --residual-seed S+1"
+        "seed",
+        "what",
+        whole(0, 2**64 - 2, "S"),
+        "seed of a text-to-video clip; else short for --base-seed S --residual-seed S+1",
+        None,
+        "0",
     ),
     _field("base_seed", "what", _SEED, "seed of the base frame"),
     _field("residual_seed", "what", _SEED, "seed of the motion"),
@@ -69,15 +83,15 @@ SETTINGS = (
         "window",
         "how",
         whole(0, 4096),
-        "frames that the residual network sees at a time; 0 is all of them",
-        "the trained length, for clips that are longer",
+        "frames that the network of the motion sees at a time; 0 is all of them",
+        "the trained length, for clips that are longer, if the model names it",
     ),
     _field(
         "window_overlap",
         "how",
         whole(1, 4096),
         "frames that two neighbouring windows share",
-        "the least possible",
+        "the least possible; half a window for a text-to-video model",
     ),
     Setting("fps", "where to", number(0.1, 1000, "FPS"), "frames a second", None, "the model's"),
     Setting(
@@ -87,11 +101,27 @@ SETTINGS = (
         "file to write: .mp4, .webm, .gif, .webp, or .png for a sheet of all frames; several clips "
         "are numbered",
         None,
-        "LABEL.mp4, or LABEL.png with --preview",
+        "LABEL.mp4, or LABEL.png with --preview; the first words of a prompt",
+    ),
+    _field(
+        "save_latents",
+        "where to",
+        text("FILE"),
+        "write finished latents to this .safetensors file before they are decoded",
+    ),
+    Setting(
+        "latents", "where to", text("FILE"), "decode the latents in this file, without sampling"
     ),
     Setting("scale", "where to", whole(1, 64), "enlarge the pictures N times", 1),
     Setting("scale_filter", "where to", choice(FILTERS), "filter that enlarges them", "nearest"),
-    Setting("model", "how", text("DIR"), "checkpoint folder", None, "the shipped model"),
+    Setting(
+        "model",
+        "how",
+        text("DIR"),
+        "folder of a checkpoint, or of a text-to-video model of diffusers or ModelScope",
+        None,
+        "the shipped model",
+    ),
     Setting(
         "base_unet",
         "base path",
@@ -162,7 +192,8 @@ def generate_parser() -> Parser:
     """All flags, each absent from the result unless it is used."""
     parser = Parser(
         prog="python -m vfengine.generate",
-        description="Generate clips with a decomposed video diffusion model (VideoFusion).",
+        description="Generate clips with a decomposed video diffusion model (VideoFusion), or with "
+        "a published text-to-video model.",
         epilog="Flags may be written with hyphens or underscores.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -204,7 +235,7 @@ def _parse(parser: Parser, tokens: Sequence[str]) -> tuple[dict[str, Any], set[s
     values = vars(parser.parse_args([_with_hyphens(token) for token in tokens]))
     given = set(values)
     if "seed" in values:
-        seed = values.pop("seed")
+        seed = values["seed"]
         values = {"base_seed": seed, "residual_seed": seed + 1, **values}
     if "dtype" in values:
         values["dtype"] = DTYPE_NAMES[values["dtype"]]

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..models.config import UNetConfig
 
+# what describes a whole pipeline, in its folder
+DIFFUSERS_PIPELINE, MODELSCOPE_PIPELINE = "model_index.json", "configuration.json"
 # entries that all networks of both formats have
 COMMON = {
     "position_buckets": 0,
@@ -68,6 +70,12 @@ class PublishedUNet:
             block = 0 if number is None else int(number) + 1
             inner = [f"transformer_blocks.{block}", _BLOCK.get(layer, layer), parameter]
         return ".".join([prefix, *inner])
+
+
+def holds_pipeline(folder: str | Path) -> bool:
+    """Whether a folder holds a published pipeline; a checkpoint of our own is none."""
+    names = (DIFFUSERS_PIPELINE, MODELSCOPE_PIPELINE)
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -72,26 +72,39 @@ class Batches:
         request, steps = self.request, self.steps
         for index, first in enumerate(self.firsts):
             later = self._steps_from(index + 1)
+            part = request.part(first, min(self.batch_size, request.num_clips - first))
+            work = self.pipe.work(part)
 
-            def report(phase: str, done: int, total: int, later: int = later) -> None:
+            def report(
+                phase: str, done: int, total: int, later: int = later, work: dict = work
+            ) -> None:
                 nonlocal steps
                 total_steps = steps.total
-                if done == 0 and phase != "base":  # a cached base path took no steps
-                    total_steps = steps.done + total + later
+                phases = list(work)
+                if done == 0 and phase in phases[1:]:  # the one before may have had nothing to do
+                    left = sum(work[name] for name in phases[phases.index(phase) + 1 :])
+                    total_steps = steps.done + total + left + later
                 steps = Steps(phase, steps.done + (done > 0), total_steps)
                 if on_step is not None:
                     on_step(steps)
 
-            count = min(self.batch_size, request.num_clips - first)
-            output = self.pipe.sample(request.part(first, count), report)
+            output = self.pipe.sample(part, report)
             request = request.following(output.trajectory)
             steps = Steps("", steps.done, steps.done + later)
             yield Batch(first, output, steps)
 
     def _steps_from(self, index: int) -> int:
         """The steps of batch number `index` and of those after it."""
-        phases = self.pipe.phases(self.request)
-        repeated = [phase for phase in phases if phase != "base" or not self.request.shares_path]
-        count = (len(self.firsts) - index) * len(repeated)
-        count += len(phases) - len(repeated) if index == 0 else 0  # a shared path is sampled once
-        return count * self.request.num_inference_steps
+        whole, rest = divmod(self.request.num_clips - index * self.batch_size, self.batch_size)
+        if whole < 0:
+            return 0
+        shared = 0  # of a base path that all batches share, and that the first one samples
+        if self.request.shares_path:
+            shared = self.pipe.work(self.request).get("base", 0)
+        steps = whole * (self._steps_of(self.batch_size) - shared)
+        steps += self._steps_of(rest) - shared if rest else 0
+        return steps + (shared if index == 0 else 0)
+
+    def _steps_of(self, count: int) -> int:
+        """The steps of a batch of so many clips."""
+        return sum(self.pipe.work(self.request.part(0, count)).values())

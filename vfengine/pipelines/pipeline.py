@@ -1,4 +1,7 @@
-"""The common part of both pipelines: a checkpoint on a device, labels and noise."""
+"""The common part of pipelines: a model on a device.
+
+Those of our own checkpoints have labels, and noise of a size that the checkpoint names.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from ..diffusion.noise import NoisePlace, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import CheckpointConfig
 from ..sampling.guidance import Condition
-from .request import VideoRequest
+from .request import TextRequest, VideoRequest
 from .session import Session
 
 if TYPE_CHECKING:
@@ -41,14 +44,38 @@ class VideoFusionOutput:
 
 
 class Pipeline:
-    """A checkpoint, ready to sample on one device.
+    """A model, ready to sample on one device.
 
     request_type: the dataclass of its requests
     lacks:        for error texts: why it refuses settings that its requests do not have
+    labels:       the labels that the model knows
+    fingerprint:  16 hex digits that name its first network; None where no file holds its SHA-256
     """
 
-    request_type: ClassVar[type[VideoRequest]]
+    request_type: ClassVar[type[VideoRequest | TextRequest]]
     lacks: ClassVar[str]
+    labels: tuple[str, ...] = ()
+    fingerprint: str | None = None
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
+        """ValueError for settings that only models of another kind have.
+
+        spell: how the caller writes a setting's name
+        """
+        foreign = self.request_type.foreign(names)
+        if foreign:
+            raise ValueError(
+                f"{self.folder}: {self.lacks}, so it takes no {', '.join(map(spell, foreign))}"
+            )
+
+
+class CheckpointPipeline(Pipeline):
+    """A checkpoint of our own, ready to sample on one device."""
+
+    request_type: ClassVar[type[VideoRequest]]
 
     def __init__(
         self,
@@ -70,19 +97,15 @@ class Pipeline:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels that the model knows."""
         return self.config.labels
 
-    def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
-        """ValueError for settings that only models of another kind have.
+    @property
+    def fingerprint(self) -> str:
+        return self.config.fingerprint()
 
-        spell: how the caller writes a setting's name
-        """
-        foreign = self.request_type.foreign(names)
-        if foreign:
-            raise ValueError(
-                f"{self.folder}: {self.lacks}, so it takes no {', '.join(map(spell, foreign))}"
-            )
+    def work(self, request: VideoRequest) -> dict[str, int]:
+        """The steps of each phase that a request has, as its callback names them."""
+        return dict.fromkeys(self.phases(request), request.num_inference_steps)
 
     # -- from a request to the values that travel below it -----------------------------------------
 

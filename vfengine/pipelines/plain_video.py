@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 from ..media.pictures import to_frames
 from ..sampling.run import Callback, Run
-from .pipeline import Pipeline, VideoFusionOutput
+from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .request import VideoRequest, changed
 
 
-class PlainVideoPipeline(Pipeline):
+class PlainVideoPipeline(CheckpointPipeline):
     """A plain video model, ready to sample; `VideoFusionPipeline.from_pretrained` makes it."""
 
     request_type = VideoRequest

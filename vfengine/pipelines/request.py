@@ -1,9 +1,9 @@
 """A request: what a user wants of a model, and every rule about which settings go together.
 
-A call from Python and the command line build the same frozen dataclass, `SamplingRequest(**values)`
-for a decomposed model and `VideoRequest(**values)` for a plain video model. Bad values are refused
-when it is made, and again by `dataclasses.replace`. Its pipeline checks what depends on a
-checkpoint, such as labels and sizes. Nothing here imports torch.
+A call from Python and the command line build the same frozen dataclass: `SamplingRequest(**values)`
+for a decomposed model, `VideoRequest` for a plain video model, `TextRequest` for a published
+text-to-video model. Bad values are refused when it is made, and again by `dataclasses.replace`. Its
+pipeline checks what depends on a checkpoint, such as labels and sizes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..names import BASE_PATHS, OUTPUT_TYPES
+from ..names import BASE_PATHS, OUTPUT_TYPES, TEXT_OUTPUT_TYPES
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from ..diffusion.base_path import BaseTrajectory
     from ..diffusion.decompose import Lam
+    from .latents import LatentsFile
 
 MAX_GUIDANCE_SCALE = 100.0
 
@@ -58,8 +60,14 @@ _CLEAN_ERROR = _OVERLAP_ERROR.format(
     "base_path='clean' finishes the base frame first; take 'stepwise'"
 )
 _OFFLOAD_ERROR = _OVERLAP_ERROR.format("offload_base frees the base network between them")
+_FINISHED = "the latents are finished"
+_SAMPLED = (  # settings of text-to-video models that say how to sample
+    *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
+    *("num_inference_steps", "guidance_scale", "solver", "eta", "window", "window_overlap"),
+)
 
-# base_trajectory, the file of a trajectory, and base_unet are settings of the command line
+# base_trajectory, the file of a trajectory, base_unet and latents, a file of finished ones, are
+# settings of the command line
 CONFLICTS = (
     Conflict("num_residuals", "num_videos", "they share one base path"),
     Conflict("base_cache", "base_trajectory", _CACHE),
@@ -85,8 +93,11 @@ CONFLICTS = (
     Conflict("overlap_phases", "trajectory", _OVERLAP, _GIVEN_ERROR),
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
+    *(Conflict("latents", other, _FINISHED) for other in (*_SAMPLED, "save_latents")),
+    Conflict("prompt", "label", "each says what to show"),
 )
-_FIELDS = {"base_trajectory": "trajectory"}  # fields that have another name on the command line
+# fields that have another name on the command line
+_FIELDS = {"base_trajectory": "trajectory", "latents": "finished"}
 _WITHOUT_EFFECT = {"num_videos": 1, "num_residuals": 1, "preview": False, "overlap_phases": False}
 
 
@@ -134,12 +145,8 @@ class VideoRequest:
 
     def __post_init__(self) -> None:
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
-        if self.num_frames is not None:
-            _check_count("num_frames", self.num_frames)
-        _check_count("num_videos", self.num_videos)
-        if not 0.0 <= self.guidance_scale <= MAX_GUIDANCE_SCALE:  # also refuses NaN
-            limit = f"[0, {MAX_GUIDANCE_SCALE:g}]"
-            raise ValueError(f"guidance_scale must be in {limit}, got {self.guidance_scale!r}")
+        _check_counts(self, "num_frames", "num_videos")
+        _check_guidance_scale(self.guidance_scale)
         if not self.labels:
             raise ValueError("label is an empty list")
 
@@ -170,9 +177,7 @@ class VideoRequest:
     @classmethod
     def foreign(cls, names: Iterable[str]) -> list[str]:
         """The names among these that are settings of another kind of model only."""
-        own, known = field_names(cls), field_names(SamplingRequest)
-        fields = {name: _FIELDS.get(name, name) for name in names}
-        return [name for name, field in fields.items() if field in known - own]
+        return _foreign(cls, names)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,7 +205,7 @@ class SamplingRequest(VideoRequest):
     def __post_init__(self) -> None:
         _check_choice("base_path", self.base_path, (None, *BASE_PATHS))
         super().__post_init__()
-        _check_count("num_residuals", self.num_residuals)
+        _check_counts(self, "num_residuals")
         if self.num_residuals > 1 and self.num_paths > 1:
             raise ValueError(
                 f"num_residuals={self.num_residuals} needs one base path, but label and num_videos "
@@ -239,6 +244,102 @@ class SamplingRequest(VideoRequest):
         return replace(self, trajectory=trajectory, **given)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextRequest:
+    """The settings of a text-to-video model; `TextToVideoPipeline.__call__` describes them.
+
+    finished: latents [B, N, C, h, w] that are to be decoded, without sampling
+
+    Raises ValueError for a value that no model can take, TypeError for a prompt that is no text.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] = ""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 9.0
+    solver: str = "ddim"
+    eta: float = 0.0
+    seed: int = 0
+    latents: Tensor | None = None
+    finished: Tensor | None = None
+    save_latents: str | Path | LatentsFile | None = None
+    output_type: str = "np"
+    num_videos: int = 1
+    window: int | None = None
+    window_overlap: int | None = None
+    sample_offset: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("output_type", self.output_type, TEXT_OUTPUT_TYPES)
+        _check_counts(self, "num_frames", "height", "width", "num_videos")
+        _check_guidance_scale(self.guidance_scale)
+        if self.finished is not None:
+            return
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
+            if not texts:
+                raise ValueError(f"{name} is an empty list")
+        if len(self.negatives) != len(self.labels):
+            raise ValueError(
+                f"expected one negative_prompt for all or one for each of {len(self.labels)} "
+                f"prompts, got {len(self.negatives)}"
+            )
+
+    @property
+    def labels(self) -> list[str]:
+        """The prompts, which take the place of labels; none where latents are finished."""
+        if self.finished is not None:
+            return []
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def negatives(self) -> list[str]:
+        """The negative prompt of each prompt."""
+        if isinstance(self.negative_prompt, str):
+            return [self.negative_prompt] * len(self.labels)
+        return list(self.negative_prompt)
+
+    @property
+    def num_clips(self) -> int:
+        """B, the number of clips."""
+        return len(self.labels) * self.num_videos if self.finished is None else len(self.finished)
+
+    @property
+    def shares_path(self) -> bool:
+        """Whether all clips follow one base path."""
+        return False
+
+    def part(self, first: int, count: int) -> TextRequest:
+        """The request for clips first … first + count - 1, which are those of the whole request."""
+        own = {
+            name: getattr(self, name)[first : first + count]
+            for name in ("latents", "finished")
+            if getattr(self, name) is not None
+        }
+        offset = self.sample_offset + first
+        return replace(self, num_videos=count, sample_offset=offset, **own)
+
+    def following(self, trajectory: None) -> TextRequest:
+        return self
+
+    @classmethod
+    def foreign(cls, names: Iterable[str]) -> list[str]:
+        """The names among these that are settings of another kind of model only."""
+        return _foreign(cls, names)
+
+
+def _foreign(own: type, names: Iterable[str]) -> list[str]:
+    known = field_names(SamplingRequest) | field_names(TextRequest)
+    fields = {name: _FIELDS.get(name, name) for name in names}
+    return [name for name, field in fields.items() if field in known - field_names(own)]
+
+
 def changed(values: Mapping[str, Any]) -> list[str]:
     """The settings of a `SamplingRequest` that are not at their defaults, seeds aside.
 
@@ -256,14 +357,24 @@ def _same(value: Any, default: Any) -> bool:
     return value is None if default is None else value == default
 
 
-def field_names(kind: type[VideoRequest]) -> set[str]:
+def field_names(kind: type[VideoRequest | TextRequest]) -> set[str]:
     """The settings that requests of this kind have."""
     return {field.name for field in fields(kind)}
 
 
-def _check_count(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+def _check_counts(request: VideoRequest | TextRequest, *names: str) -> None:
+    """ValueError for a field that is no count; None is one where it is the default."""
+    for name in names:
+        value = getattr(request, name)
+        left_out = value is None and getattr(type(request), name) is None
+        if not left_out and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+
+
+def _check_guidance_scale(scale: float) -> None:
+    if not 0.0 <= scale <= MAX_GUIDANCE_SCALE:  # also refuses NaN
+        limit = f"[0, {MAX_GUIDANCE_SCALE:g}]"
+        raise ValueError(f"guidance_scale must be in {limit}, got {scale!r}")
 
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:

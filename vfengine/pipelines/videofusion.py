@@ -40,14 +40,14 @@ from ..sampling.run import Callback, Run, zero_timings
 from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
 from .base_cache import cache_key, cached_path
-from .pipeline import Pipeline, VideoFusionOutput
+from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .plain_video import PlainVideoPipeline
 from .request import SamplingRequest, field_names
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
 
-class VideoFusionPipeline(Pipeline):
+class VideoFusionPipeline(CheckpointPipeline):
     """A decomposed video diffusion model, ready to sample; made by `from_pretrained`."""
 
     request_type = SamplingRequest
