@@ -113,14 +113,19 @@ class NoiseSchedule:
         """T, the number of steps the networks were trained on."""
         return self.alphas_cumprod.numel()
 
-    def timesteps(self, num_inference_steps: int, spacing: str = "leading") -> Tensor:
+    def timesteps(
+        self, num_inference_steps: int, spacing: str = "leading", steps_offset: int = 0
+    ) -> Tensor:
         """The visited timesteps, int64 [num_inference_steps], descending.
 
-        "leading":  0, k, 2k … with k = T // num_inference_steps (ends at 0; steps_offset 0)
+        "leading":  0, k, 2k … with k = T // num_inference_steps, each plus steps_offset
         "trailing": T-1, T-1-k … with k = T / num_inference_steps (starts at T-1)
         "linspace": evenly from T-1 to 0, both included
 
-        Raises ValueError for an unknown spacing or steps outside 1 … T.
+        As in diffusers, the offset is one of "leading" alone.
+
+        Raises ValueError for an unknown spacing, steps outside 1 … T, or an offset that is no int
+        from 0 on or leads past T-1.
         """
         total = self.num_train_timesteps
         if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= total:
@@ -128,9 +133,16 @@ class NoiseSchedule:
                 f"timesteps: num_inference_steps must be an int in 1 … {total}, "
                 f"got {num_inference_steps!r}"
             )
+        if type(steps_offset) is not int or steps_offset < 0:
+            raise ValueError(f"timesteps: steps_offset must be an int >= 0, got {steps_offset!r}")
         k = np.arange(num_inference_steps)
         if spacing == "leading":
-            steps = (k * (total // num_inference_steps))[::-1]
+            steps = (k * (total // num_inference_steps))[::-1] + steps_offset
+            if steps[0] >= total:
+                raise ValueError(
+                    f"timesteps: {num_inference_steps} steps with steps_offset {steps_offset} "
+                    f"begin at {steps[0]}, past the last timestep {total - 1}"
+                )
         elif spacing == "trailing":
             steps = np.round(total - k * (total / num_inference_steps)) - 1
         elif spacing == "linspace":
@@ -153,12 +165,15 @@ class NoiseSchedule:
             raise ValueError("timesteps must descend from step to step")
         return self.alphas_cumprod[steps]
 
-    def selected_previous(self, timesteps: Tensor) -> Tensor:
-        """ᾱ_p after each visited step: that of the next visited one, 1 after the last; float64 [S].
+    def selected_previous(self, timesteps: Tensor, set_alpha_to_one: bool = True) -> Tensor:
+        """ᾱ_p after each visited step: that of the next visited one; float64 [S].
 
-        The less noisy neighbour on the *visited* grid, not t-1 (`set_alpha_to_one` at the end).
+        set_alpha_to_one: whether the last step goes to 1, a clean sample; otherwise to ᾱ_0
+
+        The less noisy neighbour on the *visited* grid, not t-1.
         """
-        return torch.cat([self.selected(timesteps)[1:], torch.ones(1, dtype=torch.float64)])
+        last = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else self.alphas_cumprod[:1]
+        return torch.cat([self.selected(timesteps)[1:], last])
 
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t), both [B, 1, …] on like's device, float64 for float64, else fp32.

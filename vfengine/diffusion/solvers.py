@@ -2,10 +2,10 @@
 
     z_p = c1 z_t + c2 ε̃_t + σ ξ,     (ε̃_t, h'_1 … h'_H) = mixing_t (ε_t, h_1 … h_H)
 
-t is the visited step, p the next one (ᾱ_p = 1 after the last); the history h is 0 before the first
-step, h' is the next step's. The rule is linear and the same for every frame, which is all the
-two-phase form asks for. Every linear multistep solver of the probability-flow ODE has this form:
-ε = 0 must take √ᾱ_t x to √ᾱ_p x, so c1 = √(ᾱ_p/ᾱ_t), and a constant ε must give DDIM's c2.
+t is the visited step, p the next one (after the last, ᾱ_p is 1 or ᾱ_0); the history h is 0 before
+the first step, h' is the next step's. The rule is linear and the same for every frame, which is all
+the two-phase form asks for. Every linear multistep solver of the probability-flow ODE has this
+form: ε = 0 must take √ᾱ_t x to √ᾱ_p x, so c1 = √(ᾱ_p/ᾱ_t), and a constant ε must give DDIM's c2.
 
 Below, N = √((1-ᾱ)/ᾱ) and Z = z/√ᾱ, so that a step is Z_p = Z_t + (N_p - N_t) ε̃_t and the clean
 sample is predicted as x_t = Z_t - N_t ε_t. Tables are float64 on the CPU.
@@ -32,7 +32,7 @@ class SolverTable:
 
     solver, eta:    how it was made
     timesteps:      int64 [S], descending
-    alphas_cumprod: float64 [S+1], ᾱ of the visited steps, then 1
+    alphas_cumprod: float64 [S+1], ᾱ of the visited steps, then where the last one goes: 1 or ᾱ_0
     coeffs:         float64 [S, 3] = (c1, c2, σ), σ a standard deviation
     mixing:         float64 [S, 1+H, 1+H]; all rows sum to 1; ones where H = 0 (ddim, ddpm)
     """
@@ -80,6 +80,8 @@ def solver_table(
     num_inference_steps: int,
     eta: float = 0.0,
     spacing: str = "leading",
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = True,
 ) -> SolverTable:
     """The table of a named solver.
 
@@ -91,8 +93,11 @@ def solver_table(
 
     The last three take η = 0 alone; their first and last steps are of first order.
 
-    Raises ValueError for an unknown solver or spacing, steps outside 1 … T, or an η the solver
-    does not take.
+    spacing, steps_offset: see `NoiseSchedule.timesteps`
+    set_alpha_to_one:      False: the last step goes to ᾱ_0, as published latent models were sampled
+
+    Raises ValueError for an unknown solver or spacing, steps outside 1 … T, an η the solver does
+    not take, or an offset that leads past T-1.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
@@ -104,9 +109,12 @@ def solver_table(
         raise ValueError(f"ddpm is eta = 1: leave eta out, or use solver='ddim'; got {eta}")
     eta = 1.0 if solver == "ddpm" else float(eta)
 
-    timesteps = schedule.timesteps(num_inference_steps, spacing)
-    alpha_t, alpha_p = schedule.selected(timesteps), schedule.selected_previous(timesteps)
+    timesteps = schedule.timesteps(num_inference_steps, spacing, steps_offset)
+    alpha_t = schedule.selected(timesteps)
+    alpha_p = schedule.selected_previous(timesteps, set_alpha_to_one)
     h = 0.5 * (torch.logit(alpha_p) - torch.logit(alpha_t))
+    if h[-1] == 0:  # from t = 0 to ᾱ_0: c1 = 1 and c2 = 0, whatever is mixed
+        h[-1] = torch.inf
     if solver == "dpmsolver":
         mixing = extrapolation_mixing(midpoint_weights(h))
     elif solver == "dpmsolver++":
@@ -128,7 +136,7 @@ def solver_table(
 def ddim_coefficients(alpha_t: Tensor, alpha_p: Tensor, eta: float) -> Tensor:
     """DDIM(η) in the form of this file (Song et al. 2021, eq. 12 and 16); returns [S, 3].
 
-    alpha_t, alpha_p: float64 [S], ᾱ before and after each step, ᾱ_t < ᾱ_p <= 1
+    alpha_t, alpha_p: float64 [S], ᾱ before and after each step, ᾱ_t <= ᾱ_p <= 1
     """
     sigma = eta * ((1 - alpha_p) / (1 - alpha_t)).sqrt() * (1 - alpha_t / alpha_p).sqrt()
     c1 = (alpha_p / alpha_t).sqrt()
@@ -138,7 +146,7 @@ def ddim_coefficients(alpha_t: Tensor, alpha_p: Tensor, eta: float) -> Tensor:
 
 # -- mixing ------------------------------------------------------------------------------------
 #
-# h: float64 [S], the steps in log-SNR, h_t = log(N_t/N_p); infinite in the last.
+# h: float64 [S], the steps in log-SNR, h_t = log(N_t/N_p); infinite where the last goes to 1.
 # A quantity is its row of coefficients on (ε, h_1 … h_H): a sum of rows is a sum of quantities.
 
 
@@ -157,7 +165,7 @@ def extrapolation_mixing(w: Tensor) -> Tensor:
 def midpoint_weights(h: Tensor) -> Tensor:
     """w = h_t / (2 h_prev) of the second-order multistep solvers; [S].
 
-    Zero, so plain DDIM, in the first step (no history) and in the last (h is infinite).
+    Zero, so plain DDIM, in the first step (no history) and in the last, where h may be infinite.
     """
     w = torch.zeros_like(h)
     w[1:-1] = h[1:-1] / (2 * h[:-2])
@@ -192,7 +200,7 @@ def unipc_mixing(h: Tensor) -> Tensor:
         h'_2 = (ε̃ - (G/q) (ε - h_2) - a1' h'_1 - a2' (Z_p - x_prev)/N_p) / a0'
 
     a' is the next step's corrector; (Z_p - x_prev)/N_p = ε̃ + (N_t/N_p) (h_1 - ε̃). The first step
-    has no corrector (G = 0); in the last N_p = 0, so that a correction would not matter.
+    has no corrector (G = 0); where the last goes to N_p = 0 a correction would not matter.
     """
     w, rho = midpoint_weights(h)[:, None], _noise_ratio(h)
     a0, a1, a2 = (a[:, None] for a in corrector_weights(h))
@@ -227,7 +235,7 @@ def corrector_weights(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _noise_ratio(h: Tensor) -> Tensor:
-    """N_t/N_p as [S, 1]; 1 in the last step, where it is infinite and nothing follows."""
+    """N_t/N_p as [S, 1]; 1 in the last step, where it may be infinite and nothing follows."""
     rho = h.exp()
     rho[-1] = 1.0
     return rho[:, None]

@@ -38,6 +38,7 @@ class Unsupported(ValueError):
 
     def __init__(self, entry: str, value: object, why: str = "is not supported"):
         super().__init__(f"{entry} = {json.dumps(value, default=str)} {why}")
+        self.entry, self.value = entry, value
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,13 @@ class _Generator(nn.Module):
         class_labels: Tensor | None = None,
         lam: Lam | None = None,
         guidance_scale: float = 1.0,
+        context: Tensor | None = None,
     ) -> TiedGenerator | None:
         """This generator in a loop (tied.py); None if its UNet has not the form for CUDA.
 
         class_labels: int64 [B]; under guidance [2 B], those of the condition first
         lam:          as in `forward` of a ResidualGenerator
+        context:      [B, M, C'] of what the UNet attends to; under guidance [2 B, M, C']
 
         Raises ValueError where the UNet does.
         """
@@ -67,7 +69,10 @@ class _Generator(nn.Module):
         shape = (len(a), frames, len(columns))
         coeffs = torch.stack(columns, -1).expand(shape).float().contiguous()
         labels = class_labels if self.takes_labels else None
-        return TiedGenerator(self.unet, steps, coeffs, labels, guidance_scale, self.conditioned)
+        conditions = {"labels": labels, "context": context}
+        return TiedGenerator(
+            self.unet, steps, coeffs, guidance_scale, conditioned=self.conditioned, **conditions
+        )
 
     def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
         """The columns of vfengine/ops/_generator_ops.py, for ᾱ float64 [S, 1]: each [S, N or 1]."""
@@ -118,10 +123,10 @@ class BaseGenerator(_BlendGenerator):
 
 
 class PretrainedGenerator(_Generator):
-    """z_φ by a published image UNet, which predicts ε or v.
+    """The noise estimate of a published UNet, of images or of clips, which predicts ε or v.
 
     v = √ᾱ ε - √(1-ᾱ) x (Salimans & Ho 2022, arXiv 2202.00512). A UNet without classes ignores
-    labels.
+    labels. One of images may be the base generator z_φ.
     """
 
     def __init__(self, unet: UNet, schedule: NoiseSchedule, prediction_type: str = "epsilon"):
@@ -134,10 +139,21 @@ class PretrainedGenerator(_Generator):
         self.prediction_type = prediction_type
         self.takes_labels = unet.class_embedding is not None
 
-    def forward(self, z: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """ε̂ of z [B, C, H, W], in its dtype; t int64 [B], class_labels int64 [B]."""
-        labels = {"class_labels": class_labels} if self.takes_labels else {}
-        out = self.unet(z, t, **labels).to(z.dtype)
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        class_labels: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """ε̂ of z, [B, C, H, W] of images or [B, N, C, H, W] of clips, in its dtype.
+
+        t int64 [B]; class_labels, context: see UNet
+        """
+        conditions = {"class_labels": class_labels} if self.takes_labels else {}
+        if context is not None:
+            conditions["context"] = context
+        out = self.unet(z, t, **conditions).to(z.dtype)
         if self.prediction_type == "epsilon":
             return out
         a = self._alphas_cumprod(t, z.dim())

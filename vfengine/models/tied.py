@@ -24,10 +24,12 @@ class TiedGenerator:
 
     unet:        `modulation`, `rows` and `input_width` are those of a CudaUNet (vfengine/plan)
     coeffs:      fp32 [S, N, 5] (vfengine/ops/_generator_ops.py)
-    labels:      int64 [B], or [2 B] under guidance, in a buffer whose values may change between
-                 runs; None: the UNet takes none
     scale:       s of guidance; 1 is off
+    labels:      int64 [B], or [2 B] under guidance; None: the UNet takes none
+    context:     [B, M, C'], or [2 B, M, C'] under guidance; None: the UNet takes none
     conditioned: whether the base frame is an input for every frame
+
+    Labels and context are buffers whose values may change between runs.
 
     Raises ValueError where the UNet does.
     """
@@ -37,18 +39,21 @@ class TiedGenerator:
         unet: nn.Module,
         steps: Steps,
         coeffs: Tensor,
-        labels: Tensor | None,
         scale: float,
+        *,
+        labels: Tensor | None,
+        context: Tensor | None,
         conditioned: bool,
     ) -> None:
-        self.unet, self.coeffs, self.labels, self.scale = unet, coeffs, labels, scale
+        self.unet, self.coeffs, self.scale = unet, coeffs, scale
+        self.labels, self.context = labels, context
         self.timesteps, self.counter, self.conditioned = steps.timesteps, steps.counter, conditioned
         self.samples = steps.shape[0] * (1 if scale == 1.0 else 2)  # of a call of the UNet
         self.frames = steps.shape[1] if unet.config.is_video else 1
         channels = steps.shape[-3] * (2 if conditioned else 1)
         size = (self.samples, *steps.shape[1:-3], channels, *steps.shape[-2:])
         t = torch.empty(self.samples, dtype=torch.int64, device="meta")
-        unet.check_inputs(torch.empty(size, device="meta"), t, None, labels)
+        unet.check_inputs(torch.empty(size, device="meta"), t, context, labels)
         first = self._modulation(self.timesteps[:1])
         self.modulation: Tensor | None = None  # of all steps
         if first.nbytes * len(self.timesteps) <= MAX_BYTES:
@@ -71,7 +76,7 @@ class TiedGenerator:
             modulation = self._modulation(self.timesteps.index_select(0, self.counter))
         else:
             modulation = self.modulation.index_select(0, self.counter)
-        rows = self.unet.rows(x, modulation[0], self.frames)
+        rows = self.unet.rows(x, modulation[0], self.frames, self.context)
         return ops.noise_estimate(clips, rows, *step, guidance_scale=self.scale).view(z.shape)
 
     def _modulation(self, timesteps: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig
 from ..formats.load import fingerprint, read_scheduler, read_unet, read_unet_config
+from ..formats.published import Unsupported
+from ..formats.scheduler import noise_schedule
 from ..models.config import UNetConfig
 from ..models.denoisers import PREDICTION_TYPES, PretrainedGenerator
 from ..models.unet import UNet
 from ..plan.network import InferenceUNet
-
-_SCHEDULES = {"linear": NoiseSchedule.linear, "scaled_linear": NoiseSchedule.scaled_linear}
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,11 @@ def _check_schedule(scheduler: dict, schedule: NoiseSchedule) -> None:
     """ValueError where a scheduler's configuration names other noise levels than the model's."""
     if not scheduler:
         return
-    name = scheduler.get("beta_schedule", "linear")
-    if name == "squaredcos_cap_v2":
-        theirs = NoiseSchedule.cosine(scheduler.get("num_train_timesteps", 1000))
-    elif name in _SCHEDULES and scheduler.get("trained_betas") is None:
-        theirs = _SCHEDULES[name](
-            scheduler.get("num_train_timesteps", 1000),
-            scheduler.get("beta_start", 1e-4),
-            scheduler.get("beta_end", 2e-2),
-        )
-    else:
-        raise ValueError(f"base_unet: unknown noise schedule, beta_schedule = {name!r}")
+    try:
+        theirs = noise_schedule(scheduler)
+    except Unsupported as error:
+        entry = f"{error.entry} = {error.value!r}"
+        raise ValueError(f"base_unet: unknown noise schedule, {entry}") from error
     ours = schedule.alphas_cumprod
     if theirs.alphas_cumprod.shape != ours.shape or not torch.allclose(
         theirs.alphas_cumprod, ours, rtol=1e-4, atol=1e-6

@@ -168,8 +168,7 @@ def sample_residual(
     check_seed(residual_seed, "residual_seed")
     if schedule is not None:
         path.check_schedule(schedule)
-    windows = (window, window_overlap)
-    motion = Motion(lam, None if windows == (None, None) else windows)
+    motion = Motion(lam, _windows(window, window_overlap))
     place = NoisePlace(residual_seed, sample_offset, frame_offset)
     driver = Driver(capture, backend)
     return driver.residual(residual_model, residual_noise, path, motion, place, _run(callback))
@@ -187,6 +186,8 @@ def sample_video(
     spacing: str = "leading",
     seed: int = 1,
     sample_offset: int = 0,
+    window: int | None = None,
+    window_overlap: int | None = None,
     capture: bool = False,
     backend: str = "auto",
     callback: Callback | None = None,
@@ -195,6 +196,7 @@ def sample_video(
 
     model: (z [B, N, C, H, W], t int64 [B]) -> ε̂; noise: [B, N, C, H, W], independent in every frame
     seed:  seed of the noise that steps add where η > 0; callback's phase is "video"
+    window, window_overlap: as in `sample_residual`; any overlap will do, None is half a window
 
     Everything else as in `sample`, and the same errors.
     """
@@ -202,7 +204,13 @@ def sample_video(
     check_seed(seed, "seed")
     table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
     place = NoisePlace(seed, sample_offset)
-    return Driver(capture, backend).video(model, noise, table, place, _run(callback))
+    windows = _windows(window, window_overlap)
+    return Driver(capture, backend).video(model, noise, table, place, _run(callback), windows)
+
+
+def _windows(window: int | None, overlap: int | None) -> tuple[int | None, int | None] | None:
+    """The windows of a `Motion`; None where none are asked for."""
+    return None if (window, overlap) == (None, None) else (window, overlap)
 
 
 def _run(callback: Callback | None) -> Run:

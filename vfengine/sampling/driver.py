@@ -135,9 +135,14 @@ class Driver:
         table: SolverTable,
         place: NoisePlace,
         run: Run,
+        windows: tuple[int | None, int | None] | None = None,
     ) -> Tensor:
-        """A plain video model on noise [B, N, C, H, W]: clips."""
-        spec = ResidualSpec.of(noise, table, place, self.backend)
+        """A plain video model on noise [B, N, C, H, W]: clips.
+
+        windows: as in `Motion`
+        """
+        motion = Motion(lam=0.0, windows=windows)
+        spec = ResidualSpec.of(noise, table, place, self.backend, motion=motion)
         with self._loop(spec, model) as loop:
             self._run(loop, run, noise)
             return self._result(loop.u)

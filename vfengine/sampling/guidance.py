@@ -1,8 +1,8 @@
 """Classifier-free guidance: ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
 
-ε_c is a network's estimate under a condition, ε_u the one without. Both come from one call on a
-doubled batch. Labels are read from a buffer, so that one model, and the CUDA graph of its step,
-serves calls with other labels.
+ε_c is a network's estimate under a condition, ε_u the one without, or under a negative prompt.
+Labels and context are read from buffers, so that one model, and the CUDA graph of its step, serves
+calls with others.
 """
 
 from __future__ import annotations
@@ -31,25 +31,33 @@ class Condition:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that a model is made from, and the labels that it is called with.
+    """Everything that a model is made from, and the conditions that it is called with.
 
-    network: (z, t, class_labels=…, lam=…) -> ε̂; a keyword whose value is None here is left out
-    labels:  int64 [B]; where s is not 1, [2 B]: the classes, then the null class. Equal specs may
-             have labels of other values, but as many
+    network: (z, t, class_labels=…, lam=…, context=…) -> ε̂; a keyword whose value is None here is
+             left out
+    labels:  int64 [B]; where s is not 1, [2 B]: the classes, then the null class
     scale:   s
     lam:     λ of the frames in one call of a residual network
+    context: [B, M, C'], a prompt's embedding for each clip; where s is not 1, [2 B, M, C']: those
+             of the condition, then the unconditional ones
     weights: addresses and version counters of the network's weights; set here
+
+    Equal specs may have labels and a context of other values, but of the same shapes.
     """
 
     network: Callable[..., Tensor]
     labels: Tensor | None = field(default=None, compare=False)
     scale: float = 1.0
     lam: tuple[float, ...] | None = None
+    context: Tensor | None = field(default=None, compare=False)
     num_labels: int = field(init=False)
+    context_form: tuple | None = field(init=False)  # shape and dtype
     weights: tuple = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_labels", 0 if self.labels is None else len(self.labels))
+        form = None if self.context is None else (self.context.shape, self.context.dtype)
+        object.__setattr__(self, "context_form", form)
         modules = (self.network,) if isinstance(self.network, nn.Module) else ()
         object.__setattr__(self, "weights", weights_key(*modules))
 
@@ -75,12 +83,33 @@ def guided(
     return ModelSpec(network, torch.cat([classes, null]), scale, lam)
 
 
+def prompted(
+    network: Callable[..., Tensor], context: Tensor, negative: Tensor, guidance_scale: float
+) -> ModelSpec:
+    """The spec of a network under prompts, with guidance unless guidance_scale is 1.
+
+    context:  [B, M, C'], the embedding of each clip's prompt, on the network's device
+    negative: the same of the negative prompts; unused where guidance is off
+
+    Raises ValueError where their shapes differ.
+    """
+    if guidance_scale == 1.0:
+        return ModelSpec(network, context=context)
+    if context.shape != negative.shape:
+        raise ValueError(
+            f"prompted: negative must be {list(context.shape)} as context, "
+            f"got {list(negative.shape)}"
+        )
+    return ModelSpec(network, scale=guidance_scale, context=torch.cat([context, negative]))
+
+
 class GuidedModel:
-    """A network as (z, t) -> ε, with the labels and λ of its spec."""
+    """A network as (z, t) -> ε, with the labels, λ and context of its spec."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.network, self.scale = spec.network, spec.scale
         self.labels = None if spec.labels is None else spec.labels.clone()
+        self.context = None if spec.context is None else spec.context.clone()
         self.lam = (
             None if spec.lam is None else torch.tensor(spec.lam, dtype=torch.float32, device=device)
         )
@@ -90,13 +119,20 @@ class GuidedModel:
         if labels is not None:
             self.labels.copy_(labels)
 
+    def set_context(self, context: Tensor | None) -> None:
+        """Replaces the context by another of its shape."""
+        if context is not None:
+            self.context.copy_(context)
+
     def in_loop(self, steps: Steps) -> LoopModel | None:
         """The network in a loop, with guidance, if it has a form for that."""
         tie = getattr(self.network, "in_loop", None)
-        return None if tie is None else tie(steps, self.labels, self.lam, self.scale)
+        if tie is None:
+            return None
+        return tie(steps, self.labels, self.lam, self.scale, self.context)
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        conditions = {"class_labels": self.labels, "lam": self.lam}
+        conditions = {"class_labels": self.labels, "lam": self.lam, "context": self.context}
         conditions = {name: value for name, value in conditions.items() if value is not None}
         if self.scale == 1.0:
             return self.network(z, t, **conditions)

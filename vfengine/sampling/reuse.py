@@ -1,7 +1,8 @@
 """Loops kept between calls, with their buffers and, on CUDA, their graphs.
 
 A loop is kept until a call needs a different one: for another shape, guidance scale, solver or
-weights, but not for other noise or labels. One loop is kept per phase: memory does not grow.
+weights, but not for other noise, labels or prompts. One loop is kept per phase: memory does not
+grow.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class KeptLoops:
             with torch.inference_mode():
                 kept = KeptLoop(key, spec.build(guided), guided)
         kept.model.set_labels(model.labels)
+        kept.model.set_context(model.context)
         yield kept.loop
         self.kept[spec.phase] = kept
 

@@ -136,7 +136,7 @@ class PathSpec:
 class ResidualSpec(LoopSpec):
     """The spec of a residual loop.
 
-    path: None for a plain video model, which has no motion either
+    path: None for a plain video model, of whose motion windows alone count
     """
 
     motion: Motion = Motion(lam=0.0)
@@ -153,7 +153,8 @@ class ResidualSpec(LoopSpec):
         """
         frames, lam, windows = self.shape[1], self.motion.lam, self.motion.windows
         if windows is not None:
-            model = windowed(model, frames, *windows, lam=lam, device=self.device)
+            base = self.path is not None
+            model = windowed(model, frames, *windows, lam=lam, base=base, device=self.device)
         return ResidualLoop(model, self)
 
 

@@ -1,10 +1,12 @@
-"""Clips longer than a network was trained on: overlapping windows around one shared base frame.
+"""Clips longer than a network was trained on, in overlapping windows.
 
-The network is called on W frames at a time, each time with the clip's base frame in the middle,
-where it was trained to find it. Its estimates are blended, weighted by a triangle over the window.
-A window's own middle frame, whose place the base frame takes, is estimated by neighbouring windows.
-The solver's step runs on the whole clip, so that windows are blended at every step and not only at
-the end. The network needs the memory of one window.
+The network is called on W frames at a time. Its estimates are blended, weighted by a triangle over
+the window. The solver's step runs on the whole clip, so that windows are blended at every step and
+not only at the end. The network needs the memory of one window.
+
+A residual network has the clip's base frame in the middle of every window, where it was trained to
+find it. A window's own middle frame, whose place that takes, is estimated by neighbouring windows.
+A plain video network sees the window as it is.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ class Windows:
 
     starts:  first frame of each window
     weights: fp32 [number of windows, W]; every frame's weights sum to 1
+    base:    whether the clip's base frame takes the middle of every window
     """
 
     num_frames: int
     window: int
     starts: tuple[int, ...]
     weights: Tensor
+    base: bool = True
 
 
 def largest_stride(window: int) -> int:
@@ -37,44 +41,61 @@ def largest_stride(window: int) -> int:
     return (window - 1) // 2
 
 
+def default_overlap(window: int, base: bool = True) -> int:
+    """The least possible with a base frame in every window; half of a window without."""
+    return window - largest_stride(window) if base else window // 2
+
+
 def plan_windows(
-    num_frames: int, window: int, overlap: int | None = None, *, lam: Lam = 0.5
+    num_frames: int,
+    window: int,
+    overlap: int | None = None,
+    *,
+    lam: Lam = 0.5,
+    base: bool = True,
 ) -> Windows:
     """Windows of `window` frames over num_frames frames; two neighbours share `overlap` of them.
 
-    overlap: None is the least possible, window - (window - 1) // 2; the last window ends with the
-             clip and may overlap more
+    overlap: None is `default_overlap`; the last window ends with the clip and may overlap more
     lam:     λ of the clip, which must be one number if there are several windows
+    base:    whether the clip has a base frame, which every window shares
 
-    Raises ValueError for a window under 3 frames, for an overlap that leaves the middle frame of a
-    window to that window alone, and for more than one window of a clip with a λ for each frame.
+    Raises ValueError for a window under 3 frames, or 2 without a base frame; for an overlap under
+    1 frame, or one that leaves the middle frame, which the base frame takes, to one window alone;
+    and for more than one window of a clip with a λ for each frame.
     """
     for name, value in (("window", window), ("window_overlap", overlap)):
         if value is not None and type(value) is not int:
             raise ValueError(f"{name} must be an int, got {value!r}")
-    if window < 3:
-        raise ValueError(f"window must be at least 3 frames, got {window}")
-    least = window - largest_stride(window)
-    overlap = least if overlap is None else overlap
+    if window < _shortest(base):
+        raise ValueError(f"window must be at least {_shortest(base)} frames, got {window}")
+    least = default_overlap(window) if base else 1
+    overlap = default_overlap(window, base) if overlap is None else overlap
     if not least <= overlap < window:
         raise ValueError(
             f"window_overlap of a window of {window} frames must be from {least} to {window - 1}, "
             f"got {overlap}"
         )
     if num_frames <= window:
-        return Windows(num_frames, num_frames, (0,), torch.ones(1, num_frames))
+        return Windows(num_frames, num_frames, (0,), torch.ones(1, num_frames), base)
     if torch.as_tensor(lam).numel() != 1:
         raise ValueError("windows need one lam for all frames, got one for each")
     last, stride = num_frames - window, window - overlap
     starts = (*range(0, last, stride), last)
     frames = torch.arange(window)
     triangle = torch.minimum(frames + 1, window - frames).float()
-    triangle[base_index(window)] = 0.0
+    if base:
+        triangle[base_index(window)] = 0.0
     total = torch.zeros(num_frames)
     for start in starts:
         total[start : start + window] += triangle
     weights = torch.stack([triangle / total[start : start + window] for start in starts])
-    return Windows(num_frames, window, starts, weights)
+    return Windows(num_frames, window, starts, weights, base)
+
+
+def _shortest(base: bool) -> int:
+    """The least frames of a window: its middle and two neighbours, or two that can overlap."""
+    return 3 if base else 2
 
 
 def choose_windows(
@@ -84,12 +105,14 @@ def choose_windows(
     overlap: int | None = None,
     *,
     lam: Lam = 0.5,
+    base: bool = True,
 ) -> tuple[int, int] | None:
     """(window, overlap) as given, or for a clip longer than the trained length; None: no windows.
 
     trained: frames of the clips that the network was trained on
     window:  0 is none; None is `trained` for a longer clip, else none
-    overlap: None is the least possible
+    overlap: None is `default_overlap`
+    base:    whether the clip has a base frame
 
     Raises ValueError as `plan_windows`, and for an overlap without windows.
     """
@@ -97,11 +120,11 @@ def choose_windows(
         if overlap is not None:
             raise ValueError("window_overlap was given, but window=0 asks for none")
         return None
-    if window is None and overlap is None and not num_frames > trained >= 3:
+    if window is None and overlap is None and not num_frames > trained >= _shortest(base):
         return None
     window = trained if window is None else window
-    plan_windows(num_frames, window, overlap, lam=lam)
-    return window, window - largest_stride(window) if overlap is None else overlap
+    plan_windows(num_frames, window, overlap, lam=lam, base=base)
+    return window, default_overlap(window, base) if overlap is None else overlap
 
 
 def windowed(
@@ -111,20 +134,21 @@ def windowed(
     overlap: int | None = None,
     *,
     lam: Lam = 0.5,
+    base: bool = True,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """The residual network, called window by window: (z' [B, N, C, H, W], t) -> r̂.
+    """A network of clips, called window by window: (z [B, N, C, H, W], t) -> its estimate.
 
     window: W; None is refused, as it means that an overlap was given alone. For a clip of at most
             W frames the result is the model itself
-    lam:    as in `plan_windows`
+    lam, base: as in `plan_windows`
     device: of the clips
 
     Raises ValueError as `plan_windows`.
     """
     if window is None:
         raise ValueError("window_overlap was given without a window")
-    plan = plan_windows(num_frames, window, overlap, lam=lam)
+    plan = plan_windows(num_frames, window, overlap, lam=lam, base=base)
     if len(plan.starts) == 1:
         return model
     return _Windowed(model, plan, device)
@@ -153,6 +177,7 @@ class _Windowed:
         part = torch.empty_like(z[:, :window])
         for start, weights in zip(starts, self.weights.unbind(), strict=True):
             part.copy_(z[:, start : start + window])
-            part[:, middle].copy_(z[:, m])  # the base path's state, the same in all windows
+            if self.plan.base:
+                part[:, middle].copy_(z[:, m])  # the base path's state, the same in all windows
             blended[:, start : start + window] += weights * self.model(part, t)
         return blended.to(z.dtype)
