@@ -63,7 +63,8 @@ _OFFLOAD_ERROR = _OVERLAP_ERROR.format("offload_base frees the base network betw
 _FINISHED = "the latents are finished"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
-    *("num_inference_steps", "guidance_scale", "solver", "eta", "window", "window_overlap"),
+    *("guidance_scale", "solver", "eta", "window", "window_overlap", "save_latents"),
+    "num_inference_steps",
 )
 
 # base_trajectory, the file of a trajectory, base_unet and latents, a file of finished ones, are
@@ -93,7 +94,7 @@ CONFLICTS = (
     Conflict("overlap_phases", "trajectory", _OVERLAP, _GIVEN_ERROR),
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
-    *(Conflict("latents", other, _FINISHED) for other in (*_SAMPLED, "save_latents")),
+    *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
     Conflict("prompt", "label", "each says what to show"),
 )
 # fields that have another name on the command line

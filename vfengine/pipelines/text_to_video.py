@@ -185,7 +185,7 @@ class TextToVideoPipeline(Pipeline):
             self.config.trained_frames or values["num_frames"],
             request.window,
             request.window_overlap,
-            base_frame=False,
+            base=False,
         )
         values["window"], values["window_overlap"] = windows or (0, None)
         if isinstance(request.save_latents, (str, Path)):
