@@ -180,6 +180,8 @@ def _text_request(settings: argparse.Namespace, pipe: Pipeline) -> TextRequest:
     if settings.latents is not None:
         from ..pipelines.latents import read_latents
 
+        if "seed" in settings:
+            raise UsageError("--latents cannot go with --seed: the latents are finished")
         return TextRequest(finished=read_latents(settings.latents)[0])
     names = field_names(TextRequest) & settings.given
     seed = {"seed": settings.seed} if "seed" in settings else {}

@@ -3,7 +3,7 @@
 Three networks work one after another: the text encoder turns the prompts into rows of numbers, a
 video UNet samples latents that attend to them (vfengine/sampling, as a plain video model), and the
 autoencoder decodes the latents frame by frame. On a CPU each leaves memory before the next one is
-read, so that peak memory is that of the largest (published.py).
+read, so that peak memory is that of the largest (published_session.py).
 
 Latents are kept in fp32 whatever the dtype of the weights. The noise of sample k depends on the
 seed and on k alone (vfengine/diffusion/noise.py), never on the batch it is made in.
@@ -30,7 +30,7 @@ from ..sampling.run import Callback, Run
 from ..sampling.windows import choose_windows
 from .latents import LatentsFile
 from .pipeline import Pipeline
-from .published import PublishedNetworks
+from .published_session import PublishedSession
 from .request import TextRequest
 
 _KEPT = (
@@ -68,7 +68,7 @@ class TextToVideoPipeline(Pipeline):
     ) -> None:
         self.config, self.folder = model, model.folder
         self.device, self.dtype, self.schedule = device, dtype, model.schedule
-        self._networks = PublishedNetworks(model, device, dtype, capture)
+        self._session = PublishedSession(model, device, dtype, capture)
 
     @classmethod
     def from_pretrained(
@@ -163,7 +163,7 @@ class TextToVideoPipeline(Pipeline):
         latents = latents.to(self.device, torch.float32)
         if request.output_type == "latent":
             return TextToVideoOutput(latents, latents, run.timings)
-        video = self._networks.decoded(latents / self.config.scaling_factor, run)
+        video = self._session.decoded(latents / self.config.scaling_factor, run)
         return TextToVideoOutput(to_frames(video, request.output_type), latents, run.timings)
 
     def fill_defaults(
@@ -218,10 +218,10 @@ class TextToVideoPipeline(Pipeline):
         """The finished latents of a request, fp32 [B, N, C, h, w]."""
         guided = request.guidance_scale != 1.0
         texts = [*request.labels, *(request.negatives if guided else ())]
-        rows = self._networks.embedded(texts, run).repeat_interleave(request.num_videos, dim=0)
+        rows = self._session.embedded(texts, run).repeat_interleave(request.num_videos, dim=0)
         context, negative = rows.chunk(2) if guided else (rows, None)
         place = NoisePlace(request.seed, request.sample_offset)
-        return self._networks.sampled(
+        return self._session.sampled(
             self._noise(request, place),
             (context, negative, request.guidance_scale),
             self.table(request.solver, request.num_inference_steps, request.eta),

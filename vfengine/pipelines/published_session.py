@@ -29,7 +29,7 @@ from ..sampling.run import Run
 _TEXTS = 64  # whose rows are kept, for further batches of a request
 
 
-class PublishedNetworks:
+class PublishedSession:
     """Text encoder, UNet and autoencoder of one model on one device.
 
     capture: on CUDA, replay steps and frames from graphs
@@ -39,7 +39,7 @@ class PublishedNetworks:
         self, model: TextToVideoModel, device: torch.device, dtype: torch.dtype, capture: bool
     ) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self.loaded: dict[str, nn.Module] = {}
+        self.networks: dict[str, nn.Module] = {}
         self.loops = KeptLoops()
         self.driver = Driver(capture, loops=self.loops)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
@@ -121,12 +121,12 @@ class PublishedNetworks:
 
         Nothing else may hold the network: it could not leave memory.
         """
-        if name not in self.loaded:
+        if name not in self.networks:
             with run.timed("load", self.device):
                 self._make_room(name)
-                self.loaded[name] = load(self.model.folder, self.dtype, self.device)
+                self.networks[name] = load(self.model.folder, self.dtype, self.device)
         try:
-            return work(self.loaded[name])
+            return work(self.networks[name])
         finally:
             if self.device.type == "cpu":
                 self.release(name)
@@ -136,17 +136,17 @@ class PublishedNetworks:
 
         Room is twice its weights: for themselves, and as much again to work in.
         """
-        if self.device.type != "cuda" or not self.loaded:
+        if self.device.type != "cuda" or not self.networks:
             return
         idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         room = torch.cuda.mem_get_info(self.device)[0] + idle
         if 2 * self.model.num_weights[name] * self.dtype.itemsize > room:
-            for other in list(self.loaded):
+            for other in list(self.networks):
                 self.release(other)
 
     def release(self, name: str) -> None:
         """Frees a network and the loop that holds it."""
-        if self.loaded.pop(name, None) is None:
+        if self.networks.pop(name, None) is None:
             return
         self.loops.release(name)
         if self.device.type == "cuda":
