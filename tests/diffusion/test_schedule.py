@@ -43,6 +43,23 @@ def test_timesteps_equal_diffusers(spacing):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
+def test_an_offset_moves_leading_timesteps_alone(spacing):
+    schedule = NAMED["linear"]
+    moved = schedule.timesteps(50, spacing, steps_offset=1) - schedule.timesteps(50, spacing)
+    assert bool((moved == (1 if spacing == "leading" else 0)).all())
+
+
+def test_offsets_are_refused_that_lead_past_the_schedule():
+    schedule = NAMED["linear"]
+    assert schedule.timesteps(999, steps_offset=1)[0] == 999
+    with pytest.raises(ValueError, match="1000 steps with steps_offset 1 begin at 1000, past"):
+        schedule.timesteps(1000, steps_offset=1)
+    for offset in (-1, 1.0, True):
+        with pytest.raises(ValueError, match="steps_offset must be an int >= 0"):
+            schedule.timesteps(50, steps_offset=offset)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_step_count_descends_inside_the_schedule(spacing):
     schedule = NoiseSchedule.linear(97)
     for steps in range(1, 98):
@@ -57,6 +74,8 @@ def test_previous_is_the_next_selected_step_and_one_at_the_end():
     t = schedule.timesteps(7, "trailing")
     expected = [*schedule.alphas_cumprod[t][1:].tolist(), 1.0]
     assert schedule.selected_previous(t).tolist() == expected
+    expected[-1] = float(schedule.alphas_cumprod[0])
+    assert schedule.selected_previous(t, set_alpha_to_one=False).tolist() == expected
 
 
 def test_signal_and_noise_are_of_unit_power():

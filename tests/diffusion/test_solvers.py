@@ -171,6 +171,62 @@ def test_multistep_solvers_walk_as_diffusers_do(solver, steps, schedule):
         torch.testing.assert_close([z.double() for z in fp32], found, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_multistep_solvers_go_to_the_first_noise_level_as_diffusers_do(solver, steps):
+    """set_alpha_to_one False is its final_sigmas_type "sigma_min".
+
+    The last step is of first order here: in DPMSolverMultistepScheduler if told so, in UniPC's
+    always. UniPC's still corrects the sample that it starts from.
+    """
+    options = {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 1.2e-2}
+    options |= {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}
+    if solver == "unipc":
+        scheduler = UniPCMultistepScheduler(**options)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            algorithm_type=solver, euler_at_final=True, **options
+        )
+    scheduler.set_timesteps(steps)
+    ours = NoiseSchedule.scaled_linear(1000)
+    table = solver_table(solver, ours, steps, spacing="trailing", set_alpha_to_one=False)
+    assert table.alphas_cumprod[-1] == ours.alphas_cumprod[0]
+    assert scheduler.timesteps.tolist() == table.timesteps.tolist()
+    sigmas = ((1 - table.alphas_cumprod) / table.alphas_cumprod).sqrt()
+    torch.testing.assert_close(scheduler.sigmas.double(), sigmas, rtol=1e-3, atol=0)
+    scheduler.sigmas = sigmas  # its own are fp32
+    model = model_of(ours)
+    expected = walk_of_diffusers(scheduler, model, noise())
+    tolerance = 1e-11 if solver == "unipc" else 1e-5  # DPMSolverMultistepScheduler steps in fp32
+    torch.testing.assert_close(walk(table, model, noise()), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_last_step_from_the_first_noise_level_to_itself_does_nothing(solver):
+    """Leading timesteps without an offset end at t = 0, whose ᾱ_0 is where the last step goes."""
+    table = solver_table(solver, SCHEDULE, 10, set_alpha_to_one=False)
+    assert table.timesteps[-1] == 0
+    assert table.coeffs[-1].tolist() == [1.0, 0.0, 0.0]
+    assert bool(table.mixing.isfinite().all())
+    states = walk(table, model_of(SCHEDULE), noise())
+    assert torch.equal(states[-1], states[-2])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_goes_to_the_first_noise_level(eta):
+    table = solver_table("ddim", SCHEDULE, 25, eta, steps_offset=1, set_alpha_to_one=False)
+    to_one = solver_table("ddim", SCHEDULE, 25, eta, steps_offset=1)
+    assert torch.equal(table.coeffs[:-1], to_one.coeffs[:-1])
+    a, p = SCHEDULE.alphas_cumprod[[1, 0]].tolist()
+    sigma = eta * math.sqrt((1 - p) / (1 - a) * (1 - a / p))
+    c1 = math.sqrt(p / a)
+    expected = [c1, math.sqrt(1 - p - sigma**2) - c1 * math.sqrt(1 - a), sigma]
+    assert table.coeffs[-1].tolist() == pytest.approx(expected, abs=1e-12)
+    assert table.stochastic == (eta > 0)
+    assert table != to_one
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("solver", MULTISTEP)
 def test_short_multistep_walks_are_ddim(solver, spacing):
@@ -189,13 +245,17 @@ def test_short_multistep_walks_are_ddim(solver, spacing):
     logits=st.lists(st.integers(-1200, 1200), min_size=1, max_size=40, unique=True),
     solver=st.sampled_from(SOLVERS),
     spacing=st.sampled_from(SPACINGS),
+    to_one=st.booleans(),
     data=st.data(),
 )
-def test_any_schedule_takes_clean_samples_and_constant_noise_along(logits, solver, spacing, data):
+def test_any_schedule_takes_clean_samples_and_constant_noise_along(
+    logits, solver, spacing, to_one, data
+):
     """√ᾱ_t x goes to √ᾱ_p x where ε = 0, and √(1-ᾱ_t) ε to √(1-ᾱ_p) ε where ε is constant."""
     alphas = torch.sigmoid(torch.tensor(sorted(logits, reverse=True), dtype=torch.float64) / 100)
     steps = data.draw(st.integers(1, len(alphas)))
-    table = solver_table(solver, NoiseSchedule(alphas), steps, spacing=spacing)
+    schedule = NoiseSchedule(alphas)
+    table = solver_table(solver, schedule, steps, spacing=spacing, set_alpha_to_one=to_one)
     c1, c2, sigma = table.coeffs.unbind(1)
     before, after = table.alphas_cumprod[:-1], table.alphas_cumprod[1:]
     torch.testing.assert_close(c1, (after / before).sqrt())

@@ -1,8 +1,9 @@
 """Classifier-free guidance: ε = ε_u + s (ε_c - ε_u)   (Ho & Salimans 2022, eq. 6).
 
 ε_c is a network's estimate under a condition, ε_u the one without, or under a negative prompt.
-Labels and context are read from buffers, so that one model, and the CUDA graph of its step, serves
-calls with others.
+Both come from one call on a doubled batch, which reads the weights once. That is the faster way on
+CUDA and, by a few percent, on a CPU, where two calls would give the same bits. Labels and context
+are read from buffers, so that one model, and the CUDA graph of its step, serves calls with others.
 """
 
 from __future__ import annotations
