@@ -23,7 +23,8 @@ namespace vf {
   FIELD(int64_t, item_rows)
 VF_ARGS(RowSource, VF_ROW_SOURCE_FIELDS);
 
-enum class Epilogue : int { none = 0, geglu = 1 };
+// geglu: values times gelu(gates); gelu: x Φ(x); quick_gelu: x / (1 + e^(-1.702 x)), of CLIP.
+enum class Epilogue : int { none = 0, geglu = 1, gelu = 2, quick_gelu = 3 };
 
 constexpr int kMaxSources = 3;
 constexpr int kMaxTaps = 64;  // of all sources

@@ -15,7 +15,7 @@ VALUES = {  # a value of each kind, and one of another
     "a number": (0.5, "0.5"),
     "a bool": (True, 1),
     "the number of a dtype": (3, 4),
-    "the number of an epilogue": (1, 2),
+    "the number of an epilogue": (3, 4),
 }
 
 

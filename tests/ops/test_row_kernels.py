@@ -108,6 +108,14 @@ def gated(rows: int, depth: int, columns: int) -> Case:
     return case
 
 
+def activated(rows: int, depth: int, columns: int, name: str) -> Case:
+    activation = {"gelu": F.gelu, "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h)}[name]
+    case = linear(rows, depth, columns, bias=normal(columns, seed=3))
+    case.formula = lambda x, weight, bias: activation(F.linear(x[0], weight, bias))
+    case.options = {"epilogue": name}
+    return case
+
+
 def convolution(
     size: tuple[int, int],
     channels: tuple[int, int],
@@ -178,6 +186,10 @@ CASES = {
     "geglu": lambda: gated(50, 24, 40),
     "geglu, odd": lambda: gated(7, 10, 19),
     "geglu, one row": lambda: gated(1, 64, 72),
+    "gelu": lambda: activated(50, 24, 40, "gelu"),
+    "gelu, odd": lambda: activated(7, 10, 19, "gelu"),
+    "quick gelu": lambda: activated(50, 24, 40, "quick_gelu"),
+    "quick gelu, odd": lambda: activated(7, 10, 19, "quick_gelu"),
     "3x3": lambda: convolution((6, 5), (16, 24), taps.same(6, 5), bias=normal(24, seed=3)),
     "3x3, odd channels": lambda: convolution((5, 7), (3, 13), taps.same(5, 7)),
     "3x3 of one pixel": lambda: convolution((1, 1), (8, 9), taps.same(1, 1)),
@@ -238,10 +250,12 @@ def test_row_matmul_matches_pytorch(name, dtype, isa):
 
 
 @all_dtypes
-@pytest.mark.parametrize("name", ["linear", "odd widths", "geglu, odd", "3x3 and 1x1", "temporal"])
+@pytest.mark.parametrize(
+    "name", ["linear", "odd widths", "geglu, odd", "gelu, odd", "3x3 and 1x1", "temporal"]
+)
 def test_row_matmul_adds_to_a_residual_in_place(name, dtype, isa):
     case = CASES[name]()
-    columns = len(case.weight) // (2 if "epilogue" in case.options else 1)
+    columns = len(case.weight) // (2 if case.options.get("epilogue") == "geglu" else 1)
     residual = normal(case.rows or len(case.sources[0][0]), columns, seed=9)
     exact = case.exact(dtype, torch.float64, residual)
     out = multiply(case, dtype, residual)

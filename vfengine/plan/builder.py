@@ -20,7 +20,7 @@ from .memory import Block, arrange
 from .packing import Weights
 from .program import Program, Rows, Struct, buffers_of
 
-_EPILOGUES = {None: 0, "geglu": 1}
+_EPILOGUES = {None: 0, "geglu": 1, "gelu": 2, "quick_gelu": 3}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ for one shape, in the chosen forms; its results are `FeatureMap`s, and a context
     upsampled_conv(x, layer, skip) 3x3 on x upsampled to the size of skip; None: to twice its own
     group_norm(x, layer, …)        with SiLU, with scale and shift by the embedding
     layer_norm(x, layer)           geglu(x, layer)       linear(x, layer, …)
+    activated(x, layer, name)      the activation of this name of linear(x, layer)
     attention(x, norm, layer, …)   x + attention(norm(x))
     runs_in_tiles(x, layer)        whether transformer(x, layer, context) is the faster way
 """
@@ -120,6 +121,10 @@ class Packer:
 
     def geglu(self, x: Any, layer: nn.Linear) -> Any:
         self._add(layer, MatMul.of(layer, self.dtype, "geglu"))
+        return x
+
+    def activated(self, x: Any, layer: nn.Linear, activation: str) -> Any:
+        self._add(layer, MatMul.of(layer, self.dtype, activation))
         return x
 
     def linear(
@@ -255,6 +260,9 @@ class Planner:
         return replace(x, parts=(self.build.layer_norm(x.rows, norm),))
 
     def geglu(self, x: FeatureMap, layer: nn.Linear) -> FeatureMap:
+        return replace(x, parts=(self.packed.forms[layer].emit(self.build, x.rows),))
+
+    def activated(self, x: FeatureMap, layer: nn.Linear, activation: str) -> FeatureMap:
         return replace(x, parts=(self.packed.forms[layer].emit(self.build, x.rows),))
 
     def linear(

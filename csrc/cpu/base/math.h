@@ -64,6 +64,13 @@ VF_INLINE F32 silu(F32 x) {
   return x * reciprocal<T>(1.0f + exponential<T>(y * -kExponent<T>));
 }
 
+// x / (1 + e^(-1.702 x)).
+template <class T>
+VF_INLINE F32 quick_gelu(F32 x) {
+  const F32 y = maximum(x, splat(-51.0f));  // as in silu
+  return x * reciprocal<T>(1.0f + exponential<T>(y * (-1.702f * kExponent<T>)));
+}
+
 // x Φ(x): for fp32 with a rational erf, within a few roundings; for 16-bit rows with a fit of Φ's
 // logit, within 2.5e-5.
 template <class T>

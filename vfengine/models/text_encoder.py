@@ -1,0 +1,161 @@
+"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020): token ids to rows of numbers.
+
+ids [B, L] -> token and position embeddings -> blocks of causal self-attention and an MLP, each
+behind a LayerNorm and added to its input -> a last LayerNorm -> [B, L, D]. Nothing is pooled: a
+UNet attends to all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .empty import without_weights
+from .layers import Attention
+
+ACTIVATIONS = ("gelu", "quick_gelu")
+MAX_LENGTH = 128  # tokens, of the kernel that attends to them
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Shape of a text encoder.
+
+    max_length  L, the tokens of a text
+    width       D
+    activation  of the MLPs: "gelu" is x Φ(x), "quick_gelu" x / (1 + e^(-1.702 x))
+
+    Raises ValueError, naming it, for a field of another type or range.
+    """
+
+    vocab_size: int = 49408
+    max_length: int = 77
+    width: int = 1024
+    num_layers: int = 23
+    num_heads: int = 16
+    mlp_width: int = 4096
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not type(field.default) or (not isinstance(value, str) and value <= 0):
+                kind = type(field.default).__name__
+                raise ValueError(
+                    f"TextEncoderConfig: {field.name} must be a positive {kind}, got {value!r}"
+                    if kind != "str"
+                    else f"TextEncoderConfig: {field.name} must be a name, got {value!r}"
+                )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"TextEncoderConfig: activation must be one of {ACTIVATIONS}, "
+                f"got {self.activation!r}"
+            )
+        if self.max_length > MAX_LENGTH:
+            raise ValueError(
+                f"TextEncoderConfig: max_length may be {MAX_LENGTH} at most, got {self.max_length}"
+            )
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"TextEncoderConfig: width {self.width} is no multiple of num_heads "
+                f"{self.num_heads}"
+            )
+
+
+class CausalMask(nn.Module):
+    """A bias of attention, under which a token attends to none after it; see `TransformerBlock`."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """fp32 [heads, L, L]: 0 up to the token itself, then -inf."""
+        mask = torch.full((length, length), -torch.inf, device=device).triu(1)
+        return mask.expand(self.heads, -1, -1)
+
+
+class TextBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        width, eps = config.width, config.norm_eps
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attention = Attention(width, width // config.num_heads, bias=True)
+        self.mask = CausalMask(config.num_heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.fc1 = nn.Linear(width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, width)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, D] -> the same shape."""
+        x = x + self.attention(self.norm1(x), bias=self.mask(x.shape[1], x.device).to(x.dtype))
+        h = self.fc1(self.norm2(x))
+        h = F.gelu(h) if self.activation == "gelu" else h * torch.sigmoid(1.702 * h)
+        return x + self.fc2(h)
+
+    def plan(self, build, x):
+        """Tokens take the place of frames: their attention has a bias, here the mask."""
+        x = build.attention(x, self.norm1, self.attention, bias=self.mask, over_frames=True)
+        h = build.activated(build.layer_norm(x, self.norm2), self.fc1, self.activation)
+        return build.linear(h, self.fc2, residual=x)
+
+
+class TextEmbeddings(nn.Module):
+    """ids int64 [B, L] -> [B, L, D], a token's row plus its position's."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Raises TypeError for ids of another dtype, ValueError for a shape or an unknown token."""
+        config = self.config
+        if ids.dtype != torch.int64:
+            raise TypeError(f"TextEncoder: ids must be int64, got {ids.dtype}")
+        if ids.dim() != 2 or not 1 <= ids.shape[1] <= config.max_length or not len(ids):
+            raise ValueError(
+                f"TextEncoder: ids must be [B, 1 … {config.max_length}], got {list(ids.shape)}"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+            raise ValueError(
+                f"TextEncoder: ids must lie in 0 … {config.vocab_size - 1}, got "
+                f"{int(ids.min())} … {int(ids.max())}"
+            )
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextEncoder(nn.Module):
+    """forward(ids int64 [B, L]) -> [B, L, D] in the dtype of the weights."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.layers = nn.ModuleList(TextBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def plan(self, build, x):
+        for layer in self.layers:
+            x = layer.plan(build, x)
+        return build.layer_norm(x, self.norm)
+
+
+def empty_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """A text encoder on the meta device; `load_state_dict(…, assign=True)` gives it its weights."""
+    with without_weights():
+        return TextEncoder(config)
