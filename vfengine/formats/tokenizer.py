@@ -1,8 +1,9 @@
 """CLIP's tokenizer: texts to token ids, by byte-pair encoding (Radford et al. 2021).
 
 There are two habits of preparing a text. transformers' CLIPTokenizer normalises Unicode (NFC).
-open_clip mends broken Unicode (ftfy) and undoes HTML's escapes. Ids are those of the library that a
-folder was made for; the encoding itself is Hugging Face's `tokenizers`.
+open_clip mends broken Unicode (ftfy), undoes HTML's escapes, and finds words with `regex`, whose
+Unicode is newer. Ids are those of the library that a folder was made for. The encoding itself is
+Hugging Face's `tokenizers`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MERGES = Path(__file__).parent.parent / "assets" / "clip" / "merges.txt"
-_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _END_OF_WORD = "</w>"
 
 
@@ -31,15 +32,15 @@ _END_OF_WORD = "</w>"
 class ClipTokenizer:
     """Texts to int64 [B, length]: start, the text's tokens, end, then padding; longer ones are cut.
 
-    encoder: from a prepared text to its tokens
-    prepare: applied to a text first
+    encoder: from a text, or from its words, to tokens
+    words:   splits a text for the encoder; None: it takes the text
     ids:     of start, end and padding
     """
 
     encoder: Tokenizer
-    prepare: Callable[[str], str]
     ids: tuple[int, int, int]
     length: int
+    words: Callable[[str], list[str]] | None = None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Raises TypeError for what is no list of texts."""
@@ -54,7 +55,9 @@ class ClipTokenizer:
 
     def tokens(self, text: str) -> list[int]:
         """All tokens of a text, without start and end."""
-        return self.encoder.encode(self.prepare(text), add_special_tokens=False).ids
+        words = text if self.words is None else self.words(text)
+        split = self.words is not None
+        return self.encoder.encode(words, is_pretokenized=split, add_special_tokens=False).ids
 
 
 def open_clip_tokenizer(length: int = 77) -> ClipTokenizer:
@@ -65,15 +68,19 @@ def open_clip_tokenizer(length: int = 77) -> ClipTokenizer:
     words = [*(s + e for e in ("", _END_OF_WORD) for s in _byte_symbols()), *map("".join, merges)]
     vocabulary = {word: number for number, word in enumerate([*words, start, end])}
     library = _library()
-    encoder = _encoder(library, vocabulary, merges, end, f"{start}|{end}|", again=False)
+    encoder = _encoder(library, vocabulary, merges, end)
+    encoder.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     encoder.add_tokens([library.AddedToken(word, normalized=False) for word in (start, end)])
-    return ClipTokenizer(encoder, _clean, (vocabulary[start], vocabulary[end], 0), length)
+    words = _OpenClipWords(f"{start}|{end}|{_WORDS}")
+    return ClipTokenizer(encoder, (vocabulary[start], vocabulary[end], 0), length, words)
 
 
 def read_tokenizer(folder: Path) -> ClipTokenizer:
     """The CLIPTokenizer in a folder: vocab.json and merges.txt, or tokenizer.json.
 
-    Raises FileNotFoundError, naming them, for missing files; ValueError for what is no CLIPTokenizer.
+    Raises FileNotFoundError, naming them, for missing files; ValueError for another tokenizer.
     """
     vocabulary, merges = _stored(folder)
     settings: dict[str, Any] = {}
@@ -94,44 +101,38 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
         if word not in vocabulary:
             raise ValueError(f"{folder}: {name} {word!r} is not in its vocabulary")
     library = _library()
-    encoder = _encoder(
-        library, vocabulary, merges, words["unk_token"], r"<\|startoftext\|>|<\|endoftext\|>|"
-    )
-    rules = library.normalizers
+    encoder = _encoder(library, vocabulary, merges, words["unk_token"])
+    rules, split = library.normalizers, library.pre_tokenizers
     spaces = rules.Replace(library.Regex(r"\s+"), " ")
     encoder.normalizer = rules.Sequence([rules.NFC(), spaces, rules.Lowercase()])
-    encoder.add_special_tokens(list(dict.fromkeys(words.values())))
+    pattern = library.Regex(rf"<\|startoftext\|>|<\|endoftext\|>|{_WORDS}")
+    by_word = split.Split(pattern, behavior="removed", invert=True)
+    # ByteLevel splits words once more, by GPT-2's pattern
+    encoder.pre_tokenizer = split.Sequence([by_word, split.ByteLevel(add_prefix_space=False)])
+    for name, word in words.items():
+        flags = settings.get(name) if isinstance(settings.get(name), dict) else {}
+        flags = {flag: flags[flag] for flag in _FLAGS if flag in flags}
+        encoder.add_special_tokens([library.AddedToken(word, special=True, **flags)])
     ids = tuple(vocabulary[words[name]] for name in ("bos_token", "eos_token", "pad_token"))
-    return ClipTokenizer(encoder, str, ids, length)
+    return ClipTokenizer(encoder, ids, length)
 
 
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")  # of a special token in a file
 
 
 def _encoder(
-    library: Any,
-    vocabulary: Mapping[str, int],
-    merges: list[tuple[str, str]],
-    unknown: str,
-    first: str,
-    again: bool = True,
+    library: Any, vocabulary: Mapping[str, int], merges: list[tuple[str, str]], unknown: str
 ) -> Tokenizer:
-    """Words by CLIP's pattern, as bytes, merged pair by pair.
-
-    first: alternatives of the pattern that come before its own
-    again: whether words are split once more, by GPT-2's pattern
-    """
-    model = library.models.BPE(
-        vocab=dict(vocabulary), merges=merges, end_of_word_suffix=_END_OF_WORD, unk_token=unknown
+    """Words, as bytes, to tokens: pairs are merged in the order of `merges`."""
+    return library.Tokenizer(
+        library.models.BPE(
+            vocab=dict(vocabulary),
+            merges=merges,
+            end_of_word_suffix=_END_OF_WORD,
+            unk_token=unknown,
+        )
     )
-    encoder, split = library.Tokenizer(model), library.pre_tokenizers
-    encoder.pre_tokenizer = split.Sequence(
-        [
-            split.Split(library.Regex(first + _PATTERN), behavior="removed", invert=True),
-            split.ByteLevel(add_prefix_space=False, use_regex=again),
-        ]
-    )
-    return encoder
 
 
 def _stored(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -139,7 +140,7 @@ def _stored(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     words, pairs, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     if words.is_file() and pairs.is_file():
         lines = pairs.read_text(encoding="utf-8").splitlines()
-        vocabulary, merges = read_json(words), [line for line in lines if line[:1] != "#"]
+        vocabulary = read_json(words)
         merges = [line for line in lines if line and not line.startswith("#version")]
     elif whole.is_file():
         model = read_json(whole).get("model")
@@ -168,17 +169,24 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
 
 
-def _clean(text: str) -> str:
-    """As open_clip does; Python's notion of blanks and of lower case."""
-    import ftfy
+class _OpenClipWords:
+    """The words of a text as open_clip finds them; Python's notion of blanks and of lower case."""
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    def __init__(self, pattern: str) -> None:
+        import ftfy
+        import regex
+
+        self.mend, self.pattern = ftfy.fix_text, regex.compile(pattern, regex.IGNORECASE)
+
+    def __call__(self, text: str) -> list[str]:
+        text = html.unescape(html.unescape(self.mend(text)))
+        return self.pattern.findall(" ".join(text.split()).lower())
 
 
 def _library() -> Any:
     try:
         import ftfy  # noqa: F401
+        import regex  # noqa: F401
         import tokenizers
     except ImportError as error:
         raise ImportError(

@@ -43,7 +43,9 @@ class TextEncoderConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not type(field.default) or (not isinstance(value, str) and value <= 0):
+            if type(value) is not type(field.default) or (
+                not isinstance(value, str) and value <= 0
+            ):
                 kind = type(field.default).__name__
                 raise ValueError(
                     f"TextEncoderConfig: {field.name} must be a positive {kind}, got {value!r}"
