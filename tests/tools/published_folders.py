@@ -56,7 +56,11 @@ def small_diffusers_folder(path: Path, seed: int = 0) -> Path:
     vocab = {word: number for number, word in enumerate(words)}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     pipe = TextToVideoSDPipeline(
-        filled(vae, seed=seed + 2), filled(text, seed=seed), tokenizer, filled(unet, seed=seed + 1), scheduler
+        filled(vae, seed=seed + 2),
+        filled(text, seed=seed),
+        tokenizer,
+        filled(unet, seed=seed + 1),
+        scheduler,
     )
     pipe.save_pretrained(path)
     return path

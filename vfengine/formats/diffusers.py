@@ -5,7 +5,7 @@ A setting that would change the result, and that has no counterpart here, is ref
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,30 @@ from ..models.config import UNetConfig
 from ..models.topology import topology
 from .published import COMMON, COMMON_VIDEO, PublishedUNet, Unsupported, read_json
 
-_STEM = "diffusion_pytorch_model"
-_FILES = tuple(
-    _STEM + end for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+FILES = tuple("diffusion_pytorch_model" + end for end in _ENDINGS)
+TRANSFORMERS_FILES = tuple(
+    stem + end for stem, end in zip(("model",) * 2 + ("pytorch_model",) * 2, _ENDINGS, strict=True)
 )
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def locate(folder: Path, chosen: Path | None) -> tuple[Path, list[Path]]:
+def locate(
+    folder: Path, chosen: Path | None, names: Sequence[str] = FILES
+) -> tuple[Path, list[Path]]:
     """The configuration and the weight files in a folder; chosen: one of them, or None.
+
+    names: of weight files, the first that is there counts
 
     Raises FileNotFoundError where there is none, ValueError for an index that points elsewhere.
     """
     config = folder / "config.json"
     if chosen is None or chosen == config:
-        found = [folder / name for name in _FILES if (folder / name).is_file()]
+        found = [folder / name for name in names if (folder / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{folder} has none of {', '.join(_FILES)}")
+            raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
         chosen = found[0]
     if not chosen.name.endswith(".index.json"):
         return config, [chosen]

@@ -1,4 +1,4 @@
-"""Published networks, read into our own: `read_unet`, `load_unet`, `load_autoencoder`.
+"""Published networks, read into our own: `load_unet`, `load_text_encoder`, `load_autoencoder`.
 
 Each format has a module beside this one. It finds the files, translates the configuration, and maps
 the names of our layers to those of its weights.
@@ -7,28 +7,32 @@ the names of our layers to those of its weights.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..devices import NETWORK_DTYPES
-from ..models.autoencoder import Autoencoder, AutoencoderConfig, empty_decoder
+from ..models.autoencoder import Autoencoder, empty_decoder
 from ..models.config import UNetConfig
+from ..models.text_encoder import empty_text_encoder
 from ..models.unet import UNet, empty_unet
 from ..plan.decoder import PlannedDecoder
 from ..plan.network import InferenceUNet, PlannedUNet, for_inference, inference_dtype
+from ..plan.text import PlannedTextEncoder
 from . import diffusers, modelscope
+from . import text_encoder as text
 from .diffusers import read_scheduler
 from .diffusers_autoencoder import decoder_layers, decoder_weights, diffusers_autoencoder_config
-from .published import PublishedUNet, read_json
-from .weights import StoredWeights, check_weights, hash_files, hash_tensors, open_weights
+from .published import MODELSCOPE_PIPELINE, PublishedUNet, read_json
+from .stored import StoredNetwork
+from .tokenizer import ClipTokenizer, open_clip_tokenizer, read_tokenizer
+from .weights import StoredWeights, hash_files, hash_tensors, open_weights
 
 __all__ = [
     "fingerprint",
     "load_autoencoder",
+    "load_text_encoder",
     "load_unet",
     "locate",
     "read_scheduler",
@@ -67,17 +71,39 @@ def load_autoencoder(
     """
     _check_dtype("load_autoencoder", dtype)
     device, read = torch.device(device), _read_dtype(dtype, device)
-    file, weights, config = _find_autoencoder(source)
-    found = decoder_weights(weights.shapes)
-    decoder = empty_decoder(config)
-    layers = decoder_layers(config, found)
-    names = {}
-    for name in decoder.state_dict():
-        ours = max((layer for layer in layers if name.startswith(f"{layer}.")), key=len)
-        names[name] = layers[ours] + name.removeprefix(ours)
-    weights = StoredWeights({name: weights.shapes[name] for name in found}, weights.read)
-    _assign_weights(decoder, file, names, weights, read, device)
-    return Autoencoder(config, for_inference(decoder, read, device, PlannedDecoder)).eval()
+    found = find_autoencoder(source)
+    decoder = for_inference(found.read(read, device), read, device, PlannedDecoder)
+    return Autoencoder(found.config, decoder).eval()
+
+
+def load_text_encoder(
+    source: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A published text encoder, for inference: forward(ids int64 [B, L]) -> [B, L, D] in `dtype`.
+
+    Its `tokenize` makes ids of texts: list of str -> int64 [B, L].
+
+    source: the folder of a CLIPTextModel, with its tokenizer inside or in tokenizer/ beside it; the
+            folder of a diffusers pipeline, or of ModelScope; or a file of open_clip's ViT-H-14
+    dtype:  of weights and activations: float32, bfloat16 or float16
+
+    On a CPU its weights are packed (vfengine/plan); without bfloat16 instructions it runs in
+    float32, with a warning. On CUDA it is plain PyTorch: it runs once a prompt, on 77 rows. Raises
+    what `read_unet` does, and ImportError without the packages of the extra [text].
+    """
+    _check_dtype("load_text_encoder", dtype)
+    device, read = torch.device(device), _read_dtype(dtype, device)
+    tokenize, found = find_tokenizer(source), find_text_encoder(source)
+    if tokenize.length > found.config.max_length:
+        raise ValueError(
+            f"{source}: its tokenizer makes {tokenize.length} tokens of a text, its text encoder "
+            f"takes {found.config.max_length}"
+        )
+    encoder = for_inference(found.read(read, device), read, device, PlannedTextEncoder)
+    encoder.tokenize = tokenize
+    return encoder
 
 
 def _check_dtype(caller: str, dtype: torch.dtype) -> None:
@@ -111,74 +137,101 @@ def read_unet(
     architecture, an entry of the configuration or a set of weights that is not supported.
     """
     _check_dtype("read_unet", dtype)
-    found = _find(source)
-    unet = empty_unet(found.unet.config)
-    names = {name: found.unet.name(name) for name in unet.state_dict()}
-    _assign_weights(unet, found.file, names, found.weights, dtype, device)
-    return unet.eval().requires_grad_(False)
-
-
-def _assign_weights(
-    network: nn.Module,
-    file: Path,
-    names: Mapping[str, str],
-    weights: StoredWeights,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> None:
-    """Gives an empty network its weights; names: those in the file, by our names."""
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    check_weights(file, shapes, names, weights.shapes)
-    state = {}
-    for ours, theirs in names.items():
-        tensor = weights.read(theirs)
-        if not tensor.is_floating_point():
-            raise ValueError(f"{file}: {theirs} holds {tensor.dtype}, not weights")
-        tensor = tensor.reshape(shapes[ours])
-        form = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
-        state[ours] = tensor.to(device, dtype, copy=True, memory_format=form)
-    network.load_state_dict(state, assign=True)
+    return find_unet(source).read(dtype, device)
 
 
 def read_unet_config(source: str | Path) -> UNetConfig:
     """The configuration of the UNet that `read_unet` reads; raises what that does."""
-    return _find(source).unet.config
+    config, files = locate(source)
+    return _published_unet(config, files, open_weights(files)).config
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A network on disk; file: the first that holds its weights."""
-
-    file: Path
-    unet: PublishedUNet
-    weights: StoredWeights
+# -- networks on disk ------------------------------------------------------------------------------
 
 
-def _find(source: str | Path) -> _Found:
+def find_unet(source: str | Path) -> StoredNetwork:
+    """The UNet that `read_unet` reads; raises what that does."""
     config, files = locate(source)
     weights = open_weights(files)
+    published = _published_unet(config, files, weights)
+    unet = empty_unet(published.config)
+    names = {name: published.name(name) for name in unet.state_dict()}
+    return StoredNetwork(files[0], unet, names, weights)
+
+
+def _published_unet(
+    config: Path | None, files: list[Path], weights: StoredWeights
+) -> PublishedUNet:
     try:
         values = None if config is None else read_json(config)
         if config is not None and config.name == "config.json":
-            unet = diffusers.diffusers_unet(values)
-        else:
-            unet = modelscope.modelscope_unet(values, weights.shapes)
+            return diffusers.diffusers_unet(values)
+        return modelscope.modelscope_unet(values, weights.shapes)
     except (ValueError, TypeError) as error:  # TypeError: a string where a number belongs
         raise ValueError(f"{config or files[0]}: {error}") from error
-    return _Found(files[0], unet, weights)
 
 
-def _find_autoencoder(source: str | Path) -> tuple[Path, StoredWeights, AutoencoderConfig]:
-    """The first weight file of an autoencoder on disk, all its weights, and its configuration."""
+def find_autoencoder(source: str | Path) -> StoredNetwork:
+    """The autoencoder that `load_autoencoder` reads; raises what that does."""
     folder, chosen = _folder(source, "vae")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no autoencoder in {source}: no config.json, of diffusers")
     file, files = diffusers.locate(folder, chosen)
     weights = open_weights(files)
     try:
-        return files[0], weights, diffusers_autoencoder_config(read_json(file))
+        config = diffusers_autoencoder_config(read_json(file))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
+    found = decoder_weights(weights.shapes)
+    decoder = empty_decoder(config)
+    layers = decoder_layers(config, found)
+    names = {}
+    for name in decoder.state_dict():
+        ours = max((layer for layer in layers if name.startswith(f"{layer}.")), key=len)
+        names[name] = layers[ours] + name.removeprefix(ours)
+    return StoredNetwork(files[0], decoder, names, weights.only(found))
+
+
+def find_text_encoder(source: str | Path) -> StoredNetwork:
+    """The text encoder that `load_text_encoder` reads; raises what that does."""
+    folder, chosen = _folder(source, "text_encoder")
+    if (folder / "config.json").is_file():
+        file, files = diffusers.locate(folder, chosen, diffusers.TRANSFORMERS_FILES)
+        weights = open_weights(files)
+        try:
+            config = text.clip_config(read_json(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        encoder = empty_text_encoder(config)
+        names = text.clip_names(encoder.state_dict(), weights.shapes)
+        return StoredNetwork(files[0], encoder, names, text.clip_weights(weights))
+    if chosen is None:
+        if not (folder / MODELSCOPE_PIPELINE).is_file():
+            raise FileNotFoundError(
+                f"no text encoder in {source}: neither config.json, of transformers, nor "
+                f"{MODELSCOPE_PIPELINE}, of ModelScope"
+            )
+        chosen = modelscope.weights_file(folder, "ckpt_clip")
+    weights = open_weights([chosen])
+    try:
+        config = text.open_clip_config(weights.shapes)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{chosen}: {error}") from error
+    encoder = empty_text_encoder(config)
+    names = text.open_clip_names(encoder.state_dict())
+    return StoredNetwork(chosen, encoder, names, text.open_clip_weights(weights, config))
+
+
+def find_tokenizer(source: str | Path) -> ClipTokenizer:
+    """The tokenizer of the text encoder that `load_text_encoder` reads.
+
+    Raises FileNotFoundError or ValueError for its files, ImportError without the extra [text].
+    """
+    folder, _ = _folder(source, "text_encoder")
+    if not (folder / "config.json").is_file():
+        return open_clip_tokenizer()
+    beside = folder.parent / "tokenizer"
+    return read_tokenizer(beside if beside.is_dir() else folder)
 
 
 def _folder(source: str | Path, part: str) -> tuple[Path, Path | None]:

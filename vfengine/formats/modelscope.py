@@ -11,9 +11,22 @@ from typing import Any
 
 from ..models.config import UNetConfig
 from ..models.topology import topology
-from .published import COMMON, COMMON_VIDEO, PublishedUNet, Unsupported
+from .published import (
+    COMMON,
+    COMMON_VIDEO,
+    MODELSCOPE_PIPELINE,
+    PublishedUNet,
+    Unsupported,
+    read_json,
+)
 
 WEIGHTS = "text2video_pytorch_model.pth"
+# each part's file: the entry of model_args that names it, and its published name
+_FILES = {
+    "ckpt_unet": WEIGHTS,
+    "ckpt_clip": "open_clip_pytorch_model.bin",
+    "ckpt_autoencoder": "VQGAN_autoencoder.pth",
+}
 _GROUPS = 32  # of every GroupNorm
 _HEADS = 8  # of the published network: shapes do not say it
 _MODEL_CFG = {"unet_in_dim", "unet_out_dim", "unet_dim", "unet_dim_mult", "unet_res_blocks"}
@@ -33,8 +46,25 @@ _RESNET = {
 
 def locate(folder: Path, chosen: Path | None) -> tuple[Path | None, list[Path]]:
     """The configuration, or None if it is missing, and the file of weights in a folder."""
-    config = folder / "configuration.json"
-    return (config if config.is_file() else None), [chosen or folder / WEIGHTS]
+    config = folder / MODELSCOPE_PIPELINE
+    return (config if config.is_file() else None), [chosen or weights_file(folder, "ckpt_unet")]
+
+
+def weights_file(folder: Path, entry: str) -> Path:
+    """The file of a part, named by an entry of model_args or by its published name.
+
+    Raises ValueError for a name that leads out of the folder, FileNotFoundError without the file.
+    """
+    config, name = folder / MODELSCOPE_PIPELINE, _FILES[entry]
+    if config.is_file():
+        model = read_json(config).get("model")
+        args = model.get("model_args") if isinstance(model, dict) else None
+        name = args.get(entry, name) if isinstance(args, dict) else name
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{config}: {Unsupported(entry, name, 'is no name of a file')}")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} has no {name}")
+    return folder / name
 
 
 # -- names -----------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def read_text_to_video(folder: str | Path) -> TextToVideoModel:
             f"no text-to-video model in {folder}: neither {DIFFUSERS_PIPELINE}, of diffusers, nor "
             f"{MODELSCOPE_PIPELINE}, of ModelScope"
         )
-    load.check_tokenizer(folder)
+    load.find_tokenizer(folder)
     text, video, decode = (
         find(folder) for find in (load.find_text_encoder, load.find_unet, load.find_autoencoder)
     )
@@ -90,7 +90,11 @@ def read_text_to_video(folder: str | Path) -> TextToVideoModel:
         text_encoder=text.config,
         unet=video.config,
         autoencoder=decode.config,
-        num_weights={"text": text.size, "video": video.size, "decode": decode.size},
+        num_weights={
+            "text": text.num_weights,
+            "video": video.num_weights,
+            "decode": decode.num_weights,
+        },
         **settings,
     )
     _check_fits(model)

@@ -27,6 +27,10 @@ class StoredWeights:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
 
+    def only(self, names: Iterable[str]) -> StoredWeights:
+        """These of the weights."""
+        return StoredWeights({name: self.shapes[name] for name in names}, self.read)
+
 
 def open_weights(files: Iterable[Path]) -> StoredWeights:
     """The weights of all files together. Raises ValueError for a damaged one."""

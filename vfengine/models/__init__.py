@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 from .autoencoder import Autoencoder, AutoencoderConfig, Decoder
 from .config import UNetConfig, vdm_config
 from .denoisers import BaseGenerator, PretrainedGenerator, ResidualGenerator, VideoGenerator
+from .text_encoder import TextEncoder, TextEncoderConfig
 from .unet import UNet
 
 if TYPE_CHECKING:
-    from vfengine.formats.load import load_autoencoder, load_unet, read_unet
+    from vfengine.formats.load import load_autoencoder, load_text_encoder, load_unet, read_unet
     from vfengine.plan.cuda import CudaUNet
     from vfengine.plan.decoder import PlannedDecoder
     from vfengine.plan.network import PlannedUNet, for_inference
+    from vfengine.plan.text import PlannedTextEncoder
 
 _ELSEWHERE = {
     "CudaUNet": "vfengine.plan.cuda",
     "PlannedDecoder": "vfengine.plan.decoder",
+    "PlannedTextEncoder": "vfengine.plan.text",
     "PlannedUNet": "vfengine.plan.network",
     "for_inference": "vfengine.plan.network",
     "load_autoencoder": "vfengine.formats.load",
+    "load_text_encoder": "vfengine.formats.load",
     "load_unet": "vfengine.formats.load",
     "read_unet": "vfengine.formats.load",
 }
@@ -34,14 +38,18 @@ __all__ = [
     "CudaUNet",
     "Decoder",
     "PlannedDecoder",
+    "PlannedTextEncoder",
     "PlannedUNet",
     "PretrainedGenerator",
     "ResidualGenerator",
+    "TextEncoder",
+    "TextEncoderConfig",
     "UNet",
     "UNetConfig",
     "VideoGenerator",
     "for_inference",
     "load_autoencoder",
+    "load_text_encoder",
     "load_unet",
     "read_unet",
     "vdm_config",
