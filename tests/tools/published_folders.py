@@ -1,10 +1,10 @@
 """Small published text-to-video folders: the real architecture, narrow, with random weights."""
 
-import gzip
-import importlib.util
 from pathlib import Path
 
 from seeded import filled
+
+from vfengine.formats.tokenizer import MERGES
 
 
 def small_diffusers_folder(path: Path, seed: int = 0) -> Path:
@@ -46,9 +46,7 @@ def small_diffusers_folder(path: Path, seed: int = 0) -> Path:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
-    lines = gzip.open(package / "bpe_simple_vocab_16e6.txt.gz").read().decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    merges = [tuple(line.split()) for line in MERGES.read_text("utf-8").splitlines()[1:]]
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
     symbols = [chr(b) for b in kept] + [chr(256 + n) for n in range(256 - len(kept))]
     words = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges)]
