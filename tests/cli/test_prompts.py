@@ -108,7 +108,7 @@ def test_latents_outlive_an_error_while_decoding(clip, monkeypatch, error):
         ([], ["no --prompt", "--latents"]),
         (["--label", "walk"], ["neither labels nor a base path, so it takes no --label"]),
         (["--prompt", "x", "--base-seed", 1], ["so it takes no --base-seed"]),
-        (["--prompt", "x", "--preview"], ["so it takes no --preview"]),
+        (["--prompt", "x", "--overlap-phases"], ["so it takes no --overlap-phases"]),
         (["--prompt", "x", "--base-unet", "u"], ["so it takes no base_unet"]),
         (["--prompt", "x", "--height", 25], ["height must be a multiple of", "got 25"]),
         (["--prompt", "x", "--width", 7], ["--width", "from 8 to 8192"]),

@@ -174,7 +174,7 @@ class TextToVideoPipeline(Pipeline):
         Raises ValueError for sizes, windows and latents that do not fit the model or each other.
         """
         if request.finished is not None:
-            _, frames, *sides = self._latents_shape("finished latents", request.finished)
+            _, frames, _, *sides = self._latents_shape("finished latents", request.finished)
             height, width = (side * self.config.scale for side in sides)
             return replace(request, num_frames=frames, height=height, width=width)
         check_seed(request.seed, "seed")
@@ -251,7 +251,7 @@ class TextToVideoPipeline(Pipeline):
         if request.latents is None:
             sizes |= asked
         else:
-            clips, frames, *sides = self._latents_shape("latents", request.latents)
+            clips, frames, _, *sides = self._latents_shape("latents", request.latents)
             if clips != request.num_clips:
                 raise ValueError(
                     f"latents hold {clips} clips, but {request.num_clips} are asked for"

@@ -51,6 +51,7 @@ class VideoFusionPipeline(CheckpointPipeline):
     """A decomposed video diffusion model, ready to sample; made by `from_pretrained`."""
 
     request_type = SamplingRequest
+    lacks = "a decomposed model of ours knows labels and one size"
 
     @classmethod
     def from_pretrained(
