@@ -106,6 +106,7 @@ def test_latents_outlive_an_error_while_decoding(clip, monkeypatch, error):
     ("flags", "words"),
     [
         ([], ["no --prompt", "--latents"]),
+        (["--list-labels"], ["neither labels nor a base path", "--prompt"]),
         (["--label", "walk"], ["neither labels nor a base path, so it takes no --label"]),
         (["--prompt", "x", "--base-seed", 1], ["so it takes no --base-seed"]),
         (["--prompt", "x", "--overlap-phases"], ["so it takes no --overlap-phases"]),

@@ -98,6 +98,15 @@ def test_a_known_prompt_needs_no_text_encoder(pipe, monkeypatch):
         pipe("a fox", **SHORT)
 
 
+def test_a_long_prompt_is_cut_with_a_warning(pipe):
+    settings = {"num_inference_steps": 1, "num_frames": 1, "output_type": "latent"}
+    with pytest.warns(
+        UserWarning, match="it has 100 tokens, the text encoder reads 75: 'word word"
+    ):
+        long = pipe("word " * 100, **settings).latents
+    assert torch.equal(long, pipe("word " * 75, **settings).latents)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_callback_stops_a_call(pipe, phase):
     whole = pipe(PROMPT, **SHORT).frames

@@ -52,6 +52,8 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
 
     pipe = _open_pipeline(settings)
     if settings.list_labels:
+        if _takes_text(pipe):
+            raise UsageError(f"{pipe.folder}: {pipe.lacks}: --prompt says what to show")
         print(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
         return
     _check_model(settings, pipe)

@@ -13,11 +13,16 @@ from ..models.config import UNetConfig
 from ..models.topology import topology
 from .published import COMMON, COMMON_VIDEO, PublishedUNet, Unsupported, read_json
 
-_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-FILES = tuple("diffusion_pytorch_model" + end for end in _ENDINGS)
-TRANSFORMERS_FILES = tuple(
-    stem + end for stem, end in zip(("model",) * 2 + ("pytorch_model",) * 2, _ENDINGS, strict=True)
-)
+
+def _files(safetensors: str, pickle: str) -> tuple[str, ...]:
+    """Names of weight files by their stems; a half-precision variant counts where it is alone."""
+    own = (f"{safetensors}.safetensors", f"{safetensors}.safetensors.index.json")
+    own += (f"{pickle}.bin", f"{pickle}.bin.index.json")
+    return (*own, f"{safetensors}.fp16.safetensors", f"{pickle}.fp16.bin")
+
+
+FILES = _files("diffusion_pytorch_model", "diffusion_pytorch_model")
+TRANSFORMERS_FILES = _files("model", "pytorch_model")
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ has no room beside it.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.load import load_autoencoder, load_text_encoder, load_unet
 from ..formats.text_to_video import TextToVideoModel
+from ..formats.tokenizer import ClipTokenizer
 from ..models.denoisers import PretrainedGenerator
 from ..plan.memory import return_memory
 from ..sampling.cuda_graph import empty_cache
@@ -52,6 +54,7 @@ class PublishedSession:
 
         def encode(encoder: nn.Module) -> Tensor:
             run.report("text", 0, 1)
+            _warn_of_cuts(encoder.tokenize, unknown)
             with run.timed("text", self.device), torch.inference_mode():
                 return encoder(encoder.tokenize(unknown).to(self.device))
 
@@ -153,3 +156,15 @@ class PublishedSession:
             empty_cache()
         else:
             return_memory()
+
+
+def _warn_of_cuts(tokenizer: ClipTokenizer, texts: Sequence[str]) -> None:
+    """A UserWarning for each text that is longer than the encoder reads."""
+    most = tokenizer.length - 2  # without start and end
+    for text in texts:
+        if (count := len(tokenizer.tokens(text))) > most:
+            warnings.warn(
+                f"a prompt is cut: it has {count} tokens, the text encoder reads {most}: "
+                f"{text[:40]!r} …",
+                stacklevel=2,
+            )
