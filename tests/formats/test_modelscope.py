@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from published_folders import unet_state
 from seeded import filled, normal
 from test_peers import error, run_peer
 from torch import nn
@@ -27,14 +28,6 @@ MODEL_CFG = {
     "num_timesteps": 1000,
     "mean_type": "eps",
 }
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 
 
 def modelscope_peer() -> nn.Module:
@@ -52,53 +45,10 @@ def modelscope_peer() -> nn.Module:
     )
 
 
-def modelscope_state(peer: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a UNet3DConditionModel of three levels, two blocks each, as ModelScope's."""
-    state = {}
-    for key, value in peer.state_dict().items():
-        block, _, rest = key.partition(".")
-        if block == "time_embedding":
-            name = rest.replace("linear_1", "time_embed.0").replace("linear_2", "time_embed.2")
-        elif block in ("conv_in", "conv_norm_out", "conv_out"):
-            place = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-            name = f"{place[block]}.{rest}"
-        elif block == "transformer_in":
-            name = f"input_blocks.0.1.{rest}"
-        elif block == "mid_block":
-            part, index, inner = rest.split(".", 2)
-            number = {"attentions": 1, "temp_attentions": 2}.get(part, 3 * int(index))
-            name = f"middle_block.{number}.{_inner(part, inner)}"
-        else:
-            level, part, index, inner = rest.split(".", 3)
-            down = block == "down_blocks"
-            first = 1 + 3 * int(level) if down else 3 * int(level)
-            if part == "downsamplers":
-                name = f"input_blocks.{first + 2}.op.{inner.removeprefix('conv.')}"
-            elif part == "upsamplers":
-                name = f"output_blocks.{first + 2}.{1 if level == '0' else 3}.{inner}"
-            else:
-                number = {"attentions": 1, "temp_attentions": 2}.get(part, 0)
-                side = "input_blocks" if down else "output_blocks"
-                name = f"{side}.{first + int(index)}.{number}.{_inner(part, inner)}"
-        if "temp_attentions" in key or block == "transformer_in":
-            if "proj_in.weight" in key or "proj_out.weight" in key:
-                value = value[..., None]  # 1x1 convolutions over frames
-        state[name] = value.clone()
-    assert len(state) == len(peer.state_dict())
-    return state
-
-
-def _inner(part: str, inner: str) -> str:
-    if part == "resnets":
-        layer, _, parameter = inner.partition(".")
-        return f"{RESNET[layer]}.{parameter}"
-    return f"temopral_conv.{inner}" if part == "temp_convs" else inner
-
-
 @pytest.fixture(scope="module")
 def modelscope(tmp_path_factory) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     peer = modelscope_peer()
-    return peer, modelscope_state(peer)
+    return peer, unet_state(peer)
 
 
 @pytest.mark.parametrize("how", ["with its configuration", "alone", "the file", "old torch.save"])

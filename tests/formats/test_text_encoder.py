@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_folders import small_diffusers_folder
+from published_folders import small_diffusers_folder, small_modelscope_folder
 from safetensors.torch import load_file, save_file
 from seeded import filled
 from test_load import copied
