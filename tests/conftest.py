@@ -35,7 +35,10 @@ QUICK = (
     *("formats/test_checkpoint.py", "models/test_models.py", "models/test_vdm.py"),
     "plan/test_plan_snapshots.py",
 )
-NOT_QUICK = ("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py")
+NOT_QUICK = (
+    *("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py"),
+    "pipelines/test_published_text_to_video.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
