@@ -36,8 +36,13 @@ QUICK = (
     "plan/test_plan_snapshots.py",
 )
 NOT_QUICK = (
-    *("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py"),
-    "pipelines/test_published_text_to_video.py",
+    *(
+        "sampling/test_capture.py",
+        "cli/test_train.py",
+        "cli/test_train_vdm.py",
+        "cli/test_prompts.py",
+    ),
+    *("pipelines/test_text_to_video.py", "pipelines/test_published_text_to_video.py"),
 )
 
 

@@ -96,7 +96,9 @@ bool read_enum(py::handle value, Enum last, Enum& to) {
 }
 inline bool read(py::handle value, DType& to) { return read_enum(value, DType::words, to); }
 inline std::string expected(DType) { return "the number of a dtype"; }
-inline bool read(py::handle value, Epilogue& to) { return read_enum(value, Epilogue::quick_gelu, to); }
+inline bool read(py::handle value, Epilogue& to) {
+  return read_enum(value, Epilogue::quick_gelu, to);
+}
 inline std::string expected(Epilogue) { return "the number of an epilogue"; }
 
 template <class Args>

@@ -135,7 +135,11 @@ PUBLISHED = {  # as the folders of Stable Diffusion 2.x have it
 }
 
 
-@pytest.fixture(scope="module", params=["tokenizer.json", "vocab.json", "padded with !"])
+MARKS = ("bos_token", "eos_token", "unk_token")
+WAYS = ["tokenizer.json", "vocab.json", "padded with !", "listed by id"]
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def folder(request, tmp_path_factory):
     """A CLIPTokenizer as it is saved now, as it was saved, and as published."""
     from transformers import CLIPTokenizer
@@ -153,7 +157,13 @@ def folder(request, tmp_path_factory):
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
     if request.param == "padded with !":
         (folder / "special_tokens_map.json").write_text(json.dumps(PUBLISHED))
-        config |= PUBLISHED
+        tokens = {name: {"__type": "AddedToken", **PUBLISHED[name]} for name in MARKS}
+        config |= {**tokens, "pad_token": "<|endoftext|>"}
+    if request.param == "listed by id":
+        (folder / "special_tokens_map.json").write_text(json.dumps(PUBLISHED))
+        listed = {0: {"content": "!", **ADDED}, 49406: PUBLISHED["bos_token"]}
+        config |= {"added_tokens_decoder": listed, "pad_token": "<|endoftext|>"}
+        config |= {"additional_special_tokens": ["panda</w>", "!"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -206,7 +216,7 @@ def test_rejects_texts_that_are_none():
         (
             {"vocab.json": '{"a": 1}', "merges.txt": "a b"},
             ValueError,
-            "bos_token '<|startoftext|>' is not in its vocabulary",
+            "special token '<|startoftext|>' is not in its vocabulary",
         ),
         (
             {

@@ -1,15 +1,26 @@
 """The memory of programs: which buffers share a place (vfengine/plan/memory.py, builder.py)."""
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seeded import normal
+from seeded import filled, normal
+from test_planned import inputs, network, plan
 from test_row_kernels import Case, multiply
 
+from vfengine.models import (
+    AutoencoderConfig,
+    Decoder,
+    PlannedDecoder,
+    PlannedTextEncoder,
+    TextEncoder,
+    TextEncoderConfig,
+)
 from vfengine.plan.builder import Builder, Source
 from vfengine.plan.memory import Block, arrange
 from vfengine.plan.packing import pack
@@ -105,3 +116,35 @@ def test_views_of_a_program_are_aligned_and_start_as_zeros():
         assert view.data_ptr() % 64 == 0 and not view.any()
         view.fill_(1)
     assert isinstance(program, Program)
+
+
+def small_unet():
+    unet = plan(network("video, context and classes"))
+    return unet, lambda: unet(**inputs("video, context and classes"))
+
+
+def small_decoder():
+    config = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4)
+    decoder = PlannedDecoder(filled(Decoder(config)), torch.float32)
+    return decoder, lambda: decoder(normal(1, 4, 4, 4))
+
+
+def small_text_encoder():
+    config = TextEncoderConfig(50, 20, 32, 2, 4, 64)
+    encoder = PlannedTextEncoder(filled(TextEncoder(config)), torch.float32)
+    return encoder, lambda: encoder(torch.arange(20)[None])
+
+
+@pytest.mark.parametrize("make", [small_unet, small_decoder, small_text_encoder])
+def test_weights_leave_memory_with_the_last_reference_to_their_network(make):
+    """At once: a pipeline's next network needs their room before Python looks for cycles."""
+    network, run = make()
+    weights = [weakref.ref(tensor) for tensor in network.buffers()]
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        del network, run
+        assert weights and not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-"""The autoencoder as diffusers publishes it: AutoencoderKL, of which the decoder is read.
+"""The autoencoder as diffusers publishes it: AutoencoderKL.
 
 A setting that would change the result, and that has no counterpart here, is refused by name.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..models.autoencoder import AutoencoderConfig, decoder_steps
+from ..models.autoencoder import AutoencoderConfig, Step, decoder_steps, encoder_steps
 from .published import Unsupported
 
 # Entries that are read: our names of them, and their defaults.
@@ -20,13 +20,13 @@ _DEFAULTS = {
     "norm_num_groups": ("norm_groups", 32),
     "mid_block_add_attention": ("mid_attention", True),
     "use_post_quant_conv": ("post_quant_conv", True),
+    "in_channels": ("in_channels", 3),
+    "use_quant_conv": ("quant_conv", True),
 }
-# Entries that do not change what a decoder gives: of the encoder, and of pipelines.
-_IGNORED = (
-    *("in_channels", "down_block_types", "use_quant_conv", "sample_size", "force_upcast"),
-    *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
-)
-_OTHER_PARTS = ("encoder.", "quant_conv.")
+# Entries that do not change what an autoencoder gives: of pipelines.
+_IGNORED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor")
+_IGNORED += ("latents_mean", "latents_std")
+_BLOCKS = {"up_block_types": "UpDecoderBlock2D", "down_block_types": "DownEncoderBlock2D"}
 _ATTENTION = {"norm": "group_norm", "attention.to_q": "to_q", "attention.to_k": "to_k"}
 _ATTENTION |= {"attention.to_v": "to_v", "attention.to_out": "to_out.0"}
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -36,7 +36,7 @@ def diffusers_autoencoder_config(values: Mapping[str, Any]) -> AutoencoderConfig
     """The configuration of a config.json; ValueError, naming it, for an unsupported entry."""
     if values.get("_class_name") != "AutoencoderKL":
         raise Unsupported("_class_name", values.get("_class_name"), "is not AutoencoderKL")
-    known = {*_DEFAULTS, *_IGNORED, "act_fn", "up_block_types"}
+    known = {*_DEFAULTS, *_IGNORED, *_BLOCKS, "act_fn"}
     for entry, value in values.items():
         if entry not in known and not entry.startswith("_"):
             raise Unsupported(entry, value, "is an unknown entry")
@@ -45,34 +45,40 @@ def diffusers_autoencoder_config(values: Mapping[str, Any]) -> AutoencoderConfig
     config = AutoencoderConfig(
         **{ours: values.get(entry, default) for entry, (ours, default) in _DEFAULTS.items()}
     )
-    blocks = values.get("up_block_types", ("UpDecoderBlock2D",))
-    if list(blocks) != ["UpDecoderBlock2D"] * len(config.block_out_channels):
-        raise Unsupported("up_block_types", blocks, "must be UpDecoderBlock2D at every level")
+    for entry, block in _BLOCKS.items():
+        blocks = values.get(entry, (block,))
+        if list(blocks) != [block] * len(config.block_out_channels):
+            raise Unsupported(entry, blocks, f"must be {block} at every level")
     return config
 
 
-def decoder_weights(names: Iterable[str]) -> set[str]:
-    """The names, of all in a file, of the decoder's weights."""
-    return {name for name in names if not name.startswith(_OTHER_PARTS)}
-
-
 def decoder_layers(config: AutoencoderConfig, names: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of our layers; names: those in the file, whose attention may have old ones.
+    """diffusers' names of a decoder's layers, by ours; names: those in the file.
 
-    diffusers reads old names too: Stable Diffusion's autoencoders have them.
+    Attention may have old names, which diffusers reads too: Stable Diffusion's have them.
     """
+    layers = _layers("decoder", decoder_steps(config), "up_blocks", names)
+    return {**layers, "post_quant_conv": "post_quant_conv"}
+
+
+def encoder_layers(config: AutoencoderConfig, names: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of an encoder's layers, as `decoder_layers`."""
+    layers = _layers("encoder", encoder_steps(config), "down_blocks", names)
+    return {**layers, "quant_conv": "quant_conv"}
+
+
+def _layers(part: str, steps: Iterable[Step], blocks: str, names: Iterable[str]) -> dict[str, str]:
     attention = _ATTENTION
     if any(name.endswith(".proj_attn.weight") for name in names):
         attention = {ours: _OLD_ATTENTION.get(now, now) for ours, now in _ATTENTION.items()}
-    layers = {name: f"decoder.{name}" for name in ("conv_in", "conv_norm_out", "conv_out")}
-    layers["post_quant_conv"] = "post_quant_conv"
-    for index, step in enumerate(decoder_steps(config)):
-        block = "mid_block" if step.block is None else f"up_blocks.{step.block}"
-        ours, theirs = f"layers.{index}", f"decoder.{block}.{step.kind}s.{step.number}"
+    layers = {name: f"{part}.{name}" for name in ("conv_in", "conv_norm_out", "conv_out")}
+    for index, step in enumerate(steps):
+        block = "mid_block" if step.block is None else f"{blocks}.{step.block}"
+        ours, theirs = f"layers.{index}", f"{part}.{block}.{step.kind}s.{step.number}"
         if step.kind == "resnet":
             layers[ours] = theirs
-        elif step.kind == "upsample":
-            layers[ours] = f"decoder.{block}.upsamplers.0.conv"
+        elif step.kind == "attention":
+            layers |= {f"{ours}.{inner}": f"{theirs}.{name}" for inner, name in attention.items()}
         else:
-            layers |= {f"{ours}.{part}": f"{theirs}.{name}" for part, name in attention.items()}
+            layers[ours] = f"{part}.{block}.{step.kind}rs.0.conv"
     return layers

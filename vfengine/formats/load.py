@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from ..devices import NETWORK_DTYPES
-from ..models.autoencoder import Autoencoder, empty_decoder
+from ..models.autoencoder import Autoencoder, AutoencoderConfig, empty_decoder, empty_encoder
 from ..models.config import UNetConfig
 from ..models.text_encoder import empty_text_encoder
 from ..models.unet import UNet, empty_unet
-from ..plan.decoder import PlannedDecoder
-from ..plan.network import InferenceUNet, PlannedUNet, for_inference, inference_dtype
+from ..plan.decoder import PlannedDecoder, PlannedEncoder
+from ..plan.network import (
+    InferenceUNet,
+    PlannedUNet,
+    for_inference,
+    inference_dtype,
+)
 from ..plan.text import PlannedTextEncoder
-from . import diffusers, modelscope
+from . import diffusers, diffusers_autoencoder, ldm_autoencoder, modelscope
 from . import text_encoder as text
 from .diffusers import read_scheduler
-from .diffusers_autoencoder import decoder_layers, decoder_weights, diffusers_autoencoder_config
 from .published import MODELSCOPE_PIPELINE, PublishedUNet, read_json
 from .stored import StoredNetwork
 from .tokenizer import ClipTokenizer, open_clip_tokenizer, read_tokenizer
@@ -59,21 +64,29 @@ def load_autoencoder(
     source: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    *,
+    encodes: bool = True,
 ) -> Autoencoder:
-    """A published autoencoder, for inference: decode(z [B, N, C, h, w]) -> [B, N, 3, H, W].
+    """A published autoencoder, for inference: `decode` and `encode` clips.
 
-    source: the folder of diffusers' AutoencoderKL, or of a pipeline with one in vae/; or one of its
-            weight files
-    dtype:  of weights and activations: float32, bfloat16 or float16
+    source:  the folder of diffusers' AutoencoderKL, or of a pipeline with one in vae/; one of its
+             weight files; a folder of ModelScope, or a .pth, .pt or .ckpt file of latent diffusion
+    dtype:   of weights and activations: float32, bfloat16 or float16
+    encodes: whether the encoder is read too; files may hold the decoder alone
 
     On a CPU its weights are packed (vfengine/plan); without bfloat16 instructions it runs in
-    float32, with a warning. Only the decoder is read. Raises what `read_unet` does.
+    float32, with a warning. Raises what `read_unet` does.
     """
     _check_dtype("load_autoencoder", dtype)
     device, read = torch.device(device), _read_dtype(dtype, device)
-    found = find_autoencoder(source)
-    decoder = for_inference(found.read(read, device), read, device, PlannedDecoder)
-    return Autoencoder(found.config, decoder).eval()
+
+    parts = {"decoder": PlannedDecoder} | ({"encoder": PlannedEncoder} if encodes else {})
+    networks = {
+        name: for_inference(found.read(read, device), read, device, parts[name])
+        for name, found in find_autoencoder(source).items()
+        if name in parts
+    }
+    return Autoencoder(networks["decoder"].config, **networks).eval()
 
 
 def load_text_encoder(
@@ -171,25 +184,54 @@ def _published_unet(
         raise ValueError(f"{config or files[0]}: {error}") from error
 
 
-def find_autoencoder(source: str | Path) -> StoredNetwork:
-    """The autoencoder that `load_autoencoder` reads; raises what that does."""
+def find_autoencoder(source: str | Path) -> dict[str, StoredNetwork]:
+    """The "decoder" that `load_autoencoder` reads, and the "encoder" if the files hold one.
+
+    Raises what `load_autoencoder` does.
+    """
+    file, config, weights, form = _autoencoder(source)
+    networks = {"decoder": empty_decoder(config), "encoder": empty_encoder(config)}
+    names: dict[str, dict[str, str]] = {}
+    for part, network in networks.items():
+        layers = getattr(form, f"{part}_layers")(config, weights.shapes)
+        names[part] = {}
+        for weight in network.state_dict():
+            ours = max((layer for layer in layers if weight.startswith(f"{layer}.")), key=len)
+            names[part][weight] = layers[ours] + weight.removeprefix(ours)
+    known = {theirs for own in names.values() for theirs in own.values()}
+    unknown = weights.shapes.keys() - known  # refused with either part
+    stored = {}
+    for part, own in names.items():
+        there = weights.shapes.keys() & own.values()
+        if there or part == "decoder":
+            found = weights.only(there | unknown)
+            stored[part] = StoredNetwork(file, networks[part], own, found)
+    return stored
+
+
+def _autoencoder(
+    source: str | Path,
+) -> tuple[Path, AutoencoderConfig, StoredWeights, ModuleType]:
+    """Its first file of weights, its configuration and weights, and the module of its format."""
     folder, chosen = _folder(source, "vae")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no autoencoder in {source}: no config.json, of diffusers")
-    file, files = diffusers.locate(folder, chosen)
-    weights = open_weights(files)
+    ldm = chosen is not None and chosen.suffix in (".pth", ".ckpt", ".pt")
+    if not ldm and (folder / "config.json").is_file():
+        file, files = diffusers.locate(folder, chosen)
+        weights = open_weights(files)
+        try:
+            config = diffusers_autoencoder.diffusers_autoencoder_config(read_json(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        return files[0], config, weights, diffusers_autoencoder
+    if chosen is None:
+        if not (folder / MODELSCOPE_PIPELINE).is_file():
+            raise FileNotFoundError(f"no autoencoder in {source}: no config.json, of diffusers")
+        chosen = modelscope.weights_file(folder, "ckpt_autoencoder")
+    weights = ldm_autoencoder.ldm_weights(open_weights([chosen]))
     try:
-        config = diffusers_autoencoder_config(read_json(file))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from error
-    found = decoder_weights(weights.shapes)
-    decoder = empty_decoder(config)
-    layers = decoder_layers(config, found)
-    names = {}
-    for name in decoder.state_dict():
-        ours = max((layer for layer in layers if name.startswith(f"{layer}.")), key=len)
-        names[name] = layers[ours] + name.removeprefix(ours)
-    return StoredNetwork(files[0], decoder, names, weights.only(found))
+        return chosen, ldm_autoencoder.ldm_config(weights.shapes), weights, ldm_autoencoder
+    except ValueError as error:
+        raise ValueError(f"{chosen}: {error}") from error
 
 
 def find_text_encoder(source: str | Path) -> StoredNetwork:

@@ -82,9 +82,8 @@ def read_text_to_video(folder: str | Path) -> TextToVideoModel:
             f"{MODELSCOPE_PIPELINE}, of ModelScope"
         )
     load.find_tokenizer(folder)
-    text, video, decode = (
-        find(folder) for find in (load.find_text_encoder, load.find_unet, load.find_autoencoder)
-    )
+    text, video = load.find_text_encoder(folder), load.find_unet(folder)
+    decode = load.find_autoencoder(folder)["decoder"]
     model = TextToVideoModel(
         folder=folder,
         text_encoder=text.config,

@@ -78,30 +78,30 @@ def open_clip_tokenizer(length: int = 77) -> ClipTokenizer:
 
 
 def read_tokenizer(folder: Path) -> ClipTokenizer:
-    """The CLIPTokenizer in a folder: vocab.json and merges.txt, or tokenizer.json.
+    """The CLIPTokenizer in a folder, as transformers 5 reads it.
+
+    tokenizer.json, or vocab.json and merges.txt, hold the vocabulary. Two more files, which may be
+    missing, say which tokens are special: tokenizer_config.json and special_tokens_map.json.
 
     Raises FileNotFoundError, naming them, for missing files; ValueError for another tokenizer.
     """
-    vocabulary, merges = _stored(folder)
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings |= read_json(folder / name)
-    if (kind := settings.get("tokenizer_class", "CLIPTokenizer")) not in _CLASSES:
+    config, whole = (
+        _optional(folder / f"{name}.json") for name in ("tokenizer_config", "tokenizer")
+    )
+    vocabulary, merges = _stored(folder, whole)
+    if (kind := config.get("tokenizer_class", "CLIPTokenizer")) not in _CLASSES:
         raise ValueError(f"{folder}: tokenizer_class = {json.dumps(kind)} is not CLIPTokenizer")
-    length = settings.get("model_max_length", 77)
+    length = config.get("model_max_length", 77)
     if type(length) is not int or not 3 <= length <= 2**16:
         raise ValueError(f"{folder}: model_max_length = {length} is no number of tokens")
-    names = {
-        "bos_token": "<|startoftext|>",
-        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
-    }
-    words = {name: _word(settings.get(name), default) for name, default in names.items()}
-    for name, word in words.items():
-        if word not in vocabulary:
-            raise ValueError(f"{folder}: {name} {word!r} is not in its vocabulary")
+    named, special = _special_tokens(folder, config, whole)
+    for token in special:
+        if token["content"] not in vocabulary:
+            raise ValueError(
+                f"{folder}: special token {token['content']!r} is not in its vocabulary"
+            )
     library = _library()
-    encoder = _encoder(library, vocabulary, merges, words["unk_token"])
+    encoder = _encoder(library, vocabulary, merges, named["unk_token"])
     rules, split = library.normalizers, library.pre_tokenizers
     spaces = rules.Replace(library.Regex(r"\s+"), " ")
     encoder.normalizer = rules.Sequence([rules.NFC(), spaces, rules.Lowercase()])
@@ -109,16 +109,56 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
     by_word = split.Split(pattern, behavior="removed", invert=True)
     # ByteLevel splits words once more, by GPT-2's pattern
     encoder.pre_tokenizer = split.Sequence([by_word, split.ByteLevel(add_prefix_space=False)])
-    for name, word in words.items():
-        flags = settings.get(name) if isinstance(settings.get(name), dict) else {}
-        flags = {flag: flags[flag] for flag in _FLAGS if flag in flags}
-        encoder.add_special_tokens([library.AddedToken(word, special=True, **flags)])
-    ids = tuple(vocabulary[words[name]] for name in ("bos_token", "eos_token", "pad_token"))
+    encoder.add_tokens([library.AddedToken(**token) for token in special])
+    ids = tuple(vocabulary[named[name]] for name in ("bos_token", "eos_token", "pad_token"))
     return ClipTokenizer(encoder, ids, length)
 
 
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+_NAMED = {"bos_token": "<|startoftext|>"}
+_NAMED |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")  # of a special token in a file
+
+
+def _special_tokens(
+    folder: Path, config: Mapping[str, Any], whole: Mapping[str, Any]
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The special tokens that have names, by name, and all of them, as fields of an AddedToken.
+
+    They are found in a text before its words are. special_tokens_map.json has the last word, but
+    for a tokenizer_config.json that lists all tokens: the padding of Stable Diffusion 2 is "!" in
+    the one and <|endoftext|> in the other.
+    """
+    listed = config.get("added_tokens_decoder")
+    if listed is None:
+        entries = {**config, **_optional(folder / "special_tokens_map.json")}
+        listed = {token["id"]: token for token in whole.get("added_tokens", ())}
+    else:
+        entries = config
+    known: dict[str, dict[str, Any]] = {}
+
+    def add(value: Any) -> str:
+        """Whoever names a token first gives it its flags."""
+        flags = value if isinstance(value, dict) else {}
+        content = flags.get("content") if isinstance(value, dict) else value
+        if not isinstance(content, str):
+            raise ValueError(f"{folder}: {value!r} is no special token")
+        flags = {flag: flags[flag] for flag in _FLAGS if flag in flags}
+        known.setdefault(content, {"content": content, "special": True, **flags})
+        return content
+
+    for number in sorted(listed, key=int):
+        add(listed[number])
+    named = {name: add(entries.get(name, default)) for name, default in _NAMED.items()}
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        for value in entries.get(name) or ():
+            add(value)
+    return named, list(known.values())
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    """The values of a JSON file, none where it is missing."""
+    return read_json(file) if file.is_file() else {}
 
 
 def _encoder(
@@ -135,17 +175,17 @@ def _encoder(
     )
 
 
-def _stored(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges in a folder."""
-    words, pairs, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
-    if words.is_file() and pairs.is_file():
+def _stored(folder: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges in a folder; whole: the values of its tokenizer.json, if it has one."""
+    words, pairs = folder / "vocab.json", folder / "merges.txt"
+    if whole:
+        model = whole.get("model")
+        model = model if isinstance(model, dict) else {}
+        vocabulary, merges = model.get("vocab"), model.get("merges")
+    elif words.is_file() and pairs.is_file():
         lines = pairs.read_text(encoding="utf-8").splitlines()
         vocabulary = read_json(words)
         merges = [line for line in lines if line and not line.startswith("#version")]
-    elif whole.is_file():
-        model = read_json(whole).get("model")
-        model = model if isinstance(model, dict) else {}
-        vocabulary, merges = model.get("vocab"), model.get("merges")
     else:
         raise FileNotFoundError(
             f"no tokenizer in {folder}: neither vocab.json and merges.txt nor tokenizer.json"
@@ -155,12 +195,6 @@ def _stored(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if not fits or not merges or not all(len(pair) == 2 for pair in merges):
         raise ValueError(f"{folder}: its tokenizer has no vocabulary of byte pairs")
     return vocabulary, [tuple(pair) for pair in merges]
-
-
-def _word(value: Any, default: str) -> str:
-    """A special token, which files write as a text or as an object with its content."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else default
 
 
 def _byte_symbols() -> list[str]:

@@ -17,7 +17,8 @@ from ..files import open_tensors
 
 _MAPPED_BYTES = 64 * 2**20
 # Linear layers that files may hold as 1x1 convolutions.
-_PROJECTIONS = ("proj_in.weight", "proj_out.weight", "post_quant_conv.weight")
+_PROJECTIONS = ("proj_in.weight", "proj_out.weight", "quant_conv.weight")
+_PROJECTIONS += tuple(f"attention.to_{part}.weight" for part in ("q", "k", "v", "out"))
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def _pickle(file: Path) -> StoredWeights:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file} is not a file of weights alone: {reason}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{file} is not a dict of tensors")
     return StoredWeights({name: tuple(value.shape) for name, value in state.items()}, state.pop)

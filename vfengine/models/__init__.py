@@ -6,7 +6,7 @@ Names of other folders are loaded when first used: models know nothing of plans 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .autoencoder import Autoencoder, AutoencoderConfig, Decoder
+from .autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
 from .config import UNetConfig, vdm_config
 from .denoisers import BaseGenerator, PretrainedGenerator, ResidualGenerator, VideoGenerator
 from .text_encoder import TextEncoder, TextEncoderConfig
@@ -15,13 +15,14 @@ from .unet import UNet
 if TYPE_CHECKING:
     from vfengine.formats.load import load_autoencoder, load_text_encoder, load_unet, read_unet
     from vfengine.plan.cuda import CudaUNet
-    from vfengine.plan.decoder import PlannedDecoder
+    from vfengine.plan.decoder import PlannedDecoder, PlannedEncoder
     from vfengine.plan.network import PlannedUNet, for_inference
     from vfengine.plan.text import PlannedTextEncoder
 
 _ELSEWHERE = {
     "CudaUNet": "vfengine.plan.cuda",
     "PlannedDecoder": "vfengine.plan.decoder",
+    "PlannedEncoder": "vfengine.plan.decoder",
     "PlannedTextEncoder": "vfengine.plan.text",
     "PlannedUNet": "vfengine.plan.network",
     "for_inference": "vfengine.plan.network",
@@ -37,7 +38,9 @@ __all__ = [
     "BaseGenerator",
     "CudaUNet",
     "Decoder",
+    "Encoder",
     "PlannedDecoder",
+    "PlannedEncoder",
     "PlannedTextEncoder",
     "PlannedUNet",
     "PretrainedGenerator",

@@ -1,16 +1,20 @@
-"""The autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752): its decoder.
+"""The autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752).
 
-z [B, C, h, w] -> a 1x1 and a 3x3 convolution -> two residual blocks at the coarsest level, with
-attention of all pixels between them -> per level, coarsest first, residual blocks, and from level
-to level an upsampling to twice the size -> norm, SiLU, a 3x3 convolution -> [B, 3, H, W].
+Decoder: z [B, C, h, w] -> a 1x1 and a 3x3 convolution -> two residual blocks at the coarsest level,
+with attention of all pixels between them -> per level, coarsest first, residual blocks, and from
+level to level an upsampling to twice the size -> norm, SiLU, a 3x3 convolution -> [B, 3, H, W].
+
+Encoder: the same way back, with a convolution of stride 2 from level to level, to the mean and the
+log-variance of z, of which the mean is the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .empty import without_weights
@@ -18,15 +22,19 @@ from .layers import Attention, GroupNorm, ResBlock, Upsample, images, rows
 
 _EPS = 1e-6  # of every norm
 
+FrameCallback = Callable[[int, int], None]  # (frames done, frames in all)
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape of an autoencoder. A level is one resolution; widths are per level, finest first.
 
     latent_channels   even, since bfloat16 products take rows of even width
+    in_channels, out_channels   of pictures, that are encoded and decoded
     layers_per_block  residual blocks of a level; a decoder has one more
     mid_attention     whether all pixels of the coarsest level attend to each other, in one head
-    post_quant_conv   whether a decoder begins with a 1x1 convolution
+    quant_conv, post_quant_conv   whether an encoder ends, and a decoder begins, with a 1x1
+                      convolution
 
     Raises ValueError, naming it, for a field of another type or range.
     """
@@ -38,6 +46,8 @@ class AutoencoderConfig:
     norm_groups: int = 32
     mid_attention: bool = True
     post_quant_conv: bool = True
+    in_channels: int = 3
+    quant_conv: bool = True
 
     def __post_init__(self):
         for f in fields(self):
@@ -72,11 +82,11 @@ def _is_count(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class DecoderStep:
-    """One layer of a decoder between its first convolution and the norm of its output.
+class Step:
+    """One layer of a decoder or encoder between its first convolution and the norm of its output.
 
-    kind:   "resnet", "attention" or "upsample"
-    block:  its level, counted from the coarsest; None: in the middle
+    kind:   "resnet", "attention", "upsample" or "downsample"
+    block:  its level, in the order of the layers; None: in the middle
     number: among the layers of its kind in the block
     """
 
@@ -87,20 +97,36 @@ class DecoderStep:
     out_channels: int
 
 
-def decoder_steps(config: AutoencoderConfig) -> Iterator[DecoderStep]:
+def decoder_steps(config: AutoencoderConfig) -> Iterator[Step]:
     """The layers of a decoder in order, for building it and for reading files."""
     widths = config.block_out_channels[::-1]
-    channels = widths[0]
-    yield DecoderStep("resnet", None, 0, channels, channels)
+    yield from _middle(config)
+    yield from _levels(widths, widths[0], config.layers_per_block + 1, "upsample")
+
+
+def encoder_steps(config: AutoencoderConfig) -> Iterator[Step]:
+    """The layers of an encoder, as `decoder_steps`."""
+    widths = config.block_out_channels
+    yield from _levels(widths, widths[0], config.layers_per_block, "downsample")
+    yield from _middle(config)
+
+
+def _middle(config: AutoencoderConfig) -> Iterator[Step]:
+    channels = config.block_out_channels[-1]
+    yield Step("resnet", None, 0, channels, channels)
     if config.mid_attention:
-        yield DecoderStep("attention", None, 0, channels, channels)
-    yield DecoderStep("resnet", None, 1, channels, channels)
+        yield Step("attention", None, 0, channels, channels)
+    yield Step("resnet", None, 1, channels, channels)
+
+
+def _levels(widths: Sequence[int], channels: int, depth: int, resample: str) -> Iterator[Step]:
+    """`depth` residual blocks a level, and a resampling between levels."""
     for block, width in enumerate(widths):
-        for number in range(config.layers_per_block + 1):
-            yield DecoderStep("resnet", block, number, channels, width)
+        for number in range(depth):
+            yield Step("resnet", block, number, channels, width)
             channels = width
         if block < len(widths) - 1:
-            yield DecoderStep("upsample", block, 0, width, width)
+            yield Step(resample, block, 0, width, width)
 
 
 class PixelAttention(nn.Module):
@@ -116,6 +142,19 @@ class PixelAttention(nn.Module):
 
     def plan(self, build, x):
         return build.attention(x, self.norm, self.attention)
+
+
+class PaddedDownsample(nn.Conv2d):
+    """3x3 of stride 2 with zeros below and to the right alone; of even sizes."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+    def plan(self, build, x):
+        return build.conv(x, self)
 
 
 class Decoder(nn.Module):
@@ -143,56 +182,133 @@ class Decoder(nn.Module):
 
     def plan(self, build, z):
         h = z if self.post_quant_conv is None else build.linear(z, self.post_quant_conv)
-        h = build.conv(h, self.conv_in)
+        h = build.conv(h, self.conv_in, padded=True)
         for layer in self.layers:
             h = layer.plan(build, h)
         h = build.group_norm(h, self.conv_norm_out, silu=True)
         return build.conv(h, self.conv_out, fp32=True)
 
 
-def _layer(step: DecoderStep, config: AutoencoderConfig) -> nn.Module:
+class Encoder(nn.Module):
+    """forward(images [B, 3, H, W] in -1 .. 1) -> the mean of z [B, C, h, w]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        latent, widths = config.latent_channels, config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.layers = nn.ModuleList(_layer(step, config) for step in encoder_steps(config))
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[-1], _EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)  # mean, log-variance
+        self.quant_conv = nn.Linear(2 * latent, 2 * latent) if config.quant_conv else None
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(h)
+        for layer in self.layers:
+            h = layer(h)
+        h = self.conv_out(self.conv_norm_out(h, silu=True))
+        if self.quant_conv is not None:
+            h = images(self.quant_conv(rows(h)), *h.shape[-2:])
+        return h[:, : self.config.latent_channels]
+
+    def plan(self, build, x):
+        h = build.conv(x, self.conv_in, padded=True)
+        for layer in self.layers:
+            h = layer.plan(build, h)
+        h = build.group_norm(h, self.conv_norm_out, silu=True)
+        if self.quant_conv is None:
+            return build.conv(h, self.conv_out, fp32=True)
+        return build.linear(build.conv(h, self.conv_out), self.quant_conv)
+
+
+def _layer(step: Step, config: AutoencoderConfig) -> nn.Module:
     if step.kind == "attention":
         return PixelAttention(step.out_channels, config.norm_groups)
     if step.kind == "upsample":
         return Upsample(step.out_channels, any_size=False)
+    if step.kind == "downsample":
+        return PaddedDownsample(step.out_channels)
     return ResBlock(
         step.in_channels, step.out_channels, None, config.norm_groups, scale_shift=False, eps=_EPS
     )
 
 
 class Autoencoder(nn.Module):
-    """Latents to images: `decode`.
+    """Latents to pictures, and pictures to latents: `decode` and `encode`.
 
-    decoder: a `Decoder`, or what takes its place
+    decoder, encoder: a `Decoder` and an `Encoder`, or what takes their places; encoder None: none
+                      was read
+
+    Both take clips or images in any float dtype, which is that of the result. Frames are done one
+    by one: memory does not grow with their number. callback: called as callback(frames done,
+    frames in all) after each; what it raises stops the call. Raises TypeError for a dtype,
+    ValueError for a shape.
     """
 
-    def __init__(self, config: AutoencoderConfig, decoder: nn.Module):
+    def __init__(
+        self, config: AutoencoderConfig, decoder: nn.Module, encoder: nn.Module | None = None
+    ):
         super().__init__()
-        self.config, self.decoder = config, decoder
+        self.config, self.decoder, self.encoder = config, decoder, encoder
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, callback: FrameCallback | None = None) -> Tensor:
         """Clips [B, N, C, h, w] -> [B, N, 3, H, W], images [B, C, h, w] -> [B, 3, H, W].
 
-        z in any float dtype, which is that of the result; as the network was trained on them, not
-        multiplied by a pipeline's scaling factor. Frames are decoded one by one: memory does not
-        grow with their number. Raises TypeError for a dtype, ValueError for a shape.
+        z as the network was trained on them, not multiplied by a pipeline's scaling factor
         """
         config = self.config
-        if not z.is_floating_point():
-            raise TypeError(f"Autoencoder: latents must be of a float dtype, got {z.dtype}")
-        if z.dim() not in (4, 5) or z.shape[-3] != config.latent_channels or not z.numel():
+        _check("latents", z, config.latent_channels, "h, w")
+        sides = (side * config.scale for side in z.shape[-2:])
+        out = z.new_empty(*z.shape[:-3], config.out_channels, *sides)
+        return _by_frame(self.decoder, z, out, callback)
+
+    def encode(self, x: Tensor, callback: FrameCallback | None = None) -> Tensor:
+        """Clips [B, N, 3, H, W] in -1..1 -> [B, N, C, h, w], images [B, 3, H, W] -> [B, C, h, w].
+
+        The result is the mean of z, and no sample. Height and width are multiples of config.scale.
+        """
+        config = self.config
+        if self.encoder is None:
+            raise ValueError("Autoencoder: no encoder was read")
+        _check("pictures", x, config.in_channels, "H, W")
+        if any(side % config.scale for side in x.shape[-2:]):
             raise ValueError(
-                "Autoencoder: expected [B, N, C, h, w] or [B, C, h, w], not empty, with "
-                f"C = {config.latent_channels}, got shape {tuple(z.shape)}"
+                f"Autoencoder: height and width must be multiples of {config.scale}, got "
+                f"{tuple(x.shape[-2:])}"
             )
-        frames, size = z.flatten(0, -4), (side * config.scale for side in z.shape[-2:])
-        out = z.new_empty(len(frames), config.out_channels, *size)
-        for image, latent in zip(out, frames, strict=True):
-            image.copy_(self.decoder(latent[None])[0])
-        return out.unflatten(0, z.shape[:-3])
+        sides = (side // config.scale for side in x.shape[-2:])
+        out = x.new_empty(*x.shape[:-3], config.latent_channels, *sides)
+        return _by_frame(self.encoder, x, out, callback)
+
+
+def _check(name: str, x: Tensor, channels: int, sides: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"Autoencoder: {name} must be of a float dtype, got {x.dtype}")
+    if x.dim() not in (4, 5) or x.shape[-3] != channels or not x.numel():
+        raise ValueError(
+            f"Autoencoder: expected [B, N, C, {sides}] or [B, C, {sides}], not empty, with "
+            f"C = {channels}, got shape {tuple(x.shape)}"
+        )
+
+
+def _by_frame(network: nn.Module, x: Tensor, out: Tensor, callback: FrameCallback | None) -> Tensor:
+    frames, results = x.flatten(0, -4), out.flatten(0, -4)
+    for done, (frame, result) in enumerate(zip(frames, results, strict=True), 1):
+        result.copy_(network(frame[None])[0])
+        if callback is not None:
+            callback(done, len(frames))
+    return out
 
 
 def empty_decoder(config: AutoencoderConfig) -> Decoder:
     """A decoder on the meta device; `load_state_dict(…, assign=True)` gives it its weights."""
     with without_weights():
         return Decoder(config)
+
+
+def empty_encoder(config: AutoencoderConfig) -> Encoder:
+    """An encoder on the meta device, as `empty_decoder`."""
+    with without_weights():
+        return Encoder(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ class PublishedSession:
             with run.timed("decode", self.device), torch.inference_mode():
                 return autoencoder.decode(latents, callback=report)
 
-        return self._with_network("decode", load_autoencoder, run, decode)
+        return self._with_network("decode", partial(load_autoencoder, encodes=False), run, decode)
 
     # -- networks ----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Inference of an autoencoder's decoder on a CPU."""
+"""Inference of an autoencoder's decoder and encoder on a CPU."""
 
 from __future__ import annotations
 
@@ -11,25 +11,36 @@ from .network import PlannedForward, PlannedNetwork
 from .walk import Planner
 
 
-class PlannedDecoder(PlannedNetwork):
-    """forward(z [B, C, h, w]) -> [B, 3, H, W] as `Decoder`, without a gradient, on a CPU.
+class _PlannedImages(PlannedNetwork):
+    """A network of images [B, C, H, W] without an embedding, without a gradient, on a CPU.
 
-    The result is in z's dtype, and depends on neither batch size nor number of threads. Raises
-    RuntimeError where the instruction set was changed since the weights were packed.
+    The result is in the input's dtype, and depends on neither batch size nor number of threads.
+    Raises RuntimeError where the instruction set was changed since the weights were packed.
     """
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         self._check_isa()
         with self._lock, torch.no_grad():
-            out = self._forward(tuple(z.shape))(z)
-            return out.to(z.dtype, memory_format=torch.contiguous_format, copy=True)
+            out = self._forward(tuple(x.shape))(x)
+            return out.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
 
     def _planned(self, shape: tuple[int, ...]) -> PlannedForward:
-        """The program for latents [B, C, h, w]."""
+        """The program for images [B, C, H, W]."""
         batch, channels, height, width = shape
         build = Builder(self.dtype)
-        z = build.rows(batch * height * width, channels)
+        x = build.rows(batch * height * width, channels + channels % 2)
         with torch.no_grad():
             planner = Planner(build, self._packed, batch)
-            out = self._plan(planner, FeatureMap((z,), height, width))
-        return PlannedForward(build.program(out.rows), (out.height, out.width), z, out.rows)
+            out = self._plan(planner, FeatureMap((x,), height, width))
+        return PlannedForward(build.program(out.rows), (out.height, out.width), x, out.rows)
+
+
+class PlannedDecoder(_PlannedImages):
+    """forward(z [B, C, h, w]) -> [B, 3, H, W] as `Decoder`."""
+
+
+class PlannedEncoder(_PlannedImages):
+    """forward(images [B, 3, H, W]) -> the mean of z [B, C, h, w] as `Encoder`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, : self.config.latent_channels]

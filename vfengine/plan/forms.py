@@ -85,7 +85,8 @@ class FusedMatMul:
 class ImplicitGemm:
     """A convolution as one matrix product: its taps read rows by tables (gather.py).
 
-    reads:        "same" (3x3), "halved" (3x3, stride 2) or "frames" (3 taps along frames)
+    reads:        "same" (3x3), "halved" (3x3, stride 2), "halved_after" (the same, padded at one
+                  side) or "frames" (3 taps along frames)
     has_shortcut: the 1x1 convolution of a shortcut is a part of the product
     """
 
@@ -96,7 +97,8 @@ class ImplicitGemm:
     @classmethod
     def of(cls, conv: nn.Conv2d, dtype: torch.dtype, padded: bool = False) -> ImplicitGemm:
         reads = "frames" if conv.kernel_size == (3, 1) else "same"
-        reads = "halved" if conv.stride == (2, 2) else reads
+        if conv.stride == (2, 2):
+            reads = "halved" if conv.padding == (1, 1) else "halved_after"
         return cls((pack(conv_weight(conv, dtype, padded), conv.bias, dtype),), reads)
 
     @classmethod
@@ -123,6 +125,9 @@ class ImplicitGemm:
         elif self.reads == "halved":
             table = gather.halved(*size)
             size = (x.height + 1) // 2, (x.width + 1) // 2
+        elif self.reads == "halved_after":
+            table = gather.halved_after(*size)
+            size = x.height // 2, x.width // 2
         else:
             table = gather.same(*size)
         sources = [Source(x.rows, table, rows)]
@@ -359,5 +364,6 @@ def convolution(
 _KINDS = (
     ((3, 3), (1, 1), (1, 1)),
     ((3, 3), (2, 2), (1, 1)),
+    ((3, 3), (2, 2), (0, 0)),
     ((3, 1), (1, 1), (1, 0)),
 )

@@ -18,13 +18,15 @@ def _taps(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(height: int, width: int, out_height: int, out_width: int, step: float) -> Tensor:
-    """3x3 taps with padding 1 on the grid of out_height x out_width, `step` apart.
+def _table(
+    height: int, width: int, out_height: int, out_width: int, step: float, before: int = 1
+) -> Tensor:
+    """3x3 taps on the grid of out_height x out_width, `step` apart, `before` of them before it.
 
     step 1: the same grid; 2: every other pixel; 0.5: the image is upsampled to the grid first, by
     nearest neighbours.
     """
-    offsets = torch.arange(3) - 1
+    offsets = torch.arange(3) - before
     y = torch.arange(out_height)[None, None, :, None] * max(1, int(step))
     x = torch.arange(out_width)[None, None, None, :] * max(1, int(step))
     y, x = (y + offsets[:, None, None, None]), (x + offsets[None, :, None, None])
@@ -44,6 +46,11 @@ def same(height: int, width: int) -> Tensor:
 def halved(height: int, width: int) -> Tensor:
     """3x3, stride 2."""
     return _table(height, width, (height + 1) // 2, (width + 1) // 2, 2)
+
+
+def halved_after(height: int, width: int) -> Tensor:
+    """3x3, stride 2, with padding below and to the right alone; of even sizes."""
+    return _table(height, width, height // 2, width // 2, 2, 0)
 
 
 def upsampled(height: int, width: int, out_height: int, out_width: int) -> Tensor:

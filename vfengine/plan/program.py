@@ -72,16 +72,16 @@ class Program:
     ) -> None:
         self._unbound, self._kept, self._places = calls, kept, places
         self.arena = huge_pages(size)
-        base = self.arena.data_ptr()
+        self._native = native.Program([(op, self._bound(args)) for op, args in calls])
 
-        def bound(value):
-            if isinstance(value, (Rows, Place)):
-                return base + self.offset(value)
-            if isinstance(value, Struct):
-                return value.kind(**{name: bound(part) for name, part in value.fields.items()})
-            return tuple(map(bound, value)) if isinstance(value, tuple) else value
-
-        self._native = native.Program([(op, bound(args)) for op, args in calls])
+    def _bound(self, value: object) -> object:
+        """Arguments with the arena's addresses. No closure: its cycle would keep all weights."""
+        if isinstance(value, (Rows, Place)):
+            return self.arena.data_ptr() + self.offset(value)
+        if isinstance(value, Struct):
+            fields = {name: self._bound(part) for name, part in value.fields.items()}
+            return value.kind(**fields)
+        return tuple(map(self._bound, value)) if isinstance(value, tuple) else value
 
     def offset(self, place: Rows | Place) -> int:
         """Where it begins in the arena, in bytes."""

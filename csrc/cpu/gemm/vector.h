@@ -128,7 +128,8 @@ VF_INLINE void finish(const Tile<T>& t, const int64_t (&to)[MR], F32 (&acc)[MR][
   if (t.a->epilogue == Epilogue::gelu || t.a->epilogue == Epilogue::quick_gelu) {
     const bool quick = t.a->epilogue == Epilogue::quick_gelu;
     for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < NV; ++v) acc[r][v] = quick ? quick_gelu<T>(acc[r][v]) : gelu<T>(acc[r][v]);
+      for (int v = 0; v < NV; ++v)
+        acc[r][v] = quick ? quick_gelu<T>(acc[r][v]) : gelu<T>(acc[r][v]);
   }
   if (t.a->out_f32) {
     write<T, float, MR, NV, NV>(t, to, acc);
