@@ -68,6 +68,13 @@ def test_modelscope_matches_diffusers(how, modelscope, tmp_path):
     assert error(unet(x, t, context), run_peer(peer, x, t, context)) < 1e-5
 
 
+def test_a_configuration_may_name_another_file(modelscope, tmp_path):
+    torch.save(modelscope[1], tmp_path / "other.pth")
+    model = {"model_cfg": MODEL_CFG, "model_args": {"ckpt_unet": "other.pth"}}
+    (tmp_path / "configuration.json").write_text(json.dumps({"model": model}))
+    assert read_unet(tmp_path).config.is_video
+
+
 def test_modelscope_keys_are_the_published_ones(modelscope):
     """Spelling and places that the published file is known by."""
     _, state = modelscope

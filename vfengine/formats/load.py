@@ -298,9 +298,11 @@ def locate(source: str | Path) -> tuple[Path | None, list[Path]]:
     Raises FileNotFoundError where there is none, ValueError for an index that points elsewhere.
     """
     folder, chosen = _folder(source, "unet")
-    if chosen.suffix == ".pth" if chosen else (folder / modelscope.WEIGHTS).is_file():
+    has_config = (folder / "config.json").is_file()
+    own = (modelscope.WEIGHTS,) if has_config else (modelscope.WEIGHTS, MODELSCOPE_PIPELINE)
+    if chosen.suffix == ".pth" if chosen else any((folder / name).is_file() for name in own):
         return modelscope.locate(folder, chosen)
-    if not (folder / "config.json").is_file():
+    if not has_config:
         raise FileNotFoundError(
             f"no UNet in {source}: neither config.json, of diffusers, nor {modelscope.WEIGHTS}"
         )
