@@ -291,3 +291,30 @@ def test_rejects_finished_latents(pipe):
         pipe.decode(torch.zeros(2, 4, 4, 4))
     with pytest.raises(TypeError, match="finished latents must be a tensor of a float dtype"):
         pipe.decode(torch.zeros(1, 1, 4, 4, 4, dtype=torch.int64))
+
+
+# -- memory on CUDA --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "cached", "kept"),
+    [
+        (2.1, 0.0, True),  # room for twice the weights: themselves, and as much to work in
+        (1.9, 0.0, False),
+        (1.9, 0.2, True),  # torch's own cache is room too
+    ],
+)
+def test_on_cuda_networks_stay_where_there_is_room(pipe, monkeypatch, free, cached, kept):
+    session, released = pipe._session, []
+    size = pipe.config.num_weights["video"] * session.dtype.itemsize
+    values = {"memory_reserved": cached * size, "memory_allocated": 0.0}
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * size, 8 * size))
+    monkeypatch.setattr(session, "release", released.append)
+    session.make_room("video")  # a CPU asks nothing
+    monkeypatch.setattr(session, "device", torch.device("cuda"))
+    session.make_room("video")
+    session.networks |= {"text": None}
+    session.make_room("video")
+    assert released == ([] if kept else ["text"])

@@ -128,7 +128,7 @@ class PublishedSession:
         """
         if name not in self.networks:
             with run.timed("load", self.device):
-                self._make_room(name)
+                self.make_room(name)
                 self.networks[name] = load(self.model.folder, self.dtype, self.device)
         try:
             return work(self.networks[name])
@@ -136,7 +136,7 @@ class PublishedSession:
             if self.device.type == "cpu":
                 self.release(name)
 
-    def _make_room(self, name: str) -> None:
+    def make_room(self, name: str) -> None:
         """Releases the other networks if CUDA's memory has no room for this one beside them.
 
         Room is twice its weights: for themselves, and as much again to work in.
