@@ -22,17 +22,14 @@ from ..formats.load import load_autoencoder, load_text_encoder, load_unet
 from ..formats.text_to_video import TextToVideoModel
 from ..formats.tokenizer import ClipTokenizer
 from ..models.denoisers import PretrainedGenerator
-from ..plan.memory import return_memory
-from ..sampling.cuda_graph import empty_cache
-from ..sampling.driver import Driver
 from ..sampling.guidance import prompted
-from ..sampling.reuse import KeptLoops
 from ..sampling.run import Run
+from .networks import Networks
 
 _TEXTS = 64  # whose rows are kept, for further batches of a request
 
 
-class PublishedSession:
+class PublishedSession(Networks):
     """Text encoder, UNet and autoencoder of one model on one device.
 
     capture: on CUDA, replay steps and frames from graphs
@@ -41,10 +38,8 @@ class PublishedSession:
     def __init__(
         self, model: TextToVideoModel, device: torch.device, dtype: torch.dtype, capture: bool
     ) -> None:
-        self.model, self.device, self.dtype = model, device, dtype
-        self.networks: dict[str, nn.Module] = {}
-        self.loops = KeptLoops()
-        self.driver = Driver(capture, loops=self.loops)
+        super().__init__(device, dtype, capture)
+        self.model = model
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
     # -- the three phases --------------------------------------------------------------------------
@@ -137,27 +132,12 @@ class PublishedSession:
                 self.release(name)
 
     def make_room(self, name: str) -> None:
-        """Releases the other networks if CUDA's memory has no room for this one beside them.
-
-        Room is twice its weights: for themselves, and as much again to work in.
-        """
+        """Releases the other networks if CUDA's memory has no room for this one beside them."""
         if self.device.type != "cuda" or not self.networks:
             return
-        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        room = torch.cuda.mem_get_info(self.device)[0] + idle
-        if 2 * self.model.num_weights[name] * self.dtype.itemsize > room:
+        if not self.has_room(self.model.num_weights[name]):
             for other in list(self.networks):
                 self.release(other)
-
-    def release(self, name: str) -> None:
-        """Frees a network and the loop that holds it."""
-        if self.networks.pop(name, None) is None:
-            return
-        self.loops.release(name)
-        if self.device.type == "cuda":
-            empty_cache()
-        else:
-            return_memory()
 
 
 def _warn_of_cuts(tokenizer: ClipTokenizer, texts: Sequence[str]) -> None:

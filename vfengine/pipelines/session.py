@@ -19,19 +19,16 @@ from ..diffusion.solvers import SolverTable
 from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
-from ..plan.memory import return_memory
-from ..sampling.cuda_graph import empty_cache
-from ..sampling.driver import Driver
 from ..sampling.guidance import Condition, ModelSpec, guided
-from ..sampling.reuse import KeptLoops
 from ..sampling.run import Run
 from ..sampling.two_phase import Motion
+from .networks import Networks
 
 if TYPE_CHECKING:
     from .base_unet import PretrainedBase
 
 
-class Session:
+class Session(Networks):
     """The networks of one checkpoint on one device, and the phases that they run.
 
     capture: on CUDA, replay steps from graphs
@@ -49,11 +46,8 @@ class Session:
         capture: bool,
         base: PretrainedBase | None = None,
     ) -> None:
-        self.config, self.folder, self.device = config, folder, device
-        self.dtype, self.pretrained = dtype, base
-        self.networks: dict[str, nn.Module] = {}
-        self.loops = KeptLoops()
-        self.driver = Driver(capture, loops=self.loops)
+        super().__init__(device, dtype, capture)
+        self.config, self.folder, self.pretrained = config, folder, base
 
     # -- phases --------------------------------------------------------------------------------
 
@@ -126,16 +120,6 @@ class Session:
             self.networks[name] = network
         return network
 
-    def release(self, name: str) -> None:
-        """Frees a network and the loop that holds it."""
-        if self.networks.pop(name, None) is None:
-            return
-        self.loops.release(name)
-        if self.device.type == "cuda":
-            empty_cache()
-        else:
-            return_memory()
-
     def lets_base_go(self, needed_again: bool) -> bool:
         """Whether offload_base=None frees the base network before the residual phase.
 
@@ -147,8 +131,6 @@ class Session:
         """
         if self.device.type != "cuda":
             return not needed_again
-        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        room = torch.cuda.mem_get_info(self.device)[0] + idle
         weights = 0
         for name in ("base", "residual"):
             file = self.folder / f"{name}.safetensors"
@@ -156,7 +138,7 @@ class Session:
                 with open_tensors(file) as opened:
                     tensors = [opened.get_slice(key) for key in list(opened.keys())]
                     weights += sum(math.prod(tensor.get_shape()) for tensor in tensors)
-        return 2 * weights * self.dtype.itemsize > room
+        return not self.has_room(weights)
 
     def check_complete(self, name: str) -> None:
         """FileNotFoundError or ValueError for a missing or truncated file of weights.
