@@ -29,18 +29,22 @@ def ldm_weights(weights: StoredWeights) -> StoredWeights:
 
 
 def ldm_config(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderConfig:
-    """The configuration of weights, by their shapes; ValueError for those of no autoencoder."""
+    """The configuration of weights, by their shapes; ValueError for those of no autoencoder.
+
+    The decoder's shapes say it: files may hold no encoder.
+    """
     try:
         widths = []
-        while (name := f"encoder.down.{len(widths)}.block.0.conv1.weight") in shapes:
+        while (name := f"decoder.up.{len(widths)}.block.0.conv1.weight") in shapes:
             widths.append(shapes[name][0])
-        blocks = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
+        blocks = {name.split(".")[4] for name in shapes if name.startswith("decoder.up.0.block.")}
+        pictures = shapes["decoder.conv_out.weight"][0]
         return AutoencoderConfig(
             latent_channels=shapes["decoder.conv_in.weight"][1],
-            in_channels=shapes["encoder.conv_in.weight"][1],
-            out_channels=shapes["decoder.conv_out.weight"][0],
+            in_channels=shapes.get("encoder.conv_in.weight", (0, pictures))[1],
+            out_channels=pictures,
             block_out_channels=tuple(widths),
-            layers_per_block=len(blocks),
+            layers_per_block=len(blocks) - 1,
             norm_groups=_GROUPS,
             mid_attention="decoder.mid.attn_1.q.weight" in shapes,
             post_quant_conv="post_quant_conv.weight" in shapes,
