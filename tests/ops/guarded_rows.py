@@ -80,7 +80,8 @@ def products(dtype: torch.dtype) -> None:
             product(x, None, weight, (1, rows, rows), geglu)
     for height, width, channels in ((3, 5, 6), (1, 1, 2), (4, 3, 18)):
         x = guarded(normal(2 * height * width, channels).to(dtype))
-        for table in (tables.same(height, width), tables.halved(height, width)):
+        reads = [tables.same, tables.halved] + [tables.halved_after] * (height > 1)
+        for table in (of(height, width) for of in reads):
             weight = normal(19, 9 * channels, seed=2)
             product(x, table, weight, (2, table.shape[1], height * width), False)
 

@@ -123,9 +123,13 @@ def convolution(
     stride: int = 1,
     images: int = 2,
     joined: tuple[int, ...] = (),
+    before: int = 1,
     **changes,
 ) -> Case:
-    """3x3; with 1x1 of `joined` sources of these widths, at the result's resolution."""
+    """3x3; with 1x1 of `joined` sources of these widths, at the result's resolution.
+
+    before: rows and columns of zeros above and to the left; there is one of each at the other sides
+    """
     height, width = size
     kernel = normal(channels[1], channels[0], 3, 3, seed=2) / (3 * channels[0] ** 0.5)
     conv = torch.nn.Conv2d(*channels, 3)
@@ -145,7 +149,8 @@ def convolution(
         taps, *points = weight.split([9 * even, *joined], 1)
         taps = taps.reshape(channels[1], 3, 3, even).permute(0, 3, 1, 2)
         per_image = bias is not None and bias.dim() == 2
-        out = F.conv2d(picture, taps, None if per_image else bias, stride, padding=1)
+        picture = F.pad(picture, (before, 1, before, 1))
+        out = F.conv2d(picture, taps, None if per_image else bias, stride)
         if per_image:
             out = out + bias[:, :, None, None]
         out = out.permute(0, 2, 3, 1).reshape(-1, channels[1])
@@ -197,6 +202,9 @@ CASES = {
     "stride 2": lambda: convolution((6, 8), (16, 16), taps.halved(6, 8), stride=2),
     "stride 2, odd size": lambda: convolution(
         (7, 5), (10, 18), taps.halved(7, 5), stride=2, bias=normal(18, seed=3), images=3
+    ),
+    "stride 2, zeros at one side": lambda: convolution(
+        (6, 8), (10, 18), taps.halved_after(6, 8), stride=2, before=0
     ),
     "3x3, a bias for each image": lambda: convolution(
         (5, 5), (12, 20), taps.same(5, 5), bias=normal(2, 20, seed=3), shared=25

@@ -29,7 +29,9 @@ from vfengine.formats.checkpoint import read_config
 from vfengine.models import (
     AutoencoderConfig,
     Decoder,
+    Encoder,
     PlannedDecoder,
+    PlannedEncoder,
     PlannedUNet,
     UNet,
     UNetConfig,
@@ -51,6 +53,8 @@ IMAGE = UNetConfig(
     temporal_conv=(False, False),
     head_dim=8,
 )
+VAE = AutoencoderConfig(block_out_channels=(8, 32), layers_per_block=1, norm_groups=8)
+PARTS = {"decoder": (Decoder, PlannedDecoder), "encoder": (Encoder, PlannedEncoder)}
 ONE_LEVEL = UNetConfig(
     block_out_channels=(128,),
     layers_per_block=(1,),
@@ -140,11 +144,8 @@ CASES = {
         ["fp32"],
         [((1, 1, 3, 4, 4), None)],
     ),
-    "decoder": (  # of latents [B, C, h, w]
-        AutoencoderConfig(block_out_channels=(8, 32), layers_per_block=1, norm_groups=8),
-        ["fp32", "bf16"],
-        [((2, 4, 3, 5), None)],
-    ),
+    "decoder": (VAE, ["fp32", "bf16"], [((2, 4, 3, 5), None)]),  # of latents [B, C, h, w]
+    "encoder": (VAE, ["fp32", "bf16"], [((2, 3, 6, 10), None)]),  # of pictures [B, 3, H, W]
 }
 SNAPSHOTS = {
     f"{case}, {dtype}, {'x'.join(map(str, shape))}, context {length}": (case, dtype, shape, length)
@@ -155,17 +156,16 @@ SNAPSHOTS = {
 
 
 @functools.lru_cache(maxsize=1)
-def plan(case: str, dtype: str) -> tuple[PlannedUNet | PlannedDecoder, dict[int, str]]:
+def plan(case: str, dtype: str) -> tuple[planned.PlannedNetwork, dict[int, str]]:
     """The network, and the names of its tensors by address; bf16 as AVX512_BF16 runs it."""
-    config = CASES[case][0]
-    decodes = isinstance(config, AutoencoderConfig)
-    module = Decoder(config) if decodes else UNet(config)
+    make, form = PARTS.get(case, (UNet, PlannedUNet))
+    module = make(CASES[case][0])
     parameters = dict(module.named_parameters())
     with (
         mock.patch.object(planned, "inference_dtype", lambda dtype: dtype),
         mock.patch.object(forms, "in_tiles", lambda dtype: False),
     ):
-        network = (PlannedDecoder if decodes else PlannedUNet)(module, DTYPES[dtype])
+        network = form(module, DTYPES[dtype])
     named = {**parameters, **dict(network.named_buffers())}
     return network, {tensor.data_ptr(): name for name, tensor in named.items() if tensor.numel()}
 
@@ -174,7 +174,7 @@ def snapshot(case: str, dtype: str, shape: tuple[int, ...], length: int | None) 
     """The lines of one program; only this function knows how programs are stored."""
     network, names = plan(case, dtype)
     context = None if length is None else (shape[0], length, network.config.context_dim)
-    inputs = (shape,) if isinstance(network, PlannedDecoder) else (shape, context)
+    inputs = (shape, context) if isinstance(network, PlannedUNet) else (shape,)
     forward = network._forward(*inputs)
     kept = {tensor.data_ptr(): tensor for tensor in forward.program._kept}
 
