@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from seeded import normal
+from seeded import filled, normal
 from stub_cuda import StubCuda
 from torch import nn
 
+from vfengine.models import Autoencoder, AutoencoderConfig, Decoder, Encoder
 from vfengine.sampling.captured_call import CapturedCall
+
+VAE = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, norm_groups=4)
 
 
 class Doubling(nn.Module):
@@ -66,3 +69,34 @@ def test_what_cannot_be_captured_raises(monkeypatch):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="cannot be captured"):
             call(normal(2, 3))
+
+
+def test_calls_in_and_out_of_inference_mode_share_a_graph(stub):
+    call, x = CapturedCall(Doubling()), normal(2, 3)
+    with torch.inference_mode():
+        inside = call(x)
+    outside = call(x.requires_grad_())
+    assert torch.equal(inside, outside) and captures(stub) == 1
+    assert not outside.is_inference() and not outside.requires_grad
+
+
+def test_a_call_waits_for_the_one_before_on_whatever_stream(stub):
+    call, x = CapturedCall(Doubling()), normal(2, 3)
+    call(x)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        here = stub.here()
+        call(x)
+    assert stub.calls[-2:] == [f"{here} waits for an event of main", "replay"]
+
+
+def test_clips_are_decoded_and_encoded_frame_by_frame(stub):
+    parts = [filled(part(VAE)).requires_grad_(False) for part in (Decoder, Encoder)]
+    plain, ours = Autoencoder(VAE, *parts), Autoencoder(VAE, *map(CapturedCall, parts))
+    z, seen = normal(2, 3, 4, 4, 6), []
+    x = ours.decode(z, callback=lambda *counts: seen.append(counts))
+    assert (captures(stub), stub.calls.count("replay")) == (1, 6)
+    assert seen == [(done, 6) for done in range(1, 7)]
+    assert torch.equal(x, plain.decode(z))
+    assert torch.equal(ours.encode(x), plain.encode(x))
+    assert (captures(stub), stub.calls.count("replay")) == (2, 12)
+    assert not stub.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,37 +11,60 @@ from torch import Tensor, nn
 from .cuda_graph import CapturedStepper, captured, process_settings_key, weights_key
 
 
+@dataclass(eq=False)
+class _Graph:
+    """The replay of a call, with its input and output.
+
+    key:  of all that it was made from
+    done: when the last result was taken
+    """
+
+    key: tuple
+    x: Tensor
+    out: Tensor | None = None
+    replay: CapturedStepper | None = None
+    done: torch.cuda.Event | None = None
+
+
 class CapturedCall(nn.Module):
-    """network(x) on CUDA, replayed from a graph, which is kept until x has another shape or dtype.
+    """network(x) on CUDA, replayed from a graph.
 
-    network: depends on x and its weights alone
+    network: depends on x, its weights and the settings of the process alone
 
-    One call runs at a time. Raises RuntimeError for a network that cannot be captured.
+    One graph is kept, until x has another shape or dtype, or weights or settings have changed.
+    Calls may come from any thread and stream; one runs at a time. Raises RuntimeError for a network
+    that cannot be captured.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._key: tuple | None = None
         self._lock = threading.Lock()
+        self._kept: _Graph | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        key = (x.shape, x.dtype, x.device, process_settings_key(x.device), weights_key(self))
-        with self._lock, torch.inference_mode():
-            if key != self._key:
-                self._key = None  # frees the old graph before the new one is captured
-                self._replay = self._captured(x)
-                self._key = key
-            self._x.copy_(x)
-            self._replay()
-            return self._out.clone()
+        with self._lock:
+            stream = torch.cuda.current_stream(x.device)
+            with torch.inference_mode():
+                graph = self._graph(x)
+                if graph.done is not None:  # of a call on another stream, perhaps
+                    stream.wait_event(graph.done)
+                graph.x.copy_(x)
+                graph.replay()
+            out = graph.out.clone()  # the next call overwrites it
+            graph.done = stream.record_event()
+            return out
 
-    def _captured(self, x: Tensor) -> CapturedStepper:
-        self._replay = self._out = None
-        self._x = x.clone()
-        self._out = torch.empty_like(self.network(self._x))
+    def _graph(self, x: Tensor) -> _Graph:
+        settings = process_settings_key(x.device)
+        key = (x.shape, x.dtype, x.device, settings, weights_key(self.network))
+        if self._kept is None or self._kept.key != key:
+            self._kept = None  # frees the old graph before the new one is captured
+            graph = _Graph(key, x.clone(memory_format=torch.contiguous_format))
 
-        def call() -> None:
-            self._out.copy_(self.network(self._x))
+            def call() -> None:
+                graph.out = self.network(graph.x)
 
-        return captured(call, x.device, before=lambda: None)
+            graph.replay = captured(call, x.device, before=lambda: None)
+            self._kept = graph
+        return self._kept
