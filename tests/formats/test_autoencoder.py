@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL, read into our own decoder: values, ways of saving, what is refused."""
+"""diffusers' AutoencoderKL, read into our own: values, ways of saving, what is refused."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,17 @@ from safetensors.torch import load_file, save_file
 from seeded import filled, normal
 from test_load import copied
 
-from vfengine.models import Autoencoder, Decoder, PlannedDecoder, load_autoencoder
+from vfengine.formats.stored import StoredNetwork
+from vfengine.models import (
+    Autoencoder,
+    Decoder,
+    Encoder,
+    PlannedDecoder,
+    PlannedEncoder,
+    load_autoencoder,
+)
+from vfengine.plan.cuda import CudaImages
+from vfengine.sampling.captured_call import CapturedCall
 
 THREE = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 CASES = {  # changes to the configuration, and the shape of z
@@ -48,6 +58,20 @@ def decoded(peer, z: torch.Tensor) -> torch.Tensor:
     return torch.cat(frames).unflatten(0, z.shape[:-3])
 
 
+def encoded(peer, x: torch.Tensor) -> torch.Tensor:
+    """The mean, frame by frame as `decoded`."""
+    with torch.no_grad():
+        frames = [peer.encode(frame[None]).latent_dist.mean for frame in x.flatten(0, -4)]
+    return torch.cat(frames).unflatten(0, x.shape[:-3])
+
+
+def pictures_of(case: str, channels: int = 3) -> torch.Tensor:
+    """In -1..1, of the size that the case's latents decode to."""
+    entries, (*lead, _, height, width) = CASES[case]
+    scale = 2 ** (len(entries["block_out_channels"]) - 1)
+    return normal(*lead, channels, scale * height, scale * width, seed=2).clamp(-1, 1)
+
+
 def error(out: torch.Tensor, exact: torch.Tensor) -> float:
     return float((out.double() - exact.double()).norm() / exact.double().norm())
 
@@ -72,6 +96,21 @@ def test_decodes_as_diffusers_does(case, tmp_path):
     assert error(out, exact) < max(1e-5, error(expected, exact))
     half = load_autoencoder(tmp_path, torch.bfloat16).decode(z)
     assert error(half, exact) <= 1.5 * error(decoded(peer.bfloat16(), z.bfloat16()), exact)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_encodes_as_diffusers_does(case, tmp_path):
+    peer, x = peer_of(case), pictures_of(case)
+    peer.save_pretrained(tmp_path)
+    exact = encoded(peer.double(), x.double())
+    expected = encoded(peer.float(), x)
+    ours = load_autoencoder(tmp_path, torch.float32)
+    assert isinstance(ours.encoder, PlannedEncoder)
+    out = ours.encode(x)
+    assert out.shape == expected.shape and out.dtype is torch.float32
+    assert error(out, exact) < max(1e-5, error(expected, exact))
+    half = load_autoencoder(tmp_path, torch.bfloat16).encode(x)
+    assert error(half, exact) <= 1.5 * error(encoded(peer.bfloat16(), x.bfloat16()), exact)
 
 
 def test_attention_of_older_files_is_read(folder, tmp_path):
@@ -100,16 +139,33 @@ def test_the_encoder_need_not_be_there(folder, tmp_path):
     file = copied(folder, tmp_path) / FILE
     state = {n: w for n, w in load_file(file).items() if not n.startswith(("encoder", "quant"))}
     save_file(state, file)
-    z = normal(1, 4, 4, 4)
+    z, ours = normal(1, 4, 4, 4), load_autoencoder(tmp_path, torch.float32)
     expected = load_autoencoder(folder, torch.float32).decode(z)
-    assert torch.equal(load_autoencoder(tmp_path, torch.float32).decode(z), expected)
+    assert torch.equal(ours.decode(z), expected)
+    for autoencoder in (ours, load_autoencoder(folder, encodes=False)):
+        with pytest.raises(ValueError, match="Autoencoder: no encoder was read"):
+            autoencoder.encode(normal(1, 3, 8, 8))
 
 
 def test_float16_is_left_to_pytorch(folder):
-    decoder = load_autoencoder(folder, torch.float16).decoder
-    assert isinstance(decoder, Decoder) and not decoder.training
-    assert {p.dtype for p in decoder.parameters()} == {torch.float16}
-    assert not any(p.requires_grad for p in decoder.parameters())
+    autoencoder = load_autoencoder(folder, torch.float16)
+    parts = (autoencoder.decoder, autoencoder.encoder)
+    assert [type(part) for part in parts] == [Decoder, Encoder]
+    assert not any(part.training for part in parts)
+    assert {p.dtype for p in autoencoder.parameters()} == {torch.float16}
+    assert not any(p.requires_grad for p in autoencoder.parameters())
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_on_cuda_it_is_walked_and_captured(capture, folder, monkeypatch):
+    """Nothing runs: the weights stay where they are."""
+    read = StoredNetwork.read
+    monkeypatch.setattr(StoredNetwork, "read", lambda self, dtype, _: read(self, dtype, "cpu"))
+    ours = load_autoencoder(folder, torch.float16, "cuda", capture=capture)
+    for part in (ours.decoder, ours.encoder):
+        assert isinstance(part, CapturedCall) is capture
+        walked = part.network if capture else part
+        assert isinstance(walked, CudaImages) and walked.dtype is torch.float16
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -124,6 +180,7 @@ def test_float16_is_left_to_pytorch(folder):
             {"up_block_types": ["AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 2]},
             "up_block_types = .*Attn",
         ),
+        ({"down_block_types": ["DownBlock2D"] * 3}, "must be DownEncoderBlock2D at every level"),
         ({"act_fn": "gelu"}, 'act_fn = "gelu"'),
         ({"latent_channels": 3}, "latent_channels must be even, got 3"),
         ({"latent_channels": "four"}, "latent_channels must be int, got 'four'"),
@@ -143,6 +200,8 @@ def test_refuses_configurations_by_name(entries, message, folder, tmp_path):
     "change, message",
     [
         (lambda s: s.pop("decoder.conv_in.bias"), "misses weights: decoder.conv_in.bias$"),
+        (lambda s: s.pop("encoder.conv_in.bias"), "misses weights: encoder.conv_in.bias$"),
+        (lambda s: s.update({"encoder.x": torch.zeros(1)}), "of no known layer: encoder.x"),
         (lambda s: s.update({"decoder.x": torch.zeros(1)}), "of no known layer: decoder.x"),
         (
             lambda s: s.update({"post_quant_conv.weight": torch.zeros(4, 4, 3, 3)}),

@@ -19,12 +19,7 @@ from ..models.config import UNetConfig
 from ..models.text_encoder import empty_text_encoder
 from ..models.unet import UNet, empty_unet
 from ..plan.decoder import PlannedDecoder, PlannedEncoder
-from ..plan.network import (
-    InferenceUNet,
-    PlannedUNet,
-    for_inference,
-    inference_dtype,
-)
+from ..plan.network import InferenceUNet, PlannedUNet, for_inference, inference_dtype
 from ..plan.text import PlannedTextEncoder
 from ..sampling.captured_call import CapturedCall
 from . import diffusers, diffusers_autoencoder, ldm_autoencoder, modelscope
@@ -77,23 +72,21 @@ def load_autoencoder(
     encodes: whether the encoder is read too; files may hold the decoder alone
     capture: on CUDA, replay each frame from a graph
 
-    On a CPU its weights are packed (vfengine/plan); without bfloat16 instructions it runs in
-    float32, with a warning. Raises what `read_unet` does.
+    On a CPU its weights are packed, on CUDA it runs as ops (vfengine/plan). A CPU without bfloat16
+    instructions runs it in float32, with a warning. Raises what `read_unet` does.
     """
     _check_dtype("load_autoencoder", dtype)
     device, read = torch.device(device), _read_dtype(dtype, device)
-
+    found = find_autoencoder(source)
     parts = {"decoder": PlannedDecoder} | ({"encoder": PlannedEncoder} if encodes else {})
-    stored = find_autoencoder(source)
-    config = stored["decoder"].config
     networks = {
-        name: for_inference(found.read(read, device), read, device, parts[name])
-        for name, found in stored.items()
-        if name in parts
+        name: for_inference(found[name].read(read, device), read, device, planned)
+        for name, planned in parts.items()
+        if name in found
     }
-    if device.type == "cuda" and capture:
+    if capture and device.type == "cuda":
         networks = {name: CapturedCall(network) for name, network in networks.items()}
-    return Autoencoder(config, **networks).eval()
+    return Autoencoder(found["decoder"].config, **networks).eval()
 
 
 def load_text_encoder(

@@ -190,7 +190,10 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """forward(images [B, 3, H, W] in -1 .. 1) -> the mean of z [B, C, h, w]."""
+    """forward(images [B, 3, H, W] in -1 .. 1) -> the mean of z [B, C, h, w].
+
+    Its `plan` gives the log-variance too, after the mean: results have `out_channels` of it.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

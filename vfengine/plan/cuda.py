@@ -1,10 +1,10 @@
 """Inference of networks on CUDA: one walk of the network, whose calls are ops.
 
-A `CudaUNet` takes a UNet's place. It walks the same `plan` as the CPU's builders do
-(vfengine/plan/walk.py), with a builder that runs each call at once: a launch or two, so that a
-step's time is arithmetic rather than launches. Activations are rows `[images, H, W, C]` of one
-dtype, which is what channels_last memory is. A CUDA graph keeps the launches
-(vfengine/sampling/cuda_graph.py), so nothing is planned ahead.
+A `CudaUNet` takes a UNet's place, `CudaImages` that of an autoencoder's decoder or encoder. They
+walk the same `plan` as the CPU's builders do (vfengine/plan/walk.py), with a builder that runs each
+call at once: a launch or two, so that a step's time is arithmetic rather than launches. Activations
+are rows `[images, H, W, C]` of one dtype, which is what channels_last memory is. A CUDA graph keeps
+the launches (vfengine/sampling/cuda_graph.py), so nothing is planned ahead.
 
 What does not change between steps is computed once: q, k and v weights lie side by side, and so do
 all projections of the embedding; parameters of norms and biases are in fp32, as they are used.
@@ -29,7 +29,53 @@ from ..ops.temporal_attention import MAX_FRAMES
 from .cuda_weights import Joined, Preparer, cast
 
 
-class CudaUNet(nn.Module):
+class CudaNetwork(nn.Module):
+    """The common part of networks on CUDA: layers made ready, and what a `CudaBuilder` asks.
+
+    network: consumed: its weights stay where they are, but its forward runs no more
+    dtype:   of weights and activations: float32, bfloat16 or float16
+    inputs:  what `network.plan` takes besides the images, in terms of a Preparer
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, **inputs: object) -> None:
+        super().__init__()
+        self.config, self.dtype = network.config, dtype
+        prepare = Preparer(dtype)
+        with torch.no_grad():
+            network.plan(prepare, prepare.any, **inputs)
+        self.attentions, self.projected = prepare.attentions, prepare.projections
+        self.device = network.conv_in.weight.device
+
+    def _apply(self, fn, recurse=True):
+        """Accepts only its own dtype: what was joined and rounded for it cannot be cast."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype or probe.device != self.device:
+            raise RuntimeError(
+                f"{type(self).__name__}: made for {self.dtype} on {self.device}; load the network "
+                f"anew for {probe.dtype} on {probe.device}"
+            )
+        return self
+
+
+class CudaImages(CudaNetwork):
+    """forward(x [B, C, H, W]) as an autoencoder's `Decoder` or `Encoder`, on CUDA.
+
+    Without a gradient; the result is in x's dtype.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(network, dtype)
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = Features(x.to(self.dtype).permute(0, 2, 3, 1).contiguous())
+            out = self.network.plan(CudaBuilder(self, len(x)), rows).x.permute(0, 3, 1, 2)
+        out = out[:, : self.network.out_channels]
+        return out.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+class CudaUNet(CudaNetwork):
     """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on CUDA.
 
     unet:  a `UNet`, consumed: its weights stay where they are, but its forward runs no more
@@ -42,20 +88,14 @@ class CudaUNet(nn.Module):
     """
 
     def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config, self.dtype = unet.config, dtype
+        super().__init__(unet, dtype, context=Preparer.any if unet.config.context_dim else None)
         self.unet = unet.eval().requires_grad_(False)
         self.check_inputs = unet.check_inputs
-        prepare = Preparer(dtype)
-        with torch.no_grad():
-            unet.plan(
-                prepare, prepare.any, context=prepare.any if unet.config.context_dim else None
-            )
-            self.projections = Joined.of(*prepare.projections)
-        self.attentions = prepare.attentions
-        ends = list(accumulate(layer.out_features for layer in prepare.projections))
-        self.columns = dict(zip(prepare.projections, [0, *ends[:-1]], strict=True))
         self.input_width = unet.conv_in.weight.shape[1]
+        layers = self.projected
+        self.projections = Joined.of(*layers)
+        ends = list(accumulate(layer.out_features for layer in layers))
+        self.columns = dict(zip(layers, [0, *ends[:-1]], strict=True))
         # Embeddings in float64: once rounded, they do not depend on the order of sums.
         self.embeddings = unet.embeddings()
         cast(self.embeddings, torch.float64)
@@ -116,44 +156,9 @@ class CudaUNet(nn.Module):
         """fp32 [heads, N, N], kept for further calls."""
         key = (layer, num_frames)
         if key not in self._biases:
-            bias = layer(num_frames, self.projections.weight.device)
+            bias = layer(num_frames, self.device)
             self._biases[key] = bias.float().contiguous()
         return self._biases[key]
-
-    def _apply(self, fn, recurse=True):
-        """Accepts only its own dtype: what was joined and rounded for it cannot be cast."""
-        device = self.projections.weight.device
-        probe = fn(torch.empty(0, dtype=self.dtype, device=device))
-        if probe.dtype != self.dtype or probe.device != device:
-            raise RuntimeError(
-                f"CudaUNet: made for {self.dtype} on {device}; load the network anew for "
-                f"{probe.dtype} on {probe.device}"
-            )
-        return self
-
-
-class CudaImages(nn.Module):
-    """forward(x [B, C, H, W]) of a network of images without an embedding, on CUDA.
-
-    network: a `Decoder` or `Encoder` of an autoencoder, consumed as a UNet is by `CudaUNet`
-    dtype:   of weights and activations: float32, bfloat16 or float16; results are in x's dtype
-    """
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config, self.dtype, self.out_channels = network.config, dtype, network.out_channels
-        self.network = network.eval().requires_grad_(False)
-        prepare = Preparer(dtype)
-        with torch.no_grad():
-            network.plan(prepare, prepare.any)
-        self.attentions = prepare.attentions
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            rows = Features(x.to(self.dtype).permute(0, 2, 3, 1).contiguous())
-            out = self.network.plan(CudaBuilder(self, len(x)), rows).x
-            out = out.permute(0, 3, 1, 2)[:, : self.out_channels]
-            return out.to(x.dtype, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,10 @@ class CudaBuilder:
     """Runs the calls of a network's plan on CUDA (vfengine/plan/walk.py lists them).
 
     modulation: fp32 rows of all projections of the embedding, one an image or one a sample; None
-                where there is no embedding
+                for networks without one
     """
 
-    network: CudaUNet | CudaImages
+    network: CudaNetwork
     batch: int
     frames: int = 1
     modulation: Tensor | None = None
@@ -195,7 +200,7 @@ class CudaBuilder:
         padded: bool = False,
         fp32: bool = False,
     ) -> Features:
-        residual, first = None, x.first
+        first, residual = x.first, None
         if x.second is None:
             first = _widened(first, conv)
         if conv.stride == (2, 2) and conv.padding == (0, 0):
