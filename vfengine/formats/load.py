@@ -26,6 +26,7 @@ from ..plan.network import (
     inference_dtype,
 )
 from ..plan.text import PlannedTextEncoder
+from ..sampling.captured_call import CapturedCall
 from . import diffusers, diffusers_autoencoder, ldm_autoencoder, modelscope
 from . import text_encoder as text
 from .diffusers import read_scheduler
@@ -66,6 +67,7 @@ def load_autoencoder(
     device: torch.device | str = "cpu",
     *,
     encodes: bool = True,
+    capture: bool = True,
 ) -> Autoencoder:
     """A published autoencoder, for inference: `decode` and `encode` clips.
 
@@ -73,6 +75,7 @@ def load_autoencoder(
              weight files; a folder of ModelScope, or a .pth, .pt or .ckpt file of latent diffusion
     dtype:   of weights and activations: float32, bfloat16 or float16
     encodes: whether the encoder is read too; files may hold the decoder alone
+    capture: on CUDA, replay each frame from a graph
 
     On a CPU its weights are packed (vfengine/plan); without bfloat16 instructions it runs in
     float32, with a warning. Raises what `read_unet` does.
@@ -81,12 +84,16 @@ def load_autoencoder(
     device, read = torch.device(device), _read_dtype(dtype, device)
 
     parts = {"decoder": PlannedDecoder} | ({"encoder": PlannedEncoder} if encodes else {})
+    stored = find_autoencoder(source)
+    config = stored["decoder"].config
     networks = {
         name: for_inference(found.read(read, device), read, device, parts[name])
-        for name, found in find_autoencoder(source).items()
+        for name, found in stored.items()
         if name in parts
     }
-    return Autoencoder(networks["decoder"].config, **networks).eval()
+    if device.type == "cuda" and capture:
+        networks = {name: CapturedCall(network) for name, network in networks.items()}
+    return Autoencoder(config, **networks).eval()
 
 
 def load_text_encoder(

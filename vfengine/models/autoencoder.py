@@ -162,7 +162,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.config = config
+        self.config, self.out_channels = config, config.out_channels
         latent, widths = config.latent_channels, config.block_out_channels
         self.post_quant_conv = nn.Linear(latent, latent) if config.post_quant_conv else None
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.config = config
+        self.config, self.out_channels = config, config.latent_channels
         latent, widths = config.latent_channels, config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.layers = nn.ModuleList(_layer(step, config) for step in encoder_steps(config))
@@ -211,7 +211,7 @@ class Encoder(nn.Module):
         h = self.conv_out(self.conv_norm_out(h, silu=True))
         if self.quant_conv is not None:
             h = images(self.quant_conv(rows(h)), *h.shape[-2:])
-        return h[:, : self.config.latent_channels]
+        return h[:, : self.out_channels]
 
     def plan(self, build, x):
         h = build.conv(x, self.conv_in, padded=True)

@@ -104,7 +104,8 @@ class PublishedSession:
             with run.timed("decode", self.device), torch.inference_mode():
                 return autoencoder.decode(latents, callback=report)
 
-        return self._with_network("decode", partial(load_autoencoder, encodes=False), run, decode)
+        load = partial(load_autoencoder, encodes=False, capture=self.driver.capture)
+        return self._with_network("decode", load, run, decode)
 
     # -- networks ----------------------------------------------------------------------------------
 

@@ -26,8 +26,7 @@ from ..ops._dispatch import MAX_HEAD_DIM
 from ..ops._tuning import choose
 from ..ops.attention import attend
 from ..ops.temporal_attention import MAX_FRAMES
-
-_ALIGNED = 16  # channels of an input row: whole 16-byte vectors, and a product's least depth
+from .cuda_weights import Joined, Preparer, cast
 
 
 class CudaUNet(nn.Module):
@@ -59,7 +58,7 @@ class CudaUNet(nn.Module):
         self.input_width = unet.conv_in.weight.shape[1]
         # Embeddings in float64: once rounded, they do not depend on the order of sums.
         self.embeddings = unet.embeddings()
-        _cast(self.embeddings, torch.float64)
+        cast(self.embeddings, torch.float64)
         self._biases: dict[tuple[nn.Module, int], Tensor] = {}  # of positions
 
     @property
@@ -133,6 +132,30 @@ class CudaUNet(nn.Module):
         return self
 
 
+class CudaImages(nn.Module):
+    """forward(x [B, C, H, W]) of a network of images without an embedding, on CUDA.
+
+    network: a `Decoder` or `Encoder` of an autoencoder, consumed as a UNet is by `CudaUNet`
+    dtype:   of weights and activations: float32, bfloat16 or float16; results are in x's dtype
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype, self.out_channels = network.config, dtype, network.out_channels
+        self.network = network.eval().requires_grad_(False)
+        prepare = Preparer(dtype)
+        with torch.no_grad():
+            network.plan(prepare, prepare.any)
+        self.attentions = prepare.attentions
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = Features(x.to(self.dtype).permute(0, 2, 3, 1).contiguous())
+            out = self.network.plan(CudaBuilder(self, len(x)), rows).x
+            out = out.permute(0, 3, 1, 2)[:, : self.out_channels]
+            return out.to(x.dtype, memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Features:
     """A feature map [images, H, W, C], whose last channels may lie in a tensor of their own."""
@@ -150,13 +173,14 @@ class Features:
 class CudaBuilder:
     """Runs the calls of a network's plan on CUDA (vfengine/plan/walk.py lists them).
 
-    modulation: fp32 rows of all projections of the embedding, one an image or one a sample
+    modulation: fp32 rows of all projections of the embedding, one an image or one a sample; None
+                where there is no embedding
     """
 
-    network: CudaUNet
+    network: CudaUNet | CudaImages
     batch: int
-    frames: int
-    modulation: Tensor
+    frames: int = 1
+    modulation: Tensor | None = None
 
     def cat(self, x: Features, y: Features) -> Features:
         return Features(x.x, y.x)
@@ -171,14 +195,18 @@ class CudaBuilder:
         padded: bool = False,
         fp32: bool = False,
     ) -> Features:
-        residual = None
+        residual, first = None, x.first
+        if x.second is None:
+            first = _widened(first, conv)
+        if conv.stride == (2, 2) and conv.padding == (0, 0):
+            first = F.pad(first, (0, 0, 0, 1, 0, 1))  # below and to the right
         if plus is not None:
             shortcut, residual = plus
             if not isinstance(shortcut, nn.Identity):
                 residual = self.conv(residual, shortcut)
         return Features(
             _conv(
-                x.first,
+                first,
                 conv,
                 second=x.second,
                 stride=conv.stride[0],
@@ -248,7 +276,7 @@ class CudaBuilder:
         then: tuple[nn.Linear, Features] | None = None,
     ) -> Features:
         added = None if residual is None else residual.x
-        h = Features(_linear(x.x, layer, residual=added))
+        h = Features(_linear(_widened(x.x, layer), layer, residual=added))
         return h if then is None else self.linear(h, then[0], residual=then[1])
 
     def attention(
@@ -301,6 +329,12 @@ class CudaBuilder:
         return self.modulation[:, first : first + projection.out_features]
 
 
+def _widened(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """Rows [..., C] with zeros up to the width of a weight that was padded."""
+    missing = layer.weight.shape[1] - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
 def _conv(x: Tensor, conv: nn.Conv2d, **options: Any) -> Tensor:
     """x [B, H, W, C] by a layer's weight, in channels_last memory -> [B, Ho, Wo, D]."""
     weight = conv.weight.permute(0, 2, 3, 1)
@@ -336,115 +370,3 @@ def _spatial(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def _fits(head_dim: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Weights that are used together, one below the other, with their biases in fp32."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, *layers: nn.Linear) -> Joined:
-        """The layers' weights; from now on each layer's own are a view of its part."""
-        weight, bias = torch.cat([layer.weight for layer in layers]), None
-        sizes = [layer.out_features for layer in layers]
-        for layer, part in zip(layers, weight.split(sizes), strict=True):
-            layer.weight = nn.Parameter(part, requires_grad=False)
-        if layers[0].bias is not None:
-            bias = torch.cat([layer.bias for layer in layers])
-        return cls(weight, bias)
-
-
-class Preparer:
-    """Makes the layers that a network's plan names ready for a `CudaBuilder`.
-
-    Norms' parameters and biases become fp32, other weights `dtype`, those of convolutions in
-    channels_last memory.
-    """
-
-    any = object()  # stands for every feature map and context
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.attentions: dict[nn.Module, tuple[Joined, Joined | None]] = {}
-        self.projections: list[nn.Linear] = []
-
-    def cat(self, x: Any, y: Any) -> Any:
-        return x
-
-    def conv(self, x: Any, conv: nn.Conv2d, *, shift=None, plus=None, padded=False, fp32=False):
-        self._layer(conv)
-        if padded:
-            conv.weight = _frozen(_padded(conv.weight))
-        if shift is not None:
-            self._project(shift)
-        if plus is not None and not isinstance(plus[0], nn.Identity):
-            self._layer(plus[0])
-        return x
-
-    def conv_over_frames(self, x: Any, conv: nn.Conv2d, residual: Any = None) -> Any:
-        return self._layer(conv)
-
-    def upsampled_conv(self, x: Any, conv: nn.Conv2d, skip: Any = None) -> Any:
-        return self._layer(conv)
-
-    def group_norm(self, x: Any, norm: nn.GroupNorm, *, silu=False, modulation=None, **_: Any):
-        _cast(norm, torch.float32)
-        if modulation is not None:
-            self._project(modulation)
-        return x
-
-    def layer_norm(self, x: Any, norm: nn.LayerNorm) -> Any:
-        _cast(norm, torch.float32)
-        return x
-
-    def geglu(self, x: Any, layer: nn.Linear) -> Any:
-        return self._layer(layer)
-
-    def linear(self, x: Any, layer: nn.Linear, *, residual: Any = None, then: Any = None) -> Any:
-        self._layer(layer)
-        return x if then is None else self._layer(then[0])
-
-    def attention(self, x: Any, norm: nn.Module, attention: nn.Module, context=None, **_: Any):
-        _cast(norm, torch.float32)
-        q, k, v = attention.to_q, attention.to_k, attention.to_v
-        for layer in (q, k, v, attention.to_out):
-            self._layer(layer)
-        crossed = context is not None
-        joined = (Joined.of(q), Joined.of(k, v)) if crossed else (Joined.of(q, k, v), None)
-        self.attentions[attention] = joined
-        return x
-
-    def runs_in_tiles(self, x: Any, transformer: nn.Module) -> bool:
-        return False
-
-    def _project(self, projection: nn.Linear) -> None:
-        self._layer(projection)
-        self.projections.append(projection)
-
-    def _layer(self, layer: nn.Conv2d | nn.Linear) -> Any:
-        form = torch.channels_last if layer.weight.dim() == 4 else torch.contiguous_format
-        layer.weight = _frozen(layer.weight.to(self.dtype).contiguous(memory_format=form))
-        if layer.bias is not None:
-            layer.bias = _frozen(layer.bias.float())
-        return self.any
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """`module.to(dtype)`, which cannot be had of fake tensors."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = _frozen(parameter.to(dtype))
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _padded(weight: Tensor) -> Tensor:
-    """A convolution's weight with input channels of zeros, up to whole vectors."""
-    padding = -weight.shape[1] % _ALIGNED
-    return F.pad(weight, (0, 0, 0, 0, 0, padding)).to(memory_format=torch.channels_last)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .builder import Builder
+from .cuda import CudaImages
 from .forms import FeatureMap
 from .network import PlannedForward, PlannedNetwork
 from .walk import Planner
@@ -18,10 +19,16 @@ class _PlannedImages(PlannedNetwork):
     Raises RuntimeError where the instruction set was changed since the weights were packed.
     """
 
+    on_cuda = CudaImages
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(network, dtype)
+        self.out_channels = network.out_channels
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_isa()
         with self._lock, torch.no_grad():
-            out = self._forward(tuple(x.shape))(x)
+            out = self._forward(tuple(x.shape))(x)[:, : self.out_channels]
             return out.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
 
     def _planned(self, shape: tuple[int, ...]) -> PlannedForward:
@@ -41,6 +48,3 @@ class PlannedDecoder(_PlannedImages):
 
 class PlannedEncoder(_PlannedImages):
     """forward(images [B, 3, H, W]) -> the mean of z [B, C, h, w] as `Encoder`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[:, : self.config.latent_channels]

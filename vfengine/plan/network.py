@@ -13,6 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,11 @@ class PlannedNetwork(nn.Module):
     inputs:  what `network.plan` takes besides the images, in terms of a Packer
 
     A subclass makes the program of a shape, in `_planned`.
+
+    on_cuda: the network's form there (cuda.py), of (network, dtype); None: PyTorch runs it
     """
+
+    on_cuda: ClassVar[type[nn.Module] | None] = None
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, **inputs: object) -> None:
         super().__init__()
@@ -120,6 +125,8 @@ class PlannedUNet(PlannedNetwork):
     Results depend on neither batch size nor number of threads. Raises ValueError where UNet does,
     RuntimeError where the instruction set was changed since the weights were packed.
     """
+
+    on_cuda = CudaUNet
 
     def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(unet, dtype, context=Packer.any if unet.config.context_dim else None)
@@ -199,14 +206,15 @@ def for_inference(
     device: torch.device | str,
     planned: type[PlannedNetwork] = PlannedUNet,
 ) -> nn.Module:
-    """The network in its fastest form, which consumes it: a `planned` on a CPU, else a `CudaUNet`.
+    """The network in its fastest form, which consumes it: a `planned`, or on CUDA its `on_cuda`.
 
-    Left to PyTorch: float16 on a CPU, and on CUDA all but UNets, and float64.
+    Left to PyTorch: float16 on a CPU, float64 on CUDA, and what has no form there.
     """
     if torch.device(device).type == "cpu" and dtype is not torch.float16:
         return planned(network, dtype)
-    if torch.device(device).type == "cuda" and planned is PlannedUNet and dtype in DTYPE_NUMBERS:
-        return CudaUNet(network, dtype)
+    on_cuda = planned.on_cuda if torch.device(device).type == "cuda" else None
+    if on_cuda is not None and dtype in DTYPE_NUMBERS:
+        return on_cuda(network, dtype)
     return network.eval().requires_grad_(False)
 
 
