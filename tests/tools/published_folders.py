@@ -1,102 +1,32 @@
 """Small published text-to-video folders: the real architecture, narrow, with random weights.
 
-One model in both forms. Its widths are such that ModelScope's form can say them: 32 groups in every
-norm, heads of 64 in the text encoder, three levels of two blocks in the UNet.
+One model in both forms: benchmarks/lib/published_model.py names its widths, and writes diffusers'.
 """
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from conftest import benchmark_file
 from seeded import filled
 from torch import Tensor, nn
-
-from vfengine.formats.tokenizer import MERGES
 
 CLIP, UNET = "open_clip_pytorch_model.bin", "text2video_pytorch_model.pth"
 VAE = "VQGAN_autoencoder.pth"
 
-
-class Networks(NamedTuple):
-    """Of diffusers and transformers."""
-
-    text: nn.Module
-    unet: nn.Module
-    vae: nn.Module
+published_model = benchmark_file("lib.published_model")
+Networks, save_diffusers = published_model.Networks, published_model.save
 
 
 def small_networks(seed: int = 0) -> Networks:
-    from diffusers import AutoencoderKL, UNet3DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    text = CLIPTextConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=2,
-        num_hidden_layers=3,
-        hidden_act="gelu",
-    )
-    unet = UNet3DConditionModel(
-        block_out_channels=(32, 64, 64),
-        layers_per_block=2,
-        down_block_types=(*("CrossAttnDownBlock3D",) * 2, "DownBlock3D"),
-        up_block_types=("UpBlock3D", *("CrossAttnUpBlock3D",) * 2),
-        cross_attention_dim=128,
-        attention_head_dim=16,
-        sample_size=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        sample_size=64,
-    )
-    return Networks(
-        filled(CLIPTextModel(text), seed=seed),
-        filled(unet, seed=seed + 1),
-        filled(vae, seed=seed + 2),
-    )
-
-
-# -- diffusers -------------------------------------------------------------------------------------
+    """In fp32; the seed decides every weight."""
+    networks = published_model.build("small")
+    return Networks(*(filled(net, seed=seed + number) for number, net in enumerate(networks)))
 
 
 def small_diffusers_folder(path: Path, seed: int = 0) -> Path:
     """A TextToVideoSDPipeline with latents of 8 x 8, of 8 pixels each."""
     return save_diffusers(path, small_networks(seed))
-
-
-def save_diffusers(path: Path, networks: Networks) -> Path:
-    from diffusers import DDIMScheduler, TextToVideoSDPipeline
-
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    TextToVideoSDPipeline(
-        networks.vae, networks.text, clip_tokenizer(), networks.unet, scheduler
-    ).save_pretrained(path)
-    return path
-
-
-def clip_tokenizer() -> object:
-    """transformers' CLIPTokenizer with CLIP's vocabulary; it pads as Stable Diffusion 2's does."""
-    from transformers import CLIPTokenizer
-
-    merges = [tuple(line.split()) for line in MERGES.read_text("utf-8").splitlines()[1:]]
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
-    symbols = [chr(b) for b in kept] + [chr(256 + n) for n in range(256 - len(kept))]
-    words = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token="!")
 
 
 # -- ModelScope ------------------------------------------------------------------------------------
