@@ -40,7 +40,7 @@ NOT_QUICK = (
         "sampling/test_capture.py",
         "cli/test_train.py",
         "cli/test_train_vdm.py",
-        "cli/test_prompts.py",
+        "cli/test_text_to_video_command.py",
     ),
     *("pipelines/test_text_to_video.py", "pipelines/test_published_text_to_video.py"),
 )
