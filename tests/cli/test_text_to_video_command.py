@@ -1,6 +1,7 @@
 """python -m vfengine.generate with a text-to-video model: clips, latents, what is refused."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,12 @@ def test_latents_outlive_an_error_while_decoding(clip, monkeypatch, error):
 def test_refused(clip, flags, words):
     assert refused(clip(*flags), *words)
     assert os.listdir() == []
+
+
+def test_a_missing_package_is_named(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    result = clip("--prompt", "x")
+    assert refused(result, "prompts need the package tokenizers: pip install 'vfengine[text]'")
 
 
 def test_refused_latents(folder):

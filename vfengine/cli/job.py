@@ -75,16 +75,20 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
 def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
     import torch
 
+    from ..formats.tokenizer import MissingPackage
     from ..pipelines.load import load_pipeline
 
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return load_pipeline(
-        settings.model,
-        device=settings.device,
-        dtype=dtype,
-        capture=not settings.no_capture,
-        base_unet=settings.base_unet,
-    )
+    try:
+        return load_pipeline(
+            settings.model,
+            device=settings.device,
+            dtype=dtype,
+            capture=not settings.no_capture,
+            base_unet=settings.base_unet,
+        )
+    except MissingPackage as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_model(settings: argparse.Namespace, pipe: Pipeline) -> None:

@@ -28,6 +28,10 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _END_OF_WORD = "</w>"
 
 
+class MissingPackage(ImportError):
+    """A package of an extra is not installed."""
+
+
 @dataclass(frozen=True, eq=False)
 class ClipTokenizer:
     """Texts to int64 [B, length]: start, the text's tokens, end, then padding; longer ones are cut.
@@ -223,7 +227,7 @@ def _library() -> Any:
         import regex  # noqa: F401
         import tokenizers
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             f"prompts need the package {error.name}: pip install 'vfengine[text]'"
         ) from error
     return tokenizers
