@@ -165,10 +165,11 @@ def test_latents(model, peer, size, guidance_scale, steps):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("guidance_scale", [1.0, 9.0], ids=["unguided", "guided"])
-def test_frames(model, peer, size, guidance_scale):
+@pytest.mark.parametrize("steps", [5, 50])
+def test_frames(model, peer, size, guidance_scale, steps):
     """Both from the same noise; as uint8 they may differ by 1."""
     height, width = SIZES[size]
-    settings = {"guidance_scale": guidance_scale, "num_inference_steps": 5}
+    settings = {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     settings["negative_prompt"] = NEGATIVE
     noise = model.noise(size)
     sizes = {"num_frames": FRAMES, "height": height, "width": width}
@@ -234,10 +235,10 @@ def test_parts_in_bf16(model, peer, half):
     assert error(ours, frames) <= 1.5 * error(decoded(half, z), frames)
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("guidance_scale", [1.0, 9.0], ids=["unguided", "guided"])
-def test_latents_in_bf16(model, peer, half, size, guidance_scale):
-    settings = (model, size, guidance_scale, 5)
+@pytest.mark.parametrize(("size", "steps"), [("square", 5), ("odd", 5), ("square", 50)])
+def test_latents_in_bf16(model, peer, half, size, guidance_scale, steps):
+    settings = (model, size, guidance_scale, steps)
     exact = latents_of(peer, *settings)
     ours = ours_of(model.pipe(dtype=torch.bfloat16), *settings)
     assert error(ours, exact) <= 1.5 * error(latents_of(half, *settings), exact)
