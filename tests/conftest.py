@@ -36,13 +36,9 @@ QUICK = (
     "plan/test_plan_snapshots.py",
 )
 NOT_QUICK = (
-    *(
-        "sampling/test_capture.py",
-        "cli/test_train.py",
-        "cli/test_train_vdm.py",
-        "cli/test_text_to_video_command.py",
-    ),
-    *("pipelines/test_text_to_video.py", "pipelines/test_published_text_to_video.py"),
+    *("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py"),
+    *("cli/test_text_to_video_command.py", "pipelines/test_text_to_video.py"),
+    *("pipelines/test_published_text_to_video.py", "pipelines/test_published_width.py"),
 )
 
 
