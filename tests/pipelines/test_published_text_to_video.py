@@ -4,6 +4,8 @@ Each part gets the oracle's input, and then the whole pipeline its noise. Weight
 (tests/tools/published_folders.py), in the real architecture at a small width.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,6 +163,25 @@ def test_decoded_pixels(model, peer):
 def test_latents(model, peer, size, guidance_scale, steps):
     settings = (model, size, guidance_scale, steps)
     assert error(ours_of(model.pipe(), *settings), latents_of(peer, *settings)) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"prediction_type": "v_prediction"},
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0},
+    ],
+    ids=lambda entries: "-".join(entries),
+)
+def test_other_schedules(model, tmp_path, entries):
+    """What retrained checkpoints may say of their schedule."""
+    folder = shutil.copytree(model.diffusers, tmp_path / "diffusers")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    changed = model._replace(diffusers=folder)
+    settings = (changed, "square", 9.0, 5)
+    assert error(ours_of(changed.pipe(), *settings), latents_of(changed.peer(), *settings)) <= 2e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
