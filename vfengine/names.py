@@ -9,6 +9,7 @@ TEXT_OUTPUT_TYPES = (*OUTPUT_TYPES, "latent")  # and those of a text-to-video pi
 FILTERS = ("nearest", "lanczos")  # for enlarging frames
 OBJECTIVES = ("decomposed", "vdm")  # kinds of models; "vdm" is plain video diffusion
 PRECISIONS = ("bf16", "fp32")  # of training
+NETWORKS_TRAINED = ("both", "base", "residual")  # of a decomposed model
 
 # dtypes of networks: what users may write, and the name in torch
 DTYPE_NAMES = {
