@@ -83,32 +83,33 @@ def run(training, settings: argparse.Namespace, log: TextIO, limit: Limit) -> No
     log.write(json.dumps({"start": training.steps_done, **record}, default=str) + "\n")
     progress = tqdm(total=options.steps, initial=training.steps_done, unit="step", disable=None)
     reports, since = [], time.perf_counter()
-    last = training.steps_done >= options.steps
     with limit.watching(), progress:
-        while not last:
-            last = limit.reached
-            if not last:
-                reports.append(training.step())
-                progress.update()
-                last = training.steps_done == options.steps or limit.reached
+        if limit.reached:  # no time for a step, but for what a step would end in
+            _save(training, settings)
+        while training.steps_done < options.steps and not limit.reached:
+            reports.append(training.step())
+            progress.update()
             step = training.steps_done
-            saves = last or step % settings.save_every == 0
-            if reports and (saves or step % settings.log_every == 0):
+            last = step == options.steps
+            saves = last or step % settings.save_every == 0 or limit.reached
+            if saves or step % settings.log_every == 0:
                 line = _summary(step, reports, options.batch_size, time.perf_counter() - since)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 progress.set_postfix({k: v for k, v in line.items() if isinstance(v, float)})
                 reports, since = [], time.perf_counter()
             if saves:
-                training.save(output / STATE)
-                training.export(output / CHECKPOINT)
-            if settings.sample_every and (
-                step % settings.sample_every == 0 or step == options.steps
-            ):
+                _save(training, settings)
+            if settings.sample_every and (last or step % settings.sample_every == 0):
                 file = output / "samples" / f"step-{step:07d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 training.write_samples(file)
                 since = time.perf_counter()
+
+
+def _save(training, settings: argparse.Namespace) -> None:
+    training.save(settings.output / STATE)
+    training.export(settings.output / CHECKPOINT)
 
 
 def tell_end(training, settings: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..names import NETWORKS_TRAINED, PRECISIONS
 
 # what an objective trains with where its user does not say otherwise
-OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {"autoencoder": {}, "text": {}}
+OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {"autoencoder": {"size": 128}, "text": {}}
 
 
 @dataclass(frozen=True)
