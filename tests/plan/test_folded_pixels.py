@@ -1,4 +1,4 @@
-"""Autoencoders whose finest level is of patches: fold, network, fold back, in plans as in modules."""
+"""Autoencoders whose finest level is of patches: pixels are folded, in plans as in modules."""
 
 import copy
 from dataclasses import replace
@@ -51,10 +51,8 @@ def test_it_is_the_unfolded_network_of_more_channels(part):
     wide = replace(FOLDED, patch_size=1, in_channels=12, out_channels=12)
     plain = PARTS[part][0](wide)
     plain.load_state_dict(module.state_dict())
-    if part == "decoder":
-        expected = F.pixel_shuffle(plain(x), 2)
-    else:
-        expected = plain(F.pixel_unshuffle(x, 2))
+    fold = F.pixel_unshuffle(x, 2) if part == "encoder" else x
+    expected = plain(fold) if part == "encoder" else F.pixel_shuffle(plain(fold), 2)
     assert torch.equal(module(x), expected)
 
 
