@@ -116,7 +116,7 @@ def test_no_circle_of_rooms():
 
 def test_imports_are_found():
     """A spot check of the reader: relative, absolute, inside functions, of packages."""
-    assert {"files", "models", "models.unet", "diffusion.schedule"} <= IMPORTS["formats.checkpoint"]
+    assert {"models", "models.unet", "formats.folders"} <= IMPORTS["formats.checkpoint"]
     assert "native" in IMPORTS["devices"]
     assert "ops._dispatch" in IMPORTS["plan.builder"]
     assert "training.options" in IMPORTS["training"]

@@ -33,6 +33,9 @@ CONFIGS = {
     "channels": AutoencoderConfig(
         latent_channels=6, in_channels=1, out_channels=5, block_out_channels=(8,), norm_groups=4
     ),
+    "patches": AutoencoderConfig(
+        latent_channels=8, block_out_channels=(8, 16), norm_groups=4, patch_size=2
+    ),
 }
 CASES = [(name, part) for name in CONFIGS for part in (Decoder, Encoder)]
 all_cases = pytest.mark.parametrize(("name", "part"), CASES)
@@ -90,6 +93,7 @@ def cuda_guard(tmp_path_factory):
 
 
 ENDS = {"aten.constant_pad_nd.default", "aten.clone.default", "aten._to_copy.default"}
+ENDS |= {"aten.pixel_shuffle.default", "aten.pixel_unshuffle.default"}  # of patches
 
 
 def ops_of_layers(module: nn.Module) -> dict[str, int]:

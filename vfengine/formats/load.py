@@ -7,11 +7,12 @@ the names of our layers to those of its weights.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..devices import NETWORK_DTYPES
 from ..models.autoencoder import Autoencoder, AutoencoderConfig, empty_decoder, empty_encoder
@@ -76,8 +77,20 @@ def load_autoencoder(
     instructions runs it in float32, with a warning. Raises what `read_unet` does.
     """
     _check_dtype("load_autoencoder", dtype)
-    device, read = torch.device(device), _read_dtype(dtype, device)
     found = find_autoencoder(source)
+    return ready_autoencoder(found, dtype, device, encodes=encodes, capture=capture)
+
+
+def ready_autoencoder(
+    found: Mapping[str, StoredNetwork],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    encodes: bool,
+    capture: bool,
+) -> Autoencoder:
+    """A "decoder", and an "encoder" if there is one, for inference, as `load_autoencoder` says."""
+    device, read = torch.device(device), _read_dtype(dtype, device)
     parts = {"decoder": PlannedDecoder} | ({"encoder": PlannedEncoder} if encodes else {})
     networks = {
         name: for_inference(found[name].read(read, device), read, device, planned)
@@ -107,13 +120,23 @@ def load_text_encoder(
     what `read_unet` does, and ImportError without the packages of the extra [text].
     """
     _check_dtype("load_text_encoder", dtype)
-    device, read = torch.device(device), _read_dtype(dtype, device)
     tokenize, found = find_tokenizer(source), find_text_encoder(source)
     if tokenize.length > found.config.max_length:
         raise ValueError(
             f"{source}: its tokenizer makes {tokenize.length} tokens of a text, its text encoder "
             f"takes {found.config.max_length}"
         )
+    return ready_text_encoder(found, tokenize, dtype, device)
+
+
+def ready_text_encoder(
+    found: StoredNetwork,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> nn.Module:
+    """A text encoder for inference, with its tokenizer, as `load_text_encoder` says."""
+    device, read = torch.device(device), _read_dtype(dtype, device)
     encoder = for_inference(found.read(read, device), read, device, PlannedTextEncoder)
     encoder.tokenize = tokenize
     return encoder

@@ -6,6 +6,9 @@ level to level an upsampling to twice the size -> norm, SiLU, a 3x3 convolution 
 
 Encoder: the same way back, with a convolution of stride 2 from level to level, to the mean and the
 log-variance of z, of which the mean is the result.
+
+Pixels may be folded into channels before an encoder's first convolution, and back after a decoder's
+last (`patch_size`): the finest level, which costs the most, is then of patches.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class AutoencoderConfig:
     mid_attention     whether all pixels of the coarsest level attend to each other, in one head
     quant_conv, post_quant_conv   whether an encoder ends, and a decoder begins, with a 1x1
                       convolution
+    patch_size        p folds p x p pixels into channels; published autoencoders have 1
 
     Raises ValueError, naming it, for a field of another type or range.
     """
@@ -48,6 +52,7 @@ class AutoencoderConfig:
     post_quant_conv: bool = True
     in_channels: int = 3
     quant_conv: bool = True
+    patch_size: int = 1
 
     def __post_init__(self):
         for f in fields(self):
@@ -74,7 +79,7 @@ class AutoencoderConfig:
     @property
     def scale(self) -> int:
         """Pixels of an image for one of a latent, along height and along width."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
 
 def _is_count(value: object) -> bool:
@@ -158,17 +163,21 @@ class PaddedDownsample(nn.Conv2d):
 
 
 class Decoder(nn.Module):
-    """forward(z [B, C, h, w]) -> images [B, 3, H, W], nominally in -1 .. 1."""
+    """forward(z [B, C, h, w]) -> images [B, 3, H, W], nominally in -1 .. 1.
+
+    Its `plan` gives patches of patch_size: results have `out_channels`.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.config, self.out_channels = config, config.out_channels
+        self.patches = (1, config.patch_size)  # of pixels, in and out of the layers
+        self.config, self.out_channels = config, config.out_channels * config.patch_size**2
         latent, widths = config.latent_channels, config.block_out_channels
         self.post_quant_conv = nn.Linear(latent, latent) if config.post_quant_conv else None
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
         self.layers = nn.ModuleList(_layer(step, config) for step in decoder_steps(config))
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], _EPS)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], self.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -178,7 +187,8 @@ class Decoder(nn.Module):
         h = self.conv_in(h)
         for layer in self.layers:
             h = layer(h)
-        return self.conv_out(self.conv_norm_out(h, silu=True))
+        h = self.conv_out(self.conv_norm_out(h, silu=True))
+        return F.pixel_shuffle(h, self.config.patch_size)
 
     def plan(self, build, z):
         h = z if self.post_quant_conv is None else build.linear(z, self.post_quant_conv)
@@ -192,14 +202,17 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """forward(images [B, 3, H, W] in -1 .. 1) -> the mean of z [B, C, h, w].
 
-    Its `plan` gives the log-variance too, after the mean: results have `out_channels` of it.
+    Its `plan` takes patches of patch_size, and gives the log-variance too, after the mean: results
+    have `out_channels` of it.
     """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
+        self.patches = (config.patch_size, 1)
         self.config, self.out_channels = config, config.latent_channels
         latent, widths = config.latent_channels, config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        folded = config.in_channels * config.patch_size**2
+        self.conv_in = nn.Conv2d(folded, widths[0], 3, padding=1)
         self.layers = nn.ModuleList(_layer(step, config) for step in encoder_steps(config))
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)  # mean, log-variance
@@ -207,8 +220,8 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(h)
+        h = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch_size)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
         for layer in self.layers:
             h = layer(h)
         h = self.conv_out(self.conv_norm_out(h, silu=True))

@@ -1,8 +1,11 @@
 """CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020): token ids to rows of numbers.
 
-ids [B, L] -> token and position embeddings -> blocks of causal self-attention and an MLP, each
-behind a LayerNorm and added to its input -> a last LayerNorm -> [B, L, D]. Nothing is pooled: a
-UNet attends to all rows.
+ids [B, L] -> token and position embeddings -> blocks of self-attention and an MLP, each behind a
+LayerNorm and added to its input -> a last LayerNorm -> [B, L, D]. Nothing is pooled: a UNet attends
+to all rows.
+
+CLIP's attention is causal. Our own text encoder's is not, and its embeddings are narrower than D:
+a projection follows them (ALBERT, Lan et al. 2019, arXiv 1909.11942).
 """
 
 from __future__ import annotations
@@ -18,15 +21,19 @@ from .layers import Attention
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 MAX_LENGTH = 128  # tokens, of the kernel that attends to them
+_EXPECTED = {str: "a name", bool: "True or False"}
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """Shape of a text encoder.
 
-    max_length  L, the tokens of a text
-    width       D
-    activation  of the MLPs: "gelu" is x Φ(x), "quick_gelu" x / (1 + e^(-1.702 x))
+    max_length       L, the tokens of a text
+    width            D
+    activation       of the MLPs: "gelu" is x Φ(x), "quick_gelu" x / (1 + e^(-1.702 x))
+    causal           whether a token attends to none after it
+    embedding_width  of token and position embeddings, which are then projected to D; None: they
+                     have D numbers themselves
 
     Raises ValueError, naming it, for a field of another type or range.
     """
@@ -39,18 +46,19 @@ class TextEncoderConfig:
     mlp_width: int = 4096
     activation: str = "gelu"
     norm_eps: float = 1e-5
+    causal: bool = True
+    embedding_width: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not type(field.default) or (
-                not isinstance(value, str) and value <= 0
-            ):
-                kind = type(field.default).__name__
+            if value is None and field.default is None:
+                continue
+            kind = int if field.default is None else type(field.default)
+            if type(value) is not kind or (kind in (int, float) and value <= 0):
+                expected = _EXPECTED.get(kind, f"a positive {kind.__name__}")
                 raise ValueError(
-                    f"TextEncoderConfig: {field.name} must be a positive {kind}, got {value!r}"
-                    if kind != "str"
-                    else f"TextEncoderConfig: {field.name} must be a name, got {value!r}"
+                    f"TextEncoderConfig: {field.name} must be {expected}, got {value!r}"
                 )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
@@ -89,7 +97,7 @@ class TextBlock(nn.Module):
         width, eps = config.width, config.norm_eps
         self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, width // config.num_heads, bias=True)
-        self.mask = CausalMask(config.num_heads)
+        self.mask = CausalMask(config.num_heads) if config.causal else None
         self.norm2 = nn.LayerNorm(width, eps)
         self.fc1 = nn.Linear(width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, width)
@@ -97,26 +105,28 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> the same shape."""
-        x = x + self.attention(self.norm1(x), bias=self.mask(x.shape[1], x.device).to(x.dtype))
+        mask = None if self.mask is None else self.mask(x.shape[1], x.device).to(x.dtype)
+        x = x + self.attention(self.norm1(x), bias=mask)
         h = self.fc1(self.norm2(x))
         h = F.gelu(h) if self.activation == "gelu" else h * torch.sigmoid(1.702 * h)
         return x + self.fc2(h)
 
     def plan(self, build, x):
-        """Tokens take the place of frames: their attention has a bias, here the mask."""
+        """Tokens take the place of frames, whose attention may have a bias, here the mask."""
         x = build.attention(x, self.norm1, self.attention, bias=self.mask, over_frames=True)
         h = build.activated(build.layer_norm(x, self.norm2), self.fc1, self.activation)
         return build.linear(h, self.fc2, residual=x)
 
 
 class TextEmbeddings(nn.Module):
-    """ids int64 [B, L] -> [B, L, D], a token's row plus its position's."""
+    """ids int64 [B, L] -> [B, L, width], a token's row plus its position's."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.width = config.embedding_width or config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, self.width)
+        self.position_embedding = nn.Embedding(config.max_length, self.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Raises TypeError for ids of another dtype, ValueError for a shape or an unknown token."""
@@ -142,16 +152,23 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = TextEmbeddings(config)
+        self.projection = None
+        if config.embedding_width is not None:
+            self.projection = nn.Linear(config.embedding_width, config.width)
         self.layers = nn.ModuleList(TextBlock(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embeddings(ids)
+        if self.projection is not None:
+            x = self.projection(x)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
     def plan(self, build, x):
+        if self.projection is not None:
+            x = build.linear(x, self.projection)
         for layer in self.layers:
             x = layer.plan(build, x)
         return build.layer_norm(x, self.norm)

@@ -68,10 +68,13 @@ class CudaImages(CudaNetwork):
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        into, out_of = self.network.patches
         with torch.no_grad():
-            rows = Features(x.to(self.dtype).permute(0, 2, 3, 1).contiguous())
+            folded = F.pixel_unshuffle(x, into) if into > 1 else x
+            rows = Features(folded.to(self.dtype).permute(0, 2, 3, 1).contiguous())
             out = self.network.plan(CudaBuilder(self, len(x)), rows).x.permute(0, 3, 1, 2)
         out = out[:, : self.network.out_channels]
+        out = F.pixel_shuffle(out, out_of) if out_of > 1 else out
         return out.to(x.dtype, memory_format=torch.contiguous_format)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .builder import Builder
@@ -23,16 +24,19 @@ class _PlannedImages(PlannedNetwork):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(network, dtype)
-        self.out_channels = network.out_channels
+        self.out_channels, self.patches = network.out_channels, network.patches
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_isa()
+        into, out_of = self.patches
         with self._lock, torch.no_grad():
-            out = self._forward(tuple(x.shape))(x)[:, : self.out_channels]
+            folded = F.pixel_unshuffle(x, into) if into > 1 else x
+            out = self._forward(tuple(folded.shape))(folded)[:, : self.out_channels]
+            out = F.pixel_shuffle(out, out_of) if out_of > 1 else out
             return out.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
 
     def _planned(self, shape: tuple[int, ...]) -> PlannedForward:
-        """The program for images [B, C, H, W]."""
+        """The program for images in patches, [B, C, H, W]."""
         batch, channels, height, width = shape
         build = Builder(self.dtype)
         x = build.rows(batch * height * width, channels + channels % 2)

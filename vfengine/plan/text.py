@@ -35,7 +35,7 @@ class PlannedTextEncoder(PlannedNetwork):
         """The program for ids [B, L]."""
         batch, length = shape
         build = Builder(self.dtype)
-        x = build.rows(batch * length, self.config.width)
+        x = build.rows(batch * length, self.embeddings.width)
         with torch.no_grad():
             planner = Planner(build, self._packed, batch, length)
             out = self._plan(planner, FeatureMap((x,), 1, 1))

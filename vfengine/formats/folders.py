@@ -1,0 +1,82 @@
+"""A model's folder: config.json, and files whose SHA-256 it records.
+
+A folder is written whole or not at all. A file is compared with its SHA-256 when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import parse_tensors, replacing_folder, write_tensors
+
+Part = Mapping[str, Tensor] | str  # weights, written as .safetensors, or the text of a .json file
+
+
+def write_folder(
+    folder: str | Path,
+    parts: Mapping[str, Part],
+    config_text: Callable[[dict[str, str]], str],
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """Writes parts and config.json, and returns the parts' SHA-256 by name.
+
+    An interrupted write leaves the old folder.
+
+    parts:       by their files' names without the ending
+    config_text: what config.json says, of the parts' SHA-256 by name
+    dtype:       in which weights are written
+
+    Raises ValueError rather than replace a folder or file that is no model.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    ):
+        raise ValueError(f"{folder} exists and is no checkpoint: it is not overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(folder) as fresh:
+        digests = {}
+        for name, part in parts.items():
+            if isinstance(part, str):
+                file = fresh / f"{name}.json"
+                file.write_text(part, encoding="utf-8")
+            else:
+                file = fresh / f"{name}.safetensors"
+                write_tensors(file, {key: value.to("cpu", dtype) for key, value in part.items()})
+            digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        text = config_text(digests) + "\n"
+        (fresh / "config.json").write_text(text, encoding="utf-8")
+    return digests
+
+
+def read_tensors(folder: Path, name: str, sha256: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of `name`.safetensors, as stored, once found whole.
+
+    Raises FileNotFoundError without the file, ValueError for a damaged or exchanged one.
+    """
+    file = folder / f"{name}.safetensors"
+    return parse_tensors(_read(file, sha256.get(name)), file)
+
+
+def read_text(folder: Path, name: str, sha256: Mapping[str, str]) -> str:
+    """The text of `name`.json; raises what `read_tensors` does."""
+    file = folder / f"{name}.json"
+    try:
+        return _read(file, sha256.get(name)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error})") from error
+
+
+def _read(file: Path, sha256: str | None) -> bytes:
+    """sha256: None: it is not known"""
+    if not file.is_file():
+        raise FileNotFoundError(f"checkpoint {file.parent} has no {file.name}")
+    data = file.read_bytes()
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{file} is truncated or not the file its config.json was written with")
+    return data
