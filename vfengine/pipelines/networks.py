@@ -94,7 +94,9 @@ class Networks:
     def with_network(
         self, name: str, run: Run, work: Callable[[nn.Module], Tensor], keep: bool = False
     ) -> Tensor:
-        """What `work` makes with a network. On a CPU it then leaves memory, unless it is to be kept.
+        """What `work` makes with a network, which on a CPU then leaves memory.
+
+        keep: it stays
 
         Nothing else may hold the network: it could not leave memory.
         """
