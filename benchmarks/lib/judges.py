@@ -71,37 +71,39 @@ class ActionJudge(nn.Module):
 class AttributeJudge(nn.Module):
     """Frames of a clip [B, F, 3, 128, 128] in -1..1 -> logits [B, values] for each of ATTRIBUTES.
 
+    It sees each frame and how that differs from the mean of all, which shows where somebody moves.
     For each attribute it looks at the cells of all frames that tell of it (attention with a learned
-    query), and at the picture as a whole, whose light tints all colours.
+    query); and at each feature's mean and maximum over all cells.
     """
 
     size = 128
+    num_frames = 3
 
     def __init__(self) -> None:
         super().__init__()
         self.cells = nn.Sequential(
-            _layer(3, 32, 5),
-            _layer(32, 64, 3),
-            _layer(64, 96, 3),
+            _layer(6, 48, 7, stride=4),
+            _layer(48, 96, 3),
             _layer(96, 96, 3, stride=1, dilation=2),
             _layer(96, 96, 3, stride=1, dilation=4),
         )
         self.where = nn.Conv2d(96, len(ATTRIBUTES), 1)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(2 * 96, len(values)) for name, values in ATTRIBUTES.items()}
+            {name: nn.Linear(3 * 96, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
     def _read(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """What it saw where it looked, [B, attributes, 96], and in the whole, [B, 96]."""
-        shape = frames.shape[:2]
-        cells = self.cells(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        """What it saw where it looked, [B, attributes, 96], and on the whole, [B, 192]."""
+        x = torch.cat([frames, 2 * (frames - frames.mean(1, keepdim=True))], 2)
+        cells = self.cells(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         where = self.where(cells)
+        shape = frames.shape[:2]
         cells, where = (x.unflatten(0, shape).transpose(1, 2).flatten(2) for x in (cells, where))
         looked = where.softmax(-1) @ cells.transpose(1, 2)
-        return looked, cells.mean(-1)
+        return looked, torch.cat([cells.mean(-1), cells.amax(-1)], 1)
 
     def features(self, frames: Tensor) -> Tensor:
-        """[B, 96]."""
+        """[B, 192]."""
         return self._read(frames)[1]
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
@@ -131,11 +133,11 @@ def read_actions(judge: ActionJudge, clips: np.ndarray) -> tuple[np.ndarray, np.
 
 @torch.inference_mode()
 def read_attributes(judge: AttributeJudge, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is seen in four frames of each clip, int64 [M, attributes]; and features [M, 96].
+    """What is seen in three frames of each clip, int64 [M, attributes]; and features [M, 192].
 
     An entry is an index into the values of its attribute in ATTRIBUTES.
     """
-    chosen = np.linspace(0, clips.shape[1] - 1, 4).round().astype(int)
+    chosen = np.linspace(0, clips.shape[1] - 1, judge.num_frames).round().astype(int)
     seen, features = [], []
     for i in range(0, len(clips), 30):
         x = to_input(clips[i : i + 30, chosen], judge.size)
@@ -170,7 +172,7 @@ def train_action_judge(num_clips: int, steps: int, batch: int = 32) -> ActionJud
 
 
 def train_attribute_judge(num_scenes: int, steps: int, batch: int = 32) -> AttributeJudge:
-    """Cross-entropy on two frames of each scene; every pair of garments' colours occurs."""
+    """Cross-entropy on some frames of each scene; every pair of garments' colours occurs."""
     frames, targets = _attribute_examples(num_scenes)
     torch.manual_seed(0)
     judge = AttributeJudge()
@@ -187,16 +189,17 @@ def train_attribute_judge(num_scenes: int, steps: int, batch: int = 32) -> Attri
 
 
 def _attribute_examples(num_scenes: int) -> tuple[np.ndarray, Tensor]:
-    """uint8 [M, 2, 128, 128, 3] at random times, and int64 [M, attributes]."""
+    """uint8 [M, 3, 128, 128, 3] at random times, and int64 [M, attributes]."""
     # a seventh of all pairs of colours is held out from models, so a seventh of scenes
     scenes = [draw_scene(TRAIN_SEED, i, held_out=i % 7 == 0) for i in range(num_scenes)]
     renderer, rng = Renderer(AttributeJudge.size), np.random.default_rng(0)
-    frames = np.empty((num_scenes, 2, renderer.size, renderer.size, 3), np.uint8)
+    count = AttributeJudge.num_frames
+    frames = np.empty((num_scenes, count, renderer.size, renderer.size, 3), np.uint8)
     with tqdm(total=num_scenes, desc="frames for the attribute judge", disable=None) as bar:
-        for first in range(0, num_scenes, 8):
-            part = scenes[first : first + 8]
-            times = np.sort(rng.choice(renderer.num_frames, 2, replace=False))
-            frames[first : first + 8] = renderer.frames(part, times.tolist()).numpy()
+        for first in range(0, num_scenes, 5):
+            part = scenes[first : first + 5]
+            times = np.sort(rng.choice(renderer.num_frames, count, replace=False))
+            frames[first : first + 5] = renderer.frames(part, times.tolist()).numpy()
             bar.update(len(part))
     return frames, torch.from_numpy(attributes_of(scenes))
 

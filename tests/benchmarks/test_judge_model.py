@@ -38,7 +38,7 @@ def test_a_frozen_clip_tells_the_action_judge_nothing(clips):
 def test_the_attribute_judge_reads_every_attribute(clips):
     torch.manual_seed(0)
     seen, features = judges.read_attributes(judges.AttributeJudge().eval(), clips)
-    assert seen.shape == (15, len(judges.ATTRIBUTES)) and features.shape == (15, 96)
+    assert seen.shape == (15, len(judges.ATTRIBUTES)) and features.shape == (15, 192)
     assert np.all(seen < [len(values) for values in judges.ATTRIBUTES.values()])
 
 
