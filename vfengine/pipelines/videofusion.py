@@ -18,7 +18,6 @@ seeds and on k alone (vfengine/diffusion/noise.py), never on the batch it is mad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -441,12 +440,9 @@ class VideoFusionPipeline(CheckpointPipeline):
 
     def _notes(self, request: SamplingRequest) -> dict[str, str]:
         """The metadata of a base path."""
-        shown = {"labels": request.labels}
-        if self.config.text_encoder is not None:
-            shown = {"prompts": self._prompts(request), "negative_prompts": request.negatives}
         return {
             "model": self.config.fingerprint(),
-            **{name: json.dumps(texts) for name, texts in shown.items()},
+            **self.shown(request),
             "base_seed": str(request.base_seed),
             "guidance_scale": repr(float(request.guidance_scale)),
         }
