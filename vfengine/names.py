@@ -8,7 +8,9 @@ OUTPUT_TYPES = ("np", "pt", "pil")  # formats of a pipeline's frames
 TEXT_OUTPUT_TYPES = (*OUTPUT_TYPES, "latent")  # and those of a text-to-video pipeline's
 FILTERS = ("nearest", "lanczos")  # for enlarging frames
 OBJECTIVES = ("decomposed", "vdm")  # kinds of models; "vdm" is plain video diffusion
+TRAININGS = (*OBJECTIVES, "autoencoder", "text")  # and of the parts of models on latents
 PRECISIONS = ("bf16", "fp32")  # of training
+NETWORKS_TRAINED = ("both", "base", "residual")  # of a decomposed model
 
 # dtypes of networks: what users may write, and the name in torch
 DTYPE_NAMES = {

@@ -9,9 +9,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from ..names import AUTO, BASE_PATHS, OBJECTIVES, PRECISIONS
-from ..training.options import TrainingOptions
+from ..names import AUTO, BASE_PATHS, NETWORKS_TRAINED, PRECISIONS, TRAININGS
+from ..training.options import OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
 
 
@@ -25,71 +26,126 @@ _PER_LEVEL = Kind("whole numbers, one a level", {"metavar": "N,N,…", "type": _
 _FOLDER = text("DIR", Path)
 _STEPS = Kind("whole number", {"metavar": "STEPS", "type": int})
 
-_DECOMPOSED = "decomposed models"  # flags that --objective vdm refuses
-_NOT_VDM = "; not with --objective vdm"
+_DECOMPOSED = "decomposed models"  # flags that no other objective takes
+_MODEL = "model"  # and those that no autoencoder and no text encoder takes
+_CLIPS = "clips"
+
+# Defaults of models on latents (training/recipes.py), in place of those on pixels.
+_ON_LATENTS = {
+    "size": 128,
+    "patch_size": 1,
+    "base_channels": (64, 128, 192),
+    "residual_channels": (64, 64, 64),
+    "layers_per_block": (1, 1, 1),
+}
+# What a plain video model has of a decomposed model's options.
+_OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 
 
 def _option(name: str, group: str, help: str) -> Setting:
     """A setting that is a field of `TrainingOptions`, with its default."""
     default = getattr(TrainingOptions, name)
-    return Setting(name, group, _WHOLE if isinstance(default, int) else _NUMBER, help, default)
+    kind = _WHOLE if isinstance(default, int) else _NUMBER
+    return Setting(name, group, kind, help, default)
+
+
+def _sized(name: str, group: str, kind: Kind, help: str, default: Any) -> Setting:
+    """A setting with another default on latents."""
+    on_pixels, on_latents = (
+        ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for value in (default, _ON_LATENTS[name])
+    )
+    return Setting(
+        name, group, kind, help, default, f"{on_pixels}; with --autoencoder {on_latents}"
+    )
 
 
 SETTINGS = (
     Setting(
         "objective",
-        "model",
-        choice(OBJECTIVES),
-        "train a decomposed model, or vdm, a plain video model on the base UNet",
+        _MODEL,
+        choice(TRAININGS),
+        "train a decomposed model; vdm, a plain video model on the base UNet; or a part of models "
+        "on latents: an autoencoder, a text encoder",
         "decomposed",
     ),
     Setting(
         "output", "files", _FOLDER, "folder for checkpoint, state, log and samples", required=True
     ),
     Setting(
+        "autoencoder",
+        _DECOMPOSED,
+        _FOLDER,
+        "train on the latents of this autoencoder, a checkpoint of --objective autoencoder",
+    ),
+    Setting(
+        "text_encoder",
+        _DECOMPOSED,
+        _FOLDER,
+        "train on captions through this text encoder, a checkpoint of --objective text",
+    ),
+    Setting(
         "data",
-        "clips",
+        _CLIPS,
         text("NAME"),
         "clips to train on: mocap, or a folder of videos whose sub-folders are the classes",
         "mocap",
     ),
-    Setting("num_clips", "clips", _WHOLE, "clips of mocap to render", 12_000),
-    Setting("clips_cache", "files", _FOLDER, "folder for rendered clips", None, "--output"),
-    Setting("num_frames", "clips", _WHOLE, "frames of a clip", 16),
-    Setting("size", "clips", _WHOLE, "height and width in pixels", 64),
-    Setting("frame_stride", "clips", _WHOLE, "use every N-th frame of a folder's videos", 1),
-    Setting("fps", "clips", _NUMBER, "frames a second at which generated clips play", 10.0),
+    Setting("num_clips", _CLIPS, _WHOLE, "clips of mocap to render", 12_000),
+    Setting("captions", _CLIPS, _WHOLE, "captions of a clip, with --text-encoder", 4),
+    Setting(
+        "clips_cache", "files", _FOLDER, "folder for rendered clips or latents", None, "--output"
+    ),
+    Setting("num_frames", _CLIPS, _WHOLE, "frames of a clip", 16),
+    _sized("size", _CLIPS, _WHOLE, "height and width in pixels", 64),
+    Setting("frame_stride", _CLIPS, _WHOLE, "use every N-th frame of a folder's videos", 1),
+    Setting("fps", _CLIPS, _NUMBER, "frames a second at which generated clips play", 10.0),
     Setting(
         "lam",
         _DECOMPOSED,
         _NUMBER,
-        "share of the noise that all frames have in common" + _NOT_VDM,
+        "share of the noise that all frames have in common",
         0.5,
     ),
-    Setting(
+    _sized(
         "base_channels",
-        "model",
+        _MODEL,
         _PER_LEVEL,
         "channels of the base network, or of the plain video model",
         (80, 160, 272),
     ),
-    Setting(
+    _sized(
         "residual_channels",
         _DECOMPOSED,
         _PER_LEVEL,
-        "channels of the residual network" + _NOT_VDM,
+        "channels of the residual network",
         (64, 96, 112),
     ),
-    Setting("layers_per_block", "model", _PER_LEVEL, "residual blocks of each level", (0, 1, 1)),
-    Setting("patch_size", "model", _WHOLE, "pixels of a patch, along each side", 4),
+    _sized("layers_per_block", _MODEL, _PER_LEVEL, "residual blocks of each level", (0, 1, 1)),
+    _sized("patch_size", _MODEL, _WHOLE, "pixels or latents of a patch, along each side", 4),
     Setting(
         "base_path",
         _DECOMPOSED,
         choice(BASE_PATHS),
-        "base path that the checkpoint names for sampling" + _NOT_VDM,
+        "base path that the checkpoint names for sampling",
         None,
         "clean, or stepwise with --clean-share 0",
     ),
+    Setting(
+        "train",
+        _DECOMPOSED,
+        choice(NETWORKS_TRAINED),
+        "train both networks, or one; the other is then that of --init-from",
+        TrainingOptions.train,
+    ),
+    Setting(
+        "residual_from",
+        "files",
+        _FOLDER,
+        "start the residual network from this checkpoint, not that of --init-from",
+    ),
+    Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
+    Setting("max_minutes", "training", _NUMBER, "the same in minutes"),
     Setting("device", "training", text("NAME"), "device to train on: cpu, cuda, cuda:1 …", "cpu"),
     Setting("resume", "files", SWITCH, "continue from the state in --output", False),
     Setting(
@@ -106,7 +162,7 @@ SETTINGS = (
     _option(
         "extra_images",
         _DECOMPOSED,
-        "base frames of more clips, for the base network alone" + _NOT_VDM,
+        "base frames of more clips, for the base network alone",
     ),
     _option("learning_rate", "training", "learning rate of AdamW, at its highest"),
     _option("warmup", "training", "steps over which the learning rate rises"),
@@ -114,12 +170,16 @@ SETTINGS = (
     _option("weight_decay", "training", "weight decay of AdamW"),
     _option("gradient_clip", "training", "largest norm of the gradient"),
     _option("ema", "training", "decay of the averaged weights, which the checkpoint holds"),
-    _option("class_dropout", "training", "share of clips that are shown without their label"),
+    _option("class_dropout", "training", "share of clips shown without label or caption"),
+    _option("clean_share", _DECOMPOSED, "share of clips that are shown the exact base noise"),
+    _option("base_jitter", _DECOMPOSED, "largest noise on the base frame of those clips"),
     _option(
-        "clean_share", _DECOMPOSED, "share of clips that are shown the exact base noise" + _NOT_VDM
+        "cell_weight", _DECOMPOSED, "weight of a picture's cells in which its clip moves, beside 1"
     ),
     _option(
-        "base_jitter", _DECOMPOSED, "largest noise on the base frame of those clips" + _NOT_VDM
+        "timestep_shift",
+        "training",
+        "above 1, draw more timesteps of much noise: s u / (1 + (s-1) u) of the schedule",
     ),
     Setting(
         "precision",
@@ -133,36 +193,66 @@ SETTINGS = (
 
 
 def train_parser() -> Parser:
-    """All flags; those of decomposed models are None unless they are used."""
+    """All flags, None unless they are used."""
     parser = Parser(
         "python -m vfengine.train",
-        description="Train a decomposed model on rendered motion capture or on a folder of videos. "
-        "With --objective vdm, train VDM* instead: plain video diffusion, one network that "
-        "denoises all frames, which decomposed models are compared with.",
+        description="Train a decomposed model on rendered motion capture or on a folder of videos: "
+        "on pixels with labels, or, with --autoencoder and --text-encoder, on latents with "
+        "captions. With --objective, train these parts first, or VDM*: plain video diffusion, one "
+        "network that denoises all frames, which decomposed models are compared with.",
     )
     add_flags(parser, SETTINGS)
-    defaults = {s.name: None if s.group == _DECOMPOSED else s.default for s in SETTINGS}
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{setting.name: None for setting in SETTINGS})
     return parser
 
 
 def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
-    """All settings, as attributes; those of decomposed models are 0 or None for a VDM*.
+    """All settings, as attributes; those that an objective has not are 0 or None.
 
     Raises UsageError for unknown flags, bad values, and flags that the objective does not take.
     """
     settings = vars(train_parser().parse_args(argv))
+    objective = settings["objective"] = settings["objective"] or "decomposed"
+    defaults = OBJECTIVE_DEFAULTS.get(objective, {})
+    if settings["autoencoder"] is not None:
+        defaults = defaults | _ON_LATENTS
+    if settings["train"] == "residual":
+        defaults = defaults | {"clean_share": 1.0}
     options = {field.name for field in fields(TrainingOptions)}
     for setting in SETTINGS:
-        if setting.group != _DECOMPOSED:
-            continue
-        name = setting.name
-        if settings["objective"] == "vdm":
-            if settings[name] is not None:
-                raise UsageError(f"{flag(name)} has no meaning for --objective vdm")
-            settings[name] = 0 if name in options else None
-        elif settings[name] is None:
-            settings[name] = setting.default
-    if settings["objective"] == "decomposed" and settings["base_path"] is None:
+        name, given = setting.name, settings[setting.name] is not None
+        if not _takes(objective, setting):
+            if given:
+                raise UsageError(f"{flag(name)} has no meaning for --objective {objective}")
+            settings[name] = _OF_VDM.get(name, setting.default) if name in options else None
+        elif not given:
+            settings[name] = defaults.get(name, setting.default)
+    if objective == "decomposed" and settings["base_path"] is None:
         settings["base_path"] = "clean" if settings["clean_share"] > 0 else "stepwise"
+    _check_parts(settings)
     return argparse.Namespace(**settings)
+
+
+def _takes(objective: str, setting: Setting) -> bool:
+    """Whether an objective has a meaning for this setting."""
+    if objective == "decomposed" or setting.name == "objective":
+        return True
+    foreign = setting.group == _DECOMPOSED or setting.name in ("residual_from", "captions")
+    if objective != "vdm":
+        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name != "size"
+        foreign |= only_of_models or setting.name in ("class_dropout", "timestep_shift")
+    if objective == "text":
+        foreign |= setting.name in ("size", "sample_every", "clips_cache")
+    return not foreign
+
+
+def _check_parts(settings: dict[str, Any]) -> None:
+    """UsageError for flags of latents and prompts without the others that they need."""
+    given = [name for name in ("autoencoder", "text_encoder") if settings[name] is not None]
+    if len(given) == 1:
+        raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
+    if given and settings["data"] != "mocap":
+        raise UsageError("a folder of videos has no captions: it trains without --autoencoder")
+    for name in ("max_hours", "max_minutes"):
+        if settings[name] is not None and not settings[name] >= 0:
+            raise UsageError(f"{flag(name)} must not be negative, got {settings[name]}")

@@ -50,7 +50,7 @@ def frame_weights(
         raise ValueError(f"lam must be in [0, 1], got {weights.tolist()}")
     weights = weights.expand(num_frames).clone()
     weights[base_index(num_frames)] = 1.0
-    return weights.to(device)
+    return weights.to(device, non_blocking=True)
 
 
 def _shares(lam: Lam, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +120,7 @@ def joint_loss(
     stop_gradient: bool = True,
     exact_base: bool | Tensor | None = None,
     weights: tuple[Tensor, Tensor] | None = None,
+    cell_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The joint training loss, eq. (4) and (5): per-sample means, base [B] and residual [B].
 
@@ -132,6 +133,7 @@ def joint_loss(
                     the residual network also learns base_path="clean"
     weights:        (base [B], residual [B]) factors on the squared errors, such as (1-ᾱ_t)/ᾱ_t for
                     errors of the predicted clean frames
+    cell_weights:   [B, 1, H, W] factors on a sample's squared errors, pixel by pixel
 
     residual_loss averages over the frames that are not the base frame (0 when there is none).
     Raises ValueError for shapes that do not fit, of arguments or of a model's output.
@@ -147,7 +149,8 @@ def joint_loss(
 
     b_hat = base_model(z[:, m], t)
     _check_image("the base model's output", b_hat, x)
-    base_loss = (base_noise - b_hat).square().flatten(1).mean(1)  # (4)
+    cells = 1.0 if cell_weights is None else cell_weights
+    base_loss = ((base_noise - b_hat).square() * cells).flatten(1).mean(1)  # (4)
 
     removed = b_hat.detach() if stop_gradient else b_hat  # sg[b̂]
     removed = _exact_where(exact_base, base_noise, removed)
@@ -156,9 +159,11 @@ def joint_loss(
         raise ValueError(
             f"the residual model's output must be {list(x.shape)}, got {list(r_hat.shape)}"
         )
-    error = (eps - combine(removed, r_hat, lam)).square().flatten(2).mean(2)  # (5), [B, N]
-    others = [i for i in range(x.shape[1]) if i != m]
-    residual_loss = error[:, others].sum(1) / max(len(others), 1)
+    error = (eps - combine(removed, r_hat, lam)).square()  # (5)
+    cells = 1.0 if cell_weights is None else cell_weights[:, None]
+    error = (error * cells).flatten(2).mean(2)  # [B, N]
+    others = torch.cat([error[:, :m], error[:, m + 1 :]], 1)
+    residual_loss = others.sum(1) / max(others.shape[1], 1)
 
     if weights is not None:
         return base_loss * weights[0], residual_loss * weights[1]

@@ -190,7 +190,8 @@ class NoiseSchedule:
         alphas = self.alphas_cumprod[t].reshape(-1, *[1] * (like.ndim - 1))
         at_least_fp32 = torch.promote_types(like.dtype, torch.float32)
         signal, noise = alphas.sqrt(), (1.0 - alphas).sqrt()
-        return signal.to(like.device, at_least_fp32), noise.to(like.device, at_least_fp32)
+        place = {"device": like.device, "dtype": at_least_fp32, "non_blocking": True}
+        return signal.to(**place), noise.to(**place)
 
     # -- identity --------------------------------------------------------------------------------
 

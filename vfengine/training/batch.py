@@ -1,6 +1,11 @@
-"""The batch of a step: clips, labels, timesteps and noise, all drawn from (seed, step)."""
+"""The batch of a step: clips, what is said of them, timesteps and noise, drawn from (seed, step).
+
+A step's clips are `Pixels` with labels or `Latents` with captions; both have the same surface.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,47 +15,115 @@ from ..diffusion.decompose import base_index
 from ..media.pictures import pixels_to_network
 
 
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Clips as uint8 [M, N, H, W, C], an array or a memory map, with labels int64 [M].
+
+    null_class: the label that says nothing
+    """
+
+    clips: np.ndarray
+    labels: np.ndarray
+    null_class: int
+    condition = "class_labels"  # the networks' argument that a sample's label is
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.clips.shape
+
+    def take(
+        self, rng: np.random.Generator, count: int, dropout: float, m: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """`count` random clips uint8 [B, N, H, W, C], or their frames m, and labels int64 [B].
+
+        dropout: share of labels that become the null class
+        """
+        chosen = rng.integers(0, len(self.clips), count)
+        pixels = np.stack([self.clips[i] if m is None else self.clips[i, m] for i in chosen])
+        labels = self.labels[chosen].copy()
+        labels[rng.uniform(size=count) < dropout] = self.null_class
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Clips as normalised latents [M, N, C, h, w], with captions' token states [M, P, L, D].
+
+    Both fp16, on any device; null: the state [L, D] of the empty prompt. A clip has P captions.
+    """
+
+    clips: Tensor
+    captions: Tensor
+    null: Tensor
+    condition = "context"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.clips.shape)
+
+    def take(
+        self, rng: np.random.Generator, count: int, dropout: float, m: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """`count` random clips fp16 [B, N, C, h, w], or their frames m, and contexts [B, L, D].
+
+        dropout: share of captions that become the empty prompt
+        """
+        chosen = self._index(rng.integers(0, len(self.clips), count))
+        dropped = self._index(rng.uniform(size=count) < dropout)
+        told = self._index(rng.integers(0, self.captions.shape[1], count))
+        x = self.clips[chosen] if m is None else self.clips[chosen, m]
+        return x, torch.where(dropped[:, None, None], self.null, self.captions[chosen, told])
+
+    def _index(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.clips.device, non_blocking=True)
+
+
 class BatchSampler:
     """Draws everything random in one step from (seed, step); the order of the calls matters.
 
-    clips uint8 [M, N, H, W, C], labels int64 [M]; class_dropout: share of labels to be null_class
+    Timesteps are on the CPU, all else on the device. Nothing waits for the device.
     """
 
     def __init__(
         self,
-        clips: np.ndarray,
-        labels: np.ndarray,
+        data: Pixels | Latents,
         seed: tuple[int, int],
         *,
-        class_dropout: float,
-        null_class: int,
+        dropout: float,
         num_timesteps: int,
+        timestep_shift: float,
         device: torch.device,
     ):
-        self._clips, self._labels = clips, labels
-        self._class_dropout, self._null_class = class_dropout, null_class
-        self._num_timesteps, self._device = num_timesteps, device
+        self._data, self._dropout = data, dropout
+        self._num_timesteps, self._shift, self._device = num_timesteps, timestep_shift, device
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
+        self._normals = self._generator
+        if device.type != "cpu":
+            self._normals = torch.Generator(device).manual_seed(self._generator.initial_seed())
 
     def clips(self, count: int, only_base: bool = False) -> tuple[Tensor, Tensor]:
-        """`count` clips [B, N, C, H, W] or base frames [B, C, H, W], in -1..1, and their labels."""
-        chosen = self._rng.integers(0, len(self._clips), count)
-        m = base_index(self._clips.shape[1])
-        pixels = np.stack([self._clips[i, m] if only_base else self._clips[i] for i in chosen])
-        x = pixels_to_network(torch.from_numpy(pixels).to(self._device)).contiguous()
-        labels = self._labels[chosen].copy()
-        labels[self._rng.uniform(size=count) < self._class_dropout] = self._null_class
-        return x, torch.from_numpy(labels).to(self._device)
+        """`count` clips fp32 [B, N, C, H, W] or base frames [B, C, H, W], and their conditions.
+
+        Pixels are in -1..1. A condition is what networks take as the argument data.condition.
+        """
+        m = base_index(self._data.shape[1]) if only_base else None
+        x, condition = map(self._placed, self._data.take(self._rng, count, self._dropout, m))
+        x = pixels_to_network(x) if x.dtype == torch.uint8 else x.float()
+        return x.contiguous(), condition
 
     def timesteps(self, count: int) -> Tensor:
-        """One t in each of `count` equal parts of the schedule: int64 [count]."""
+        """One t in each of `count` equal parts of the (shifted) schedule: int64 [count]."""
         place = (torch.arange(count) + torch.rand(1, generator=self._generator)) / count
-        t = (place * self._num_timesteps).long().clamp(max=self._num_timesteps - 1)
-        return t.to(self._device)
+        if self._shift != 1:
+            place = self._shift * place / (1 + (self._shift - 1) * place)
+        return (place * self._num_timesteps).long().clamp(max=self._num_timesteps - 1)
 
     def normal(self, shape) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self._device)
+        return torch.randn(shape, generator=self._normals, device=self._device)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self._generator).to(self._device)
+        return self._placed(torch.rand(*shape, generator=self._generator))
+
+    def _placed(self, values: Tensor) -> Tensor:
+        return values.to(self._device, non_blocking=True)

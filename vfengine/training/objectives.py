@@ -2,7 +2,8 @@
 
 `Decomposed` is VideoFusion (the joint loss of `decompose.py`). `PlainVideo` is plain video
 diffusion, the baseline (VDM* in the paper). `Trainer` does everything else, and is the same for
-both. Everything random in a step comes from its `BatchSampler`.
+both. Everything random in a step comes from its `BatchSampler`. Clips are pixels or latents, and
+what conditions the networks is a class label or a context: nothing here depends on which.
 """
 
 from __future__ import annotations
@@ -13,37 +14,74 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.decompose import add_noise, base_index, joint_loss
+from ..diffusion.base_path import BaseTrajectory
+from ..diffusion.decompose import Model, add_noise, base_index, joint_loss
 from ..diffusion.noise import decomposed_noise, residual_noise
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig, build_network
-from ..sampling.api import sample, sample_video
+from ..sampling.api import sample, sample_base, sample_residual, sample_video
 from .batch import BatchSampler
 from .options import TrainingOptions
+
+# Standard deviation over a clip's frames, above which a cell moves; of noise in it 0.02 is left.
+MOVING_STD = 0.15
 
 Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, and its timestep
 
 
 class _Objective:
-    """The common part: a model's configuration, how to train it, its networks by name."""
+    """The common part: a model's configuration, how to train it, its networks by name.
+
+    condition: the argument of the networks that says what to draw
+    """
 
     networks: dict[str, nn.Module]
 
     def __init__(
         self, config: CheckpointConfig, options: TrainingOptions, device: torch.device | str
     ):
-        self.config, self.options = config, options
+        self.config, self.options, self.device = config, options, torch.device(device)
         self.schedule: NoiseSchedule = config.noise_schedule()
         self.networks = {name: net.to(device) for name, net in build_networks(config).items()}
+        has_classes = config.unet_config(config.networks[0]).num_classes is not None
+        self.condition = "class_labels" if has_classes else "context"
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The names of the networks that this training changes."""
+        return self.config.networks
 
     def _eps_loss(
-        self, network: nn.Module, x: Tensor, labels: Tensor, batch: BatchSampler
+        self,
+        network: nn.Module,
+        x: Tensor,
+        condition: Tensor,
+        batch: BatchSampler,
+        cells: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """‖ε - ε̂‖² of a network on its own, weighted as `clean_weight`: (loss [B], t [B])."""
+        """‖ε - ε̂‖² of a network on its own, weighted as `clean_weight`: (loss [B], t [B]).
+
+        cells: factors on a picture's squared errors, see `_cells`
+        """
         t, eps = batch.timesteps(len(x)), batch.normal(x.shape)
-        error = eps - network(add_noise(x, eps, t, self.schedule), t, class_labels=labels)
+        estimate = self._model(network, condition)(add_noise(x, eps, t, self.schedule), t)
+        error = (eps - estimate).square()
+        if cells is not None:
+            error = error * cells
         weight = self.clean_weight(t, 1.0, network.data_std)
-        return error.square().flatten(1).mean(1) * weight, t
+        return error.flatten(1).mean(1) * weight, t
+
+    def _model(self, network: nn.Module, condition: Tensor, null: Tensor | None = None) -> Model:
+        """(z, t) -> ε̂ under a condition; with `null`, under guidance of scale 2 away from it."""
+
+        def model(z: Tensor, t: Tensor) -> Tensor:
+            t = t.to(z.device, non_blocking=True)
+            estimate = network(z, t, **{self.condition: condition})
+            if null is None:
+                return estimate
+            return 2 * estimate - network(z, t, **{self.condition: null})
+
+        return model
 
     def clean_weight(self, t: Tensor, noise_share: float, data_std: float) -> Tensor:
         """Factor [B] on the squared ε error: clean-pixel errors weigh min(1/σ², 10) + 1/std².
@@ -52,7 +90,8 @@ class _Objective:
         errors (of the frame's whole noise) into pixel errors: the weighting of EDM (arXiv
         2206.00364, Table 1), capped.
         """
-        signal, noise = self.schedule.signal_and_noise(t, torch.empty(len(t), device=t.device))
+        like = torch.empty(len(t), device=self.device)
+        signal, noise = self.schedule.signal_and_noise(t, like)
         pixels = (noise / signal).square()
         return pixels * ((1 / (noise_share * pixels)).clamp(max=10) + data_std**-2)
 
@@ -60,11 +99,16 @@ class _Objective:
 class Decomposed(_Objective):
     """A base and a residual network, by the joint loss; the base network on further frames too.
 
+    Either alone: the base network on base frames, the residual network under the exact base noise.
     The configuration records the clean_share that it is trained with.
     """
 
     def __init__(self, config, options, device):
         super().__init__(replace(config, clean_share=options.clean_share), options, device)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return self.config.networks if self.options.train == "both" else (self.options.train,)
 
     @staticmethod
     def sources(config: CheckpointConfig) -> dict[str, str]:
@@ -75,30 +119,42 @@ class Decomposed(_Objective):
 
     def losses(self, batch: BatchSampler) -> Losses:
         """The base network's losses on B + extra_images samples, the residual network's on B."""
+        options = self.options
+        losses = {}
+        extra = options.extra_images
+        if options.train == "base":
+            extra += options.batch_size
+        else:
+            losses = self._clip_losses(batch)
+        if options.train != "residual" and extra:  # eq. (4) on further base frames
+            loss, t = self._image_loss(batch, extra)
+            if "base" in losses:
+                loss = torch.cat([losses["base"][0], loss])
+                t = torch.cat([losses["base"][1], t])
+            losses["base"] = loss, t
+        return losses
+
+    def _clip_losses(self, batch: BatchSampler) -> Losses:
+        """The joint loss on B clips."""
         base, residual = self.networks["base"], self.networks["residual"]
         options, lam = self.options, self.config.lam
-        x, labels = batch.clips(options.batch_size)
+        x, condition = batch.clips(options.batch_size)
         m = base_index(x.shape[1])
         t = batch.timesteps(len(x))
         b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
         exact = batch.uniform(len(x)) < options.clean_share
         jitter = self._jitter(batch, exact, x[:, m].shape)
         signal, _ = self.schedule.signal_and_noise(t, x[:, m])
-
-        def base_model(z, t):
-            return base(z, t, class_labels=labels)
+        paint = self._model(residual, condition)
 
         def residual_model(z, t):
             z = z.clone()
             z[:, m] += signal * jitter
-            return residual(z, t, class_labels=labels)
+            return paint(z, t)
 
-        weights = (
-            self.clean_weight(t, 1.0, base.data_std),
-            self.clean_weight(t, 1 - lam, residual.data_std),
-        )
+        alone = options.train == "residual"  # exact everywhere: no estimate of b is needed
         base_loss, residual_loss = joint_loss(
-            base_model,
+            (lambda z, t: torch.zeros_like(z)) if alone else self._model(base, condition),
             residual_model,
             x,
             t,
@@ -107,14 +163,31 @@ class Decomposed(_Objective):
             schedule=self.schedule,
             lam=lam,
             exact_base=exact,
-            weights=weights,
+            weights=(
+                self.clean_weight(t, 1.0, base.data_std),
+                self.clean_weight(t, 1 - lam, residual.data_std),
+            ),
+            cell_weights=None if options.cell_weight == 1 else self._cells(x),
         )
-        base_t = t
-        if options.extra_images:  # eq. (4) on further base frames
-            images, labels_of_images = batch.clips(options.extra_images, only_base=True)
-            loss, image_t = self._eps_loss(base, images, labels_of_images, batch)
-            base_loss, base_t = torch.cat([base_loss, loss]), torch.cat([t, image_t])
-        return {"base": (base_loss, base_t), "residual": (residual_loss, t)}
+        losses = {"base": (base_loss, t), "residual": (residual_loss, t)}
+        return {name: losses[name] for name in self.trained}
+
+    def _image_loss(self, batch: BatchSampler, count: int) -> tuple[Tensor, Tensor]:
+        """The base network's loss on the base frames of `count` clips."""
+        weighted = self.options.cell_weight != 1
+        x, condition = batch.clips(count, only_base=not weighted)
+        cells = self._cells(x) if weighted else None  # it takes a clip to see what moves
+        images = x[:, base_index(x.shape[1])] if weighted else x
+        return self._eps_loss(self.networks["base"], images, condition, batch, cells)
+
+    def _cells(self, x: Tensor) -> Tensor:
+        """Factors [B, 1, H, W] of clips' cells, of mean 1: where something moves they are larger.
+
+        A figure is a small part of a picture, and most of what there is to learn.
+        """
+        moves = x.var(1, correction=0).mean(1, keepdim=True) > MOVING_STD**2
+        weights = torch.where(moves, self.options.cell_weight, 1.0)
+        return weights / weights.mean((1, 2, 3), keepdim=True)
 
     def _jitter(self, batch: BatchSampler, exact: Tensor, shape) -> Tensor:
         """Noise [B, C, H, W] for the base frames in the residual network's input.
@@ -124,21 +197,32 @@ class Decomposed(_Objective):
         std = batch.uniform(len(exact), 1, 1, 1) * self.options.base_jitter
         return batch.normal(shape) * std * exact.view(-1, 1, 1, 1)
 
-    def sample(self, networks: Mapping[str, nn.Module], labels: Tensor, steps: int) -> Tensor:
-        """One clip [B, N, C, H, W] of each label."""
+    def sample(
+        self,
+        networks: Mapping[str, nn.Module],
+        condition: Tensor,
+        steps: int,
+        null: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """One clip [B, N, C, H, W] of each condition, under guidance where `null` is given.
+
+        The base network alone draws clips of one frame, the residual network alone animates the
+        frames `base` [B, C, H, W].
+        """
         noise = decomposed_noise(
-            _clip_shape(self.config, labels), base_seed=0, residual_seed=1, device=labels.device
+            _clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
         )
-        return sample(
-            lambda z, t: networks["base"](z, t, class_labels=labels),
-            lambda z, t: networks["residual"](z, t, class_labels=labels),
-            noise.base,
-            noise.residual,
-            schedule=self.schedule,
-            num_inference_steps=steps,
-            lam=self.config.lam,
-            base_path=self.config.base_path,
-        )
+        models = [self._model(networks[n], condition, null) for n in ("base", "residual")]
+        steps = {"schedule": self.schedule, "num_inference_steps": steps}
+        if self.options.train == "base":
+            return sample_base(models[0], noise.base, **steps).final[:, None]
+        lam = self.config.lam
+        if self.options.train == "residual":
+            path = BaseTrajectory.from_image(base, **steps)
+            return sample_residual(models[1], path, noise.residual, lam=lam)
+        base_path = self.config.base_path
+        return sample(*models, noise.base, noise.residual, lam=lam, base_path=base_path, **steps)
 
 
 class PlainVideo(_Objective):
@@ -150,14 +234,21 @@ class PlainVideo(_Objective):
         return {"video": config.networks[0]}  # a base network is one without temporal layers
 
     def losses(self, batch: BatchSampler) -> Losses:
-        x, labels = batch.clips(self.options.batch_size)
-        return {"video": self._eps_loss(self.networks["video"], x, labels, batch)}
+        x, condition = batch.clips(self.options.batch_size)
+        return {"video": self._eps_loss(self.networks["video"], x, condition, batch)}
 
-    def sample(self, networks: Mapping[str, nn.Module], labels: Tensor, steps: int) -> Tensor:
-        """One clip [B, N, C, H, W] of each label."""
+    def sample(
+        self,
+        networks: Mapping[str, nn.Module],
+        condition: Tensor,
+        steps: int,
+        null: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """One clip [B, N, C, H, W] of each condition, under guidance where `null` is given."""
         return sample_video(
-            lambda z, t: networks["video"](z, t, class_labels=labels),
-            residual_noise(_clip_shape(self.config, labels), 1, device=labels.device),
+            self._model(networks["video"], condition, null),
+            residual_noise(_clip_shape(self.config, condition), 1, device=self.device),
             schedule=self.schedule,
             num_inference_steps=steps,
         )
@@ -171,5 +262,5 @@ def build_networks(config: CheckpointConfig) -> dict[str, nn.Module]:
     return {name: build_network(config, name) for name in config.networks}
 
 
-def _clip_shape(config: CheckpointConfig, labels: Tensor) -> tuple[int, ...]:
-    return (len(labels), config.num_frames, config.channels, config.height, config.width)
+def _clip_shape(config: CheckpointConfig, condition: Tensor) -> tuple[int, ...]:
+    return (len(condition), config.num_frames, config.channels, config.height, config.width)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..names import PRECISIONS
+from ..names import NETWORKS_TRAINED, PRECISIONS
+
+# what an objective trains with where its user does not say otherwise
+OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
+    "autoencoder": {"size": 128},
+    "text": {"steps": 2000, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.995},
+}
 
 
 @dataclass(frozen=True)
@@ -16,8 +22,8 @@ class TrainingOptions:
     batch_size       clips a step
     learning_rate, weight_decay, gradient_clip   of AdamW (0.9, 0.99)
     ema              decay of the averaged weights, which are the ones that are shipped
-    class_dropout    share of samples whose label becomes the null class, for classifier-free
-                     guidance
+    class_dropout    share of samples whose label becomes the null class, or whose prompt the empty
+                     one, for classifier-free guidance
     precision        "bf16" (autocast) or "fp32"
     seed             of all that is random
 
@@ -27,6 +33,11 @@ class TrainingOptions:
                      (base_path="clean")
     base_jitter      largest standard deviation of the noise on those clips' base frames, which is
                      drawn uniformly: a generated base frame is not as clean as a real one
+    train            "both" networks, or "base" or "residual" alone, so that two processes may train
+                     one each; the residual network alone sees the exact base noise on every clip
+    timestep_shift   s: timesteps are drawn at s u / (1 + (s-1) u) of the schedule, u uniform; above
+                     1 more of them have much noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)
+    cell_weight      weight of a picture's cells in which its clip moves, beside 1 of all others
     """
 
     steps: int = 20_000
@@ -41,6 +52,9 @@ class TrainingOptions:
     class_dropout: float = 0.12
     clean_share: float = 0.85
     base_jitter: float = 0.1
+    train: str = "both"
+    timestep_shift: float = 1.0
+    cell_weight: float = 1.0
     precision: str = "bf16"
     seed: int = 0
 
@@ -54,9 +68,16 @@ class TrainingOptions:
         for name in ("extra_images", "warmup", "weight_decay", "base_jitter", "seed"):
             if not getattr(self, name) >= 0:  # also refuses NaN
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
+        for name in ("learning_rate", "gradient_clip", "timestep_shift", "cell_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.train not in NETWORKS_TRAINED:
+            raise ValueError(f"train must be one of {NETWORKS_TRAINED}, got {self.train!r}")
+        if self.train == "residual" and self.clean_share != 1:
+            raise ValueError(
+                "train='residual' shows the exact base noise alone: clean_share must be 1, "
+                f"got {self.clean_share}"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
 

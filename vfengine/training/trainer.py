@@ -1,4 +1,4 @@
-"""Training on clips: optimizer steps, averaged weights, state. Losses are in objectives.py.
+"""Training of diffusion networks on clips: steps, state, checkpoints. Losses: objectives.py.
 
 Everything random in step k is drawn from (seed, k), by batch.py. A run that is stopped and resumed
 takes, bit for bit, the steps of one that was never stopped (same machine, thread count and torch).
@@ -7,108 +7,88 @@ takes, bit for bit, the steps of one that was never stopped (same machine, threa
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..files import open_tensors, write_tensors
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
-from .batch import BatchSampler
-from .objectives import OBJECTIVES, Losses, build_networks
+from .batch import BatchSampler, Latents, Pixels
+from .objectives import OBJECTIVES, Losses
 from .options import TrainingOptions
-
-# the log shows losses by fifths of the schedule: early fifths are detail, late ones motion
-TIME_BINS = 5
+from .parts import Parts
+from .report import StepReport, means_by_t
+from .samples import Showcase, write_labels, write_prompts
+from .updates import Updates
 
 # entries of decomposed models that the names of plain models' states include
 _ONCE_IN_PLAIN_MODELS = {
     **{"lam": None, "base": None, "residual": None},
     **{"base_std": 0.5, "residual_std": 0.35, "base_path": "stepwise"},
 }
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step's losses by network: the means, and those of each fifth of the schedule.
-
-    A fifth without a sample is NaN.
-    """
-
-    losses: dict[str, float]
-    by_t: dict[str, list[float]]
+# entries that configurations gained; where there are none, states have the name that they had
+_LATER = ("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts")
 
 
 class Trainer:
     """Owns the objective's networks, averaged copies and the optimizer; `step` takes one step.
 
-    clips uint8 [M, N, H, W, 3] (an array or memory map), labels int64 [M]; they must fit `config`.
+    clips:  uint8 [M, N, H, W, 3] (an array or memory map) with labels int64 [M]; or `Latents`, for
+            a model with an autoencoder and a text encoder. They must fit `config`
+    device: where it trains; `Latents` are best there too
+    parts, showcase: of a model on latents: what its checkpoint holds beside the networks, and what
+            its samples show
     """
 
     def __init__(
         self,
         config: CheckpointConfig,
         options: TrainingOptions,
-        clips: np.ndarray,
-        labels: np.ndarray,
+        clips: np.ndarray | Latents,
+        labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
+        *,
+        parts: Parts | None = None,
+        showcase: Showcase | None = None,
     ):
-        shape = (config.num_frames, config.height, config.width, config.channels)
-        if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[1:] != shape:
-            raise ValueError(f"expected uint8 clips [M, {shape}], got {clips.dtype} {clips.shape}")
-        if not len(clips):
-            raise ValueError("expected at least one clip, got none")
-        if len(labels) != len(clips) or not (
-            0 <= labels.min() <= labels.max() < len(config.labels)
-        ):
-            raise ValueError(
-                f"expected {len(clips)} labels in 0..{len(config.labels) - 1}, got {labels.shape}"
-            )
-        self.options, self.clips, self.labels = options, clips, labels
-        self.device, self.steps_done = torch.device(device), 0
+        self._parts, self._showcase = parts, showcase
+        if isinstance(clips, Latents):
+            _check_latents(config, clips)
+            self.data = clips
+        else:
+            _check_pixels(config, clips, labels)
+            self.data = Pixels(clips, labels, config.null_class)
+        self.options, self.device, self.steps_done = options, torch.device(device), 0
         torch.manual_seed(options.seed)
         self.objective = OBJECTIVES[config.objective](config, options, device)
         self.config, self.networks = self.objective.config, self.objective.networks
-        self.averaged = build_networks(config)
-        for name, averaged in self.averaged.items():
-            averaged.load_state_dict(self.networks[name].state_dict())
-            averaged.to(device).eval().requires_grad_(False)
-        self.parameters = [p for net in self.networks.values() for p in net.parameters()]
-        self.averages = [p for net in self.averaged.values() for p in net.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            options.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        self._prepare_optimizer()
+        trained = {name: self.networks[name] for name in self.objective.trained}
+        fixed = [net for name, net in self.networks.items() if name not in trained]
+        for network in fixed:
+            network.eval().requires_grad_(False)
+        self.updates = Updates(trained, options, fixed)
+        self.averaged = {**self.networks, **self.updates.averaged}
+        self.parameters, self.averages = self.updates.parameters, self.updates.averages
+        self.optimizer = self.updates.optimizer
 
     def step(self) -> StepReport:
         """One optimizer step on the batch of this step."""
-        options, k = self.options, self.steps_done
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate_at(k)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        k = self.steps_done
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
+        ):
             losses = self.losses(k)
-        sum(loss.mean() for loss, _ in losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():  # a shorter average at first, so that initial weights do not linger
-            torch._foreach_lerp_(
-                self.averages, self.parameters, 1 - min(options.ema, (k + 1) / (k + 10))
-            )
+        self.updates.apply(sum(loss.mean() for loss, _ in losses.values()), k)
         self.steps_done += 1
+        timesteps = self.objective.schedule.num_train_timesteps
         report = StepReport(
-            {name: float(loss.detach().mean()) for name, (loss, _) in losses.items()},
-            {name: self._by_t(loss.detach(), t) for name, (loss, t) in losses.items()},
+            {name: loss.detach().mean() for name, (loss, _) in losses.items()},
+            {name: means_by_t(loss.detach(), t, timesteps) for name, (loss, t) in losses.items()},
+            step=k,
         )
-        if not np.isfinite(sum(report.losses.values())):
-            raise FloatingPointError(f"the loss is not finite at step {k}")
+        if self.device.type == "cpu":  # a GPU is not waited for: whoever reads the report finds out
+            _ = report.losses
         return report
 
     def losses(self, step: int) -> Losses:
@@ -118,23 +98,31 @@ class Trainer:
     def batch_sampler(self, step: int) -> BatchSampler:
         """A sampler for everything random in a step."""
         return BatchSampler(
-            self.clips,
-            self.labels,
+            self.data,
             (self.options.seed, step),
-            class_dropout=self.options.class_dropout,
-            null_class=self.config.null_class,
+            dropout=self.options.class_dropout,
             num_timesteps=self.objective.schedule.num_train_timesteps,
+            timestep_shift=self.options.timestep_shift,
             device=self.device,
         )
 
-    def _by_t(self, loss: Tensor, t: Tensor) -> list[float]:
-        bins = t * TIME_BINS // self.objective.schedule.num_train_timesteps
-        return [float(loss[bins == i].mean()) for i in range(TIME_BINS)]
+    def describe(self) -> str:
+        """Clips, networks and device, in one line."""
+        sizes = [
+            f"{name} {sum(p.numel() for p in self.networks[name].parameters()) / 1e6:.2f} M"
+            for name in self.objective.trained
+        ]
+        return (
+            f"{self.data.shape[0]} clips of {len(self.config.labels)} classes; "
+            f"{' and '.join(sizes)} parameters; {self.options.precision} on {self.device}"
+        )
 
     # -- on disk -------------------------------------------------------------------------------
 
-    def warm_start(self, folder: Path) -> list[str]:
+    def warm_start(self, folder: Path, only: str | None = None) -> list[str]:
         """Start from the weights of a checkpoint folder where name and shape are the same.
+
+        only: the one network that is taken from there
 
         A plain model may start from a decomposed model's base network. Returns the names of the
         weights that keep their fresh initialisation. Raises FileNotFoundError or ValueError for a
@@ -143,6 +131,8 @@ class Trainer:
         config = read_config(folder)
         fresh = []
         for name, source in self.objective.sources(config).items():
+            if only not in (None, name):
+                continue
             state = read_weights(folder, source, config)
             for net in (self.networks[name], self.averaged[name]):
                 own = net.unet.state_dict()
@@ -152,56 +142,67 @@ class Trainer:
         return fresh
 
     def export(self, folder: Path) -> CheckpointConfig:
-        """Write the averaged weights as a checkpoint that `vfengine.generate --model` takes."""
+        """Write the averaged weights as a checkpoint that `vfengine.generate --model` takes.
+
+        A network that is not trained has the weights that it started from.
+        """
         states = [self.averaged[name].unet.state_dict() for name in self.config.networks]
-        return save_checkpoint(folder, self.config, *states)
+        parts = None if self._parts is None else self._parts.files()
+        return save_checkpoint(folder, self.config, *states, parts=parts)
+
+    def write_samples(self, file: Path) -> None:
+        """A sheet of clips from the averaged weights (samples.py)."""
+        precision = self.options.precision
+        if self._showcase is None:
+            write_labels(self.objective, self.averaged, precision, file)
+        else:
+            write_prompts(self.objective, self.averaged, self._showcase, precision, file)
 
     def save(self, file: Path) -> None:
         """Writes everything that a run continues from to one .safetensors file, atomically."""
-        tensors = {
-            f"{kind}.{i}": value
-            for kind, values in self._state().items()
-            for i, value in enumerate(values)
-        }
-        metadata = {"steps_done": str(self.steps_done), "model": self._identity()}
-        metadata["options"] = json.dumps(asdict(self.options))
-        write_tensors(file, tensors, metadata)
+        self.updates.save(file, self._identity(), self.steps_done)
 
     def restore(self, file: Path) -> None:
         """Continue from `save`. Raises ValueError for a damaged file or another model's state."""
-        with open_tensors(file, "training state") as stored, torch.no_grad():
-            metadata = stored.metadata() or {}
-            if metadata.get("model") != self._identity():
-                raise ValueError(f"{file} is the training state of another model or of other data")
-            for kind, values in self._state().items():
-                for i, value in enumerate(values):
-                    value.copy_(stored.get_tensor(f"{kind}.{i}"))
-        self.steps_done = int(metadata["steps_done"])
-
-    def _state(self) -> dict[str, list[Tensor]]:
-        adam = [self.optimizer.state[p] for p in self.parameters]
-        return {
-            "parameter": self.parameters,
-            "average": self.averages,
-            **{key: [state[key] for state in adam] for key in ("exp_avg", "exp_avg_sq", "step")},
-        }
-
-    def _prepare_optimizer(self) -> None:
-        """Give AdamW the state that its first step would, so that `save` and `restore` find it."""
-        for parameter in self.parameters:
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.steps_done = self.updates.restore(file, self._identity())
 
     def _identity(self) -> str:
         """Names the model and the amount of data that a state belongs to."""
         values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
         del values["sha256"]
+        for name in _LATER:
+            if values.get(name, 0) is None:
+                del values[name]
         if self.config.objective == "decomposed":
             del values["clean_share"]
         else:
             values |= {**_ONCE_IN_PLAIN_MODELS, "video": self.config.video.identity()}
-        text = repr((sorted(values.items()), self.clips.shape, self.options.seed))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        named = (sorted(values.items()), self.data.shape, self.options.seed)
+        if self.objective.trained != self.config.networks:
+            named = (*named, self.objective.trained)
+        return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+
+def _check_pixels(config: CheckpointConfig, clips: np.ndarray, labels: np.ndarray) -> None:
+    shape = (config.num_frames, config.height, config.width, config.channels)
+    if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[1:] != shape:
+        raise ValueError(f"expected uint8 clips [M, {shape}], got {clips.dtype} {clips.shape}")
+    if not len(clips):
+        raise ValueError("expected at least one clip, got none")
+    if len(labels) != len(clips) or not (0 <= labels.min() <= labels.max() < len(config.labels)):
+        raise ValueError(
+            f"expected {len(clips)} labels in 0..{len(config.labels) - 1}, got {labels.shape}"
+        )
+
+
+def _check_latents(config: CheckpointConfig, latents: Latents) -> None:
+    shape = (config.num_frames, config.channels, config.height, config.width)
+    clips, captions, null = latents.clips, latents.captions, latents.null
+    if clips.dim() != 5 or clips.shape[1:] != shape or not len(clips):
+        raise ValueError(f"expected latents [M, {shape}], got {tuple(clips.shape)}")
+    text = (len(clips), captions.shape[1], *null.shape)
+    if captions.dim() != 4 or captions.shape != text or null.shape[-1] != config.base.context_dim:
+        raise ValueError(
+            f"expected captions' states [{len(clips)}, P, L, {config.base.context_dim}] and that "
+            f"of the empty prompt, got {tuple(captions.shape)} and {tuple(null.shape)}"
+        )

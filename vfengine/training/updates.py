@@ -1,0 +1,103 @@
+"""AdamW, averaged weights and the state that a run goes on from: the same for every training."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files import open_tensors, write_tensors
+from .options import TrainingOptions
+
+
+class Updates:
+    """Owns the optimizer of some networks, and averaged copies of them.
+
+    averaged     the copies by name, in eval mode: the weights that are shipped
+    parameters, averages    the weights of the networks and of their copies, in one order
+    fixed        networks that are not trained, whose weights are a part of the state
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        options: TrainingOptions,
+        fixed: Sequence[nn.Module] = (),
+    ):
+        self.options = options
+        self.fixed = [p for net in fixed for p in net.parameters()]
+        self.averaged = {
+            name: copy.deepcopy(network).eval().requires_grad_(False)
+            for name, network in networks.items()
+        }
+        self.parameters = [p for net in networks.values() for p in net.parameters()]
+        self.averages = [p for net in self.averaged.values() for p in net.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            options.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        for parameter in self.parameters:  # as its first step would, for `save` and `restore`
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def apply(self, loss: Tensor, step: int) -> None:
+        """One optimizer step down this loss, the step-th from 0."""
+        options = self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():  # a shorter average at first, so that initial weights do not linger
+            torch._foreach_lerp_(
+                self.averages, self.parameters, 1 - min(options.ema, (step + 1) / (step + 10))
+            )
+
+    def save(self, file: Path, identity: str, steps_done: int) -> None:
+        """Writes everything that a run continues from to one .safetensors file, atomically.
+
+        identity: names the model and the data
+        """
+        tensors = {
+            f"{kind}.{i}": value
+            for kind, values in self._state().items()
+            for i, value in enumerate(values)
+        }
+        metadata = {"steps_done": str(steps_done), "model": identity}
+        metadata["options"] = json.dumps(asdict(self.options))
+        write_tensors(file, tensors, metadata)
+
+    def restore(self, file: Path, identity: str) -> int:
+        """Continues from `save`; returns the number of steps that were done.
+
+        Raises ValueError for a damaged file or another model's state.
+        """
+        with open_tensors(file, "training state") as stored, torch.no_grad():
+            metadata = stored.metadata() or {}
+            if metadata.get("model") != identity:
+                raise ValueError(f"{file} is the training state of another model or of other data")
+            for kind, values in self._state().items():
+                for i, value in enumerate(values):
+                    value.copy_(stored.get_tensor(f"{kind}.{i}"))
+        return int(metadata["steps_done"])
+
+    def _state(self) -> dict[str, list[Tensor]]:
+        adam = [self.optimizer.state[p] for p in self.parameters]
+        return {
+            "parameter": self.parameters,
+            "average": self.averages,
+            "fixed": self.fixed,
+            **{key: [state[key] for state in adam] for key in ("exp_avg", "exp_avg_sq", "step")},
+        }
