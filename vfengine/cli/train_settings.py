@@ -34,8 +34,8 @@ _CLIPS = "clips"
 _ON_LATENTS = {
     "size": 128,
     "patch_size": 1,
-    "base_channels": (96, 160, 256),
-    "residual_channels": (64, 96, 128),
+    "base_channels": (64, 128, 192),
+    "residual_channels": (64, 64, 64),
     "layers_per_block": (1, 1, 1),
 }
 # What a plain video model has of a decomposed model's options.

@@ -8,10 +8,11 @@
 | "math"  | any                          | two batched products around a softmax in fp32 |
 | "auto"  | those of "flash"             | "flash", where the package is installed |
 |         | all others on CUDA           | "sdpa" |
-|         | all others on a CPU          | "math" up to 64 keys, "sdpa" beyond |
+|         | all others on a CPU          | "math" up to 64 keys and in training, "sdpa" beyond |
 
 Frames and coarse pictures are short sequences in large batches: there "math" takes a fraction of
-the time of torch's fused CPU kernel. On CUDA it is five launches where "sdpa" is one.
+the time of torch's fused CPU kernel, whose gradient is slow at any length. On CUDA it is five
+launches where "sdpa" is one.
 
 "flash" has only ever been tested with a stand-in for its package: it has never run on a GPU here.
 """
@@ -59,7 +60,7 @@ def attend(
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: str) -> str:
     """Resolve `backend` for the arguments of `attend` to "flash", "sdpa" or "math".
 
-    Looks at shapes, dtypes and devices, never at values. Raises ValueError for an unknown name,
+    Looks at shapes, dtypes, devices and whether q has a gradient, never at values. Raises ValueError for an unknown name,
     and where the backend asked for cannot run: it is never replaced by another.
     """
     asked = f"backend={backend!r}"
@@ -72,7 +73,8 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend
         if why_no_flash(q, k, v, bias) is None:
             return "flash"
         fused = q.is_cuda and math.prod(q.shape[:-3]) <= _MAX_BATCH
-        return "math" if k.shape[-2] <= _SHORT and not fused else "sdpa"
+        short = k.shape[-2] <= _SHORT or (q.requires_grad and not q.is_cuda)
+        return "math" if short and not fused else "sdpa"
     if backend == "flash":
         reason = why_no_flash(q, k, v, bias)
         if reason is not None:

@@ -1,0 +1,156 @@
+"""Clips of captioned motion capture as latents and token states: made once, kept, found again.
+
+Frames are rendered and encoded a few clips at a time: their pixels are never all in memory, nor on
+disk. Two files of a folder hold the results, named after all that decides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diffusion.decompose import base_index
+from ..files import replacing
+from .batch import Latents
+from .parts import Coder, Parts
+
+_CLIPS_AT_ONCE = {"cpu": 4, "cuda": 256}
+
+
+class CaptionedMocap:
+    """Clips of rendered motion capture by number, and what can be said of each.
+
+    held_out: draw clothes in pairs of colours that no other clip has
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        size: int,
+        num_frames: int,
+        device: torch.device | str,
+        held_out: bool = False,
+    ):
+        from .mocap import Renderer
+
+        self._seed, self._held_out = seed, held_out
+        self._renderer = Renderer(size, num_frames, device)
+        self.name = f"{num_frames}x{size}-seed{seed}"
+
+    def clips(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [len(indices), N, H, W, 3] on the renderer's device."""
+        return self._renderer.clips([self._scene(index) for index in indices])
+
+    def captions(self, index: int, count: int) -> list[str]:
+        """The plain caption of a clip, and paraphrases of it."""
+        from .mocap.captions import caption, paraphrase
+
+        scene = self._scene(index)
+        rng = np.random.default_rng((self._seed, index, 1))
+        return [caption(scene), *(paraphrase(scene, rng) for _ in range(count - 1))]
+
+    def _scene(self, index: int):
+        from .mocap import draw_scene
+
+        return draw_scene(self._seed, index, held_out=self._held_out)
+
+
+def make_latents(
+    source: CaptionedMocap,
+    parts: Parts,
+    coder: Coder,
+    folder: Path,
+    num_clips: int,
+    num_captions: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Latents:
+    """The first clips of a source with captions, as fp16 on the coder's device.
+
+    folder:   where they are kept as .npy, and found by the next call
+    progress: called with the number of clips, as they are encoded, and as their captions are
+
+    On a CPU they are mapped from the files. Raises ValueError for a file that is cut off or holds
+    something else.
+    """
+    autoencoder, text = parts.digests()
+    clips = _kept(
+        folder / f"latents-{source.name}-{num_clips}-{autoencoder}.npy",
+        num_clips,
+        lambda part: coder.encode(source.clips(part)),
+        _CLIPS_AT_ONCE[coder.device.type],
+        progress,
+    )
+
+    def states(part: Sequence[int]) -> Tensor:
+        texts = [text for i in part for text in source.captions(i, num_captions)]
+        return coder.states(texts).unflatten(0, (len(part), num_captions))
+
+    captions = _kept(
+        folder / f"captions-{source.name}-{num_clips}x{num_captions}-{text}.npy",
+        num_clips,
+        states,
+        4 * _CLIPS_AT_ONCE[coder.device.type],
+        progress,
+    )
+    null = coder.states([""])[0]
+    return Latents(clips.to(coder.device), captions.to(coder.device), null)
+
+
+def residual_std(latents: Latents) -> float:
+    """Standard deviation of x_i - x_m, which is what the residual network predicts."""
+    clips = latents.clips[:: max(1, len(latents.clips) // 256)].float()
+    m = base_index(clips.shape[1])
+    change = torch.cat([clips[:, :m], clips[:, m + 1 :]], 1) - clips[:, m : m + 1]
+    return round(max(float(change.square().mean().sqrt()), 0.01), 3)
+
+
+def _kept(
+    file: Path,
+    count: int,
+    make: Callable[[Sequence[int]], Tensor],
+    at_once: int,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """fp16 [count, ...] mapped from the file, once it is there.
+
+    make: (numbers of some rows) -> these rows
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as unfinished:
+            _write(unfinished, count, _chunks(count, at_once), make, progress)
+    try:
+        rows = np.load(file, mmap_mode="c")  # private pages: torch takes no read-only arrays
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no complete .npy file, remove it: {error}") from error
+    if len(rows) != count or rows.dtype != np.float16:
+        raise ValueError(
+            f"{file} holds {rows.dtype} {rows.shape}, expected {count} rows of float16"
+        )
+    return torch.from_numpy(rows)
+
+
+def _chunks(count: int, at_once: int) -> Iterator[range]:
+    return (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
+
+
+def _write(
+    file: Path,
+    count: int,
+    chunks: Iterator[range],
+    make: Callable[[Sequence[int]], Tensor],
+    progress: Callable[[int], None],
+) -> None:
+    rows = None
+    for chunk in chunks:
+        values = make(chunk).cpu().numpy()
+        if rows is None:
+            shape = (count, *values.shape[1:])
+            rows = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+        rows[chunk.start : chunk.stop] = values
+        progress(len(chunk))
+    rows.flush()
