@@ -132,7 +132,28 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
 
 
-_TRAININGS = {"decomposed": _decomposed, "vdm": _on_pixels}
+def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
+    import torch
+    from tqdm import tqdm
+
+    from ..training.autoencoder import AutoencoderTraining, frame_pool
+
+    device = torch.device(settings.device)
+    name = f"frames-{settings.size}-seed{settings.seed}-{settings.num_clips}.npy"
+    folder = settings.clips_cache or settings.output
+    with tqdm(total=settings.num_clips, desc="rendering", unit="clip", disable=None) as progress:
+        frames = frame_pool(
+            settings.num_clips,
+            settings.seed,
+            settings.size,
+            device,
+            folder / name if device.type == "cpu" else None,
+            progress.update,
+        )
+    return AutoencoderTraining(options, frames, settings.device)
+
+
+_TRAININGS = {"decomposed": _decomposed, "vdm": _on_pixels, "autoencoder": _autoencoder}
 
 
 # -- settings --------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ _ON_LATENTS = {
     "residual_channels": (64, 64, 64),
     "layers_per_block": (1, 1, 1),
 }
+# What trainings of an autoencoder or a text encoder have of the settings of models.
+_OF_PARTS = ("size", "num_clips")
 # What a plain video model has of a decomposed model's options.
 _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 
@@ -239,7 +241,7 @@ def _takes(objective: str, setting: Setting) -> bool:
         return True
     foreign = setting.group == _DECOMPOSED or setting.name in ("residual_from", "captions")
     if objective != "vdm":
-        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name != "size"
+        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name not in _OF_PARTS
         foreign |= only_of_models or setting.name in ("class_dropout", "timestep_shift")
     return not foreign
 

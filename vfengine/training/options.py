@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from ..names import NETWORKS_TRAINED, PRECISIONS
 
 # what an objective trains with where its user does not say otherwise
-OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {"autoencoder": {"size": 128}, "text": {}}
+OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
+    "autoencoder": {
+        **{"size": 128, "num_clips": 6000, "steps": 12_000, "batch_size": 5},
+        **{"learning_rate": 1e-3, "warmup": 100, "ema": 0.998},
+    },
+    "text": {},
+}
 
 
 @dataclass(frozen=True)
