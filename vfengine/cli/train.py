@@ -114,7 +114,8 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     coder = Coder(parts, settings.device)
     clips = (settings.size, settings.num_frames, settings.device)
     folder = settings.clips_cache or settings.output
-    with tqdm(total=2 * settings.num_clips, desc="encoding", unit="clip", disable=None) as progress:
+    total = 2 * (settings.num_clips + settings.base_images)
+    with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
         latents = make_latents(
             CaptionedMocap(settings.seed, *clips),
             parts,
@@ -123,6 +124,7 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
             settings.num_clips,
             settings.captions,
             progress.update,
+            settings.base_images,
         )
     showcase = None
     if settings.sample_every:
@@ -172,8 +174,10 @@ def _check(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} must be at least 1, got {value}")
-    if settings.sample_every < 0:
-        raise ValueError(f"--sample-every must not be negative, got {settings.sample_every}")
+    for name in ("sample_every", "base_images"):
+        value = getattr(settings, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{flag(name)} must not be negative, got {value}")
     if settings.fps is not None and not 0 < settings.fps < float("inf"):
         raise ValueError(f"--fps must be positive, got {settings.fps}")
     lam = settings.lam
