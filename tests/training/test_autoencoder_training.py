@@ -9,7 +9,7 @@ import torch
 from vfengine.formats.parts import read_autoencoder
 from vfengine.media.pictures import network_to_pixels, pixels_to_network
 from vfengine.models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
-from vfengine.training.autoencoder import CONFIG, AutoencoderTraining, frame_pool, psnr
+from vfengine.training.autoencoder import CONFIG, AutoencoderTraining, _error, frame_pool, psnr
 from vfengine.training.options import TrainingOptions
 
 SMALL = AutoencoderConfig(
@@ -46,8 +46,11 @@ def test_loss_falls(frames):
 
 def test_steps_see_crops_and_then_whole_pictures(frames):
     training = trained(frames, 10, take=0)
-    assert training._batch(4)[0].shape == (6, 3, 16, 16)
-    assert training._batch(5)[0].shape == (2, 3, 32, 32)
+    for step, shape in ((4, (6, 3, 16, 16)), (5, (2, 3, 32, 32))):
+        pictures, figure, _ = training._batch(step)
+        assert pictures.shape == shape
+        assert figure.shape == (shape[0], 1, *shape[2:])
+        assert 0 <= figure.min() and figure.max() <= 1
 
 
 def test_resumed_run_takes_the_same_steps(frames, tmp_path):
@@ -77,7 +80,8 @@ def test_exported_folder_holds_the_averaged_weights_and_the_statistics(frames, t
     assert config == SMALL
     module = Autoencoder(config, Decoder(config), Encoder(config))
     module.load_state_dict({key: value.float() for key, value in state.items()})
-    x = pixels_to_network(frames).contiguous()
+    pictures = frames[..., :3]
+    x = pixels_to_network(pictures).contiguous()
     with torch.no_grad():
         z = module.encode(x)
         y = network_to_pixels(module.decode(z))
@@ -85,8 +89,8 @@ def test_exported_folder_holds_the_averaged_weights_and_the_statistics(frames, t
     normal = (z - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert normal.mean((0, 2, 3)).abs().max() < 0.02
     assert (normal.std((0, 2, 3)) - 1).abs().max() < 0.02
-    constant = torch.tensor(frames.float().mean((0, 1, 2)).tolist()).byte().expand_as(frames)
-    assert psnr(y, frames).mean() > psnr(constant, frames).mean() + 1
+    constant = pictures.float().mean((0, 1, 2)).byte().expand_as(pictures)
+    assert psnr(y, pictures).mean() > psnr(constant, pictures).mean() + 1
     # the log-variance is that of noise of a tenth
     expected = 2 * (0.1 * torch.tensor(std)).log()
     assert torch.allclose(moments[:, 4:].mean((0, 2, 3)), expected, atol=5e-3)
@@ -106,7 +110,17 @@ def test_training_starts_from_an_exported_folder(frames, tmp_path):
 
 
 def frame_pool_of(size):
-    return torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    return torch.zeros(1, size, size, 4, dtype=torch.uint8)
+
+
+def test_errors_on_the_figure_weigh_more():
+    y = torch.zeros(1, 3, 32, 32)
+    figure = torch.zeros(1, 1, 32, 32)
+    figure[..., 8:16, 8:16] = 1
+    on, off = y.clone(), y.clone()
+    on[..., 10:14, 10:14], off[..., 24:28, 24:28] = 1, 1
+    assert torch.allclose(_error(on, y, figure), 4 * _error(off, y, figure))
+    assert torch.allclose(_error(on, y, 0 * figure), _error(off, y, 0 * figure))
 
 
 def test_samples_are_a_picture_of_frames_and_what_becomes_of_them(frames, tmp_path):
@@ -115,13 +129,13 @@ def test_samples_are_a_picture_of_frames_and_what_becomes_of_them(frames, tmp_pa
     trained(frames, 2).write_samples(tmp_path / "samples.png")
     picture = np.asarray(Image.open(tmp_path / "samples.png"))
     assert picture.shape == (2 * 33 - 1, 8 * 33 - 1, 3)
-    assert np.array_equal(picture[:32, :32], frames[0].numpy())
+    assert np.array_equal(picture[:32, :32], frames[0, ..., :3].numpy())
 
 
 @pytest.mark.parametrize(
     "bad",
-    [torch.zeros(2, 32, 32, 3), torch.zeros(0, 32, 32, 3, dtype=torch.uint8)]
-    + [torch.zeros(2, 40, 32, 3, dtype=torch.uint8)],
+    [torch.zeros(2, 32, 32, 4), torch.zeros(0, 32, 32, 4, dtype=torch.uint8)]
+    + [torch.zeros(2, 40, 32, 4, dtype=torch.uint8)],
 )
 def test_frames_that_do_not_fit_are_refused(bad):
     with pytest.raises(ValueError, match=r"expected (uint8 )?frames"):
@@ -136,7 +150,7 @@ def test_pool_is_kept_and_found_again(tmp_path):
     arguments = {"num_scenes": 2, "seed": 1, "size": 16, "device": torch.device("cpu")}
     file = tmp_path / "cache" / "frames.npy"
     kept = frame_pool(**arguments, file=file, progress=done.append)
-    assert kept.shape == (6, 16, 16, 3) and done == [1, 1]
+    assert kept.shape == (6, 16, 16, 4) and done == [1, 1]
     assert torch.equal(frame_pool(**arguments, file=file, progress=done.append), kept)
     assert done == [1, 1]
     assert torch.equal(frame_pool(**arguments), kept)
@@ -146,7 +160,7 @@ def test_damaged_or_foreign_pools_are_refused(tmp_path):
     arguments = {"num_scenes": 2, "seed": 1, "size": 16, "device": torch.device("cpu")}
     file = tmp_path / "frames.npy"
     np.save(file, np.zeros((3, 16, 16, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"expected uint8 \(6, 16, 16, 3\): remove it"):
+    with pytest.raises(ValueError, match=r"expected uint8 \(6, 16, 16, 4\): remove it"):
         frame_pool(**arguments, file=file)
     os.truncate(file, 50)
     with pytest.raises(ValueError, match=r"is no complete \.npy file"):

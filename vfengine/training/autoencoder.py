@@ -1,9 +1,10 @@
 """Training of the autoencoder on rendered frames.
 
 The loss is the mean absolute error of pixels and of the differences of neighbouring ones, which
-keeps edges sharp. Two things are done to the latents, for the networks that will learn them:
+keeps edges sharp. The figure, a small part of the picture and most of what is looked at, weighs
+more. Two things are done to the latents, for the networks that will learn them:
 
-- Noise is added, up to a fifth of each channel's standard deviation, before they are decoded. What
+- Noise is added, up to a tenth of each channel's standard deviation, before they are decoded. What
   is decoded in the end is an estimate and has errors. No further prior is needed: latents are
   normalised by the mean and standard deviation of each channel.
 - Latents at half the size must decode to the picture at half the size (Kouzelis et al. 2025, arXiv
@@ -44,8 +45,8 @@ CONFIG = AutoencoderConfig(
     post_quant_conv=False,
 )
 FRAMES_OF_A_SCENE = 3  # of the 16 of its clip, at random
-_LARGEST_NOISE = 0.2  # of a channel's standard deviation
-_STORED_NOISE = 0.1  # the standard deviation that the stored encoder names
+_LARGEST_NOISE = 0.1  # of a channel's standard deviation
+_FIGURE_WEIGHT = 4.0  # of the figure's pixels, and of those beside it, to 1 of others
 _HALF_SIZE_WEIGHT = 0.25
 _CROPS_OF_A_PICTURE = 3  # crops in place of a picture, for about the same time
 
@@ -58,15 +59,16 @@ def frame_pool(
     file: Path | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Tensor:
-    """Frames of rendered scenes, uint8 [FRAMES_OF_A_SCENE * num_scenes, H, W, 3], on the device.
+    """Frames of rendered scenes, uint8 [FRAMES_OF_A_SCENE * num_scenes, H, W, 4], on the device.
 
+    The fourth channel is the figure's share of a pixel.
     With `file` they are kept there as .npy, mapped into memory, and found by the next call.
     progress(n) is called as scenes are finished. Raises ValueError for a file that is cut off or
     holds something else.
     """
     from .mocap import Renderer, draw_scene
 
-    shape = (num_scenes * FRAMES_OF_A_SCENE, size, size, 3)
+    shape = (num_scenes * FRAMES_OF_A_SCENE, size, size, 4)
     if file is None or not file.exists():
         renderer, rng = Renderer(size, device=device), np.random.default_rng(seed)
 
@@ -74,7 +76,8 @@ def frame_pool(
             for i in range(num_scenes):
                 chosen = rng.choice(renderer.num_frames, FRAMES_OF_A_SCENE, replace=False)
                 rows = slice(i * FRAMES_OF_A_SCENE, (i + 1) * FRAMES_OF_A_SCENE)
-                made = renderer.frames([draw_scene(seed, i)], sorted(chosen.tolist()))[0]
+                scenes, chosen = [draw_scene(seed, i)], sorted(chosen.tolist())
+                made = renderer.frames(scenes, chosen, with_figure=True)[0]
                 frames[rows] = made.numpy() if isinstance(frames, np.ndarray) else made
                 progress(1)
 
@@ -117,7 +120,7 @@ class _Scale(nn.Module):
 class AutoencoderTraining:
     """Owns encoder, decoder and optimizer; the surface is that of vfengine/cli/train_loop.py.
 
-    frames: uint8 [M, H, W, 3], on any device
+    frames: uint8 [M, H, W, 4] of `frame_pool`, on any device
     """
 
     def __init__(
@@ -128,9 +131,9 @@ class AutoencoderTraining:
         config: AutoencoderConfig = CONFIG,
     ):
         multiple = 2 * config.scale  # of sides: half a crop is whole latents
-        if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
+        if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 4:
             found = f"{frames.dtype} {list(frames.shape)}"
-            raise ValueError(f"expected uint8 frames [M, H, W, 3], got {found}")
+            raise ValueError(f"expected uint8 frames [M, H, W, 4], got {found}")
         if not len(frames) or any(length % (2 * multiple) for length in frames.shape[1:3]):
             raise ValueError(
                 f"expected frames whose sides are multiples of {2 * multiple}, "
@@ -150,7 +153,7 @@ class AutoencoderTraining:
     def step(self) -> StepReport:
         """One optimizer step on the pictures, or crops, of this step."""
         k = self.steps_done
-        x, generator = self._batch(k)
+        x, figure, generator = self._batch(k)
         encoder, decoder = self.networks["encoder"], self.networks["decoder"]
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
@@ -160,8 +163,9 @@ class AutoencoderTraining:
             share = torch.rand(len(x), 1, 1, 1, generator=generator).to(self.device)
             noise = torch.randn(z.shape, generator=generator).to(self.device)
             noisy = z + _LARGEST_NOISE * share * self.scale.std[:, None, None] * noise
-            whole = _error(decoder(noisy).float(), x)
-            half = _error(decoder(F.avg_pool2d(z, 2)).float(), F.avg_pool2d(x, 2))
+            whole = _error(decoder(noisy).float(), x, figure)
+            z, x, figure = (F.avg_pool2d(values, 2) for values in (z, x, figure))
+            half = _error(decoder(z).float(), x, figure)
         self.updates.apply(whole + _HALF_SIZE_WEIGHT * half, k)
         self.steps_done += 1
         report = StepReport({"whole": whole.detach(), "half": half.detach()}, step=k)
@@ -169,8 +173,10 @@ class AutoencoderTraining:
             _ = report.losses
         return report
 
-    def _batch(self, step: int) -> tuple[Tensor, torch.Generator]:
-        """Pictures in -1..1 [B, 3, H, W], or crops of them, and a generator for what follows."""
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Pictures in -1..1 [B, 3, H, W] or crops of them, the figure's share of their pixels
+        [B, 1, H, W], and a generator for what follows.
+        """
         rng = np.random.default_rng((self.options.seed, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         _, height, width, _ = self.frames.shape
@@ -189,7 +195,9 @@ class AutoencoderTraining:
                 for i, y, x in zip(chosen, top, left, strict=True)
             ]
             pixels = torch.stack(crops)
-        return pixels_to_network(pixels.to(self.device)).contiguous(), generator
+        pixels = pixels.to(self.device)
+        figure = pixels[..., 3:].movedim(-1, 1) / 255
+        return pixels_to_network(pixels[..., :3]).contiguous(), figure, generator
 
     def describe(self) -> str:
         sizes = [
@@ -235,11 +243,11 @@ class AutoencoderTraining:
         channels = self.config.latent_channels
         state = {name: value.clone() for name, value in module.state_dict().items()}
         state["encoder.conv_out.weight"][channels:] = 0
-        state["encoder.conv_out.bias"][channels:] = 2 * (_STORED_NOISE * std).log()
+        state["encoder.conv_out.bias"][channels:] = 2 * (_LARGEST_NOISE * std).log()
         save_autoencoder(folder, self.config, state, tuple(mean.tolist()), tuple(std.tolist()))
 
     def _encoded(self, frames: Tensor) -> Tensor:
-        x = pixels_to_network(frames.to(self.device)).contiguous()
+        x = pixels_to_network(frames[..., :3].to(self.device)).contiguous()
         return self.averaged["encoder"](x).float()
 
     @torch.no_grad()
@@ -247,7 +255,9 @@ class AutoencoderTraining:
         """Eight frames of the pool, and below each what the autoencoder makes of it."""
         frames = self.frames[:: max(1, len(self.frames) // 8)][:8]
         decoded = self.averaged["decoder"](self._encoded(frames)).float()
-        pictures = torch.cat([frames.to(self.device), network_to_pixels(decoded)]).cpu().numpy()
+        pictures = (
+            torch.cat([frames[..., :3].to(self.device), network_to_pixels(decoded)]).cpu().numpy()
+        )
         write_video(file, sheet(pictures, columns=len(frames))[None])
 
     def save(self, file: Path) -> None:
@@ -269,9 +279,18 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return 10 * (255**2 / error.clamp(min=1e-9)).log10()
 
 
-def _error(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error of pixels, and of their differences along both axes."""
+def _error(x: Tensor, y: Tensor, figure: Tensor) -> Tensor:
+    """Mean absolute error of pixels, and of their differences along both axes.
+
+    figure: its share of pixels, [B, 1, H, W]; errors on it and beside it weigh more
+    """
+    weight = 1 + (_FIGURE_WEIGHT - 1) * F.max_pool2d(figure, 5, 1, 2)
     difference = x - y
     across = difference[..., 1:] - difference[..., :-1]
     down = difference[..., 1:, :] - difference[..., :-1, :]
-    return difference.abs().mean() + across.abs().mean() + down.abs().mean()
+    errors = (
+        (difference.abs() * weight).mean(),
+        (across.abs() * weight[..., 1:]).mean(),
+        (down.abs() * weight[..., 1:, :]).mean(),
+    )
+    return sum(errors) / weight.mean()
