@@ -1,120 +1,226 @@
-"""vfengine/training/mocap.py: every action moves, a seed gives one clip, kept clips are safe."""
+"""vfengine/training/mocap: every action moves, names decide pixels, kept clips are safe."""
 
 import os
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 
-from vfengine.training.mocap import ACTIONS, SECONDS, MocapRenderer, render_clips
+from vfengine.training.mocap import ACTIONS, SECONDS, Renderer, draw_scene, render_clips
+from vfengine.training.mocap.backdrop import Camera
+from vfengine.training.mocap.figure import PARTS, RADII, cones
+from vfengine.training.mocap.motions import motions
+from vfengine.training.mocap.scenes import COLOURS, is_held_out
 
 SMALL = {"size": 16, "num_frames": 2}
 
 
 @pytest.fixture(scope="module")
 def renderer():
-    renderer = MocapRenderer(size=32, num_frames=6)
-    yield renderer
-    renderer.close()
+    return Renderer(size=32, num_frames=6)
 
 
-@pytest.fixture
-def bare_room(renderer, monkeypatch):
-    """Draws before a wall of one colour that no actor wears, so that the figure can be told."""
-    side = 2 * renderer.size
-    monkeypatch.setattr(renderer, "_room", lambda rng: np.full((side, side, 3), (0, 255, 1)))
-    return renderer
+def scenes_of(action, count=2):
+    index = ACTIONS.index(action)
+    return [draw_scene(3, index + 15 * i) for i in range(count)]
+
+
+def figure_masks(renderer, scene):
+    """bool [N, H, W], where the figure stands: pixels that change with the colours of it all."""
+    colours = ("top_colour", "bottom_colour", "shoes")
+    dressed = [
+        replace(scene, **dict.fromkeys(colours, colour), hair=hair, skin=skin, stripes=None)
+        for colour, hair, skin in (("black", "black", "dark"), ("white", "blond", "light"))
+    ]
+    dark, bright = renderer.clips(dressed).int()
+    return (bright - dark).abs().amax(-1).numpy() > 10
 
 
 # -- what is drawn ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_action_shows_a_moving_figure(bare_room, action):
-    clip = bare_room.clip(action, seed=3)
-    assert clip.shape == (6, 32, 32, 3)
-    assert clip.dtype == np.uint8
-    figure = (clip != (0, 255, 1)).any(-1)  # [N, H, W]
-    share = figure.mean((1, 2))
-    assert 0.04 < share.min() and share.max() < 0.6
-    longer_side = np.maximum(figure.any(2).sum(1), figure.any(1).sum(1))
-    assert longer_side.min() > 8 and longer_side.mean() > 18  # of 32: it fills the picture
-    changed = (figure[1:] != figure[:-1]).mean((1, 2))
-    assert changed.mean() > 0.02
+def test_action_shows_a_moving_figure(renderer, action):
+    for scene in scenes_of(action):
+        figure = figure_masks(renderer, scene)
+        share = figure.mean((1, 2))
+        assert 0.02 < share.min() and share.max() < 0.4
+        longer_side = np.maximum(figure.any(2).sum(1), figure.any(1).sum(1))
+        assert longer_side.min() > 6 and longer_side.mean() > 12  # of 32: it fills the picture
+        changed = (figure[1:] != figure[:-1]).mean((1, 2))
+        assert changed.mean() > 0.01
 
 
-def test_clips_differ_in_their_content_by_seed(renderer):
-    clips = [renderer.clip("walk", seed) for seed in range(4)]
-    for i in range(4):
-        for j in range(i):
-            assert np.abs(clips[i].astype(int) - clips[j]).mean() > 10
+def test_scenes_depend_on_seed_and_index_alone():
+    assert draw_scene(1, 7) == draw_scene(1, 7)
+    assert draw_scene(1, 7) != draw_scene(2, 7)
+    assert [draw_scene(0, i).action for i in range(15)] == list(ACTIONS)
 
 
-def test_actions_of_one_seed_share_their_room(renderer):
-    walk, jump = renderer.clip("walk", 5), renderer.clip("jump", 5)
-    assert np.array_equal(walk[:, 0, 0], jump[:, 0, 0])  # a corner that the figure does not reach
-    assert not np.array_equal(walk, jump)
+def test_training_never_sees_the_pairs_of_colours_that_judges_ask_for():
+    held_out = [(a, b) for a in COLOURS for b in COLOURS if is_held_out(a, b)]
+    assert len(held_out) == len(COLOURS) ** 2 / 7
+    assert {a for a, _ in held_out} == {b for _, b in held_out} == set(COLOURS)
+    for held in (False, True):
+        scenes = [draw_scene(0, i, held_out=held) for i in range(300)]
+        assert {is_held_out(s.top_colour, s.bottom_colour) for s in scenes} == {held}
 
 
-def test_clip_does_not_depend_on_the_clips_before_it(renderer):
-    first = renderer.clip("kick", (7, 1))
-    renderer.clip("roll", 8)
-    assert np.array_equal(renderer.clip("kick", (7, 1)), first)
+def test_every_name_changes_the_picture(renderer):
+    scene = next(
+        s for s in (draw_scene(0, i) for i in range(200)) if s.place == "carpet" and s.stripes
+    )
+    other = {
+        "action": "walk" if scene.action != "walk" else "jump",
+        "hair": "blond" if scene.hair != "blond" else "black",
+        "skin": "light" if scene.skin != "light" else "dark",
+        "top": "sweater" if scene.top == "t-shirt" else "t-shirt",
+        "top_colour": "green" if scene.top_colour != "green" else "pink",
+        "stripes": None,
+        "bottom": "shorts" if scene.bottom == "trousers" else "trousers",
+        "bottom_colour": "green" if scene.bottom_colour != "green" else "pink",
+        "shoes": "white" if scene.shoes != "white" else "black",
+        "place": "tiles",
+        "wall": "green" if scene.wall != "green" else "pink",
+        "carpet": "green" if scene.carpet != "green" else "red",
+        "light": "dim light" if scene.light != "dim light" else "daylight",
+        "yaw": -scene.yaw,
+        "elevation": scene.elevation + 5,
+        "distance": scene.distance + 0.3,
+        "light_side": -scene.light_side,
+        "mirrored": not scene.mirrored,
+        "speed": scene.speed * 1.2,
+        "phase": 1 - scene.phase,
+    }
+    assert other.keys() == {f.name for f in fields(scene)} - {"shift"}  # a carpet has no texture
+    big = Renderer(size=64, num_frames=4)
+    plain = big.clips([scene])
+    for name, value in other.items():
+        assert not torch.equal(big.clips([replace(scene, **{name: value})]), plain), name
 
 
-def test_unknown_action_is_refused(renderer):
-    with pytest.raises(ValueError, match="unknown action 'fly': expected one of backflip, "):
-        renderer.clip("fly", 0)
+def test_clips_do_not_depend_on_their_neighbours_nor_on_the_chosen_frames(renderer):
+    scenes = [draw_scene(0, i) for i in range(12)]
+    together = renderer.clips(scenes)
+    assert together.dtype == torch.uint8 and together.shape == (12, 6, 32, 32, 3)
+    for i in (0, 5, 11):
+        assert torch.equal(renderer.clips([scenes[i]])[0], together[i])
+    assert torch.equal(renderer.frames(scenes, [1, 4]), together[:, [1, 4]])
+
+
+def test_rays_meet_what_marching_along_them_meets():
+    """Sphere tracing in float64 gives the same silhouettes and, between parts, the same ones."""
+    from vfengine.training.mocap.renderer import _Hits
+
+    scenes, side = [draw_scene(2, i) for i in (1, 8)], 48
+    poses = np.concatenate([motions()[s.action].at(np.array([0.4, 0.9])) for s in scenes])
+    camera = Camera(scenes)
+    ends = camera.sees(cones(poses, np.array([False, True, False, True])), 2)
+    hits = _Hits(ends, camera.focal, side, torch.device("cpu"))
+    u = (np.arange(side) + 0.5 - side / 2) / (camera.focal * side)
+    rays = np.stack(np.broadcast_arrays(u, -u[:, None], 1.0), -1)
+    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+    for frame in range(4):
+        a, b = ends[frame, :, 0], ends[frame, :, 1]
+        t = np.full((side, side), 2.0)
+        for _ in range(120):
+            distance = _distances(rays * t[..., None], a, b)
+            t = np.minimum(t + distance.min(-1), 9.0)
+        expected = np.where(t < 8, distance.argmin(-1), -1)
+        found = np.full((side, side), -1)
+        mine = hits.frame == frame
+        found[hits.row[mine], hits.column[mine]] = hits.part[mine]
+        assert (found >= 0).sum() > 50
+        assert ((found >= 0) == (expected >= 0)).mean() > 0.998  # rays that graze
+        both = (found >= 0) & (expected >= 0)
+        assert (found == expected)[both].mean() > 0.97  # at seams two parts are as near
+
+
+def _distances(points, a, b):
+    """Of points [H, W, 3] to round cones with ends [P, 3]: [H, W, P]."""
+    ra, rb = RADII.T
+    axis = b - a
+    length = np.linalg.norm(axis, axis=1)
+    unit = axis / length[:, None]
+    local = points[..., None, :] - a
+    y = (local * unit).sum(-1)
+    x = np.sqrt(np.maximum((local**2).sum(-1) - y * y, 0))
+    slope = (ra - rb) / length
+    flank = np.sqrt(1 - slope**2)
+    place = y * flank - x * slope  # along the flank, from the first tangent point
+    first = np.sqrt(x * x + y * y) - ra
+    second = np.sqrt(x * x + (y - length) ** 2) - rb
+    between = x * flank + y * slope - ra
+    return np.where(place < 0, first, np.where(place > flank * length, second, between))
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_motion_is_interpolated_between_its_rows(renderer, action):
-    motion = renderer.motions[action]
+def test_no_part_reaches_below_the_floor(action):
+    poses = motions()[action].at(np.linspace(0, 3, 40))
+    ends = cones(poses, np.arange(40) % 2 == 0)
+    assert ends.shape == (40, len(PARTS), 2, 3)
+    assert (ends[..., 1] - RADII).min() > -1e-9
+
+
+def test_mirrored_figures_are_mirror_images():
+    poses = motions()["kick"].at(np.array([0.5, 0.5]))
+    plain, mirrored = cones(poses, np.array([False, True]))
+    assert np.allclose(plain * [-1, 1, 1], mirrored)
+
+
+@pytest.mark.parametrize("settings", [{"size": 15}, {"size": 8}, {"num_frames": 0}])
+def test_impossible_sizes_are_refused(settings):
+    with pytest.raises(ValueError, match=r"Renderer: (size must be even|num_frames must be)"):
+        Renderer(**settings)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_motion_is_interpolated_between_its_rows(action):
+    motion = motions()[action]
     assert motion.duration >= SECONDS[action] / 2
     row = len(motion.rows) // 2
     before, after = motion.times[row], motion.times[row + 1]
-    at_row, between = motion.at(before), motion.at(0.7 * before + 0.3 * after)
+    at_row, between = motion.at(np.array([before, 0.7 * before + 0.3 * after]))
     assert np.allclose(at_row[1:4], motion.rows[row, 1:4])
     root = 0.7 * motion.rows[row, 1:4] + 0.3 * motion.rows[row + 1, 1:4]
     assert np.allclose(between[1:4], root)
-    for part in motion.quaternions:
-        assert np.isclose(np.linalg.norm(between[part]), 1)
-        assert abs(between[part] @ at_row[part]) > 0.9  # along the shorter way
+    assert np.isclose(np.linalg.norm(between[4:8]), 1)
+    assert abs(between[4:8] @ at_row[4:8]) > 0.9  # along the shorter way
 
 
-def test_periodic_motion_goes_on_and_others_hold_their_ends(renderer):
-    walk, jump = renderer.motions["walk"], renderer.motions["jump"]
-    assert np.allclose(walk.at(0.3 + walk.duration), walk.at(0.3))
-    assert np.allclose(jump.at(jump.duration + 9), jump.at(jump.duration))
-    assert np.allclose(jump.at(-1), jump.at(0))
+def test_periodic_motion_goes_on_and_others_hold_their_ends():
+    walk, jump = motions()["walk"], motions()["jump"]
+    times = np.array([0.3 + walk.duration, 0.3])
+    assert np.allclose(*walk.at(times))
+    assert np.allclose(*jump.at(np.array([jump.duration + 9, jump.duration])))
+    assert np.allclose(*jump.at(np.array([-1.0, 0.0])))
 
 
 # -- many clips, and the file that keeps them ------------------------------------------------------
 
 
 def test_clips_depend_on_seed_and_index_alone():
-    many, labels = render_clips(62, seed=9, workers=2, **SMALL)  # more than one worker's share
-    alone, _ = render_clips(62, seed=9, workers=1, **SMALL)
-    few, _ = render_clips(3, seed=9, workers=1, **SMALL)
+    many, labels = render_clips(62, seed=9, **SMALL)
+    few, _ = render_clips(3, seed=9, **SMALL)
     assert many.shape == (62, 2, 16, 16, 3)
-    assert np.array_equal(many, alone)
     assert np.array_equal(few, many[:3])
     assert labels.dtype == np.int64
     assert labels.tolist() == [i % 15 for i in range(62)]
-    renderer = MocapRenderer(**SMALL)
-    assert np.array_equal(renderer.clip(ACTIONS[61 % 15], (9, 61)), many[61])
-    renderer.close()
+    alone = Renderer(**SMALL).clips([draw_scene(9, 61)])[0]
+    assert np.array_equal(alone.numpy(), many[61])
 
 
 def test_other_seeds_give_other_clips():
-    first, _ = render_clips(2, seed=0, workers=1, **SMALL)
-    second, _ = render_clips(2, seed=1, workers=1, **SMALL)
+    first, _ = render_clips(2, seed=0, **SMALL)
+    second, _ = render_clips(2, seed=1, **SMALL)
     for a, b in zip(first, second, strict=True):
         assert np.abs(a.astype(int) - b).mean() > 5
 
 
 def test_kept_clips_are_found_again(tmp_path):
     file, finished = tmp_path / "cache" / "clips.npy", []
-    kept, labels = render_clips(2, 4, file=file, workers=1, progress=finished.append, **SMALL)
+    kept, labels = render_clips(2, 4, file=file, progress=finished.append, **SMALL)
     assert finished == [2]
     assert list(file.parent.iterdir()) == [file]
     before = file.stat().st_mtime_ns
@@ -138,7 +244,7 @@ def test_file_of_other_clips_is_refused(tmp_path, clips, found):
     np.save(file, clips)
     before = file.read_bytes()
     with pytest.raises(ValueError, match=rf"clips\.npy holds {found}, expected uint8 \(2, 2, 16"):
-        render_clips(2, file=file, workers=1, **SMALL)
+        render_clips(2, file=file, **SMALL)
     assert file.read_bytes() == before
 
 
@@ -148,12 +254,12 @@ def test_truncated_file_of_clips_is_refused(tmp_path):
     for length in (file.stat().st_size - 100, 20, 0):
         os.truncate(file, length)
         with pytest.raises(ValueError, match=r"clips\.npy is no complete \.npy file"):
-            render_clips(2, file=file, workers=1, **SMALL)
+            render_clips(2, file=file, **SMALL)
 
 
-def test_failing_worker_leaves_no_file_behind(tmp_path):
-    with pytest.raises(ValueError, match="non-negative"):  # raised by the worker's generator
-        render_clips(2, seed=-1, file=tmp_path / "clips.npy", workers=1, **SMALL)
+def test_failure_leaves_no_file_behind(tmp_path):
+    with pytest.raises(ValueError, match="non-negative"):  # raised by the scene's generator
+        render_clips(2, seed=-1, file=tmp_path / "clips.npy", **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,5 +269,5 @@ def test_interrupt_leaves_no_file_behind(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         file = tmp_path / "clips.npy"
-        render_clips(2, file=file, workers=1, progress=interrupt, **SMALL)
+        render_clips(2, file=file, progress=interrupt, **SMALL)
     assert list(tmp_path.iterdir()) == []
