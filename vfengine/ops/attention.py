@@ -64,8 +64,9 @@ def attend(
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: str) -> str:
     """Resolve `backend` for the arguments of `attend` to "flash", "sdpa" or "math".
 
-    Looks at shapes, dtypes, devices and whether autograd records, never at values. Raises ValueError
-    for an unknown name, and where the backend asked for cannot run: it is never replaced by another.
+    Looks at shapes, dtypes, devices and whether autograd records, never at values. Raises
+    ValueError for an unknown name, and where the backend asked for cannot run: it is never replaced
+    by another.
     """
     asked = f"backend={backend!r}"
     if backend == "auto":
