@@ -21,6 +21,7 @@ from .train_settings import read_settings
 
 if TYPE_CHECKING:
     from ..training.options import TrainingOptions
+    from ..training.text import TextTraining
     from ..training.trainer import Trainer
 
 
@@ -132,7 +133,15 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
 
 
-_TRAININGS = {"decomposed": _decomposed, "vdm": _on_pixels}
+def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTraining:
+    from ..training.teacher import Teacher, teacher_folder
+    from ..training.text import TextTraining
+
+    teacher = Teacher(teacher_folder(), settings.device, options.precision == "bf16")
+    return TextTraining(options, teacher, settings.device)
+
+
+_TRAININGS = {"decomposed": _decomposed, "vdm": _on_pixels, "text": _text}
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -151,7 +160,7 @@ def _check(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} must be at least 1, got {value}")
-    if settings.sample_every < 0:
+    if settings.sample_every is not None and settings.sample_every < 0:
         raise ValueError(f"--sample-every must not be negative, got {settings.sample_every}")
     if settings.fps is not None and not 0 < settings.fps < float("inf"):
         raise ValueError(f"--fps must be positive, got {settings.fps}")

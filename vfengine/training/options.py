@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from ..names import NETWORKS_TRAINED, PRECISIONS
 
 # what an objective trains with where its user does not say otherwise
-OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {"autoencoder": {"size": 128}, "text": {}}
+OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
+    "autoencoder": {"size": 128},
+    "text": {"steps": 2000, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.995},
+}
 
 
 @dataclass(frozen=True)
