@@ -140,10 +140,10 @@ def test_sentences_are_known_and_drawn_from_the_generator(teacher):
     made = training(teacher)
     first, second = (made.sentences.draw(300, np.random.default_rng(3)) for _ in range(2))
     assert first == second
-    lengths = [len(sentence) for sentence in first]
+    lengths = [len(sentence.words) for sentence in first]
     assert min(lengths) == 0 and 20 < max(lengths) <= 40
-    assert not any(made.tokenizer.unknown(" ".join(sentence)) for sentence in first)
-    used = {word for sentence in first for word in sentence}
+    assert not any(made.tokenizer.unknown(" ".join(sentence.words)) for sentence in first)
+    used = {word for sentence in first for word in sentence.words}
     assert used & PLAIN.keys() and used - set(words_of_paraphrases(made))
 
 
@@ -199,7 +199,9 @@ def test_what_is_exported_is_the_averaged_encoder(teacher, tmp_path):
     expected = made.updates.averaged["text_encoder"](ids)
     assert torch.allclose(encoder(ids), expected, atol=0.02)  # files are float16
     again = training(teacher)
-    assert again.warm_start(tmp_path / "text") == ["head.weight", "head.bias"]
+    assert again.warm_start(tmp_path / "text") == [
+        *("head.weight", "head.bias", "readers.weight", "readers.bias")
+    ]
     assert torch.allclose(again.encoder(ids), expected, atol=0.02)
     other = TextTraining(OPTIONS, teacher, config=replace(SMALL, num_layers=2))
     with pytest.raises(ValueError, match="another shape, or of other words"):
