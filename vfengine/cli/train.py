@@ -21,6 +21,7 @@ from .train_settings import read_settings
 
 if TYPE_CHECKING:
     from ..training.options import TrainingOptions
+    from ..training.text import TextTraining
     from ..training.trainer import Trainer
 
 
@@ -155,7 +156,20 @@ def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
     return AutoencoderTraining(options, frames, settings.device)
 
 
-_TRAININGS = {"decomposed": _decomposed, "vdm": _on_pixels, "autoencoder": _autoencoder}
+def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTraining:
+    from ..training.teacher import Teacher, teacher_folder
+    from ..training.text import TextTraining
+
+    teacher = Teacher(teacher_folder(), settings.device, options.precision == "bf16")
+    return TextTraining(options, teacher, settings.device)
+
+
+_TRAININGS = {
+    "decomposed": _decomposed,
+    "vdm": _on_pixels,
+    "autoencoder": _autoencoder,
+    "text": _text,
+}
 
 
 # -- settings --------------------------------------------------------------------------------------

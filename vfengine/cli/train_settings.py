@@ -256,6 +256,8 @@ def _takes(objective: str, setting: Setting) -> bool:
     if objective != "vdm":
         only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name not in _OF_PARTS
         foreign |= only_of_models or setting.name in ("class_dropout", "timestep_shift")
+    if objective == "text":
+        foreign |= setting.name in ("size", "sample_every", "clips_cache")
     return not foreign
 
 
