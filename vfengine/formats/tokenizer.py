@@ -46,6 +46,11 @@ class ClipTokenizer:
     length: int
     words: Callable[[str], list[str]] | None = None
 
+    @property
+    def room(self) -> int:
+        """How many tokens of a text are read."""
+        return self.length - 2  # without start and end
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Raises TypeError for what is no list of texts."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -56,6 +61,10 @@ class ClipTokenizer:
             ids = [start, *self.tokens(text)[: self.length - 2], end]
             row[: len(ids)] = torch.tensor(ids)
         return out
+
+    def unknown(self, text: str) -> list[str]:
+        """The words that it does not know: none, for it knows every byte."""
+        return []
 
     def tokens(self, text: str) -> list[int]:
         """All tokens of a text, without start and end."""

@@ -78,6 +78,11 @@ class WordTokenizer:
         self.length = length
 
     @property
+    def room(self) -> int:
+        """How many tokens of a text are read."""
+        return self.length
+
+    @property
     def vocabulary(self) -> list[str]:
         """All tokens, in the order of their numbers."""
         tokens = self._tokenizer.get_vocab()

@@ -19,28 +19,32 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig
-from ..sampling.guidance import Condition
+from ..sampling.guidance import Condition, Prompts
 
 
 def cache_key(
     config: CheckpointConfig,
     notes: Mapping[str, str],
     table: SolverTable,
-    condition: Condition,
+    condition: Condition | Prompts,
     place: NoisePlace,
     dtype: torch.dtype,
 ) -> dict[str, object]:
     """Everything a base path depends on, as JSON values. A change here loses all cached paths.
 
-    notes: the path's metadata: model, labels, seed, guidance scale
+    notes: the path's metadata: model, labels or prompts, seed, guidance scale
     dtype: of the base network
     """
+    if isinstance(condition, Condition):
+        shown = {"classes": condition.classes.tolist()}
+    else:  # notes have the prompts; here is who reads them
+        shown = {name: config.sha256.get(name) for name in ("text_encoder", "tokenizer")}
     return {
         **notes,
         "network": config.base.identity(),
         "base_std": config.base_std,
-        "shape": [len(condition.classes), config.channels, config.height, config.width],
-        "classes": condition.classes.tolist(),
+        "shape": [condition.batch, config.channels, config.height, config.width],
+        **shown,
         "sample_offset": place.sample_offset,
         "schedule": config.noise_schedule().fingerprint(),
         "timesteps": table.timesteps.tolist(),

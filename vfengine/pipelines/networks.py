@@ -1,20 +1,32 @@
-"""What both sessions share: networks in memory on one device, and the loops that hold them."""
+"""What both sessions share: networks in memory on one device, and the loops that hold them.
+
+Text encoders and autoencoders run here, before and after what a session samples.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.memory import return_memory
 from ..sampling.cuda_graph import empty_cache
 from ..sampling.driver import Driver
 from ..sampling.reuse import KeptLoops
+from ..sampling.run import Run
+
+_TEXTS = 64  # whose rows are kept, for further batches of a request
 
 
 class Networks:
-    """Networks by name, each with the loop of its phase.
+    """Networks by name, each with the loop of its phase; "text" and "decode" are of both sessions.
 
     capture: on CUDA, replay steps from graphs
+
+    A subclass reads them, in `load`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, capture: bool) -> None:
@@ -22,6 +34,77 @@ class Networks:
         self.networks: dict[str, nn.Module] = {}
         self.loops = KeptLoops()
         self.driver = Driver(capture, loops=self.loops)
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    # -- texts and pictures ------------------------------------------------------------------------
+
+    def embedded(self, texts: Sequence[str], run: Run) -> Tensor:
+        """Texts as networks attend to them, [T, L, D] on the device.
+
+        Rows of the last texts are kept: a further call with them needs no text encoder. A
+        UserWarning names words that it does not know, and texts that are longer than it reads.
+        """
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._texts]
+
+        def encode(encoder: nn.Module) -> Tensor:
+            run.report("text", 0, 1)
+            _warn(encoder.tokenize, unknown)
+            with run.timed("text", self.device), torch.inference_mode():
+                return encoder(encoder.tokenize(unknown).to(self.device))
+
+        if unknown:
+            rows = self.with_network("text", run, encode)
+            self._texts.update(zip(unknown, rows.unbind(), strict=True))
+            run.report("text", 1, 1)
+        found = torch.stack([self._texts[text] for text in texts])
+        for text in texts:
+            self._texts.move_to_end(text)
+        while len(self._texts) > _TEXTS:
+            self._texts.popitem(last=False)
+        return found
+
+    def decoded(self, latents: Tensor, run: Run, keep: bool = False) -> Tensor:
+        """Clips [B, N, 3, H, W], nominally in -1..1, of latents as the autoencoder takes them."""
+        total = latents.shape[0] * latents.shape[1]
+
+        def report(done: int, total: int) -> None:
+            run.report("decode", done, total)
+
+        def decode(autoencoder: nn.Module) -> Tensor:
+            report(0, total)
+            with run.timed("decode", self.device), torch.inference_mode():
+                return autoencoder.decode(latents, callback=report)
+
+        return self.with_network("decode", run, decode, keep)
+
+    # -- networks ----------------------------------------------------------------------------------
+
+    def load(self, name: str) -> nn.Module:
+        """Reads a network, in its fastest form."""
+        raise NotImplementedError
+
+    def network(self, name: str, run: Run) -> nn.Module:
+        """A network from memory or from its files."""
+        if name not in self.networks:
+            with run.timed("load", self.device):
+                self.make_room(name)
+                self.networks[name] = self.load(name)
+        return self.networks[name]
+
+    def with_network(
+        self, name: str, run: Run, work: Callable[[nn.Module], Tensor], keep: bool = False
+    ) -> Tensor:
+        """What `work` makes with a network, which on a CPU then leaves memory.
+
+        keep: it stays
+
+        Nothing else may hold the network: it could not leave memory.
+        """
+        try:
+            return work(self.network(name, run))
+        finally:
+            if self.device.type == "cpu" and not keep:
+                self.release(name)
 
     def release(self, name: str) -> None:
         """Frees a network and the loop that holds it."""
@@ -33,6 +116,9 @@ class Networks:
         else:
             return_memory()
 
+    def make_room(self, name: str) -> None:
+        """Frees what a network that is about to be read has no room beside."""
+
     def has_room(self, weights: int) -> bool:
         """Whether CUDA's memory has room for twice so many weights.
 
@@ -41,3 +127,19 @@ class Networks:
         idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         room = torch.cuda.mem_get_info(self.device)[0] + idle
         return 2 * weights * self.dtype.itemsize <= room
+
+
+def _warn(tokenizer: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> None:
+    """A UserWarning for each text that is cut, and for words that the tokenizer does not know."""
+    for text in texts:
+        if (count := len(tokenizer.tokens(text))) > tokenizer.room:
+            warnings.warn(
+                f"a prompt is cut: it has {count} tokens, the text encoder reads {tokenizer.room}: "
+                f"{text[:40]!r} …",
+                stacklevel=2,
+            )
+    words = dict.fromkeys(word for text in texts for word in tokenizer.unknown(text))
+    if words:
+        warnings.warn(
+            f"the text encoder does not know these words: {', '.join(words)}", stacklevel=2
+        )

@@ -5,6 +5,7 @@ Those of our own checkpoints have labels, and noise of a size that the checkpoin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.noise import NoisePlace, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import CheckpointConfig
-from ..sampling.guidance import Condition
+from ..media.pictures import to_frames
+from ..sampling.guidance import Condition, Prompts
+from ..sampling.run import Callback, Run, zero_timings
 from .request import TextRequest, VideoRequest
 from .session import Session
 
@@ -35,7 +38,8 @@ class VideoFusionOutput:
                 on the pipeline's device; "pil": B clips, each a list of N PIL images
     trajectory: the base path, to save and to use again; None for a plain video model
     timings:    seconds, {"load", "base", "residual"}: reading weights, and the two phases; phases
-                that overlap count as "residual", and so do all steps of a plain video model
+                that overlap count as "residual", and so do all steps of a plain video model. Also
+                "text" of a model with a text encoder, and "decode" of one with an autoencoder
     """
 
     frames: np.ndarray | Tensor | list[list[Image.Image]]
@@ -103,32 +107,99 @@ class CheckpointPipeline(Pipeline):
     def fingerprint(self) -> str:
         return self.config.fingerprint()
 
+    def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
+        names = list(names)
+        super().check_fields(names, spell)
+        prompts = [name for name in names if name in ("prompt", "negative_prompt")]
+        if prompts and self.config.text_encoder is None:
+            raise ValueError(
+                f"{self.folder}: this model knows labels alone, so it takes no "
+                f"{', '.join(map(spell, prompts))}"
+            )
+
+    def _check_prompts(self, request: VideoRequest) -> None:
+        """ValueError for prompts of a request, if the model knows labels alone."""
+        defaults = {"prompt": None, "negative_prompt": ""}
+        self.check_fields(n for n, default in defaults.items() if getattr(request, n) != default)
+
+    def phases(self, request: VideoRequest) -> tuple[str, ...]:
+        """The phases that a request has, as its callback names them."""
+        sampled = self._sampled_phases(request)
+        text = ("text",) if sampled and self.config.text_encoder is not None else ()
+        return (*text, *sampled, *(() if self.config.autoencoder is None else ("decode",)))
+
+    def _sampled_phases(self, request: VideoRequest) -> tuple[str, ...]:
+        """Those whose steps are the solver's."""
+        raise NotImplementedError
+
     def work(self, request: VideoRequest) -> dict[str, int]:
-        """The steps of each phase that a request has, as its callback names them."""
-        return dict.fromkeys(self.phases(request), request.num_inference_steps)
+        """The steps of each phase that a request has, as its callback names them.
+
+        The text encoder's is one, and is left out where its result is known; a frame is a step of
+        decoding.
+        """
+        work = dict.fromkeys(self.phases(request), request.num_inference_steps)
+        frames = 1 if getattr(request, "preview", False) else request.num_frames
+        counts = {"text": 1, "decode": request.num_clips * (frames or self.config.num_frames)}
+        return {phase: counts.get(phase, steps) for phase, steps in work.items()}
+
+    def shown(self, request: VideoRequest) -> dict[str, str]:
+        """What a request shows, as base paths note it: its labels, or its prompts; of JSON."""
+        shown = {"labels": request.labels}
+        if self.config.text_encoder is not None:
+            shown = {"prompts": self._prompts(request), "negative_prompts": request.negatives}
+        return {name: json.dumps(texts) for name, texts in shown.items()}
 
     # -- from a request to the values that travel below it -----------------------------------------
 
+    def _run(self, callback: Callback | None) -> Run:
+        """A run, whose timings are those of the phases that this model has."""
+        text = () if self.config.text_encoder is None else ("text",)
+        decode = () if self.config.autoencoder is None else ("decode",)
+        return Run(callback, zero_timings(*text, *decode))
+
+    def _condition(self, request: VideoRequest, run: Run) -> Condition | Prompts:
+        """The condition of each of the labels or prompts, num_videos times."""
+        scale = request.guidance_scale
+        if self.config.text_encoder is None:
+            return Condition(self._classes(request), scale)
+        prompts, negatives = self._prompts(request), request.negatives
+        guided = scale != 1.0 and prompts != negatives
+        rows = self._session.embedded([*prompts, *(negatives if guided else ())], run)
+        rows = rows.repeat_interleave(request.num_videos, dim=0)
+        context, negative = rows.chunk(2) if guided else (rows, rows)
+        return Prompts(context, negative, scale if guided else 1.0)
+
+    def _prompts(self, request: VideoRequest) -> list[str]:
+        """The prompts of a request, or those that its labels stand for: "" for no label.
+
+        Raises ValueError for an unknown label.
+        """
+        if request.prompt is not None:
+            return request.labels
+        self._check_labels(request)
+        known = {None: "", **dict(zip(self.labels, self.config.prompts, strict=True))}
+        return [known[label] for label in request.labels]
+
     def _classes(self, request: VideoRequest) -> Tensor:
         """The class index of every video, int64 [labels times num_videos]."""
-        for label in request.labels:
-            if label is not None and label not in self.labels:
-                known = ", ".join(self.labels) or "none: this model takes no label"
-                raise ValueError(f"unknown label {label!r}, expected one of: {known}")
+        self._check_labels(request)
         indices = [
             self.config.null_class if label is None else self.labels.index(label)
             for label in request.labels
         ]
         return torch.tensor(indices, device=self.device).repeat_interleave(request.num_videos)
 
+    def _check_labels(self, request: VideoRequest) -> None:
+        """ValueError for an unknown label."""
+        for label in request.labels:
+            if label is not None and label not in self.labels:
+                known = ", ".join(self.labels) or "none: this model takes no label"
+                raise ValueError(f"unknown label {label!r}, expected one of: {known}")
+
     def _table(self, request: VideoRequest) -> SolverTable:
         steps, eta = request.num_inference_steps, request.eta
         return solver_table(request.solver, self.schedule, steps, eta)
-
-    def _clip_condition(self, request: VideoRequest) -> Condition:
-        """The condition of every clip; clips that share a base path share its condition."""
-        classes = self._classes(request).expand(request.num_clips)
-        return Condition(classes, request.guidance_scale)
 
     def _clip_place(self, request: VideoRequest) -> NoisePlace:
         check_seed(request.residual_seed, "residual_seed")
@@ -140,3 +211,22 @@ class CheckpointPipeline(Pipeline):
         size = (config.channels, config.height, config.width)
         shape = (request.num_clips, request.num_frames, *size)
         return residual_noise(shape, place.seed, sample_offset=offset, device=self.device)
+
+    # -- from what was sampled to frames -----------------------------------------------------------
+
+    def _frames(
+        self, video: Tensor, output_type: str, run: Run, keep: bool = False
+    ) -> np.ndarray | Tensor | list[list[Image.Image]]:
+        """Frames of what the networks made, pixels or latents [B, N, C, h, w].
+
+        keep: whether the autoencoder stays in memory on a CPU
+        """
+        if self.config.autoencoder is not None:
+            mean, std = self._latent_scale()
+            video = self._session.decoded(video * std + mean, run, keep)
+        return to_frames(video, output_type)
+
+    def _latent_scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the autoencoder's latents, [C, 1, 1]."""
+        values = (self.config.latent_mean, self.config.latent_std)
+        return tuple(torch.tensor(v, device=self.device).view(-1, 1, 1) for v in values)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from ..media.pictures import to_frames
-from ..sampling.run import Callback, Run
+from ..sampling.run import Callback
 from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .request import VideoRequest, changed
 
@@ -29,7 +28,8 @@ class PlainVideoPipeline(CheckpointPipeline):
         settings: the fields of `VideoRequest`, as `VideoFusionPipeline.__call__` describes them.
                   Other keywords of that call are refused unless they have their defaults;
                   base_seed is ignored
-        callback: called as callback("video", steps done, steps in all), first with 0 done
+        callback: called as callback("video", steps done, steps in all), first with 0 done; "text"
+                  and "decode" are phases too, as there
 
         Raises what `VideoFusionPipeline.__call__` raises, and ValueError for its other keywords.
         """
@@ -40,24 +40,26 @@ class PlainVideoPipeline(CheckpointPipeline):
 
     def sample(self, request: VideoRequest, callback: Callback | None = None) -> VideoFusionOutput:
         """Runs a request; `__call__` makes one of its keywords."""
-        request = self.fill_defaults(request)
-        table, condition = self._table(request), self._clip_condition(request)
-        place = self._clip_place(request)
+        request, run = self.fill_defaults(request), self._run(callback)
+        table, place = self._table(request), self._clip_place(request)
+        condition = self._condition(request, run)
         noise = self._clip_noise(request, place)
-        run = Run(callback)
         video = self._session.video(noise, condition, table, place, run)
-        return VideoFusionOutput(to_frames(video, request.output_type), None, run.timings)
+        return VideoFusionOutput(self._frames(video, request.output_type, run), None, run.timings)
 
     def fill_defaults(
         self, request: VideoRequest, base_needed_again: bool | None = None
     ) -> VideoRequest:
-        """The request, with the checkpoint's values for settings that are None."""
+        """The request, with the checkpoint's values for settings that are None.
+
+        Raises ValueError for a prompt that the model cannot take.
+        """
+        self._check_prompts(request)
         if request.num_frames is not None:
             return request
         return replace(request, num_frames=self.config.num_frames)
 
-    def phases(self, request: VideoRequest) -> tuple[str, ...]:
-        """The phases that a request has, as its callback names them."""
+    def _sampled_phases(self, request: VideoRequest) -> tuple[str, ...]:
         return ("video",)
 
     def _no_base_path(self, *_: Any, **__: Any) -> NoReturn:

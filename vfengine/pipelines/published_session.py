@@ -7,12 +7,6 @@ has no room beside it.
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +14,10 @@ from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.load import load_autoencoder, load_text_encoder, load_unet
 from ..formats.text_to_video import TextToVideoModel
-from ..formats.tokenizer import ClipTokenizer
 from ..models.denoisers import PretrainedGenerator
-from ..sampling.guidance import prompted
+from ..sampling.guidance import Prompts, prompted
 from ..sampling.run import Run
 from .networks import Networks
-
-_TEXTS = 64  # whose rows are kept, for further batches of a request
 
 
 class PublishedSession(Networks):
@@ -40,96 +31,38 @@ class PublishedSession(Networks):
     ) -> None:
         super().__init__(device, dtype, capture)
         self.model = model
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
-
-    # -- the three phases --------------------------------------------------------------------------
-
-    def embedded(self, texts: Sequence[str], run: Run) -> Tensor:
-        """Texts as the UNet attends to them, [T, L, D] on the device."""
-        unknown = [text for text in dict.fromkeys(texts) if text not in self._texts]
-
-        def encode(encoder: nn.Module) -> Tensor:
-            run.report("text", 0, 1)
-            _warn_of_cuts(encoder.tokenize, unknown)
-            with run.timed("text", self.device), torch.inference_mode():
-                return encoder(encoder.tokenize(unknown).to(self.device))
-
-        if unknown:
-            rows = self._with_network("text", load_text_encoder, run, encode)
-            self._texts.update(zip(unknown, rows.unbind(), strict=True))
-            run.report("text", 1, 1)
-        found = torch.stack([self._texts[text] for text in texts])
-        for text in texts:
-            self._texts.move_to_end(text)
-        while len(self._texts) > _TEXTS:
-            self._texts.popitem(last=False)
-        return found
 
     def sampled(
         self,
         noise: Tensor,
-        prompt: tuple[Tensor, Tensor | None, float],
+        prompts: Prompts,
         table: SolverTable,
         place: NoisePlace,
         windows: tuple[int, int] | None,
         run: Run,
     ) -> Tensor:
-        """Latents of noise [B, N, C, h, w].
-
-        prompt: rows of the prompts and of the negative ones [B, L, D], and the guidance scale
-        """
+        """Latents of noise [B, N, C, h, w]."""
         untimed = Run(run.callback, timings=None)
 
         def sample(denoiser: nn.Module) -> Tensor:
             with run.timed("video", self.device):
-                model = prompted(denoiser, *prompt)
+                scale = prompts.guidance_scale
+                model = prompted(denoiser, prompts.context, prompts.negative, scale)
                 return self.driver.video(model, noise, table, place, untimed, windows)
 
-        return self._with_network("video", self._denoiser, run, sample)
+        return self.with_network("video", run, sample)
 
-    def decoded(self, latents: Tensor, run: Run) -> Tensor:
-        """Clips [B, N, 3, H, W], nominally in -1..1, of latents as the autoencoder takes them."""
-        total = latents.shape[0] * latents.shape[1]
-
-        def report(done: int, total: int) -> None:
-            run.report("decode", done, total)
-
-        def decode(autoencoder: nn.Module) -> Tensor:
-            report(0, total)
-            with run.timed("decode", self.device), torch.inference_mode():
-                return autoencoder.decode(latents, callback=report)
-
-        load = partial(load_autoencoder, encodes=False, capture=self.driver.capture)
-        return self._with_network("decode", load, run, decode)
-
-    # -- networks ----------------------------------------------------------------------------------
-
-    def _denoiser(self, source: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def load(self, name: str) -> nn.Module:
+        """Reads "text", "video" or "decode", in its fastest form."""
+        place = self.model.folder, self.dtype, self.device
+        if name == "text":
+            return load_text_encoder(*place)
+        if name == "decode":
+            return load_autoencoder(*place, encodes=False, capture=self.driver.capture)
         published = self.model.schedule
-        unet = load_unet(source, dtype, device)
+        unet = load_unet(*place)
         denoiser = PretrainedGenerator(unet, published.schedule, published.prediction_type)
-        return denoiser.to(device).eval()
-
-    def _with_network(
-        self,
-        name: str,
-        load: Callable[[Path, torch.dtype, torch.device], nn.Module],
-        run: Run,
-        work: Callable[[nn.Module], Tensor],
-    ) -> Tensor:
-        """What `work` makes with a network, from memory or from its files.
-
-        Nothing else may hold the network: it could not leave memory.
-        """
-        if name not in self.networks:
-            with run.timed("load", self.device):
-                self.make_room(name)
-                self.networks[name] = load(self.model.folder, self.dtype, self.device)
-        try:
-            return work(self.networks[name])
-        finally:
-            if self.device.type == "cpu":
-                self.release(name)
+        return denoiser.to(self.device).eval()
 
     def make_room(self, name: str) -> None:
         """Releases the other networks if CUDA's memory has no room for this one beside them."""
@@ -138,15 +71,3 @@ class PublishedSession(Networks):
         if not self.has_room(self.model.num_weights[name]):
             for other in list(self.networks):
                 self.release(other)
-
-
-def _warn_of_cuts(tokenizer: ClipTokenizer, texts: Sequence[str]) -> None:
-    """A UserWarning for each text that is longer than the encoder reads."""
-    most = tokenizer.length - 2  # without start and end
-    for text in texts:
-        if (count := len(tokenizer.tokens(text))) > most:
-            warnings.warn(
-                f"a prompt is cut: it has {count} tokens, the text encoder reads {most}: "
-                f"{text[:40]!r} …",
-                stacklevel=2,
-            )

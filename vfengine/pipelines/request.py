@@ -61,6 +61,7 @@ _CLEAN_ERROR = _OVERLAP_ERROR.format(
 )
 _OFFLOAD_ERROR = _OVERLAP_ERROR.format("offload_base frees the base network between them")
 _FINISHED = "the latents are finished"
+_SHOWN = "each says what to show"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
     *("guidance_scale", "solver", "eta", "window", "window_overlap", "save_latents"),
@@ -95,7 +96,7 @@ CONFLICTS = (
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
     *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
-    Conflict("prompt", "label", "each says what to show"),
+    Conflict("prompt", "label", _SHOWN, "a prompt cannot go with a label: each says what to show"),
 )
 # fields that have another name on the command line
 _FIELDS = {"base_trajectory": "trajectory", "latents": "finished"}
@@ -130,10 +131,13 @@ def conflicts(written: Mapping[str, Any]) -> Iterator[Conflict]:
 class VideoRequest:
     """The settings of a plain video model; `VideoFusionPipeline.__call__` describes them.
 
-    Raises ValueError for a value that no model can take.
+    Raises ValueError for a value that no model can take, and for settings that cannot go together;
+    TypeError for a prompt that is no text.
     """
 
     label: str | Sequence[str] | None = None
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] = ""
     num_frames: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
@@ -148,14 +152,23 @@ class VideoRequest:
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
         _check_counts(self, "num_frames", "num_videos")
         _check_guidance_scale(self.guidance_scale)
+        _check_texts(self, *(("prompt",) if self.prompt is not None else ()), "negative_prompt")
         if not self.labels:
             raise ValueError("label is an empty list")
+        for conflict in conflicts(vars(self)):
+            if conflict.error:
+                raise ValueError(conflict.error)
 
     @property
     def labels(self) -> list[str | None]:
-        """The label, or the labels, as a list; None is no condition."""
-        label = self.label
-        return [label] if label is None or isinstance(label, str) else list(label)
+        """The labels, or the prompts that take their place, as a list; None is no condition."""
+        shown = self.label if self.prompt is None else self.prompt
+        return [shown] if shown is None or isinstance(shown, str) else list(shown)
+
+    @property
+    def negatives(self) -> list[str]:
+        """The negative prompt of each label or prompt."""
+        return _negatives(self)
 
     @property
     def num_clips(self) -> int:
@@ -187,7 +200,7 @@ class SamplingRequest(VideoRequest):
 
     preview: make the base frames alone, as clips of one frame
 
-    Raises ValueError for a value that no model can take, and for settings that cannot go together.
+    Raises what `VideoRequest` does.
     """
 
     base_seed: int = 0
@@ -212,9 +225,6 @@ class SamplingRequest(VideoRequest):
                 f"num_residuals={self.num_residuals} needs one base path, but label and num_videos "
                 f"make {self.num_paths}"
             )
-        for conflict in conflicts(vars(self)):
-            if conflict.error:
-                raise ValueError(conflict.error)
 
     @property
     def num_clips(self) -> int:
@@ -279,18 +289,7 @@ class TextRequest:
         _check_guidance_scale(self.guidance_scale)
         if self.finished is not None:
             return
-        for name in ("prompt", "negative_prompt"):
-            value = getattr(self, name)
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
-            if not texts:
-                raise ValueError(f"{name} is an empty list")
-        if len(self.negatives) != len(self.labels):
-            raise ValueError(
-                f"expected one negative_prompt for all or one for each of {len(self.labels)} "
-                f"prompts, got {len(self.negatives)}"
-            )
+        _check_texts(self, "prompt", "negative_prompt")
 
     @property
     def labels(self) -> list[str]:
@@ -302,9 +301,7 @@ class TextRequest:
     @property
     def negatives(self) -> list[str]:
         """The negative prompt of each prompt."""
-        if isinstance(self.negative_prompt, str):
-            return [self.negative_prompt] * len(self.labels)
-        return list(self.negative_prompt)
+        return _negatives(self)
 
     @property
     def num_clips(self) -> int:
@@ -361,6 +358,28 @@ def _same(value: Any, default: Any) -> bool:
 def field_names(kind: type[VideoRequest | TextRequest]) -> set[str]:
     """The settings that requests of this kind have."""
     return {field.name for field in fields(kind)}
+
+
+def _check_texts(request: VideoRequest | TextRequest, *names: str) -> None:
+    """TypeError or ValueError unless the prompts are texts, with a negative one for each or all."""
+    for name in names:
+        value = getattr(request, name)
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name} must be a text or a list of texts, got {value!r}")
+        if not texts:
+            raise ValueError(f"{name} is an empty list")
+    if len(request.negatives) != len(request.labels):
+        raise ValueError(
+            f"expected one negative_prompt for all or one for each of {len(request.labels)} "
+            f"prompts, got {len(request.negatives)}"
+        )
+
+
+def _negatives(request: VideoRequest | TextRequest) -> list[str]:
+    """The negative prompt of each prompt."""
+    negative = request.negative_prompt
+    return [negative] * len(request.labels) if isinstance(negative, str) else list(negative)
 
 
 def _check_counts(request: VideoRequest | TextRequest, *names: str) -> None:

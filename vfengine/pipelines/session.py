@@ -19,7 +19,7 @@ from ..diffusion.solvers import SolverTable
 from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
-from ..sampling.guidance import Condition, ModelSpec, guided
+from ..sampling.guidance import Condition, ModelSpec, Prompts, guided, prompted
 from ..sampling.run import Run
 from ..sampling.two_phase import Motion
 from .networks import Networks
@@ -52,7 +52,12 @@ class Session(Networks):
     # -- phases --------------------------------------------------------------------------------
 
     def base(
-        self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
+        self,
+        noise: Tensor,
+        condition: Condition | Prompts,
+        table: SolverTable,
+        place: NoisePlace,
+        run: Run,
     ) -> Tensor:
         """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
         model = self._model("base", condition, run)
@@ -61,7 +66,7 @@ class Session(Networks):
     def residual(
         self,
         noise: Tensor,
-        condition: Condition,
+        condition: Condition | Prompts,
         path: BaseTrajectory,
         motion: Motion,
         place: NoisePlace,
@@ -75,7 +80,7 @@ class Session(Networks):
     def overlapped(
         self,
         noises: tuple[Tensor, Tensor],
-        conditions: tuple[Condition, Condition],
+        conditions: tuple[Condition | Prompts, Condition | Prompts],
         table: SolverTable,
         motion: Motion,
         places: tuple[NoisePlace, NoisePlace],
@@ -88,7 +93,12 @@ class Session(Networks):
         return self.driver.overlapped((base, residual), noises, table, motion, places, run)
 
     def video(
-        self, noise: Tensor, condition: Condition, table: SolverTable, place: NoisePlace, run: Run
+        self,
+        noise: Tensor,
+        condition: Condition | Prompts,
+        table: SolverTable,
+        place: NoisePlace,
+        run: Run,
     ) -> Tensor:
         """A plain video model on noise [B, N, C, H, W]: clips."""
         model = self._model("video", condition, run)
@@ -97,28 +107,49 @@ class Session(Networks):
     # -- networks ------------------------------------------------------------------------------
 
     def _model(
-        self, name: str, condition: Condition, run: Run, lam: Tensor | None = None
+        self, name: str, condition: Condition | Prompts, run: Run, lam: Tensor | None = None
     ) -> ModelSpec:
-        """The spec of a network under a condition; one that takes no labels ignores it."""
-        network = self._network(name, run)
+        """The spec of a network under a condition; one that takes no such condition ignores it."""
+        network = self.network(name, run)
         lam = None if lam is None else tuple(lam.tolist())
+        if isinstance(condition, Prompts):
+            if network.unet.config.context_dim is None:
+                return ModelSpec(network, lam=lam)
+            rows = condition.context, condition.negative
+            return prompted(network, *rows, condition.guidance_scale, lam)
         if self.config.labels == () or not network.takes_labels:
             return ModelSpec(network, lam=lam)
         return guided(network, condition, self.config.null_class, lam)
 
-    def _network(self, name: str, run: Run) -> nn.Module:
-        """The network in its fastest form, from memory or from its file."""
-        if (network := self.networks.get(name)) is None:
-            with run.timed("load", self.device):
-                if name == "base" and self.pretrained is not None:
-                    schedule = self.config.noise_schedule()
-                    network = self.pretrained.load(schedule, self.device, self.dtype)
-                else:
-                    network = load_network(self.folder, self.config, name, self.device, self.dtype)
-                if isinstance(network.unet, UNet):
-                    network.unet = for_inference(network.unet, self.dtype, self.device)
-            self.networks[name] = network
+    def load(self, name: str) -> nn.Module:
+        """Reads "base", "residual", "video", "text" or "decode", in its fastest form."""
+        place = self.folder, self.config
+        if name in ("text", "decode"):
+            from ..formats import parts  # with the formats of published networks
+
+            if name == "text":
+                return parts.load_checkpoint_text_encoder(*place, self.device, self.dtype)
+            capture = self.driver.capture
+            return parts.load_checkpoint_autoencoder(
+                *place, self.device, self.dtype, capture=capture
+            )
+        if name == "base" and self.pretrained is not None:
+            schedule = self.config.noise_schedule()
+            network = self.pretrained.load(schedule, self.device, self.dtype)
+        else:
+            network = load_network(*place, name, self.device, self.dtype)
+        if isinstance(network.unet, UNet):
+            network.unet = for_inference(network.unet, self.dtype, self.device)
         return network
+
+    def encoded(self, pictures: Tensor, run: Run, keep: bool) -> Tensor:
+        """Latents [B, C, h, w] of pictures [B, 3, H, W] in -1..1."""
+
+        def encode(autoencoder: nn.Module) -> Tensor:
+            with run.timed("base", self.device), torch.inference_mode():
+                return autoencoder.encode(pictures)
+
+        return self.with_network("decode", run, encode, keep)
 
     def lets_base_go(self, needed_again: bool) -> bool:
         """Whether offload_base=None frees the base network before the residual phase.
@@ -140,15 +171,16 @@ class Session(Networks):
                     weights += sum(math.prod(tensor.get_shape()) for tensor in tensors)
         return not self.has_room(weights)
 
-    def check_complete(self, name: str) -> None:
+    def check_complete(self, *names: str) -> None:
         """FileNotFoundError or ValueError for a missing or truncated file of weights.
 
-        To be called before the other network runs, which would be in vain.
+        To be called before another network runs, which would be in vain.
         """
-        if name in self.networks:
-            return
-        file = self.folder / f"{name}.safetensors"
-        if not file.is_file():
-            raise FileNotFoundError(f"checkpoint {self.folder} has no {file.name}")
-        with open_tensors(file):
-            return
+        for name in names:
+            if name in self.networks:
+                continue
+            file = self.folder / f"{name}.safetensors"
+            if not file.is_file():
+                raise FileNotFoundError(f"checkpoint {self.folder} has no {file.name}")
+            with open_tensors(file):
+                continue

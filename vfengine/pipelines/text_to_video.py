@@ -26,6 +26,7 @@ from ..diffusion.solvers import SolverTable
 from ..formats.text_to_video import TextToVideoModel, read_text_to_video
 from ..media.pictures import to_frames
 from ..names import AUTO
+from ..sampling.guidance import Prompts
 from ..sampling.run import Callback, Run
 from ..sampling.windows import choose_windows
 from .latents import LatentsFile
@@ -219,11 +220,11 @@ class TextToVideoPipeline(Pipeline):
         guided = request.guidance_scale != 1.0
         texts = [*request.labels, *(request.negatives if guided else ())]
         rows = self._session.embedded(texts, run).repeat_interleave(request.num_videos, dim=0)
-        context, negative = rows.chunk(2) if guided else (rows, None)
+        context, negative = rows.chunk(2) if guided else (rows, rows)
         place = NoisePlace(request.seed, request.sample_offset)
         return self._session.sampled(
             self._noise(request, place),
-            (context, negative, request.guidance_scale),
+            Prompts(context, negative, request.guidance_scale),
             self.table(request.solver, request.num_inference_steps, request.eta),
             place,
             (request.window, request.window_overlap) if request.window else None,

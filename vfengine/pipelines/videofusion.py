@@ -1,9 +1,12 @@
-"""VideoFusionPipeline: from a checkpoint and a label to the frames of a clip.
+"""VideoFusionPipeline: from a checkpoint and a label or a prompt to the frames of a clip.
 
 There are two phases (vfengine/sampling). The base generator samples the base frame and keeps its
 path, at the cost of one image. Then the residual generator makes all frames along that path. Each
 network's weights are read when its phase first needs them. On a CPU the base network is freed
 between the phases, so that peak memory is the larger of the two and not their sum (`offload_base`).
+
+A model may have a text encoder, which turns prompts into rows before the first phase, and an
+autoencoder, which decodes frames after the last. Base paths are then latents.
 
 A call becomes a request (request.py), which checks it. `sample` resolves the request into four
 kinds of values, and passes on no others: the solver's table, the condition and the noise place of
@@ -15,7 +18,6 @@ seeds and on k alone (vfengine/diffusion/noise.py), never on the batch it is mad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +33,16 @@ from ..diffusion.decompose import Lam, frame_weights
 from ..diffusion.noise import NoisePlace, base_noise, check_seed
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
-from ..media.pictures import to_frames, to_network, to_uint8
+from ..media.pictures import to_network, to_uint8
 from ..models import UNet
 from ..names import AUTO
 from ..plan.network import InferenceUNet
-from ..sampling.guidance import Condition
-from ..sampling.run import Callback, Run, zero_timings
+from ..sampling.guidance import Condition, Prompts
+from ..sampling.run import Callback, Run
 from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
 from .base_cache import cache_key, cached_path
+from .given_path import check_path
 from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .plain_video import PlainVideoPipeline
 from .request import SamplingRequest, field_names
@@ -110,6 +113,8 @@ class VideoFusionPipeline(CheckpointPipeline):
         self,
         label: str | Sequence[str] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
         num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
@@ -132,9 +137,12 @@ class VideoFusionPipeline(CheckpointPipeline):
         sample_offset: int = 0,
         callback: Callback | None = None,
     ) -> VideoFusionOutput:
-        """Makes num_videos clips of each label; B = num_videos times the number of labels.
+        """Makes num_videos clips of each label or prompt; B = num_videos times their number.
 
         label:          one of `labels`, several of them, or None for no condition
+        prompt, negative_prompt: what to show and what to avoid, in words, for a model with a text
+                        encoder, whose labels stand for prompts; a negative prompt for each label
+                        or prompt, or one for all
         num_frames:     N; None is what the model was trained on
         guidance_scale: s of classifier-free guidance, ε_u + s (ε_c - ε_u), in [0, 100]; 1 is off
         base_seed, residual_seed: seeds of the base frames' noise and of each frame's own noise
@@ -159,11 +167,13 @@ class VideoFusionPipeline(CheckpointPipeline):
                         residual network has no room beside it
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
-                        phase is "base", then "residual"
+                        phase is "base", then "residual"; before them "text" of a model with a text
+                        encoder, after them "decode" of one with an autoencoder, a step a frame
 
-        Raises ValueError for an unknown label, a value out of range or settings that cannot go
-        together; TypeError for a seed that is no int; RuntimeError for a step that cannot be
-        captured; and for the checkpoint's files what `from_pretrained` raises.
+        Raises ValueError for an unknown label, a prompt that the model cannot take, a value out of
+        range or settings that cannot go together; TypeError for a prompt that is no text or a seed
+        that is no int; RuntimeError for a step that cannot be captured; and for the checkpoint's
+        files what `from_pretrained` raises.
         """
         fields = field_names(SamplingRequest)  # the keywords, but for the callback
         settings = {name: value for name, value in locals().items() if name in fields}
@@ -177,31 +187,38 @@ class VideoFusionPipeline(CheckpointPipeline):
         With request.preview the frames are the base frames alone, as clips of one frame.
         """
         request, table = self.fill_defaults(request), self._table(request)
-        path, run = self._given_path(request, table), Run(callback)
+        run = self._run(callback)
+        self._session.check_complete(*self._later_files(request))
+        path = self._given_path(request, table, run)
         if request.preview:
-            path = self._base_phase(request, table, run) if path is None else path
+            if path is None:
+                path = self._base_phase(request, table, self._condition(request, run), run)
             video = path.final[:, None].expand(request.num_clips, -1, -1, -1, -1)
-            return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
-        condition, place = self._clip_condition(request), self._clip_place(request)
-        motion = self._motion(request)
-        self._session.check_complete("residual")
+            frames = self._frames(video, request.output_type, run)
+            return VideoFusionOutput(frames, path, run.timings)
+        place, motion = self._clip_place(request), self._motion(request)
         noise = self._clip_noise(request, place)
+        condition = self._condition(request, run)
+        clips_condition = condition.expand(request.num_clips)
         if request.overlap_phases:
-            conditions = (self._base_condition(request), condition)
+            conditions = (condition, clips_condition)
             places = (self._base_place(request), place)
             noises = (self._base_noise(request, places[0]), noise)
             video, states = self._session.overlapped(noises, conditions, table, motion, places, run)
-            path = self._path(request, states, table)
-            return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
-        path = self._base_phase(request, table, run) if path is None else path
+            frames = self._frames(video, request.output_type, run)
+            return VideoFusionOutput(frames, self._path(request, states, table), run.timings)
+        path = self._base_phase(request, table, condition, run) if path is None else path
         offload = request.offload_base
         if offload is None:
             offload = self.lets_base_go(needed_again=len(request.labels) > 1)
         if offload:
             self._session.release("base")
         followed = path.clean() if motion.clean and path.base_path == "stepwise" else path
-        video = self._session.residual(noise, condition, followed, motion, place, run)
-        return VideoFusionOutput(to_frames(video, request.output_type), path, run.timings)
+        video = self._session.residual(noise, clips_condition, followed, motion, place, run)
+        if offload and self.config.autoencoder is not None and self.device.type == "cpu":
+            self._session.release("residual")
+        frames = self._frames(video, request.output_type, run, keep=not offload)
+        return VideoFusionOutput(frames, path, run.timings)
 
     def fill_defaults(
         self, request: SamplingRequest, base_needed_again: bool | None = None
@@ -211,9 +228,10 @@ class VideoFusionPipeline(CheckpointPipeline):
         base_needed_again: whether later calls need the base network: decides on offload_base now.
                            None: that is decided after the base phase
 
-        Raises ValueError for λ or windows that do not fit, and for settings that cannot go with
-        the checkpoint's own base_path.
+        Raises ValueError for λ or windows that do not fit, for settings that cannot go with the
+        checkpoint's own base_path, and for a prompt that the model cannot take.
         """
+        self._check_prompts(request)
         if request.preview:
             return request
         config, offload = self.config, request.offload_base
@@ -238,8 +256,7 @@ class VideoFusionPipeline(CheckpointPipeline):
             offload_base=offload,
         )
 
-    def phases(self, request: SamplingRequest) -> tuple[str, ...]:
-        """The phases that a request has, as its callback names them."""
+    def _sampled_phases(self, request: SamplingRequest) -> tuple[str, ...]:
         has_base = request.trajectory is None and request.image is None
         return (("base",) if has_base else ()) + (() if request.preview else ("residual",))
 
@@ -247,6 +264,8 @@ class VideoFusionPipeline(CheckpointPipeline):
         self,
         label: str | Sequence[str] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         base_seed: int = 0,
@@ -258,12 +277,14 @@ class VideoFusionPipeline(CheckpointPipeline):
         callback: Callback | None = None,
         timings: dict[str, float] | None = None,
     ) -> BaseTrajectory:
-        """The base phase alone: a stepwise path; its `final` [B, C, H, W] previews the base frames.
+        """The base phase alone: a stepwise path; its `final` [B, C, H, W] is the base frames.
 
         timings: a dict to add the seconds to ("load", "base"); the rest as in `__call__`.
         """
         request = SamplingRequest(
             label=label,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             base_seed=base_seed,
@@ -273,8 +294,9 @@ class VideoFusionPipeline(CheckpointPipeline):
             sample_offset=sample_offset,
             base_cache=base_cache,
         )
-        run = Run(callback, zero_timings() if timings is None else timings)
-        return self._base_phase(request, self._table(request), run)
+        self._check_prompts(request)
+        run = self._run(callback) if timings is None else Run(callback, timings)
+        return self._base_phase(request, self._table(request), self._condition(request, run), run)
 
     def preview(
         self,
@@ -288,9 +310,11 @@ class VideoFusionPipeline(CheckpointPipeline):
         settings: of `walk_base`. This costs one image; pass its trajectory on to make the clips.
         """
         SamplingRequest(output_type=output_type)  # refuses an unknown one before the base phase
-        timings = zero_timings()
-        path = self.walk_base(label, timings=timings, **settings)
-        return VideoFusionOutput(to_frames(path.final[:, None], output_type), path, timings)
+        run = self._run(settings.get("callback"))
+        path = self.walk_base(label, timings=run.timings, **settings)
+        return VideoFusionOutput(
+            self._frames(path.final[:, None], output_type, run), path, run.timings
+        )
 
     def image_path(
         self,
@@ -304,21 +328,8 @@ class VideoFusionPipeline(CheckpointPipeline):
 
         Raises ValueError for a model whose residual network was not trained for it.
         """
-        config = self.config
-        if not config.animates_pictures:
-            raise ValueError(
-                f"{self.folder}: this model cannot animate a picture: its residual network was not "
-                "trained for base_path='clean'"
-            )
-        pixels = to_network(image, config.channels, config.height, config.width)
-        return BaseTrajectory.from_image(
-            pixels.to(self.device),
-            schedule=self.schedule,
-            num_inference_steps=num_inference_steps,
-            solver=solver,
-            eta=eta,
-            metadata={"model": config.fingerprint()},
-        )
+        table = solver_table(solver, self.schedule, num_inference_steps, eta)
+        return self._image_path(image, table, self._run(None))
 
     def check_trajectory(
         self,
@@ -337,7 +348,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         path (of an image) cannot be followed stepwise.
         """
         table = solver_table(solver, self.schedule, num_inference_steps, eta)
-        self._check_path(trajectory, table, num_clips, base_path)
+        check_path(trajectory, self.config, self.schedule, table, num_clips, base_path)
 
     def lets_base_go(self, needed_again: bool) -> bool:
         """Whether offload_base=None frees the base network: `Session.lets_base_go`."""
@@ -345,58 +356,59 @@ class VideoFusionPipeline(CheckpointPipeline):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _given_path(self, request: SamplingRequest, table: SolverTable) -> BaseTrajectory | None:
+    def _later_files(self, request: SamplingRequest) -> list[str]:
+        """The files that are read after the first phase, by name."""
+        later = [] if request.preview else ["residual"]
+        return later if self.config.autoencoder is None else [*later, "autoencoder"]
+
+    def _given_path(
+        self, request: SamplingRequest, table: SolverTable, run: Run
+    ) -> BaseTrajectory | None:
         """The request's trajectory or the path of its image, checked; None without either."""
         path = request.trajectory
         if request.image is not None:
-            steps, solver, eta = request.num_inference_steps, request.solver, request.eta
-            path = self.image_path(request.image, num_inference_steps=steps, solver=solver, eta=eta)
+            path = self._image_path(request.image, table, run, keep=True)
         if path is not None:
-            self._check_path(path, table, request.num_paths, request.base_path)
+            paths, mode = request.num_paths, request.base_path
+            check_path(path, self.config, self.schedule, table, paths, mode)
         return path
 
-    def _check_path(
-        self, trajectory: BaseTrajectory, table: SolverTable, num_clips: int, base_path: str | None
-    ) -> None:
-        """`check_trajectory`, by the solver's table."""
+    def _image_path(
+        self, image: Image.Image, table: SolverTable, run: Run, keep: bool = False
+    ) -> BaseTrajectory:
+        """`image_path`; keep: whether the autoencoder stays in memory on a CPU."""
         config = self.config
-        maker = trajectory.metadata.get("model", config.fingerprint())
-        if maker != config.fingerprint():
+        if not config.animates_pictures:
             raise ValueError(
-                f"the base trajectory was made by another model ({maker}, not "
-                f"{config.fingerprint()})"
+                f"{self.folder}: this model cannot animate a picture: its residual network was not "
+                "trained for base_path='clean'"
             )
-        trajectory.check_schedule(self.schedule)
-        made = trajectory.table
-        for name, theirs, ours in (
-            ("num_inference_steps", len(made), len(table)),
-            ("solver", made.solver, table.solver),
-            ("eta", made.eta, table.eta),
-            ("timesteps", made.timesteps.tolist(), table.timesteps.tolist()),
-        ):
-            if theirs != ours:
-                raise ValueError(
-                    f"the base trajectory was made with {name} {theirs}, but {ours} is asked for"
-                )
-        if base_path == "stepwise" and trajectory.base_path == "clean":
-            raise ValueError("the base trajectory is of an image: its base_path can only be clean")
-        ours = [config.channels, config.height, config.width]
-        clips, *theirs = trajectory.final.shape
-        if theirs != ours:
-            raise ValueError(
-                f"the base trajectory's frames are [C, H, W] = {theirs}, this model's are {ours}"
-            )
-        if clips not in (1, num_clips):
-            wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
-            raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
+        x = to_network(image, config.picture_channels, *config.picture_size).to(self.device)
+        if config.autoencoder is not None:
+            mean, std = self._latent_scale()
+            x = (self._session.encoded(x, run, keep) - mean) / std
+        return BaseTrajectory.from_image(
+            x,
+            schedule=self.schedule,
+            num_inference_steps=len(table),
+            solver=table.solver,
+            eta=table.eta,
+            metadata={"model": config.fingerprint()},
+        )
 
     def _motion(self, request: SamplingRequest) -> Motion:
         windows = (request.window, request.window_overlap) if request.window else None
         return Motion(request.lam, windows, clean=request.base_path == "clean")
 
-    def _base_phase(self, request: SamplingRequest, table: SolverTable, run: Run) -> BaseTrajectory:
+    def _base_phase(
+        self,
+        request: SamplingRequest,
+        table: SolverTable,
+        condition: Condition | Prompts,
+        run: Run,
+    ) -> BaseTrajectory:
         """The base path of a request, from its cache or sampled."""
-        condition, place = self._base_condition(request), self._base_place(request)
+        place = self._base_place(request)
 
         def sample_path() -> BaseTrajectory:
             noise = self._base_noise(request, place)
@@ -409,9 +421,6 @@ class VideoFusionPipeline(CheckpointPipeline):
             raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
         key = cache_key(self.config, self._notes(request), table, condition, place, self.dtype)
         return cached_path(request.base_cache, key, sample_path).to(self.device)
-
-    def _base_condition(self, request: SamplingRequest) -> Condition:
-        return Condition(self._classes(request), request.guidance_scale)
 
     def _base_place(self, request: SamplingRequest) -> NoisePlace:
         """The place of the base frames' noise; clips that share a path have sample 0's."""
@@ -433,7 +442,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         """The metadata of a base path."""
         return {
             "model": self.config.fingerprint(),
-            "labels": json.dumps(request.labels),
+            **self.shown(request),
             "base_seed": str(request.base_seed),
             "guidance_scale": repr(float(request.guidance_scale)),
         }

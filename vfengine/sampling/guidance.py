@@ -9,7 +9,7 @@ are read from buffers, so that one model, and the CUDA graph of its step, serves
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,39 @@ class Condition:
 
     classes: Tensor
     guidance_scale: float
+
+    @property
+    def batch(self) -> int:
+        """B, the number of clips."""
+        return len(self.classes)
+
+    def expand(self, batch: int) -> Condition:
+        """The condition of so many clips, which share that of one."""
+        return replace(self, classes=self.classes.expand(batch))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The prompts of a call's clips as rows to attend to, and the strength of guidance.
+
+    context:        [B, L, D], on the networks' device
+    negative:       the same of the negative prompts; unused where guidance is off
+    guidance_scale: s of classifier-free guidance; 1 is off
+    """
+
+    context: Tensor
+    negative: Tensor
+    guidance_scale: float
+
+    @property
+    def batch(self) -> int:
+        """B, the number of clips."""
+        return len(self.context)
+
+    def expand(self, batch: int) -> Prompts:
+        """The prompts of so many clips, which share those of one."""
+        rows = (rows.expand(batch, -1, -1) for rows in (self.context, self.negative))
+        return Prompts(*rows, self.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -85,7 +118,11 @@ def guided(
 
 
 def prompted(
-    network: Callable[..., Tensor], context: Tensor, negative: Tensor, guidance_scale: float
+    network: Callable[..., Tensor],
+    context: Tensor,
+    negative: Tensor,
+    guidance_scale: float,
+    lam: tuple[float, ...] | None = None,
 ) -> ModelSpec:
     """The spec of a network under prompts, with guidance unless guidance_scale is 1.
 
@@ -95,13 +132,14 @@ def prompted(
     Raises ValueError where their shapes differ.
     """
     if guidance_scale == 1.0:
-        return ModelSpec(network, context=context)
+        return ModelSpec(network, lam=lam, context=context)
     if context.shape != negative.shape:
         raise ValueError(
             f"prompted: negative must be {list(context.shape)} as context, "
             f"got {list(negative.shape)}"
         )
-    return ModelSpec(network, scale=guidance_scale, context=torch.cat([context, negative]))
+    both = torch.cat([context, negative])
+    return ModelSpec(network, scale=guidance_scale, lam=lam, context=both)
 
 
 class GuidedModel:

@@ -12,9 +12,12 @@ import torch
 Callback = Callable[[str, int, int], None]  # (phase, steps done, steps in all)
 
 
-def zero_timings() -> dict[str, float]:
-    """Timings of a call that has not begun, in seconds: reading weights, and the two phases."""
-    return {"load": 0.0, "base": 0.0, "residual": 0.0}
+def zero_timings(*more: str) -> dict[str, float]:
+    """Timings of a call that has not begun, in seconds: reading weights, the two phases, and more.
+
+    more: "text" and "decode", of models that have them
+    """
+    return dict.fromkeys(("load", "base", "residual", *more), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,8 @@ class Run:
     """The callback and the timings of one call; everything that takes steps gets it.
 
     callback:  called as callback(phase, steps done, steps in all)
-    timings:   seconds are added to "load", "base" and "residual", the device's work included;
+    timings:   seconds are added to "load", "base" and "residual", the device's work included, and
+               to "text" and "decode" of models that have them;
                None: nothing is timed, and the device is not waited for
     from_zero: whether a phase is reported before its first step too, with 0 done
     """
