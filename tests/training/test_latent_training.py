@@ -85,9 +85,7 @@ def test_default_networks_have_the_published_sizes(parts):
     shape = replace(SHAPE, size=128, **{name: getattr(settings, name) for name in names})
     real = replace(
         parts,
-        autoencoder=replace(
-            parts.autoencoder, latent_channels=8, block_out_channels=(8, 8, 16, 16)
-        ),
+        autoencoder=replace(parts.autoencoder, latent_channels=8, block_out_channels=(8, 16, 16)),
         latent_mean=(0.0,) * 8,
         latent_std=(1.0,) * 8,
         text_encoder=replace(parts.text_encoder, width=256),
@@ -239,7 +237,7 @@ def test_export_holds_the_parts(new_trainer, parts, tmp_path):
     autoencoder = load_checkpoint_autoencoder(tmp_path / "model", config)
     assert autoencoder.decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, SIZE, SIZE)
     encoder = load_checkpoint_text_encoder(tmp_path / "model", config)
-    assert encoder(encoder.tokenize(["a person"])).shape == (1, 6, 16)
+    assert encoder(encoder.tokenize(["a person"])).shape == (1, 8, 16)
 
 
 def test_network_that_is_not_trained_stays_as_it_started(new_trainer, tmp_path):

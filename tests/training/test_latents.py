@@ -78,10 +78,10 @@ def test_latents_are_decoded_to_frames(coder):
 
 def test_texts_become_token_states(coder):
     states = coder.states(["a person kicking", "", "a person kicking"])
-    assert states.dtype == torch.float16 and states.shape == (3, 6, 16)
+    assert states.dtype == torch.float16 and states.shape == (3, 8, 16)
     assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
     with torch.no_grad():
-        none = tiny_text_encoder().half().float()(torch.zeros(1, 6, dtype=torch.int64))
+        none = tiny_text_encoder().half().float()(torch.zeros(1, 8, dtype=torch.int64))
     torch.testing.assert_close(states[1:2].float(), none, rtol=0, atol=0.05)
 
 
@@ -89,7 +89,7 @@ def test_clips_are_encoded_once(parts, coder, tmp_path):
     source, done = Squares(), []
     made = make_latents(source, parts, coder, tmp_path, 10, 3, done.append)
     assert made.shape == (10, NUM_FRAMES, 4, 4, 4)
-    assert made.captions.shape == (10, 3, 6, 16) and made.null.shape == (6, 16)
+    assert made.captions.shape == (10, 3, 8, 16) and made.null.shape == (8, 16)
     assert source.drawn == list(range(10))  # in some chunks, each clip once
     assert sum(done) == 20
     assert torch.equal(made.clips[7], coder.encode(Squares().clips([7]))[0])
