@@ -16,7 +16,7 @@ from vfengine._moved import MOVED, SPLIT
 FLOORS = (
     ("names", "files", "devices", "native", "kernels", "_moved"),
     ("ops",),
-    ("diffusion", "media"),
+    ("diffusion", "media", "metrics"),
     ("sampling", "models", "plan"),
     ("formats",),
     ("pipelines", "training"),

@@ -12,7 +12,7 @@ from vfengine import _moved
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vfengine import models, ops
+    from vfengine import metrics, models, ops
     from vfengine.diffusion.base_path import BaseTrajectory
     from vfengine.diffusion.noise import decomposed_noise
     from vfengine.diffusion.schedule import NoiseSchedule
@@ -33,15 +33,15 @@ _HOME = {
     "sample_residual": "vfengine.sampling.api",
     "sample_video": "vfengine.sampling.api",
 }
-_SUBPACKAGES = ("models", "ops")
+_MODULES = ("metrics", "models", "ops")
 
-__all__ = ["__version__", *_HOME, *_SUBPACKAGES]
+__all__ = ["__version__", *_HOME, *_MODULES]
 
 _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
+    if name in _MODULES:
         return importlib.import_module(f"vfengine.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)

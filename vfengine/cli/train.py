@@ -115,7 +115,8 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     coder = Coder(parts, settings.device)
     clips = (settings.size, settings.num_frames, settings.device)
     folder = settings.clips_cache or settings.output
-    with tqdm(total=2 * settings.num_clips, desc="encoding", unit="clip", disable=None) as progress:
+    total = 2 * (settings.num_clips + settings.base_images)
+    with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
         latents = make_latents(
             CaptionedMocap(settings.seed, *clips),
             parts,
@@ -124,6 +125,7 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
             settings.num_clips,
             settings.captions,
             progress.update,
+            settings.base_images,
         )
     showcase = None
     if settings.sample_every:
@@ -131,6 +133,27 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
         showcase = Showcase.of(unseen, coder)
     config = latent_model(_shape(settings), parts, LABEL_PROMPTS, residual_std(latents))
     return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
+
+
+def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
+    import torch
+    from tqdm import tqdm
+
+    from ..training.autoencoder import AutoencoderTraining, frame_pool
+
+    device = torch.device(settings.device)
+    name = f"frames-{settings.size}-seed{settings.seed}-{settings.num_clips}.npy"
+    folder = settings.clips_cache or settings.output
+    with tqdm(total=settings.num_clips, desc="rendering", unit="clip", disable=None) as progress:
+        frames = frame_pool(
+            settings.num_clips,
+            settings.seed,
+            settings.size,
+            device,
+            folder / name if device.type == "cpu" else None,
+            progress.update,
+        )
+    return AutoencoderTraining(options, frames, settings.device)
 
 
 def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTraining:
@@ -141,7 +164,12 @@ def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTrainin
     return TextTraining(options, teacher, settings.device)
 
 
-_TRAININGS = {"decomposed": _decomposed, "vdm": _on_pixels, "text": _text}
+_TRAININGS = {
+    "decomposed": _decomposed,
+    "vdm": _on_pixels,
+    "autoencoder": _autoencoder,
+    "text": _text,
+}
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -160,8 +188,10 @@ def _check(settings: argparse.Namespace) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} must be at least 1, got {value}")
-    if settings.sample_every is not None and settings.sample_every < 0:
-        raise ValueError(f"--sample-every must not be negative, got {settings.sample_every}")
+    for name in ("sample_every", "base_images"):
+        value = getattr(settings, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{flag(name)} must not be negative, got {value}")
     if settings.fps is not None and not 0 < settings.fps < float("inf"):
         raise ValueError(f"--fps must be positive, got {settings.fps}")
     lam = settings.lam

@@ -38,6 +38,10 @@ _ON_LATENTS = {
     "residual_channels": (64, 64, 64),
     "layers_per_block": (1, 1, 1),
 }
+# What models on latents alone have, and models that start from two others.
+_OF_LATENTS = ("residual_from", "captions", "base_images")
+# What trainings of an autoencoder or a text encoder have of the settings of models.
+_OF_PARTS = ("size", "num_clips")
 # What a plain video model has of a decomposed model's options.
 _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 
@@ -92,6 +96,13 @@ SETTINGS = (
         "mocap",
     ),
     Setting("num_clips", _CLIPS, _WHOLE, "clips of mocap to render", 12_000),
+    Setting(
+        "base_images",
+        _CLIPS,
+        _WHOLE,
+        "base frames of so many further clips, with --autoencoder; 0: those of the clips",
+        0,
+    ),
     Setting("captions", _CLIPS, _WHOLE, "captions of a clip, with --text-encoder", 4),
     Setting(
         "clips_cache", "files", _FOLDER, "folder for rendered clips or latents", None, "--output"
@@ -237,9 +248,13 @@ def _takes(objective: str, setting: Setting) -> bool:
     """Whether an objective has a meaning for this setting."""
     if objective == "decomposed" or setting.name == "objective":
         return True
-    foreign = setting.group == _DECOMPOSED or setting.name in ("residual_from", "captions")
+    foreign = setting.group == _DECOMPOSED or setting.name in (
+        "residual_from",
+        "captions",
+        "base_images",
+    )
     if objective != "vdm":
-        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name != "size"
+        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name not in _OF_PARTS
         foreign |= only_of_models or setting.name in ("class_dropout", "timestep_shift")
     if objective == "text":
         foreign |= setting.name in ("size", "sample_every", "clips_cache")

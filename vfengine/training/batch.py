@@ -50,11 +50,13 @@ class Latents:
     """Clips as normalised latents [M, N, C, h, w], with captions' token states [M, P, L, D].
 
     Both fp16, on any device; null: the state [L, D] of the empty prompt. A clip has P captions.
+    images: base frames of further clips, as clips of one frame; base frames are then taken of these
     """
 
     clips: Tensor
     captions: Tensor
     null: Tensor
+    images: Latents | None = None
     condition = "context"
 
     @property
@@ -68,6 +70,8 @@ class Latents:
 
         dropout: share of captions that become the empty prompt
         """
+        if m is not None and self.images is not None:
+            return self.images.take(rng, count, dropout, 0)
         chosen = self._index(rng.integers(0, len(self.clips), count))
         dropped = self._index(rng.uniform(size=count) < dropout)
         told = self._index(rng.integers(0, self.captions.shape[1], count))

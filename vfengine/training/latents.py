@@ -6,7 +6,8 @@ disk. Two files of a folder hold the results, named after all that decides them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,11 @@ class CaptionedMocap:
         """uint8 [len(indices), N, H, W, 3] on the renderer's device."""
         return self._renderer.clips([self._scene(index) for index in indices])
 
+    def base_frames(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [len(indices), 1, H, W, 3]: the base frames of clips alone."""
+        m = base_index(self._renderer.num_frames)
+        return self._renderer.frames([self._scene(index) for index in indices], [m])
+
     def captions(self, index: int, count: int) -> list[str]:
         """The plain caption of a clip, and paraphrases of it."""
         from .mocap.captions import caption, paraphrase
@@ -67,37 +73,48 @@ def make_latents(
     num_clips: int,
     num_captions: int,
     progress: Callable[[int], None] = lambda n: None,
+    num_images: int = 0,
 ) -> Latents:
     """The first clips of a source with captions, as fp16 on the coder's device.
 
-    folder:   where they are kept as .npy, and found by the next call
-    progress: called with the number of clips, as they are encoded, and as their captions are
+    folder:     where they are kept as .npy, and found by the next call
+    progress:   called with the number of clips, as they are encoded, and as their captions are
+    num_images: base frames of so many further clips, which cost a fraction of whole ones
 
     On a CPU they are mapped from the files. Raises ValueError for a file that is cut off or holds
     something else.
     """
     autoencoder, text = parts.digests()
-    clips = _kept(
-        folder / f"latents-{source.name}-{num_clips}-{autoencoder}.npy",
-        num_clips,
-        lambda part: coder.encode(source.clips(part)),
-        _CLIPS_AT_ONCE[coder.device.type],
-        progress,
-    )
-
-    def states(part: Sequence[int]) -> Tensor:
-        texts = [text for i in part for text in source.captions(i, num_captions)]
-        return coder.states(texts).unflatten(0, (len(part), num_captions))
-
-    captions = _kept(
-        folder / f"captions-{source.name}-{num_clips}x{num_captions}-{text}.npy",
-        num_clips,
-        states,
-        4 * _CLIPS_AT_ONCE[coder.device.type],
-        progress,
-    )
     null = coder.states([""])[0]
-    return Latents(clips.to(coder.device), captions.to(coder.device), null)
+
+    def kept(kind: str, numbers: range, pixels: Callable[[Sequence[int]], Tensor]) -> Latents:
+        span = f"{source.name}-{numbers.start}-{numbers.stop}"
+        latents = _kept(
+            folder / f"{kind}-{span}-{autoencoder}.npy",
+            numbers,
+            lambda part: coder.encode(pixels(part)),
+            _CLIPS_AT_ONCE[coder.device.type],
+            progress,
+        )
+
+        def states(part: Sequence[int]) -> Tensor:
+            texts = [text for i in part for text in source.captions(i, num_captions)]
+            return coder.states(texts).unflatten(0, (len(part), num_captions))
+
+        captions = _kept(
+            folder / f"captions-{span}x{num_captions}-{text}.npy",
+            numbers,
+            states,
+            4 * _CLIPS_AT_ONCE[coder.device.type],
+            progress,
+        )
+        return Latents(latents.to(coder.device), captions.to(coder.device), null)
+
+    clips = kept("latents", range(num_clips), source.clips)
+    if not num_images:
+        return clips
+    further = range(num_clips, num_clips + num_images)
+    return replace(clips, images=kept("images", further, source.base_frames))
 
 
 def residual_std(latents: Latents) -> float:
@@ -110,23 +127,24 @@ def residual_std(latents: Latents) -> float:
 
 def _kept(
     file: Path,
-    count: int,
+    numbers: range,
     make: Callable[[Sequence[int]], Tensor],
     at_once: int,
     progress: Callable[[int], None],
 ) -> Tensor:
-    """fp16 [count, ...] mapped from the file, once it is there.
+    """fp16 [len(numbers), ...] mapped from the file, once it is there.
 
-    make: (numbers of some rows) -> these rows
+    make: (some of the numbers) -> their rows
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as unfinished:
-            _write(unfinished, count, _chunks(count, at_once), make, progress)
+            _write(unfinished, numbers, at_once, make, progress)
     try:
         rows = np.load(file, mmap_mode="c")  # private pages: torch takes no read-only arrays
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} is no complete .npy file, remove it: {error}") from error
+    count = len(numbers)
     if len(rows) != count or rows.dtype != np.float16:
         raise ValueError(
             f"{file} holds {rows.dtype} {rows.shape}, expected {count} rows of float16"
@@ -134,23 +152,20 @@ def _kept(
     return torch.from_numpy(rows)
 
 
-def _chunks(count: int, at_once: int) -> Iterator[range]:
-    return (range(i, min(i + at_once, count)) for i in range(0, count, at_once))
-
-
 def _write(
     file: Path,
-    count: int,
-    chunks: Iterator[range],
+    numbers: range,
+    at_once: int,
     make: Callable[[Sequence[int]], Tensor],
     progress: Callable[[int], None],
 ) -> None:
     rows = None
-    for chunk in chunks:
+    for first in range(0, len(numbers), at_once):
+        chunk = numbers[first : first + at_once]
         values = make(chunk).cpu().numpy()
         if rows is None:
-            shape = (count, *values.shape[1:])
+            shape = (len(numbers), *values.shape[1:])
             rows = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-        rows[chunk.start : chunk.stop] = values
+        rows[first : first + at_once] = values
         progress(len(chunk))
     rows.flush()

@@ -8,7 +8,10 @@ from ..names import NETWORKS_TRAINED, PRECISIONS
 
 # what an objective trains with where its user does not say otherwise
 OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
-    "autoencoder": {"size": 128},
+    "autoencoder": {
+        **{"size": 128, "num_clips": 6000, "steps": 12_000, "batch_size": 5},
+        **{"learning_rate": 1e-3, "warmup": 100, "ema": 0.998},
+    },
     "text": {"steps": 2000, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.995},
 }
 

@@ -97,10 +97,7 @@ class Teacher:
         ids, mask, places = (x.to(self.device) for x in (ids, mask, places))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             pieces = self._bert(ids, mask).last_hidden_state.float()
-        pieces = pieces * mask[..., None]
-        pooled = pieces.sum(1) / mask.sum(1, keepdim=True)
-        sums = pieces.new_zeros(len(found), length + 1, self.width)
-        sums.scatter_add_(1, places[..., None].expand_as(pieces), pieces)
-        counts = pieces.new_zeros(len(found), length + 1).scatter_add_(1, places, mask.float())
-        counts, sums = counts[:, :length, None], sums[:, :length]
-        return torch.where(counts > 0, sums / counts.clamp(min=1), pooled[:, None])
+        pooled = (pieces * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        belongs = places[:, None] == torch.arange(length, device=self.device)[:, None]
+        count = belongs.sum(-1, keepdim=True)  # [B, length, 1], of belongs [B, length, pieces]
+        return torch.where(count > 0, belongs.float() @ pieces / count, pooled[:, None])

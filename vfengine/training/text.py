@@ -47,7 +47,7 @@ OWN = TextEncoderConfig(
     width=256,
     num_layers=3,
     num_heads=4,
-    mlp_width=1024,
+    mlp_width=512,
     causal=False,
     embedding_width=128,
 )
