@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from vfengine.training.mocap import renderer
 from vfengine.training.mocap.motions import ACTIONS
