@@ -159,7 +159,7 @@ SETTINGS = (
         "keep_encoder",
         "training",
         SWITCH,
-        "train the decoder of --init-from alone: latents stay as they are; for --objective autoencoder",
+        "train the decoder of --init-from alone, so that latents stay as they are",
         False,
     ),
     Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
