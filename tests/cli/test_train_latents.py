@@ -177,6 +177,7 @@ def test_defaults_are_those_of_what_is_trained():
         (["--objective", "vdm"], "has no meaning for --objective vdm"),
         (["--objective", "text"], "has no meaning for --objective text"),
         (["--cell-weight", "0"], "cell_weight must be positive"),
+        (["--base-images", "-1"], "--base-images must not be negative"),
         (["--timestep-shift", "0"], "timestep_shift must be positive"),
     ],
 )

@@ -334,11 +334,24 @@ def test_damaged_folders_of_autoencoders_are_refused(autoencoder, changes, messa
         read_autoencoder(autoencoder)
 
 
-def test_folders_of_another_kind_are_refused(autoencoder, text, model, tmp_path):
+def test_parts_are_read_from_a_whole_model(model, folder):
+    config, state, mean, std = read_autoencoder(model)
+    assert (config, mean, std) == (AUTOENCODER, MEAN, STD)
+    stored = load_file(model / "autoencoder.safetensors")
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert read_text_encoder(model)[2] == MODULES["tokenizer"]
+    edit_config(folder, autoencoder=None)
+    with pytest.raises(
+        ValueError, match="expected autoencoder, latent_mean, latent_std and sha256"
+    ):
+        read_autoencoder(folder)
+
+
+def test_folders_of_another_kind_are_refused(autoencoder, text, tmp_path):
     for read, other in (
         (read_autoencoder, text),
         (read_text_encoder, autoencoder),
-        (read_text_encoder, model),
     ):
         with pytest.raises(ValueError, match='"format" is not'):
             read(other)

@@ -115,7 +115,8 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     coder = Coder(parts, settings.device)
     clips = (settings.size, settings.num_frames, settings.device)
     folder = settings.clips_cache or settings.output
-    total = 2 * (settings.num_clips + settings.base_images)
+    files = 3 if options.cell_weight != 1 else 2
+    total = files * (settings.num_clips + settings.base_images)
     with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
         latents = make_latents(
             CaptionedMocap(settings.seed, *clips),
@@ -126,6 +127,7 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
             settings.captions,
             progress.update,
             settings.base_images,
+            with_figure=options.cell_weight != 1,
         )
     showcase = None
     if settings.sample_every:

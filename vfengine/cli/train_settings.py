@@ -185,7 +185,7 @@ SETTINGS = (
     _option("clean_share", _DECOMPOSED, "share of clips that are shown the exact base noise"),
     _option("base_jitter", _DECOMPOSED, "largest noise on the base frame of those clips"),
     _option(
-        "cell_weight", _DECOMPOSED, "weight of a picture's cells in which its clip moves, beside 1"
+        "cell_weight", _DECOMPOSED, "weight of latents that the figure fills, beside 1 of others"
     ),
     _option(
         "timestep_shift",
@@ -268,6 +268,8 @@ def _check_parts(settings: dict[str, Any]) -> None:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
     if given and settings["data"] != "mocap":
         raise UsageError("a folder of videos has no captions: it trains without --autoencoder")
+    if not given and settings["cell_weight"] != 1:
+        raise UsageError("--cell-weight needs --autoencoder: pixels weigh alike")
     for name in ("max_hours", "max_minutes"):
         if settings[name] is not None and not settings[name] >= 0:
             raise UsageError(f"{flag(name)} must not be negative, got {settings[name]}")

@@ -108,6 +108,7 @@ class CheckpointPipeline(Pipeline):
         return self.config.fingerprint()
 
     def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
+        """Also ValueError for prompts, if the model knows labels alone."""
         names = list(names)
         super().check_fields(names, spell)
         prompts = [name for name in names if name in ("prompt", "negative_prompt")]

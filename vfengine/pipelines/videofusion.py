@@ -303,18 +303,15 @@ class VideoFusionPipeline(CheckpointPipeline):
         label: str | Sequence[str] | None = None,
         *,
         output_type: str = "np",
+        callback: Callback | None = None,
         **settings: Any,
     ) -> VideoFusionOutput:
         """The base frames alone, as clips of one frame: bit for bit those that the clips will have.
 
         settings: of `walk_base`. This costs one image; pass its trajectory on to make the clips.
         """
-        SamplingRequest(output_type=output_type)  # refuses an unknown one before the base phase
-        run = self._run(settings.get("callback"))
-        path = self.walk_base(label, timings=run.timings, **settings)
-        return VideoFusionOutput(
-            self._frames(path.final[:, None], output_type, run), path, run.timings
-        )
+        request = SamplingRequest(label=label, output_type=output_type, preview=True, **settings)
+        return self.sample(request, callback)
 
     def image_path(
         self,

@@ -40,7 +40,7 @@ class TrainingOptions:
                      one each; the residual network alone sees the exact base noise on every clip
     timestep_shift   s: timesteps are drawn at s u / (1 + (s-1) u) of the schedule, u uniform; above
                      1 more of them have much noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)
-    cell_weight      weight of a picture's cells in which its clip moves, beside 1 of all others
+    cell_weight      weight of the cells that the figure fills, beside 1 of all others
     """
 
     steps: int = 20_000

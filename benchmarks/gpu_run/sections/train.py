@@ -168,14 +168,14 @@ def _count_steps(work: Work, flags: dict[str, list[str]]) -> dict[str, int]:
     trial = ["--steps", str(TRIAL_STEPS), "--log-every", str(max(1, TRIAL_STEPS // 3))]
     trial += ["--sample-every", "0"]
     running = {name: work.start(f"trial {name}", *flags[name], *trial) for name in flags}
-    steps = {}
+    rates = {}
     for name, process in running.items():
         work.finish(process, name)
         batch = int(flags[name][flags[name].index("--batch-size") + 1])
-        rate = work.lines(f"trial {name}")[-1]["clips_per_second"] / batch
-        steps[name] = rate
+        rates[name] = work.lines(f"trial {name}")[-1]["clips_per_second"] / batch
     seconds = max(work.left - SAVING, 1)
-    return {name: max(1, int(0.85 * rate * seconds)) for name, rate in steps.items()}
+    most = TRIAL_STEPS if DRY else 10**6
+    return {name: min(max(1, int(0.85 * rate * seconds)), most) for name, rate in rates.items()}
 
 
 def _keep(folder: Path) -> None:
