@@ -12,7 +12,7 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
         **{"size": 128, "num_clips": 6000, "steps": 12_000, "batch_size": 5},
         **{"learning_rate": 1e-3, "warmup": 100, "ema": 0.998},
     },
-    "text": {"steps": 2000, "batch_size": 64, "learning_rate": 1.5e-3, "ema": 0.995},
+    "text": {"steps": 3000, "batch_size": 32, "learning_rate": 1.5e-3, "ema": 0.995},
 }
 
 
