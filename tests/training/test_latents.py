@@ -1,6 +1,7 @@
 """training/parts.py and latents.py: clips become latents, captions token states, made once."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,3 +182,11 @@ def test_batch_takes_captions_and_the_empty_prompt():
     assert set((context[~dropped] % 10).tolist()) == {1, 2, 3}
     base, _, _ = latents.take(np.random.default_rng(0), 400, 0.25, 1)
     assert torch.equal(base, x[:, 1])
+
+
+def test_digests_of_parts_do_not_depend_on_the_order_of_their_weights(parts):
+    states = ("autoencoder_state", "text_state")
+    state = {name: dict(reversed(getattr(parts, name).items())) for name in states}
+    assert replace(parts, **state).digests() == parts.digests()
+    changed = {name: value + 1 for name, value in parts.text_state.items()}
+    assert replace(parts, text_state=changed).digests() != parts.digests()

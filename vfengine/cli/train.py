@@ -176,7 +176,7 @@ def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
             folder / name if device.type == "cpu" else None,
             progress.update,
         )
-    return AutoencoderTraining(options, frames, settings.device)
+    return AutoencoderTraining(options, frames, settings.device, keep_encoder=settings.keep_encoder)
 
 
 def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTraining:

@@ -155,6 +155,13 @@ SETTINGS = (
         _FOLDER,
         "start the residual network from this checkpoint, not that of --init-from",
     ),
+    Setting(
+        "keep_encoder",
+        "training",
+        SWITCH,
+        "train the decoder of --init-from alone, so that latents stay as they are",
+        False,
+    ),
     Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
     Setting("max_minutes", "training", _NUMBER, "the same in minutes"),
     Setting("device", "training", text("NAME"), "device to train on: cpu, cuda, cuda:1 …", "cpu"),
@@ -246,6 +253,8 @@ def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _takes(objective: str, setting: Setting) -> bool:
     """Whether an objective has a meaning for this setting."""
+    if setting.name == "keep_encoder":
+        return objective == "autoencoder"
     if objective == "decomposed" or setting.name == "objective":
         return True
     foreign = setting.group == _DECOMPOSED or setting.name in (
@@ -263,6 +272,8 @@ def _takes(objective: str, setting: Setting) -> bool:
 
 def _check_parts(settings: dict[str, Any]) -> None:
     """UsageError for flags of latents and prompts without the others that they need."""
+    if settings["keep_encoder"] and not (settings["init_from"] or settings["resume"]):
+        raise UsageError("--keep-encoder needs --init-from: a fresh encoder is not worth keeping")
     given = [name for name in ("autoencoder", "text_encoder") if settings[name] is not None]
     if len(given) == 1:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
