@@ -150,6 +150,30 @@ def test_networks_are_trained_by_themselves_and_merged(command, tmp_path):
     assert weights_of(merged)["residual"] == weights_of(residual)["residual"]
 
 
+def test_residual_network_keeps_the_scale_of_its_training(command, trained, tmp_path):
+    """Its weights rely on it, and other clips have another."""
+    measured = read_config(trained / "checkpoint").residual_std
+    output = ["--output", str(tmp_path / "run"), "--max-minutes", "0", "--num-clips", "3"]
+    assert train.main([*command, *output]) == 0
+    assert read_config(tmp_path / "run" / "checkpoint").residual_std != measured
+    start = ["--init-from", str(tmp_path / "run" / "checkpoint")]
+    start += ["--residual-from", str(trained / "checkpoint"), "--output", str(tmp_path / "on")]
+    assert train.main([*command, *output, *start]) == 0
+    assert read_config(tmp_path / "on" / "checkpoint").residual_std == measured
+    assert train.main([*command, *output, *start, "--resume", "--max-minutes", "9"]) == 0
+    assert read_config(tmp_path / "on" / "checkpoint").residual_std == measured
+
+
+def test_networks_of_different_autoencoders_are_not_merged(command, trained, tmp_path, capsys):
+    autoencoder, _ = save_tiny_parts(tmp_path, seed=1)
+    other = [*command, "--autoencoder", str(autoencoder), "--max-minutes", "0"]
+    assert train.main([*other, "--output", str(tmp_path / "other")]) == 0
+    both = ["--init-from", str(trained / "checkpoint")]
+    both += ["--residual-from", str(tmp_path / "other" / "checkpoint")]
+    assert train.main([*command, *both, "--output", str(tmp_path / "merged")]) == 2
+    assert "are of different autoencoders" in capsys.readouterr().err
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
