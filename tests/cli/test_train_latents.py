@@ -12,6 +12,7 @@ from tiny_parts import save_tiny_parts
 from vfengine.cli import train
 from vfengine.cli.train_settings import read_settings
 from vfengine.formats.checkpoint import read_config
+from vfengine.formats.parts import read_autoencoder, save_autoencoder
 from vfengine.training.trainer import Trainer
 
 SHAPE = [
@@ -39,6 +40,10 @@ def trained(command, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "trained"
     assert train.main([*command, "--output", str(output)]) == 0
     return output
+
+
+def trained_autoencoder(command: list[str]) -> Path:
+    return Path(command[command.index("--autoencoder") + 1])
 
 
 def logged(output: Path, key: str) -> list:
@@ -164,14 +169,15 @@ def test_residual_network_keeps_the_scale_of_its_training(command, trained, tmp_
     assert read_config(tmp_path / "on" / "checkpoint").residual_std == measured
 
 
-def test_networks_of_different_autoencoders_are_not_merged(command, trained, tmp_path, capsys):
-    autoencoder, _ = save_tiny_parts(tmp_path, seed=1)
-    other = [*command, "--autoencoder", str(autoencoder), "--max-minutes", "0"]
+def test_networks_of_different_latents_are_not_merged(command, trained, tmp_path, capsys):
+    config, state, mean, std = read_autoencoder(trained_autoencoder(command))
+    save_autoencoder(tmp_path / "autoencoder", config, state, mean, [2 * x for x in std])
+    other = [*command, "--autoencoder", str(tmp_path / "autoencoder"), "--max-minutes", "0"]
     assert train.main([*other, "--output", str(tmp_path / "other")]) == 0
     both = ["--init-from", str(trained / "checkpoint")]
     both += ["--residual-from", str(tmp_path / "other" / "checkpoint")]
     assert train.main([*command, *both, "--output", str(tmp_path / "merged")]) == 2
-    assert "are of different autoencoders" in capsys.readouterr().err
+    assert "are of different latents" in capsys.readouterr().err
 
 
 # -- settings --------------------------------------------------------------------------------------

@@ -151,9 +151,9 @@ def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
         return read_config(settings.output / CHECKPOINT).residual_std
     folders = [folder for folder in (settings.init_from, settings.residual_from) if folder]
     configs = [read_config(folder) for folder in folders]
-    if len({config.sha256.get("autoencoder") for config in configs}) > 1:
+    if len({(config.latent_mean, config.latent_std) for config in configs}) > 1:
         names = " and ".join(map(str, folders))
-        raise ValueError(f"{names} are of different autoencoders, and cannot be one model")
+        raise ValueError(f"{names} are of different latents, and cannot be one model")
     on_latents = [config for config in configs if config.autoencoder is not None]
     return on_latents[-1].residual_std if on_latents else residual_std(latents)
 
