@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lib.harness import Row, Target, machine, table, verdicts, write_json
 from lib.judged_clips import (
     PROMPT_SEED,
@@ -46,6 +45,7 @@ from lib.judges import (
     ActionJudge,
     AttributeJudge,
     attributes_of,
+    blurred,
     kept_judge,
     read_actions,
     read_attributes,
@@ -164,8 +164,7 @@ def blurred_and_noisy(clips: np.ndarray) -> np.ndarray:
     noise = torch.Generator().manual_seed(0)
 
     def harmed(clip: np.ndarray) -> np.ndarray:
-        x = pixels_to_network(torch.from_numpy(clip))
-        x = F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
+        x = blurred(pixels_to_network(torch.from_numpy(clip)))
         return network_to_pixels(x + 0.05 * torch.randn(x.shape, generator=noise)).numpy()
 
     return np.stack([harmed(clip) for clip in clips])

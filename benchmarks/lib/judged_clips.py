@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,20 @@ def generated(
     else:
         name, asked = "prompt", [caption(scene) for scene in scenes]
     if sampling.base_path != REAL:
-        output = pipeline(**{name: asked}, base_path=sampling.base_path, **settings)
-        return to_uint8(output.frames)
+        with tqdm(leave=False, unit="step", disable=None) as bar:
+            given = {name: asked, "base_path": sampling.base_path}
+            return to_uint8(pipeline(**given, **settings, callback=partial(_show, bar)).frames)
     base_frames = [Image.fromarray(clip[base_index(len(clip))]) for clip in real]
     outputs = [
         pipeline(**{name: what}, image=image, base_path="clean", sample_offset=i, **settings)
         for i, (what, image) in enumerate(zip(asked, base_frames, strict=True))
     ]
     return to_uint8(np.concatenate([output.frames for output in outputs]))
+
+
+def _show(bar: tqdm, phase: str, done: int, total: int) -> None:
+    bar.desc, bar.n, bar.total = phase, done, total
+    bar.refresh()
 
 
 def write_sheet(file: Path, titles: Sequence[str], columns: dict[str, np.ndarray]) -> None:

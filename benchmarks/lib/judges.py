@@ -124,8 +124,8 @@ def to_input(clips: np.ndarray, size: int) -> Tensor:
 @torch.inference_mode()
 def read_actions(judge: ActionJudge, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The action seen in each clip, int64 [M], an index into ACTIONS; and features [M, 128]."""
-    parts = [judge.features(to_input(clips[i : i + 30], 64)) for i in range(0, len(clips), 30)]
-    features = torch.cat(parts)
+    parts = (clips[i : i + 30] for i in range(0, len(clips), 30))
+    features = torch.cat([judge.features(to_input(part, judge.size)) for part in parts])
     return judge.head(features).argmax(1).numpy(), features.numpy()
 
 
@@ -224,12 +224,15 @@ def degraded(x: Tensor, rng: np.random.Generator) -> Tensor:
     """Half of all batches are blurred, noisy or both; x [B, N, 3, H, W]."""
     kind = rng.integers(0, 6)
     if kind in (0, 1):
-        planes = x.flatten(0, 1)
-        small = F.avg_pool2d(planes, 2)
-        x = F.interpolate(small, planes.shape[2:], mode="bilinear").view_as(x)
+        x = blurred(x.flatten(0, 1)).view_as(x)
     if kind in (1, 2):
         x = x + rng.uniform(0.02, 0.15) * torch.randn_like(x)
     return x
+
+
+def blurred(planes: Tensor) -> Tensor:
+    """Pictures [B, C, H, W] brought to half their size and back."""
+    return F.interpolate(F.avg_pool2d(planes, 2), planes.shape[2:], mode="bilinear")
 
 
 def kept_judge(file: Path, judge: nn.Module, train: Callable[[], nn.Module]) -> nn.Module:

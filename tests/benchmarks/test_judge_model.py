@@ -105,6 +105,7 @@ def test_rounds_have_a_scene_of_each_action_in_held_out_pairs():
     assert scenes == [draw_scene(3000, i, held_out=True) for i in range(45)]
 
 
+@pytest.mark.filterwarnings("ignore:a prompt is cut", "ignore:the text encoder does not know")
 def test_it_judges_a_model_of_prompts(tmp_path, capsys):
     """An untrained one, whose clips no judge confuses with real ones; nothing is made twice."""
     model, work = save_latent_model(tmp_path / "model"), tmp_path / "work"

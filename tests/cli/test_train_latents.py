@@ -12,6 +12,7 @@ from tiny_parts import save_tiny_parts
 from vfengine.cli import train
 from vfengine.cli.train_settings import read_settings
 from vfengine.formats.checkpoint import read_config
+from vfengine.formats.parts import read_autoencoder, save_autoencoder
 from vfengine.training.trainer import Trainer
 
 SHAPE = [
@@ -39,6 +40,10 @@ def trained(command, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "trained"
     assert train.main([*command, "--output", str(output)]) == 0
     return output
+
+
+def trained_autoencoder(command: list[str]) -> Path:
+    return Path(command[command.index("--autoencoder") + 1])
 
 
 def logged(output: Path, key: str) -> list:
@@ -150,6 +155,31 @@ def test_networks_are_trained_by_themselves_and_merged(command, tmp_path):
     assert weights_of(merged)["residual"] == weights_of(residual)["residual"]
 
 
+def test_residual_network_keeps_the_scale_of_its_training(command, trained, tmp_path):
+    """Its weights rely on it, and other clips have another."""
+    measured = read_config(trained / "checkpoint").residual_std
+    output = ["--output", str(tmp_path / "run"), "--max-minutes", "0", "--num-clips", "3"]
+    assert train.main([*command, *output]) == 0
+    assert read_config(tmp_path / "run" / "checkpoint").residual_std != measured
+    start = ["--init-from", str(tmp_path / "run" / "checkpoint")]
+    start += ["--residual-from", str(trained / "checkpoint"), "--output", str(tmp_path / "on")]
+    assert train.main([*command, *output, *start]) == 0
+    assert read_config(tmp_path / "on" / "checkpoint").residual_std == measured
+    assert train.main([*command, *output, *start, "--resume", "--max-minutes", "9"]) == 0
+    assert read_config(tmp_path / "on" / "checkpoint").residual_std == measured
+
+
+def test_networks_of_different_latents_are_not_merged(command, trained, tmp_path, capsys):
+    config, state, mean, std = read_autoencoder(trained_autoencoder(command))
+    save_autoencoder(tmp_path / "autoencoder", config, state, mean, [2 * x for x in std])
+    other = [*command, "--autoencoder", str(tmp_path / "autoencoder"), "--max-minutes", "0"]
+    assert train.main([*other, "--output", str(tmp_path / "other")]) == 0
+    both = ["--init-from", str(trained / "checkpoint")]
+    both += ["--residual-from", str(tmp_path / "other" / "checkpoint")]
+    assert train.main([*command, *both, "--output", str(tmp_path / "merged")]) == 2
+    assert "are of different latents" in capsys.readouterr().err
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
@@ -177,6 +207,7 @@ def test_defaults_are_those_of_what_is_trained():
         (["--objective", "vdm"], "has no meaning for --objective vdm"),
         (["--objective", "text"], "has no meaning for --objective text"),
         (["--cell-weight", "0"], "cell_weight must be positive"),
+        (["--base-images", "-1"], "--base-images must not be negative"),
         (["--timestep-shift", "0"], "timestep_shift must be positive"),
     ],
 )

@@ -109,6 +109,30 @@ def test_training_starts_from_an_exported_folder(frames, tmp_path):
         other.warm_start(tmp_path / "checkpoint")
 
 
+def test_kept_encoder_and_its_latents_stay_as_they_are(frames, tmp_path):
+    trained(frames, 20).export(tmp_path / "first")
+    options = TrainingOptions(steps=8, **OPTIONS)
+    second = AutoencoderTraining(options, frames, config=SMALL, keep_encoder=True)
+    second.warm_start(tmp_path / "first")
+    for _ in range(4):
+        second.step()
+    second.save(tmp_path / "state.safetensors")
+    resumed = AutoencoderTraining(options, frames, config=SMALL, keep_encoder=True)
+    resumed.restore(tmp_path / "state.safetensors")
+    for training in (second, resumed):
+        for _ in range(4):
+            training.step()
+        training.export(tmp_path / "second")
+        before, after = (read_autoencoder(tmp_path / name) for name in ("first", "second"))
+        for theirs, ours in zip(before[2:], after[2:], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+        changed = {key for key in before[1] if not torch.equal(before[1][key], after[1][key])}
+        assert changed
+        assert all(key.startswith("decoder.") for key in changed)
+    ours, theirs = (t.averaged["decoder"].state_dict() for t in (resumed, second))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def frame_pool_of(size):
     return torch.zeros(1, size, size, 4, dtype=torch.uint8)
 

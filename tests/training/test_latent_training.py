@@ -43,7 +43,7 @@ def parts(tmp_path_factory) -> Parts:
 @pytest.fixture(scope="module")
 def latents(parts, tmp_path_factory) -> Latents:
     folder = tmp_path_factory.mktemp("latents")
-    return make_latents(Squares(), parts, Coder(parts), folder, 6, 2)
+    return make_latents(Squares(), parts, Coder(parts), folder, 6, 2, with_figure=True)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_residual_network_alone_sees_the_exact_base(new_trainer):
     residual = trainer.networks["residual"]
     residual.register_forward_pre_hook(lambda _, args: seen.update(z=args[0], t=args[1]))
     trainer.losses(0)
-    x, _ = trainer.batch_sampler(0).clips(3)
+    x, _, _ = trainer.batch_sampler(0).clips(3)
     signal = trainer.objective.schedule.alphas_cumprod[seen["t"]].sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(seen["z"][:, 2].double(), signal * x[:, 2], rtol=1e-4, atol=1e-4)
 
@@ -188,26 +188,45 @@ def test_captions_give_way_to_the_empty_prompt(new_trainer, latents, share):
 # -- what weighs more ------------------------------------------------------------------------------
 
 
-def test_cells_in_which_something_moves_weigh_more(new_trainer):
+def test_cells_of_the_figure_weigh_more(new_trainer):
     trainer = new_trainer(cell_weight=3.0)
-    x = torch.zeros(2, NUM_FRAMES, 4, 4, 4)
-    x[0, 1:, :, 0, :2] = 2.0  # two of sixteen cells move
-    weights = trainer.objective._cells(x)
-    assert weights.shape == (2, 1, 4, 4)
+    figure = torch.zeros(2, 1, 4, 4)
+    figure[0, 0, 0, 0], figure[0, 0, 0, 1] = 1.0, 0.5
+    weights = trainer.objective._cells(figure)
     torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(2))
     assert float(weights[0, 0, 0, 0] / weights[0, 0, 3, 3]) == pytest.approx(3)
+    assert float(weights[0, 0, 0, 1] / weights[0, 0, 3, 3]) == pytest.approx(2)
     assert torch.equal(weights[1], torch.ones(1, 4, 4))
 
 
-def test_weights_of_cells_change_the_losses_alone(new_trainer, monkeypatch):
+def test_cells_that_the_base_figure_leaves_weigh_more_too(new_trainer):
+    trainer = new_trainer(cell_weight=3.0)
+    figure = torch.zeros(1, NUM_FRAMES, 1, 4, 4)
+    for i in range(NUM_FRAMES):
+        figure[0, i, 0, 0, i] = 1
+    weights = trainer.objective._cells(figure, 2)
+    for i in range(NUM_FRAMES):
+        heavy = weights[0, i, 0, 0] > 2 * weights[0, i, 0, 3, 3]
+        assert heavy.nonzero().flatten().tolist() == sorted({2, i})
+
+
+@pytest.mark.parametrize("name", ["base", "residual"])
+def test_weights_of_cells_change_the_losses_alone(new_trainer, monkeypatch, name):
+    """Weights of 1 change nothing; those of the residual network are its frames' own."""
     plain, weighted = new_trainer(), new_trainer(cell_weight=3.0)
     ones = new_trainer(cell_weight=3.0)
-    monkeypatch.setattr(ones.objective, "_cells", lambda x: torch.ones(len(x), 1, 4, 4))
-    losses = [trainer.losses(0) for trainer in (plain, weighted, ones)]
-    for name in ("base", "residual"):
-        assert not torch.equal(losses[0][name][0], losses[1][name][0])
-        assert torch.equal(losses[0][name][1], losses[1][name][1])
-        torch.testing.assert_close(losses[0][name][0], losses[2][name][0])
+    monkeypatch.setattr(ones.objective, "_cells", lambda figure, m=None: torch.ones_like(figure))
+    losses = [trainer.losses(0)[name] for trainer in (plain, weighted, ones)]
+    assert not torch.equal(losses[0][0], losses[1][0])
+    assert torch.equal(losses[0][1], losses[1][1])
+    torch.testing.assert_close(losses[0][0], losses[2][0])
+
+
+def test_weights_of_cells_need_to_know_the_figure(new_trainer):
+    trainer = new_trainer(cell_weight=3.0)
+    trainer.data = replace(trainer.data, figure=None)
+    with pytest.raises(ValueError, match="known where the figure is"):
+        trainer.step()
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

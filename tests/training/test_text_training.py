@@ -200,7 +200,8 @@ def test_what_is_exported_is_the_averaged_encoder(teacher, tmp_path):
     assert torch.allclose(encoder(ids), expected, atol=0.02)  # files are float16
     again = training(teacher)
     assert again.warm_start(tmp_path / "text") == [
-        *("head.weight", "head.bias", "readers.weight", "readers.bias")
+        *("head.weight", "head.bias", "reader.scores.weight", "reader.scores.bias"),
+        *("reader.values.weight", "reader.values.bias"),
     ]
     assert torch.allclose(again.encoder(ids), expected, atol=0.02)
     other = TextTraining(OPTIONS, teacher, config=replace(SMALL, num_layers=2))

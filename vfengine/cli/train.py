@@ -20,6 +20,7 @@ from .train_loop import CHECKPOINT, STATE, Limit, run, tell_end
 from .train_settings import read_settings
 
 if TYPE_CHECKING:
+    from ..training.batch import Latents
     from ..training.options import TrainingOptions
     from ..training.text import TextTraining
     from ..training.trainer import Trainer
@@ -103,7 +104,7 @@ def _decomposed(settings: argparse.Namespace, options: TrainingOptions) -> Train
 def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
     from tqdm import tqdm
 
-    from ..training.latents import CaptionedMocap, make_latents, residual_std
+    from ..training.latents import CaptionedMocap, make_latents
     from ..training.mocap.captions import LABEL_PROMPTS
     from ..training.parts import Coder, Parts
     from ..training.recipes import latent_model
@@ -115,7 +116,8 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     coder = Coder(parts, settings.device)
     clips = (settings.size, settings.num_frames, settings.device)
     folder = settings.clips_cache or settings.output
-    total = 2 * (settings.num_clips + settings.base_images)
+    files = 3 if options.cell_weight != 1 else 2
+    total = files * (settings.num_clips + settings.base_images)
     with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
         latents = make_latents(
             CaptionedMocap(settings.seed, *clips),
@@ -126,13 +128,34 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
             settings.captions,
             progress.update,
             settings.base_images,
+            with_figure=options.cell_weight != 1,
         )
     showcase = None
     if settings.sample_every:
         unseen = CaptionedMocap(settings.seed + 1, *clips, held_out=True)
         showcase = Showcase.of(unseen, coder)
-    config = latent_model(_shape(settings), parts, LABEL_PROMPTS, residual_std(latents))
+    std = _residual_std(settings, latents)
+    config = latent_model(_shape(settings), parts, LABEL_PROMPTS, std)
     return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
+
+
+def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
+    """That of the weights that the residual network starts from, which rely on it; or measured.
+
+    Raises ValueError for weights of both networks that were trained on different latents.
+    """
+    from ..formats.checkpoint import read_config
+    from ..training.latents import residual_std
+
+    if settings.resume:
+        return read_config(settings.output / CHECKPOINT).residual_std
+    folders = [folder for folder in (settings.init_from, settings.residual_from) if folder]
+    configs = [read_config(folder) for folder in folders]
+    if len({(config.latent_mean, config.latent_std) for config in configs}) > 1:
+        names = " and ".join(map(str, folders))
+        raise ValueError(f"{names} are of different latents, and cannot be one model")
+    on_latents = [config for config in configs if config.autoencoder is not None]
+    return on_latents[-1].residual_std if on_latents else residual_std(latents)
 
 
 def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
@@ -153,7 +176,7 @@ def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
             folder / name if device.type == "cpu" else None,
             progress.update,
         )
-    return AutoencoderTraining(options, frames, settings.device)
+    return AutoencoderTraining(options, frames, settings.device, keep_encoder=settings.keep_encoder)
 
 
 def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTraining:

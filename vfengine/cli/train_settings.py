@@ -155,6 +155,13 @@ SETTINGS = (
         _FOLDER,
         "start the residual network from this checkpoint, not that of --init-from",
     ),
+    Setting(
+        "keep_encoder",
+        "training",
+        SWITCH,
+        "train the decoder of --init-from alone, so that latents stay as they are",
+        False,
+    ),
     Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
     Setting("max_minutes", "training", _NUMBER, "the same in minutes"),
     Setting("device", "training", text("NAME"), "device to train on: cpu, cuda, cuda:1 …", "cpu"),
@@ -185,7 +192,7 @@ SETTINGS = (
     _option("clean_share", _DECOMPOSED, "share of clips that are shown the exact base noise"),
     _option("base_jitter", _DECOMPOSED, "largest noise on the base frame of those clips"),
     _option(
-        "cell_weight", _DECOMPOSED, "weight of a picture's cells in which its clip moves, beside 1"
+        "cell_weight", _DECOMPOSED, "weight of latents that the figure fills, beside 1 of others"
     ),
     _option(
         "timestep_shift",
@@ -246,6 +253,8 @@ def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _takes(objective: str, setting: Setting) -> bool:
     """Whether an objective has a meaning for this setting."""
+    if setting.name == "keep_encoder":
+        return objective == "autoencoder"
     if objective == "decomposed" or setting.name == "objective":
         return True
     foreign = setting.group == _DECOMPOSED or setting.name in (
@@ -263,11 +272,15 @@ def _takes(objective: str, setting: Setting) -> bool:
 
 def _check_parts(settings: dict[str, Any]) -> None:
     """UsageError for flags of latents and prompts without the others that they need."""
+    if settings["keep_encoder"] and not (settings["init_from"] or settings["resume"]):
+        raise UsageError("--keep-encoder needs --init-from: a fresh encoder is not worth keeping")
     given = [name for name in ("autoencoder", "text_encoder") if settings[name] is not None]
     if len(given) == 1:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
     if given and settings["data"] != "mocap":
         raise UsageError("a folder of videos has no captions: it trains without --autoencoder")
+    if not given and settings["cell_weight"] != 1:
+        raise UsageError("--cell-weight needs --autoencoder: pixels weigh alike")
     for name in ("max_hours", "max_minutes"):
         if settings[name] is not None and not settings[name] >= 0:
             raise UsageError(f"{flag(name)} must not be negative, got {settings[name]}")

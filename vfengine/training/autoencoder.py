@@ -121,6 +121,8 @@ class AutoencoderTraining:
     """Owns encoder, decoder and optimizer; the surface is that of vfengine/cli/train_loop.py.
 
     frames: uint8 [M, H, W, 4] of `frame_pool`, on any device
+    keep_encoder: train the decoder alone, which `warm_start` or `restore` gives an encoder: latents
+                  stay those that other networks know
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class AutoencoderTraining:
         frames: Tensor,
         device: torch.device | str = "cpu",
         config: AutoencoderConfig = CONFIG,
+        keep_encoder: bool = False,
     ):
         multiple = 2 * config.scale  # of sides: half a crop is whole latents
         if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 4:
@@ -147,8 +150,12 @@ class AutoencoderTraining:
             "decoder": Decoder(config).to(device),
         }
         self.scale = _Scale(config.latent_channels).to(device)
-        self.updates = Updates(self.networks, options, fixed=[self.scale])
-        self.averaged = self.updates.averaged
+        self.keep_encoder = keep_encoder
+        trained, fixed = dict(self.networks), [self.scale]
+        if keep_encoder:
+            fixed.append(trained.pop("encoder").eval().requires_grad_(False))
+        self.updates = Updates(trained, options, fixed)
+        self.averaged = {**self.networks, **self.updates.averaged}
 
     def step(self) -> StepReport:
         """One optimizer step on the pictures, or crops, of this step."""
@@ -159,7 +166,8 @@ class AutoencoderTraining:
             self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
         ):
             z = encoder(x).float()
-            self.scale.update(z, k)
+            if not self.keep_encoder:
+                self.scale.update(z, k)
             share = torch.rand(len(x), 1, 1, 1, generator=generator).to(self.device)
             noise = torch.randn(z.shape, generator=generator).to(self.device)
             noisy = z + _LARGEST_NOISE * share * self.scale.std[:, None, None] * noise
@@ -237,14 +245,18 @@ class AutoencoderTraining:
         The encoder's log-variance, which is not trained, becomes that of the noise it can bear.
         """
         module = Autoencoder(self.config, self.averaged["decoder"], self.averaged["encoder"])
-        step = max(1, len(self.frames) // 512)
-        z = torch.cat([self._encoded(part) for part in self.frames[::step].split(16)])
-        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        mean, std = (self.scale.mean, self.scale.std) if self.keep_encoder else self._measured()
         channels = self.config.latent_channels
         state = {name: value.clone() for name, value in module.state_dict().items()}
         state["encoder.conv_out.weight"][channels:] = 0
         state["encoder.conv_out.bias"][channels:] = 2 * (_LARGEST_NOISE * std).log()
         save_autoencoder(folder, self.config, state, tuple(mean.tolist()), tuple(std.tolist()))
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the averaged encoder's latents, per channel."""
+        step = max(1, len(self.frames) // 512)
+        z = torch.cat([self._encoded(part) for part in self.frames[::step].split(16)])
+        return z.mean((0, 2, 3)), z.std((0, 2, 3))
 
     def _encoded(self, frames: Tensor) -> Tensor:
         x = pixels_to_network(frames[..., :3].to(self.device)).contiguous()
@@ -269,7 +281,13 @@ class AutoencoderTraining:
         self.steps_done = self.updates.restore(file, self._identity())
 
     def _identity(self) -> str:
-        text = repr((asdict(self.config), tuple(self.frames.shape), self.options.seed))
+        named = (
+            asdict(self.config),
+            tuple(self.frames.shape),
+            self.options.seed,
+            self.keep_encoder,
+        )
+        text = repr(named)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

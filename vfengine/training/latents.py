@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.decompose import base_index
@@ -42,14 +43,15 @@ class CaptionedMocap:
         self._renderer = Renderer(size, num_frames, device)
         self.name = f"{num_frames}x{size}-seed{seed}"
 
-    def clips(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [len(indices), N, H, W, 3] on the renderer's device."""
-        return self._renderer.clips([self._scene(index) for index in indices])
+    def frames(self, indices: Sequence[int], only_base: bool = False) -> Tensor:
+        """Clips or their base frames, uint8 [len(indices), N or 1, H, W, 4], on the device.
 
-    def base_frames(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [len(indices), 1, H, W, 3]: the base frames of clips alone."""
-        m = base_index(self._renderer.num_frames)
-        return self._renderer.frames([self._scene(index) for index in indices], [m])
+        The fourth channel is the figure's share of a pixel.
+        """
+        num_frames = self._renderer.num_frames
+        chosen = [base_index(num_frames)] if only_base else range(num_frames)
+        scenes = [self._scene(index) for index in indices]
+        return self._renderer.frames(scenes, chosen, with_figure=True)
 
     def captions(self, index: int, count: int) -> list[str]:
         """The plain caption of a clip, and paraphrases of it."""
@@ -74,28 +76,41 @@ def make_latents(
     num_captions: int,
     progress: Callable[[int], None] = lambda n: None,
     num_images: int = 0,
+    with_figure: bool = False,
 ) -> Latents:
     """The first clips of a source with captions, as fp16 on the coder's device.
 
     folder:     where they are kept as .npy, and found by the next call
     progress:   called with the number of clips, as they are encoded, and as their captions are
     num_images: base frames of so many further clips, which cost a fraction of whole ones
+    with_figure: keep where the figure is, too
 
     On a CPU they are mapped from the files. Raises ValueError for a file that is cut off or holds
     something else.
     """
     autoencoder, text = parts.digests()
     null = coder.states([""])[0]
+    at_once = _CLIPS_AT_ONCE[coder.device.type]
 
-    def kept(kind: str, numbers: range, pixels: Callable[[Sequence[int]], Tensor]) -> Latents:
+    def kept(kind: str, numbers: range, only_base: bool) -> Latents:
         span = f"{source.name}-{numbers.start}-{numbers.stop}"
         latents = _kept(
             folder / f"{kind}-{span}-{autoencoder}.npy",
             numbers,
-            lambda part: coder.encode(pixels(part)),
-            _CLIPS_AT_ONCE[coder.device.type],
+            lambda part: coder.encode(source.frames(part, only_base)[..., :3]),
+            at_once,
             progress,
         )
+        figure = None
+        if with_figure:
+            side = latents.shape[-1]
+            figure = _kept(
+                folder / f"{kind}-figure-{span}-{side}.npy",
+                numbers,
+                lambda part: _shares(source.frames(part, only_base)[..., 3], side),
+                at_once,
+                progress,
+            ).to(coder.device)
 
         def states(part: Sequence[int]) -> Tensor:
             texts = [text for i in part for text in source.captions(i, num_captions)]
@@ -105,16 +120,22 @@ def make_latents(
             folder / f"captions-{span}x{num_captions}-{text}.npy",
             numbers,
             states,
-            4 * _CLIPS_AT_ONCE[coder.device.type],
+            4 * at_once,
             progress,
         )
-        return Latents(latents.to(coder.device), captions.to(coder.device), null)
+        return Latents(latents.to(coder.device), captions.to(coder.device), null, figure)
 
-    clips = kept("latents", range(num_clips), source.clips)
+    clips = kept("latents", range(num_clips), only_base=False)
     if not num_images:
         return clips
     further = range(num_clips, num_clips + num_images)
-    return replace(clips, images=kept("images", further, source.base_frames))
+    return replace(clips, images=kept("images", further, only_base=True))
+
+
+def _shares(figure: Tensor, side: int) -> Tensor:
+    """The share of cells that the figure fills: uint8 [M, N, H, W] of 255 -> [M, N, 1, h, w]."""
+    pixels = figure.float() / 255
+    return F.avg_pool2d(pixels, pixels.shape[-1] // side).half()[:, :, None]
 
 
 def residual_std(latents: Latents) -> float:

@@ -65,7 +65,7 @@ class Parts:
 
 def _digest(state: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
-    hash_tensors(digest, state)
+    hash_tensors(digest, dict(sorted(state.items())))  # files are read in any order
     return digest.hexdigest()[:8]
 
 

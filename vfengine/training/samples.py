@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..diffusion.decompose import base_index
 from ..media.pictures import network_to_pixels, sheet
-from ..media.video import write_video
 from .latents import CaptionedMocap
 from .objectives import Decomposed
 from .parts import Coder
@@ -37,7 +37,7 @@ class Showcase:
     def of(cls, source: CaptionedMocap, coder: Coder) -> Showcase:
         """Every second clip from the first: eight actions of fifteen."""
         numbers = range(0, 2 * _ROWS, 2)
-        pixels = source.clips(numbers)
+        pixels = source.frames(numbers)[..., :3]
         prompts = tuple(source.captions(i, 1)[0] for i in numbers)
         context = coder.states(prompts)
         null = coder.states([""]).expand_as(context)
@@ -62,7 +62,7 @@ def write_prompts(
         rows = torch.stack([made[:, 0], real[:, 0]])
     else:
         rows = torch.stack([made, real], 1).flatten(0, 1)
-    write_video(file, sheet(rows.numpy(), columns=rows.shape[1])[None])
+    Image.fromarray(sheet(rows.numpy(), columns=rows.shape[1])).save(file)
     file.with_name("prompts.txt").write_text("\n".join(showcase.prompts) + "\n", encoding="utf-8")
 
 
@@ -73,7 +73,7 @@ def write_labels(objective, networks: dict, precision: str, file: Path) -> None:
     with _autocast(objective.device, precision):
         video = objective.sample(networks, labels, _STEPS)
     pixels = network_to_pixels(video).cpu().numpy()
-    write_video(file, sheet(pixels, columns=config.num_frames)[None])
+    Image.fromarray(sheet(pixels, columns=config.num_frames)).save(file)
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

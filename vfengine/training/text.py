@@ -2,7 +2,7 @@
 
     loss = mean over words of 1 - cos(head(student), teacher)
            + 1/4 of the same for the rows after the last word, which learn the sentence's state
-           + 1/2 of the cross-entropy of what every row says of the scene, mean over its attributes
+           + 1/2 of the cross-entropy of what is read of the scene, mean over its attributes
 
 Heads are linear layers that are thrown away (distillation of hidden states: Jiao et al. 2019,
 TinyBERT, arXiv 1909.10351, eq. 8). The teacher reads plain words where the student reads others of
@@ -10,7 +10,8 @@ the same meaning (thesaurus.py). Sentences are paraphrases of rendered scenes, s
 the vocabulary in place of their own, and words side by side, so that all of them are learnt.
 
 The teacher's states tell little of which colour belongs to which garment. The cross-entropy asks
-for it: a UNet then finds it in any row. What a sentence does not tell stays as likely as it was.
+for it. An attribute is read as a UNet will read it, by attention to the rows with a query of its
+own. What a sentence does not tell stays as likely as it was.
 
 Everything random in step k is drawn from (seed, k). A run that is resumed takes the steps, bit for
 bit, of one that was never stopped.
@@ -123,11 +124,11 @@ class Sentences:
         kind, unknown = rng.uniform(), [_UNTOLD] * len(_ATTRIBUTES)
         if kind < 0.02:
             return Sentence([], unknown)
-        if kind < 0.15:
+        if kind < 0.12:
             return Sentence(list(map(str, rng.choice(self._words, rng.integers(1, 13)))), unknown)
         scene = draw_scene(int(rng.integers(2**31)), int(rng.integers(len(ACTIONS))))
-        text = caption(scene) if kind > 0.85 else paraphrase(scene, rng)
-        words, foreign = self._tokenizer.words(text), kind < 0.4
+        text = caption(scene) if kind > 0.6 else paraphrase(scene, rng)
+        words, foreign = self._tokenizer.words(text), kind < 0.3
         for place, word in enumerate(words):
             if foreign and rng.uniform() < 0.2:
                 words[place] = str(rng.choice(self._words))
@@ -139,6 +140,22 @@ class Sentences:
 def _attributes_of(scene: Scene) -> list[int]:
     said = {**vars(scene), "view": view_of(scene)}
     return [values.index(said[name]) for name, values in _ATTRIBUTES.items()]
+
+
+class Reader(nn.Module):
+    """states [B, L, D] -> logits [B, values] of each attribute, by attention to the rows."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scores = nn.Linear(width, len(_ATTRIBUTES))
+        self.values = nn.Linear(width, sum(map(len, _ATTRIBUTES.values())))
+
+    def forward(self, states: Tensor) -> list[Tensor]:
+        weights = self.scores(states).float().softmax(1)  # [B, L, A]
+        values = self.values(states).split([len(values) for values in _ATTRIBUTES.values()], -1)
+        return [
+            (weights[..., number, None] * logits).sum(1) for number, logits in enumerate(values)
+        ]
 
 
 class TextTraining:
@@ -162,14 +179,14 @@ class TextTraining:
         self.sentences = Sentences(words, self.tokenizer)
         torch.manual_seed(options.seed)
         self.encoder = TextEncoder(config)
-        self.encoder.embeddings.apply(_small)
         self.head = nn.Linear(config.width, teacher.width)
-        self.readers = nn.Linear(config.width, sum(map(len, _ATTRIBUTES.values())))
+        self.reader = Reader(config.width)
         with torch.no_grad():
-            rows = self.encoder.embeddings.token_embedding.weight
+            nn.init.normal_(self.encoder.embeddings.position_embedding.weight, std=0.3)
+            rows = nn.init.zeros_(self.encoder.embeddings.token_embedding.weight)
             first = self._first_rows(words, rows.shape[1])
             rows[2:, : first.shape[1]] = first
-        networks = {"text_encoder": self.encoder, "head": self.head, "readers": self.readers}
+        networks = {"text_encoder": self.encoder, "head": self.head, "reader": self.reader}
         self.updates = Updates({name: net.to(device) for name, net in networks.items()}, options)
 
     def step(self) -> StepReport:
@@ -195,7 +212,7 @@ class TextTraining:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             states = self.encoder(ids)
             far = 1 - F.cosine_similarity(self.head(states).float(), target, dim=-1)
-            read = self.readers(states).float()
+            read = self.reader(states)
         is_word = is_word.to(self.device)
         return {
             "words": _mean(far, is_word),
@@ -240,7 +257,7 @@ class TextTraining:
             raise ValueError(f"{folder} holds a text encoder of another shape, or of other words")
         for network in (self.encoder, self.updates.averaged["text_encoder"]):
             network.load_state_dict(state)
-        heads = {"head": self.head, "readers": self.readers}
+        heads = {"head": self.head, "reader": self.reader}
         return [f"{name}.{key}" for name, head in heads.items() for key in head.state_dict()]
 
     def export(self, folder: Path) -> None:
@@ -266,16 +283,16 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return (values * where).sum() / where.sum().clamp(min=1)
 
 
-def _misread(read: Tensor, attributes: Tensor) -> Tensor:
-    """Mean cross-entropy of read [B, L, values of all attributes] for attributes int64 [B, A]."""
-    parts = read.split([len(values) for values in _ATTRIBUTES.values()], dim=-1)
-    told = attributes[:, :1].expand(-1, read.shape[1]) != _UNTOLD
-    losses = []
-    for number, part in enumerate(parts):
-        right = attributes[:, number, None].expand(-1, read.shape[1])
-        loss = F.cross_entropy(part.transpose(1, 2), right, ignore_index=_UNTOLD, reduction="none")
-        losses.append(_mean(loss, told))
-    return torch.stack(losses).mean()
+def _misread(read: Sequence[Tensor], attributes: Tensor) -> Tensor:
+    """Mean cross-entropy of what a `Reader` read for attributes int64 [B, A]."""
+    told = attributes[:, 0] != _UNTOLD
+    losses = [
+        F.cross_entropy(
+            logits.float(), attributes[:, number], ignore_index=_UNTOLD, reduction="none"
+        )
+        for number, logits in enumerate(read)
+    ]
+    return torch.stack([_mean(loss, told) for loss in losses]).mean()
 
 
 def plain(sentences: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -284,8 +301,3 @@ def plain(sentences: Sequence[Sequence[str]]) -> list[list[str]]:
         [_AS_TEACHERS_WRITE.get(word, word) for word in (PLAIN.get(w, w) for w in words)]
         for words in sentences
     ]
-
-
-def _small(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Embedding):
-        nn.init.normal_(layer.weight, std=0.1)

@@ -94,7 +94,7 @@ class Renderer:
         return pixels.view(4, len(scenes), num_frames, size, size).permute(1, 2, 3, 4, 0)
 
     def _poses(self, scene: Scene, chosen: list[int]) -> np.ndarray:
-        """The poses of the chosen frames, [len(chosen), 43]."""
+        """The poses of the chosen frames, [len(chosen), 44]."""
         motion, span = self.motions[scene.action], SECONDS[scene.action] * scene.speed
         latest = motion.duration if motion.periodic else max(motion.duration - span, 0.05)
         step = span / max(self.num_frames - 1, 1)
