@@ -44,7 +44,6 @@ OPS = {  # and the kernels there are of each
     "remove_base": KERNELS,
     "decomposed_noise": KERNELS,
     "group_norm_silu": KERNELS,
-    "group_norm_silu_backward": ("cpu",),
     "temporal_attention": KERNELS,
     "layer_norm": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),

@@ -9,12 +9,10 @@ formula as calls of a builder (vfengine/plan), which chooses the kernels. Only t
 what x and the result are.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attend
-from ..ops.group_norm_silu_backward import GroupNormSilu
 from .positions import RelativePositionBias
 
 
@@ -37,10 +35,7 @@ def zero_(layer: nn.Module) -> nn.Module:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in fp32 whatever comes in: CPUs' channels_last bf16 kernel is 3 times slower.
-
-    Where autograd records on a CPU, all of it is one kernel, and so is its way back.
-    """
+    """GroupNorm in fp32 whatever comes in: CPUs' channels_last bf16 kernel is 3 times slower."""
 
     def forward(
         self,
@@ -55,11 +50,6 @@ class GroupNorm(nn.GroupNorm):
         frames pass a clip [B, C, N, H*W].
         """
         weight, bias = self.weight.float(), self.bias.float()
-        if x.requires_grad and x.device.type == "cpu" and x.dtype != torch.float64:
-            x = x.contiguous(memory_format=torch.channels_last)
-            tables = (table if table is None else table.float() for table in (scale, shift))
-            numbers = (self.num_groups, self.eps, silu)
-            return GroupNormSilu.apply(x, weight, bias, *tables, *numbers)
         h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         if scale is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]

@@ -6,10 +6,6 @@ from vfengine.ops.decomposed_noise import decomposed_noise, decomposed_noise_ref
 from vfengine.ops.decomposed_step import decomposed_step, decomposed_step_reference
 from vfengine.ops.geglu import geglu, geglu_reference
 from vfengine.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from vfengine.ops.group_norm_silu_backward import (
-    group_norm_silu_backward,
-    group_norm_silu_backward_reference,
-)
 from vfengine.ops.implicit_gemm import implicit_gemm, implicit_gemm_reference
 from vfengine.ops.layer_norm import layer_norm, layer_norm_reference
 from vfengine.ops.model_input import model_input, model_input_reference
@@ -31,8 +27,6 @@ __all__ = [
     "geglu",
     "geglu_reference",
     "group_norm_silu",
-    "group_norm_silu_backward",
-    "group_norm_silu_backward_reference",
     "group_norm_silu_reference",
     "implicit_gemm",
     "implicit_gemm_reference",

@@ -249,53 +249,53 @@ def _check(
     if not eps >= 0:
         raise ValueError(f"{_NAME}: eps must not be negative, got {eps}")
     for name, (tensor, depth) in pictures.items():
-        check_picture(_NAME, name, tensor, depth, x)
+        _check_picture(name, tensor, depth, x)
     check_table(_NAME, "weight", weight, (channels,), x)
     check_table(_NAME, "bias", bias, (channels,), x)
     if (scale is None) != (shift is None):
         raise ValueError(f"{_NAME}: expected scale and shift, or neither")
     if scale is not None:
-        check_modulation(_NAME, scale, shift, out)
+        _check_modulation(scale, shift, out)
     size = _workspace_size(out, num_groups, num_frames)
     check_table(_NAME, "workspace", workspace, (size,), x)
     check_no_grad(_NAME, x, second, weight, bias, scale, shift, out)
 
 
-def check_modulation(op: str, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+def _check_modulation(scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """Raise unless these are fp32 [R, C] where out is, R divides its images, and rows are alike."""
     images, channels = out.shape[:2]
     for name, table in (("scale", scale), ("shift", shift)):
         if table.dtype is not torch.float32:
-            raise TypeError(f"{op}: {name} must be torch.float32, got {table.dtype}")
+            raise TypeError(f"{_NAME}: {name} must be torch.float32, got {table.dtype}")
         if table.device != out.device:
-            raise ValueError(f"{op}: {name} must be on {out.device}, got {table.device}")
+            raise ValueError(f"{_NAME}: {name} must be on {out.device}, got {table.device}")
         shape = table.shape
         if len(shape) != 2 or shape[1] != channels or not shape[0] or images % shape[0]:
             raise ValueError(
-                f"{op}: {name} must be [{images}, {channels}], or have fewer rows that divide "
+                f"{_NAME}: {name} must be [{images}, {channels}], or have fewer rows that divide "
                 f"{images}, got {list(shape)}"
             )
         if (channels > 1 and table.stride(1) != 1) or table.stride(0) < channels:
-            raise ValueError(f"{op}: rows of {name} must be contiguous, got {table.stride()}")
+            raise ValueError(f"{_NAME}: rows of {name} must be contiguous, got {table.stride()}")
     if scale.shape != shift.shape or (len(scale) > 1 and scale.stride(0) != shift.stride(0)):
         raise ValueError(
-            f"{op}: scale and shift must have the same rows, got {list(scale.shape)} with "
+            f"{_NAME}: scale and shift must have the same rows, got {list(scale.shape)} with "
             f"strides {scale.stride()} and {list(shift.shape)} with {shift.stride()}"
         )
 
 
-def check_picture(op: str, name: str, tensor: Tensor, channels: int, x: Tensor) -> None:
+def _check_picture(name: str, tensor: Tensor, channels: int, x: Tensor) -> None:
     """Raise unless `tensor` has these channels, else is like x, and is in channels_last memory."""
     if tensor.dtype is not x.dtype:
-        raise TypeError(f"{op}: {name} must be {x.dtype}, got {tensor.dtype}")
+        raise TypeError(f"{_NAME}: {name} must be {x.dtype}, got {tensor.dtype}")
     if tensor.device != x.device:
-        raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
+        raise ValueError(f"{_NAME}: {name} must be on {x.device}, got {tensor.device}")
     shape = [x.shape[0], channels, *x.shape[2:]]
     if list(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must be {shape}, got {list(tensor.shape)}")
+        raise ValueError(f"{_NAME}: {name} must be {shape}, got {list(tensor.shape)}")
     if not tensor.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"{op}: {name} must be in channels_last memory, got strides {tensor.stride()}"
+            f"{_NAME}: {name} must be in channels_last memory, got strides {tensor.stride()}"
         )
 
 
