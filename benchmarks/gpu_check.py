@@ -83,6 +83,7 @@ SECTIONS = (  # in the order of their worth
     Section("variants", 11, 40, 90),
     Section("counters", 12, 15, 70),
     Section("sanitizers", 13, 100, 170, checks=True),
+    Section("train", 14, 420, 450),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 
@@ -262,8 +263,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def environment(dry: bool, module: Path | None) -> dict[str, str]:
-    """The environment of sections: our sources, the built module, one thread a process."""
+def environment(dry: bool, module: Path | None, out: Path) -> dict[str, str]:
+    """The environment of sections: our sources, the built module, one thread a process.
+
+    out: where a section may leave files
+    """
     tools = ROOT / "tests" / "tools"
     paths = [str(module or SITE), str(ROOT), str(BENCHMARKS), str(tools)]
     if dry:
@@ -271,6 +275,7 @@ def environment(dry: bool, module: Path | None) -> dict[str, str]:
     elif former := os.environ.get("PYTHONPATH"):
         paths.append(former)
     values = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    values["VFENGINE_GPU_OUT"] = str(out.resolve())
     values["OMP_NUM_THREADS"] = "1"  # many processes on few cores: teams would wait for each other
     values.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "6")  # others compile and test meanwhile
     if dry:
@@ -352,7 +357,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = within(arguments.budget, wanted)
     journal = Journal(arguments.out)
     choices = tempfile.TemporaryDirectory()  # measured ones: sections share them, runs do not
-    values = environment(arguments.dry_run, arguments.module)
+    values = environment(arguments.dry_run, arguments.module, arguments.out)
     runner = Runner(journal, values | {"XDG_CACHE_HOME": choices.name})
 
     def stop(number: int, _frame: object) -> None:

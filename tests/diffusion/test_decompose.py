@@ -362,6 +362,32 @@ def test_weights_multiply_the_squared_errors():
         torch.testing.assert_close(loss * weight, expected)
 
 
+def test_cell_weights_multiply_the_squared_errors_of_their_pixels():
+    noise = decomposed_noise((2, 3, 2, 4, 4), 0, 1)
+    weights = torch.zeros(2, 3, 1, 4, 4)
+    weights[0, :, 0, 1, 2] = torch.tensor([2.0, 3.0, 5.0])
+    weights[1, 0, 0, 0, 0] = 7.0
+    losses = joint_loss(
+        lambda z, t: torch.zeros_like(z),
+        lambda z, t: torch.zeros_like(z),
+        torch.randn(2, 3, 2, 4, 4),
+        torch.tensor([5, 800]),
+        *noise,
+        schedule=SCHEDULE,
+        lam=0.5,
+        exact_base=True,
+        cell_weights=weights,
+    )
+    b, r = noise.base.square(), noise.residual.square() / 2
+    base = [3.0 * float(b[0, :, 1, 2].sum()), 0.0]
+    residual = [
+        2.0 * float(r[0, 0, :, 1, 2].sum()) + 5.0 * float(r[0, 2, :, 1, 2].sum()),
+        7.0 * float(r[1, 0, :, 0, 0].sum()),
+    ]
+    torch.testing.assert_close(losses[0], torch.tensor(base) / 32)
+    torch.testing.assert_close(losses[1], torch.tensor(residual) / 64)
+
+
 def test_loss_is_zero_for_exact_networks():
     x = torch.randn(2, 3, 1, 4, 4)
     noise = decomposed_noise(x.shape, 0, 1)
@@ -388,6 +414,7 @@ def test_loss_is_zero_for_exact_networks():
         ({"base_noise": torch.zeros(2, 2, 3, 4)}, "base must be"),
         ({"exact_base": torch.zeros(2)}, "exact_base"),
         ({"lam": 2.0}, "lam"),
+        ({"cell_weights": torch.ones(2, 1, 3, 3)}, r"cell_weights must be \[B, N, 1, H, W\]"),
     ],
 )
 def test_loss_rejects(change, message):

@@ -33,6 +33,8 @@ def tokenizer() -> WordTokenizer:
 )
 def test_tokens_of_a_text(text, tokens, tokenizer):
     assert tokenizer.tokens(text) == tokens.split()
+    words = [word if word in WORDS else "[UNK]" for word in tokenizer.words(text)]
+    assert words == tokens.split()
 
 
 def test_ids_are_padded_and_cut(tokenizer):

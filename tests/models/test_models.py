@@ -140,6 +140,13 @@ def test_context_sequence_is_attended_to(config):
     assert bool((out[1] != changed[1]).any())
 
 
+def test_the_frames_of_a_clip_share_its_context():
+    spatial = randomise(Transformer(16, "space", replace(CLIP, context_dim=24)))
+    x, context = normal(6, 16, 4, 4).to(memory_format=torch.channels_last), normal(2, 5, 24)
+    shared = spatial(x, 3, context)
+    torch.testing.assert_close(shared, spatial(x, 3, context.repeat_interleave(3, dim=0)))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -37,7 +37,13 @@ SMALL = {
     "patch_size": 2,
 }
 OF_CLIPS = {"temporal_attention": (False, True), "frame_embedding": True}
-SHAPES = {"image": (2, 3, 12, 8), "clip": (2, 5, 3, 12, 8)}
+PROMPTED = {"num_classes": None, "context_dim": 12, "patch_size": 1}
+SHAPES = {
+    "image": (2, 3, 12, 8),
+    "clip": (2, 5, 3, 12, 8),
+    "latent image": (2, 8, 6, 4),
+    "latent clip": (2, 5, 8, 6, 4),
+}
 KINDS = {
     "base": ("image", lambda: BaseGenerator(network(out_channels=4), SCHEDULE)),
     "epsilon": ("image", lambda: PretrainedGenerator(network(patch_size=1), SCHEDULE)),
@@ -53,6 +59,16 @@ KINDS = {
         "clip",
         lambda: ResidualGenerator(
             network(in_channels=6, out_channels=6, **OF_CLIPS), SCHEDULE, lam=0.5
+        ),
+    ),
+    "prompted base": (
+        "latent image",
+        lambda: BaseGenerator(network(in_channels=8, out_channels=9, **PROMPTED), SCHEDULE, 1.0),
+    ),
+    "prompted residual": (
+        "latent clip",
+        lambda: ResidualGenerator(
+            network(in_channels=16, out_channels=11, **PROMPTED, **OF_CLIPS), SCHEDULE, lam=0.5
         ),
     ),
 }
@@ -78,13 +94,14 @@ def pair(kind: str, scale: float = 2.0, dtype: torch.dtype = torch.float32):
     """A guided generator, and the same with its UNet in the form for CUDA."""
     shape, make = KINDS[kind]
     given = torch.tensor([3, 1, *([5, 5] if scale != 1.0 else [])])
-    lam = (0.25, 0.5, 1.0, 0.0, 1.0) if kind == "residual" else None
-    models = []
+    lam = (0.25, 0.5, 1.0, 0.0, 1.0) if "residual" in kind else None
+    prompted, models = "prompted" in kind, []
+    rows = torch.randn(len(given), 7, 12, generator=torch.Generator().manual_seed(2))
     for fast in (False, True):
         generator = make()
         generator.unet = CudaUNet(generator.unet, dtype) if fast else generator.unet.to(dtype)
-        takes = generator.takes_labels
-        spec = ModelSpec(generator, given if takes else None, scale, lam)
+        labels = given if generator.takes_labels and not prompted else None
+        spec = ModelSpec(generator, labels, scale, lam, rows if prompted else None)
         models.append(spec.build(CPU))
     return SHAPES[shape], *models
 
@@ -217,9 +234,11 @@ def cuda_guard(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_can_be_captured_and_runs_three_ops_around_the_layers(kind, cuda_guard):
     shape, guided, _ = pair(kind)
-    like = "residual" if kind == "residual" else "video" if len(shape) == 5 else "base"
+    like = "residual" if "residual" in kind else "video" if len(shape) == 5 else "base"
     loop, _ = loop_of(like, lambda z, t: z, shape)
     generator, mode, memo = guided.network, FakeTensorMode(), {}
+    if guided.context is not None:
+        guided.context = guided.context.bfloat16()  # as the text encoder makes it there
     for part in (loop, guided, generator):
         fake_cuda.to_fake_cuda(part, mode, memo)
     with mode, torch.inference_mode():
@@ -236,4 +255,6 @@ def test_a_step_can_be_captured_and_runs_three_ops_around_the_layers(kind, cuda_
     before, after = ["vfengine.model_input.default", "aten.index_select.default"], launched[-1]
     assert launched[:2] == before
     assert after == "vfengine.noise_estimate.default"
-    assert {op for op in launched[2:] if op.startswith("aten.")} <= {"aten.cat.default"}
+    of_context = {"aten.to.dtype", "aten.repeat_interleave.self_int"}  # its dtype; to all frames
+    allowed = {"aten.cat.default"} | (of_context if "prompted" in kind else set())
+    assert {op for op in launched[2:] if op.startswith("aten.")} <= allowed

@@ -227,6 +227,29 @@ def test_variable_decides_for_auto_alone(name, expected, monkeypatch):
     assert choose_backend(*arguments, "auto") == "math"
 
 
+@pytest.mark.parametrize("keys, expected", [(80, "math"), (1024, "math"), (1025, "sdpa")])
+def test_auto_on_cpu_writes_training_out(keys, expected):
+    q, k, v, _ = inputs((1, 2, 24, 8), keys, torch.float32)
+    assert choose_backend(q.requires_grad_(), k, v, None, "auto") == expected
+    with torch.no_grad():
+        assert choose_backend(q * 1, k, v, None, "auto") == "sdpa"
+
+
+def test_gradients_in_bf16_are_closer_than_those_of_the_formula_in_bf16():
+    given = [x.requires_grad_() for x in inputs((2, 4, 80, 32), 80, torch.bfloat16)[:3]]
+    exact = [x.detach().double().requires_grad_() for x in given]
+
+    def gradients(run, tensors):
+        return torch.autograd.grad(run(*tensors).square().sum(), tensors)
+
+    expected = gradients(formula, exact)
+    ours, plain = (
+        [float((got - x).norm()) for got, x in zip(gradients(run, given), expected, strict=True)]
+        for run in (attend, formula)
+    )
+    assert all(a <= b for a, b in zip(ours, plain, strict=True)), (ours, plain)
+
+
 def on_fake_gpu(tensors: list[Tensor | None]) -> list[Tensor | None]:
     with FakeTensorMode():
         return [

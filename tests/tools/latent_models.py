@@ -25,7 +25,16 @@ from vfengine.models import (
 )
 
 PROMPTS = ("a person doing a cartwheel", "a person jumping", "a person walking")
-WORDS = [*dict.fromkeys(" ".join(PROMPTS).split()), "red", "blue", "sweater", "in", "on", "lawn"]
+WORDS = [
+    *dict.fromkeys(" ".join(PROMPTS).split()),
+    "red",
+    "blue",
+    "sweater",
+    "in",
+    "on",
+    "lawn",
+    ",",
+]
 SIZE = 32  # pixels of a side
 
 AUTOENCODER = AutoencoderConfig(

@@ -27,14 +27,9 @@ def scenes_of(action, count=2):
 
 
 def figure_masks(renderer, scene):
-    """bool [N, H, W], where the figure stands: pixels that change with the colours of it all."""
-    colours = ("top_colour", "bottom_colour", "shoes")
-    dressed = [
-        replace(scene, **dict.fromkeys(colours, colour), hair=hair, skin=skin, stripes=None)
-        for colour, hair, skin in (("black", "black", "dark"), ("white", "blond", "light"))
-    ]
-    dark, bright = renderer.clips(dressed).int()
-    return (bright - dark).abs().amax(-1).numpy() > 10
+    """bool [N, H, W], where the figure stands."""
+    frames = renderer.frames([scene], range(renderer.num_frames), with_figure=True)
+    return (frames[0, ..., 3] > 127).numpy()
 
 
 # -- what is drawn ---------------------------------------------------------------------------------
@@ -50,6 +45,21 @@ def test_action_shows_a_moving_figure(renderer, action):
         assert longer_side.min() > 6 and longer_side.mean() > 12  # of 32: it fills the picture
         changed = (figure[1:] != figure[:-1]).mean((1, 2))
         assert changed.mean() > 0.01
+
+
+def test_figure_is_where_pixels_change_with_its_colours(renderer):
+    scene = scenes_of("kick")[0]
+    colours = ("top_colour", "bottom_colour", "shoes")
+    dark, bright = (
+        renderer.clips(
+            [replace(scene, **dict.fromkeys(colours, c), hair=h, skin=s, stripes=None)]
+        ).int()
+        for c, h, s in (("black", "black", "dark"), ("white", "blond", "light"))
+    )
+    changes = (bright - dark).abs().amax(-1)[0] > 60
+    share = renderer.frames([scene], range(6), with_figure=True)[0, ..., 3]
+    assert bool((share[changes] > 0).all())
+    assert bool(changes[share == 255].float().mean() > 0.95)
 
 
 def test_scenes_depend_on_seed_and_index_alone():

@@ -32,7 +32,7 @@ def test_loss_is_the_weighted_error_of_every_frame():
     assert torch.equal(t, loss_t)
     assert conditions["class_labels"].shape == (3,)
     batch = trainer.batch_sampler(0)
-    x, labels = batch.clips(3)
+    x, labels, _ = batch.clips(3)
     assert torch.equal(labels, conditions["class_labels"])
     assert torch.equal(batch.timesteps(3), t)
     eps = batch.normal(x.shape)

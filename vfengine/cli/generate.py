@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .flags import Failure, one_line
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
         settings = read_settings(sys.argv[1:] if argv is None else argv)
         from .job import generate  # not for --help
 
-        generate(settings, started, files)
+        with _warnings_in_one_line(settings.quiet):
+            generate(settings, started, files)
     except (ValueError, OSError, Failure) as error:
         status = 1 if isinstance(error, Failure) else 2
         message = f"error: {one_line(error)}"
@@ -42,3 +45,19 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
         message += f" (complete: {', '.join(map(str, files))})"
     print(f"{PROGRAM}: {message}", file=sys.stderr)
     return status
+
+
+@contextmanager
+def _warnings_in_one_line(quiet: bool) -> Iterator[None]:
+    """Prints warnings as errors are printed, above the progress bar; none if quiet."""
+
+    def show(message: Warning, *_: object) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{PROGRAM}: warning: {one_line(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        if quiet:
+            warnings.simplefilter("ignore")
+        yield

@@ -103,11 +103,16 @@ def _check_model(settings: argparse.Namespace, pipe: Pipeline) -> None:
         if settings.prompt is None and settings.latents is None:
             raise UsageError("no --prompt, which says what to show, and no --latents to decode")
         return
-    if settings.label not in pipe.labels:
+    if settings.prompt is not None:
+        pipe.check_fields(["prompt"], spell)
+    elif settings.label not in pipe.labels:
         problem = "no --label" if settings.label is None else f"unknown label {settings.label!r}"
+        prompts = pipe.config.text_encoder is not None and settings.label is None
+        problem = f"no --prompt, and {problem}" if prompts else problem
         raise UsageError(f"{problem}, expected one of: {', '.join(pipe.labels)}")
-    if pipe.config.channels != 3:
-        raise UsageError(f"{pipe.folder}: clips of {pipe.config.channels} channels are not RGB")
+    if pipe.config.picture_channels != 3:
+        channels = pipe.config.picture_channels
+        raise UsageError(f"{pipe.folder}: clips of {channels} channels are not RGB")
     pipe.check_fields(written, spell)
 
 
@@ -133,8 +138,10 @@ def _default_output(settings: argparse.Namespace) -> str:
         return Path(settings.latents).stem + ".mp4"
     if settings.prompt is not None:
         words = re.findall(r"\w+", settings.prompt.lower())[:8]
-        return ("-".join(words)[:60] or "clip") + ".mp4"
-    return settings.label + (".png" if settings.preview else ".mp4")
+        name = "-".join(words)[:60] or "clip"
+    else:
+        name = settings.label
+    return name + (".png" if settings.preview else ".mp4")
 
 
 def _read_trajectory(settings: argparse.Namespace, pipe: Pipeline) -> BaseTrajectory | None:
@@ -156,7 +163,10 @@ def _read_trajectory(settings: argparse.Namespace, pipe: Pipeline) -> BaseTrajec
         )
     except ValueError as error:
         raise UsageError(f"{file}: {error}") from error
-    wanted = {"labels": json.dumps([settings.label])}
+    shown = {name: getattr(settings, name) for name in ("label", "prompt", "negative_prompt")}
+    wanted = pipe.shown(pipe.request_type(**shown))
+    if "negative_prompt" not in settings.given:
+        wanted.pop("negative_prompts", None)
     if "base_seed" in settings.given:
         wanted["base_seed"] = str(settings.base_seed)
     if "guidance_scale" in settings.given:

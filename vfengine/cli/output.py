@@ -181,7 +181,7 @@ def summary(job: Job, record: Record) -> str:
     frames = "base frame" if settings.preview else f"{request.num_frames} frames"
     seconds = ", ".join(
         f"{words} {record.timings[name]:.1f} s"
-        for words, name in {"start": "startup", **_timed_phases(job)}.items()
+        for words, name in {"start": "startup", **_timed_phases(job, record)}.items()
     )
     sampled = job.pipe.phases(request) != ("decode",)
     steps = f"{request.num_inference_steps} steps, " if sampled else ""
@@ -191,19 +191,19 @@ def summary(job: Job, record: Record) -> str:
     )
 
 
-def _timed_phases(job: Job) -> dict[str, str]:
+def _timed_phases(job: Job, record: Record) -> dict[str, str]:
     """The names of the phases' timings, by the summary's names of the phases."""
-    if job.settings.preview:
-        return {"base": "base"}
-    if job.settings.overlap_phases:
-        return {"both phases": "residual"}
     phases = job.pipe.phases(job.request)
-    if "decode" in phases:
-        words = {"text": "text", "video": "sampling", "decode": "decoding"}
-        return {words[phase]: phase for phase in phases}
-    if phases == ("video",):
-        return {"sampling": "residual"}
-    return {"base": "base", "residual": "residual"}
+    if job.settings.preview:
+        sampled = {"base": "base"}
+    elif job.settings.overlap_phases:
+        sampled = {"both phases": "residual"}
+    elif "video" in phases:
+        sampled = {"sampling": "video" if "video" in record.timings else "residual"}
+    else:
+        sampled = {"base": "base", "residual": "residual"} if "residual" in phases else {}
+    text = {"text": "text"} if "text" in phases else {}
+    return text | sampled | ({"decoding": "decode"} if "decode" in phases else {})
 
 
 def json_line(job: Job, record: Record) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") ->
 
 SETTINGS = (
     _field("label", "what", text("NAME"), "what to show, one of the names of --list-labels"),
-    _field("prompt", "what", text("TEXT"), "what to show, in words; for a text-to-video model"),
+    _field(
+        "prompt", "what", text("TEXT"), "what to show, in words; for a model that takes prompts"
+    ),
     _field("negative_prompt", "what", text("TEXT"), "what to avoid, in words", "empty"),
     Setting("list_labels", "what", SWITCH, "print the labels and stop", False),
     _field(

@@ -1,30 +1,36 @@
 """`python -m vfengine.train`: trains on rendered motion capture or a folder of videos.
 
 With --objective vdm it trains VDM* instead: plain video diffusion, one network that denoises all
-frames, which is what decomposed models are compared with.
+frames, which is what decomposed models are compared with. With --objective autoencoder or text it
+trains a part of models on latents.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from ..names import AUTO
+from ..names import AUTO, OBJECTIVES
 from .flags import flag
+from .train_loop import CHECKPOINT, STATE, Limit, run, tell_end
 from .train_settings import read_settings
 
 if TYPE_CHECKING:
+    from ..training.batch import Latents
     from ..training.options import TrainingOptions
+    from ..training.text import TextTraining
     from ..training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns the exit status: 2 for bad input, 1 for a loss gone to NaN."""
+    """Runs one command line; returns the exit status.
+
+    2 for bad input, 1 for a loss gone to NaN, 143 for a run that SIGTERM stopped.
+    """
     try:
         return _train(read_settings(argv))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -37,10 +43,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(settings: argparse.Namespace) -> int:
+    limit = Limit(settings, time.perf_counter())
     from ..devices import usable_device
     from ..training.options import TrainingOptions
 
-    state_file = settings.output / "training.safetensors"
+    state_file = settings.output / STATE
     if state_file.exists() and not settings.resume:
         raise ValueError(
             f"{state_file} exists: pass --resume to go on from it, or another --output"
@@ -51,95 +58,175 @@ def _train(settings: argparse.Namespace) -> int:
     values = {field.name: getattr(settings, field.name) for field in fields(TrainingOptions)}
     options = TrainingOptions(**{**values, "precision": _precision(settings)})
     _check(settings)
-    trainer = _trainer(settings, options, state_file)
+    training = _TRAININGS[settings.objective](settings, options)
+    if settings.resume:
+        training.restore(state_file)
+    else:
+        _start(training, settings)
     settings.output.mkdir(parents=True, exist_ok=True)
-    print(_describe(trainer, settings), file=sys.stderr)
+    print(training.describe(), file=sys.stderr)
     with (settings.output / "log.jsonl").open("a", encoding="utf-8") as log:
-        _run(trainer, settings, log)
-    checkpoint = settings.output / "checkpoint"
-    print(f"{checkpoint}: generate with --model {checkpoint}")
-    return 0
+        run(training, settings, log, limit)
+    tell_end(training, settings)
+    checkpoint = settings.output / CHECKPOINT
+    generates = settings.objective in OBJECTIVES
+    print(f"{checkpoint}: generate with --model {checkpoint}" if generates else checkpoint)
+    return 143 if limit.terminated else 0
 
 
-def _trainer(settings: argparse.Namespace, options: TrainingOptions, state_file: Path) -> Trainer:
-    """The trainer on its clips, with the weights that it starts from."""
+def _start(training, settings: argparse.Namespace) -> None:
+    """Gives a new training the weights that it starts from, and names those that it has not."""
+    sources = [(settings.init_from, {})]
+    if settings.residual_from:
+        sources.append((settings.residual_from, {"only": "residual"}))
+    for folder, which in sources:
+        if folder:
+            fresh = training.warm_start(folder, **which)
+            print(f"not in {folder}: {', '.join(fresh) or 'nothing'}", file=sys.stderr)
+
+
+# -- trainings -------------------------------------------------------------------------------------
+
+
+def _on_pixels(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
+    from ..training.recipes import pixel_model
     from ..training.trainer import Trainer
 
-    clips, labels, names = _data(settings)
-    trainer = Trainer(_config(settings, names), options, clips, labels, settings.device)
+    clips, labels, names = _pixels(settings)
+    config = pixel_model(_shape(settings), names, settings.objective)
+    return Trainer(config, options, clips, labels, settings.device)
+
+
+def _decomposed(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
+    return (_on_latents if settings.autoencoder else _on_pixels)(settings, options)
+
+
+def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
+    from tqdm import tqdm
+
+    from ..training.latents import CaptionedMocap, make_latents
+    from ..training.mocap.captions import LABEL_PROMPTS
+    from ..training.parts import Coder, Parts
+    from ..training.recipes import latent_model
+    from ..training.samples import Showcase
+    from ..training.trainer import Trainer
+
+    parts = Parts.read(settings.autoencoder, settings.text_encoder)
+    latent_model(_shape(settings), parts, LABEL_PROMPTS, 1.0)  # refused before clips are rendered
+    coder = Coder(parts, settings.device)
+    clips = (settings.size, settings.num_frames, settings.device)
+    folder = settings.clips_cache or settings.output
+    files = 3 if options.cell_weight != 1 else 2
+    total = files * (settings.num_clips + settings.base_images)
+    with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
+        latents = make_latents(
+            CaptionedMocap(settings.seed, *clips),
+            parts,
+            coder,
+            folder,
+            settings.num_clips,
+            settings.captions,
+            progress.update,
+            settings.base_images,
+            with_figure=options.cell_weight != 1,
+        )
+    showcase = None
+    if settings.sample_every:
+        unseen = CaptionedMocap(settings.seed + 1, *clips, held_out=True)
+        showcase = Showcase.of(unseen, coder)
+    std = _residual_std(settings, latents)
+    config = latent_model(_shape(settings), parts, LABEL_PROMPTS, std)
+    return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
+
+
+def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
+    """That of the weights that the residual network starts from, which rely on it; or measured.
+
+    Raises ValueError for weights of both networks that were trained on different latents.
+    """
+    from ..formats.checkpoint import read_config
+    from ..training.latents import residual_std
+
     if settings.resume:
-        trainer.restore(state_file)
-    elif settings.init_from:
-        fresh = trainer.warm_start(settings.init_from)
-        print(f"not in {settings.init_from}: {', '.join(fresh) or 'nothing'}", file=sys.stderr)
-    return trainer
+        return read_config(settings.output / CHECKPOINT).residual_std
+    folders = [folder for folder in (settings.init_from, settings.residual_from) if folder]
+    configs = [read_config(folder) for folder in folders]
+    if len({(config.latent_mean, config.latent_std) for config in configs}) > 1:
+        names = " and ".join(map(str, folders))
+        raise ValueError(f"{names} are of different latents, and cannot be one model")
+    on_latents = [config for config in configs if config.autoencoder is not None]
+    return on_latents[-1].residual_std if on_latents else residual_std(latents)
 
 
-def _describe(trainer: Trainer, settings: argparse.Namespace) -> str:
-    """Clips, networks and device, in one line."""
-    sizes = [
-        f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
-        for name, net in trainer.networks.items()
-    ]
-    return (
-        f"{len(trainer.clips)} clips of {len(trainer.config.labels)} classes; "
-        f"{' and '.join(sizes)} parameters; {trainer.options.precision} on {settings.device}"
-    )
-
-
-def _run(trainer: Trainer, settings: argparse.Namespace, log: TextIO) -> None:
-    """All steps that are left, with their lines in the log, states, checkpoints and samples."""
+def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
     import torch
     from tqdm import tqdm
 
-    options, output = trainer.options, settings.output
-    record = {
-        **vars(settings),
-        **asdict(options),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    log.write(json.dumps({"start": trainer.steps_done, **record}, default=str) + "\n")
-    progress = tqdm(total=options.steps, initial=trainer.steps_done, unit="step", disable=None)
-    reports, since = [], time.perf_counter()
-    while trainer.steps_done < options.steps:
-        reports.append(trainer.step())
-        step = trainer.steps_done
-        progress.update()
-        last = step == options.steps
-        if step % settings.log_every == 0 or last:
-            line = _summary(step, reports, options.batch_size, time.perf_counter() - since)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            shown = (*trainer.networks, "clips_per_second")
-            progress.set_postfix({key: line[key] for key in shown})
-            reports, since = [], time.perf_counter()
-        if step % settings.save_every == 0 or last:
-            trainer.save(output / "training.safetensors")
-            trainer.export(output / "checkpoint")
-        if settings.sample_every and (step % settings.sample_every == 0 or last):
-            _sample_sheet(trainer, output / "samples" / f"step-{step:07d}.png")
-            since = time.perf_counter()
-    progress.close()
+    from ..training.autoencoder import AutoencoderTraining, frame_pool
+
+    device = torch.device(settings.device)
+    name = f"frames-{settings.size}-seed{settings.seed}-{settings.num_clips}.npy"
+    folder = settings.clips_cache or settings.output
+    with tqdm(total=settings.num_clips, desc="rendering", unit="clip", disable=None) as progress:
+        frames = frame_pool(
+            settings.num_clips,
+            settings.seed,
+            settings.size,
+            device,
+            folder / name if device.type == "cpu" else None,
+            progress.update,
+        )
+    return AutoencoderTraining(options, frames, settings.device, keep_encoder=settings.keep_encoder)
+
+
+def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTraining:
+    from ..training.teacher import Teacher, teacher_folder
+    from ..training.text import TextTraining
+
+    teacher = Teacher(teacher_folder(), settings.device, options.precision == "bf16")
+    return TextTraining(options, teacher, settings.device)
+
+
+_TRAININGS = {
+    "decomposed": _decomposed,
+    "vdm": _on_pixels,
+    "autoencoder": _autoencoder,
+    "text": _text,
+}
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def _shape(settings: argparse.Namespace):
+    from ..training.recipes import Shape
+
+    return Shape(**{field.name: getattr(settings, field.name) for field in fields(Shape)})
 
 
 def _check(settings: argparse.Namespace) -> None:
     """ValueError for numbers out of range and impossible networks, before clips are rendered."""
-    counts = ("num_clips", "num_frames", "size", "frame_stride", "patch_size")
+    counts = ("num_clips", "num_frames", "size", "frame_stride", "patch_size", "captions")
     for name in (*counts, "save_every", "log_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{flag(name)} must be at least 1, got {getattr(settings, name)}")
-    if settings.sample_every < 0:
-        raise ValueError(f"--sample-every must not be negative, got {settings.sample_every}")
-    if not 0 < settings.fps < float("inf"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+    for name in ("sample_every", "base_images"):
+        value = getattr(settings, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{flag(name)} must not be negative, got {value}")
+    if settings.fps is not None and not 0 < settings.fps < float("inf"):
         raise ValueError(f"--fps must be positive, got {settings.fps}")
     lam = settings.lam
     if lam is not None and not 0 <= lam < 1:  # at 1 no frame has noise of its own to estimate
         raise ValueError(f"--lam must be at least 0 and below 1, got {lam}")
-    config = _config(settings, ("any",))
-    multiple = getattr(config, config.networks[0]).size_multiple
-    if settings.size % multiple:
-        raise ValueError(f"--size must be a multiple of {multiple}, got {settings.size}")
+    if settings.objective in OBJECTIVES and settings.autoencoder is None:
+        from ..training.recipes import pixel_model
+
+        config = pixel_model(_shape(settings), ("any",), settings.objective)
+        multiple = getattr(config, config.networks[0]).size_multiple
+        if settings.size % multiple:
+            raise ValueError(f"--size must be a multiple of {multiple}, got {settings.size}")
 
 
 def _precision(settings: argparse.Namespace) -> str:
@@ -155,7 +242,7 @@ def _precision(settings: argparse.Namespace) -> str:
     return "bf16" if native else "fp32"
 
 
-def _data(settings: argparse.Namespace):
+def _pixels(settings: argparse.Namespace):
     """uint8 clips [M, N, H, W, 3], int64 labels [M] and the class names."""
     from tqdm import tqdm
 
@@ -192,92 +279,3 @@ def _data(settings: argparse.Namespace):
     for path in found.truncated:
         print(f"truncated, read up to the fault: {path}", file=sys.stderr)
     return found.clips, found.labels, found.label_names
-
-
-def _config(settings: argparse.Namespace, labels: tuple[str, ...]):
-    """The model: attention at the coarsest level, temporal convolutions one above it."""
-    from ..diffusion.schedule import NoiseSchedule
-    from ..formats.checkpoint import DecomposedConfig, PlainConfig
-    from ..models import UNetConfig, vdm_config
-
-    levels = len(settings.layers_per_block)
-    coarsest = tuple(level == levels - 1 for level in range(levels))
-    base = UNetConfig(  # for the output channels see models/denoisers.py
-        out_channels=4,
-        block_out_channels=settings.base_channels,
-        layers_per_block=settings.layers_per_block,
-        patch_size=settings.patch_size,
-        spatial_attention=coarsest,
-        temporal_attention=(False,) * levels,
-        temporal_conv=(False,) * levels,
-        head_dim=16,
-        num_classes=len(labels),
-        feed_forward_mult=0,
-    )
-    clips = {
-        "num_frames": settings.num_frames,
-        "height": settings.size,
-        "width": settings.size,
-        "channels": 3,
-        "labels": tuple(labels),
-        "fps": settings.fps,
-        "schedule": NoiseSchedule.linear().to_dict(),
-    }
-    if settings.objective == "vdm":
-        return PlainConfig(**clips, video=vdm_config(base))
-    residual = replace(
-        base,
-        in_channels=6,
-        out_channels=6,
-        block_out_channels=settings.residual_channels,
-        temporal_attention=coarsest,
-        temporal_conv=tuple(level == levels - 2 for level in range(levels)),
-        frame_embedding=True,
-    )
-    return DecomposedConfig(
-        **clips,
-        lam=settings.lam,
-        base=base,
-        residual=residual,
-        base_path=settings.base_path,
-        clean_share=settings.clean_share,
-    )
-
-
-def _summary(step: int, reports: list, batch_size: int, seconds: float) -> dict:
-    """The log line of some steps: mean losses, those of each fifth of the schedule, the speed."""
-    import warnings
-
-    import numpy as np
-
-    names = reports[0].losses
-    by_t = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a fifth without a sample is null
-        for name in names:
-            means = np.nanmean([r.by_t[name] for r in reports], axis=0)
-            by_t[name] = [None if np.isnan(v) else round(float(v), 4) for v in means]
-    return {
-        "step": step,
-        **{name: round(float(np.mean([r.losses[name] for r in reports])), 4) for name in names},
-        **{f"{name}_by_t": means for name, means in by_t.items()},
-        "clips_per_second": round(len(reports) * batch_size / seconds, 2),
-    }
-
-
-def _sample_sheet(trainer, file: Path) -> None:
-    """Eight classes, one clip a row, from the averaged weights in 25 steps."""
-    import torch
-
-    from ..media.pictures import network_to_pixels, sheet
-    from ..media.video import write_video
-
-    config = trainer.config
-    labels = torch.arange(min(8, len(config.labels)), device=trainer.device)
-    with torch.autocast(
-        trainer.device.type, torch.bfloat16, enabled=trainer.options.precision == "bf16"
-    ):
-        video = trainer.objective.sample(trainer.averaged, labels, steps=25)
-    pixels = network_to_pixels(video).cpu().numpy()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_video(file, sheet(pixels, columns=config.num_frames)[None])

@@ -108,8 +108,8 @@ def run(training, settings: argparse.Namespace, log: TextIO, limit: Limit) -> No
 
 
 def _save(training, settings: argparse.Namespace) -> None:
+    training.export(settings.output / CHECKPOINT)  # before the state: a run with a state has one
     training.save(settings.output / STATE)
-    training.export(settings.output / CHECKPOINT)
 
 
 def tell_end(training, settings: argparse.Namespace) -> None:

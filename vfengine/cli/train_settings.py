@@ -34,10 +34,14 @@ _CLIPS = "clips"
 _ON_LATENTS = {
     "size": 128,
     "patch_size": 1,
-    "base_channels": (96, 160, 256),
-    "residual_channels": (64, 96, 128),
+    "base_channels": (64, 128, 192),
+    "residual_channels": (64, 64, 64),
     "layers_per_block": (1, 1, 1),
 }
+# What models on latents alone have, and models that start from two others.
+_OF_LATENTS = ("residual_from", "captions", "base_images")
+# What trainings of an autoencoder or a text encoder have of the settings of models.
+_OF_PARTS = ("size", "num_clips")
 # What a plain video model has of a decomposed model's options.
 _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 
@@ -92,6 +96,13 @@ SETTINGS = (
         "mocap",
     ),
     Setting("num_clips", _CLIPS, _WHOLE, "clips of mocap to render", 12_000),
+    Setting(
+        "base_images",
+        _CLIPS,
+        _WHOLE,
+        "base frames of so many further clips, with --autoencoder; 0: those of the clips",
+        0,
+    ),
     Setting("captions", _CLIPS, _WHOLE, "captions of a clip, with --text-encoder", 4),
     Setting(
         "clips_cache", "files", _FOLDER, "folder for rendered clips or latents", None, "--output"
@@ -144,6 +155,13 @@ SETTINGS = (
         _FOLDER,
         "start the residual network from this checkpoint, not that of --init-from",
     ),
+    Setting(
+        "keep_encoder",
+        "training",
+        SWITCH,
+        "train the decoder of --init-from alone, so that latents stay as they are",
+        False,
+    ),
     Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
     Setting("max_minutes", "training", _NUMBER, "the same in minutes"),
     Setting("device", "training", text("NAME"), "device to train on: cpu, cuda, cuda:1 …", "cpu"),
@@ -174,7 +192,7 @@ SETTINGS = (
     _option("clean_share", _DECOMPOSED, "share of clips that are shown the exact base noise"),
     _option("base_jitter", _DECOMPOSED, "largest noise on the base frame of those clips"),
     _option(
-        "cell_weight", _DECOMPOSED, "weight of a picture's cells in which its clip moves, beside 1"
+        "cell_weight", _DECOMPOSED, "weight of latents that the figure fills, beside 1 of others"
     ),
     _option(
         "timestep_shift",
@@ -235,22 +253,34 @@ def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _takes(objective: str, setting: Setting) -> bool:
     """Whether an objective has a meaning for this setting."""
+    if setting.name == "keep_encoder":
+        return objective == "autoencoder"
     if objective == "decomposed" or setting.name == "objective":
         return True
-    foreign = setting.group == _DECOMPOSED or setting.name in ("residual_from", "captions")
+    foreign = setting.group == _DECOMPOSED or setting.name in (
+        "residual_from",
+        "captions",
+        "base_images",
+    )
     if objective != "vdm":
-        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name != "size"
+        only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name not in _OF_PARTS
         foreign |= only_of_models or setting.name in ("class_dropout", "timestep_shift")
+    if objective == "text":
+        foreign |= setting.name in ("size", "sample_every", "clips_cache")
     return not foreign
 
 
 def _check_parts(settings: dict[str, Any]) -> None:
     """UsageError for flags of latents and prompts without the others that they need."""
+    if settings["keep_encoder"] and not (settings["init_from"] or settings["resume"]):
+        raise UsageError("--keep-encoder needs --init-from: a fresh encoder is not worth keeping")
     given = [name for name in ("autoencoder", "text_encoder") if settings[name] is not None]
     if len(given) == 1:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
     if given and settings["data"] != "mocap":
         raise UsageError("a folder of videos has no captions: it trains without --autoencoder")
+    if not given and settings["cell_weight"] != 1:
+        raise UsageError("--cell-weight needs --autoencoder: pixels weigh alike")
     for name in ("max_hours", "max_minutes"):
         if settings[name] is not None and not settings[name] >= 0:
             raise UsageError(f"{flag(name)} must not be negative, got {settings[name]}")

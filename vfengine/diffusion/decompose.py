@@ -133,7 +133,7 @@ def joint_loss(
                     the residual network also learns base_path="clean"
     weights:        (base [B], residual [B]) factors on the squared errors, such as (1-ᾱ_t)/ᾱ_t for
                     errors of the predicted clean frames
-    cell_weights:   [B, 1, H, W] factors on a sample's squared errors, pixel by pixel
+    cell_weights:   [B, N, 1, H, W] factors on the squared errors, pixel by pixel
 
     residual_loss averages over the frames that are not the base frame (0 when there is none).
     Raises ValueError for shapes that do not fit, of arguments or of a model's output.
@@ -143,14 +143,20 @@ def joint_loss(
             f"joint_loss: x and residual_noise must both be [B, N, C, H, W], "
             f"got {list(x.shape)} and {list(residual_noise.shape)}"
         )
+    cells = torch.ones(1, 1, 1, 1, 1, device=x.device) if cell_weights is None else cell_weights
+    if cell_weights is not None and cells.shape != (*x.shape[:2], 1, *x.shape[3:]):
+        raise ValueError(
+            f"joint_loss: cell_weights must be [B, N, 1, H, W], got {list(cells.shape)} for x "
+            f"{list(x.shape)}"
+        )
     m = base_index(x.shape[1])
     eps = combine(base_noise, residual_noise, lam)  # (1)
     z = add_noise(x, eps, t, schedule)  # (2)
 
     b_hat = base_model(z[:, m], t)
     _check_image("the base model's output", b_hat, x)
-    cells = 1.0 if cell_weights is None else cell_weights
-    base_loss = ((base_noise - b_hat).square() * cells).flatten(1).mean(1)  # (4)
+    of_base = cells.expand(-1, x.shape[1], -1, -1, -1)[:, m]
+    base_loss = ((base_noise - b_hat).square() * of_base).flatten(1).mean(1)  # (4)
 
     removed = b_hat.detach() if stop_gradient else b_hat  # sg[b̂]
     removed = _exact_where(exact_base, base_noise, removed)
@@ -159,9 +165,8 @@ def joint_loss(
         raise ValueError(
             f"the residual model's output must be {list(x.shape)}, got {list(r_hat.shape)}"
         )
-    error = (eps - combine(removed, r_hat, lam)).square()  # (5)
-    cells = 1.0 if cell_weights is None else cell_weights[:, None]
-    error = (error * cells).flatten(2).mean(2)  # [B, N]
+    error = (eps - combine(removed, r_hat, lam)).square() * cells  # (5)
+    error = error.flatten(2).mean(2)  # [B, N]
     others = torch.cat([error[:, :m], error[:, m + 1 :]], 1)
     residual_loss = others.sum(1) / max(others.shape[1], 1)
 

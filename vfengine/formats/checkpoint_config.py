@@ -94,6 +94,8 @@ class CheckpointConfig(ABC):
             isinstance(digest, str) for digest in self.sha256.values()
         ):
             raise ValueError(f"sha256 must be an object of strings, got {self.sha256!r}")
+        self._check_autoencoder()
+        self._check_prompts()
         for name, num_images in zip(self.networks, self._num_images, strict=True):
             unet = self.unet_config(name)
             if not isinstance(unet, UNetConfig):
@@ -103,8 +105,6 @@ class CheckpointConfig(ABC):
                     f"{name} takes {unet.in_channels} channels, not those of the clips"
                 )
             self._check_condition(name, unet)
-        self._check_autoencoder()
-        self._check_prompts()
 
     def _check_condition(self, name: str, unet: UNetConfig) -> None:
         """ValueError unless the UNet takes the labels, or what the text encoder makes."""

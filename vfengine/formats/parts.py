@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..models.autoencoder import Autoencoder, AutoencoderConfig, empty_decoder, empty_encoder
 from ..models.text_encoder import TextEncoderConfig, empty_text_encoder
-from .checkpoint import CheckpointConfig
+from .checkpoint import KINDS, CheckpointConfig
 from .folders import Part, read_tensors, read_text, write_folder
 from .load import ready_autoencoder, ready_text_encoder
 from .published import read_json
@@ -145,6 +145,8 @@ def read_autoencoder(
 ) -> tuple[AutoencoderConfig, dict[str, Tensor], tuple[float, ...], tuple[float, ...]]:
     """What `save_autoencoder` wrote: configuration, weights, mean and std of the latents.
 
+    A model's checkpoint is read likewise: it has an autoencoder of its own.
+
     Raises FileNotFoundError for what is missing; ValueError, naming it, for what is damaged.
     """
     folder = Path(folder)
@@ -179,6 +181,8 @@ def save_text_encoder(
 
 def read_text_encoder(folder: str | Path) -> tuple[TextEncoderConfig, dict[str, Tensor], str]:
     """What `save_text_encoder` wrote: configuration, weights, and the tokenizer's file.
+
+    A model's checkpoint is read likewise: it has a text encoder of its own.
 
     Raises FileNotFoundError for what is missing; ValueError, naming it, for what is damaged.
     """
@@ -216,6 +220,9 @@ def _entries(folder: Path, form: str, *names: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json of the format {form}")
     entries = read_json(file)
+    if entries.get("format") in (kind._format for kind in KINDS.values()):  # a whole model's
+        own = {name: entries[name] for name in ("sha256", *names) if entries.get(name)}
+        entries = {"format": form, **own}
     if entries.get("format") != form:
         raise ValueError(f'{file}: "format" is not {form}')
     if entries.keys() != {"format", "sha256", *names} or not isinstance(entries["sha256"], dict):

@@ -102,6 +102,10 @@ class WordTokenizer:
         """All tokens of a text: their `ids`, `tokens`, and `offsets` in the text's characters."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def words(self, text: str) -> list[str]:
+        """What a text is cut into, known or not."""
+        return _cut(self._tokenizer, text)
+
     def tokens(self, text: str) -> list[str]:
         """All tokens of a text: words that are known, and [UNK] for others."""
         return self.encode(text).tokens

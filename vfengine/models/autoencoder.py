@@ -220,6 +220,10 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.moments(x)[:, : self.out_channels]
+
+    def moments(self, x: Tensor) -> Tensor:
+        """The mean of z and its log-variance, [B, 2 C, h, w]."""
         h = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch_size)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
         for layer in self.layers:
@@ -227,7 +231,7 @@ class Encoder(nn.Module):
         h = self.conv_out(self.conv_norm_out(h, silu=True))
         if self.quant_conv is not None:
             h = images(self.quant_conv(rows(h)), *h.shape[-2:])
-        return h[:, : self.out_channels]
+        return h
 
     def plan(self, build, x):
         h = build.conv(x, self.conv_in, padded=True)

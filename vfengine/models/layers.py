@@ -187,14 +187,19 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """bias [heads, L, M] is added to the logits."""
+        """bias [heads, L, M] is added to the logits.
+
+        A context [B, M, C'] may serve x [B*N, L, C], the N frames of each of B clips.
+        """
         source = x if context is None else context
+        queries = x.reshape(*source.shape[:-2], -1, x.shape[-1])  # those of all frames together
         split = (self.heads, self.head_dim)
         q, k, v = (
             layer(value).unflatten(-1, split).transpose(-3, -2)
-            for layer, value in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
+            for layer, value in ((self.to_q, queries), (self.to_k, source), (self.to_v, source))
         )
-        return self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
+        out = self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
+        return out.view_as(x)
 
 
 class FeedForward(nn.Module):
@@ -248,7 +253,7 @@ class TransformerBlock(nn.Module):
         num_frames: int,
         context: Tensor | None = None,
     ) -> Tensor:
-        """h -> the same shape; context [B*N, M, C'] or None.
+        """h -> the same shape; context [B, M, C'] or None.
 
         h is [B*N, H*W, C]; over time [B, H*W, N, C].
         """
@@ -310,7 +315,7 @@ class Transformer(TransformerBlock):
         )
 
     def forward(self, x: Tensor, num_frames: int, context: Tensor | None = None) -> Tensor:
-        """x [B*N, C, H, W], context [B*N, M, C'] or None -> [B*N, C, H, W]."""
+        """x [B*N, C, H, W], context [B, M, C'] or None -> [B*N, C, H, W]."""
         height, width = x.shape[-2:]
         over_time = self.axis == "time"
         if self.norm_over_frames:

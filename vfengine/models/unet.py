@@ -224,7 +224,7 @@ class UNet(Embeddings):
         frames = x.flatten(0, 1) if config.is_video else x  # [B*N, C, H, W], a view
         embedding = F.silu(self.embed(t, class_labels, num_frames))
         if context is not None:
-            context = context.to(self.dtype).repeat_interleave(num_frames, dim=0)
+            context = context.to(self.dtype)
 
         h = F.pixel_unshuffle(frames.to(self.dtype), config.patch_size)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))

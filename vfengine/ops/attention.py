@@ -8,10 +8,12 @@
 | "math"  | any                          | two batched products around a softmax in fp32 |
 | "auto"  | those of "flash"             | "flash", where the package is installed |
 |         | all others on CUDA           | "sdpa" |
-|         | all others on a CPU          | "math" up to 64 keys, "sdpa" beyond |
+|         | all others on a CPU          | "math" up to 64 keys, and up to 1024 where |
+|         |                              | autograd records; "sdpa" beyond |
 
 Frames and coarse pictures are short sequences in large batches: there "math" takes a fraction of
-the time of torch's fused CPU kernel. On CUDA it is five launches where "sdpa" is one.
+the time of torch's fused CPU kernel, whose way back takes over twice that of "math" for longer ones
+too. On CUDA it is five launches where "sdpa" is one.
 
 "flash" has only ever been tested with a stand-in for its package: it has never run on a GPU here.
 """
@@ -28,6 +30,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "flash", "sdpa", "math")
 _SHORT = 64  # keys, up to which "auto" takes "math"
+_SHORT_IN_TRAINING = 1024  # the same where autograd records: beyond, its logits take much memory
 _MAX_BATCH = 2**16 - 1  # fused CUDA kernels, flash-attn's and torch's, count it in gridDim.y or .z
 
 
@@ -53,14 +56,17 @@ def attend(
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    return logits.float().softmax(-1).to(v.dtype) @ v
+    if not logits.requires_grad:  # bf16, whose softmax computes in fp32 too, is faster to go back
+        logits = logits.float()
+    return logits.softmax(-1).to(v.dtype) @ v
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: str) -> str:
     """Resolve `backend` for the arguments of `attend` to "flash", "sdpa" or "math".
 
-    Looks at shapes, dtypes and devices, never at values. Raises ValueError for an unknown name,
-    and where the backend asked for cannot run: it is never replaced by another.
+    Looks at shapes, dtypes, devices and whether autograd records, never at values. Raises
+    ValueError for an unknown name, and where the backend asked for cannot run: it is never replaced
+    by another.
     """
     asked = f"backend={backend!r}"
     if backend == "auto":
@@ -72,7 +78,8 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend
         if why_no_flash(q, k, v, bias) is None:
             return "flash"
         fused = q.is_cuda and math.prod(q.shape[:-3]) <= _MAX_BATCH
-        return "math" if k.shape[-2] <= _SHORT and not fused else "sdpa"
+        short = _SHORT_IN_TRAINING if q.requires_grad and not q.is_cuda else _SHORT
+        return "math" if k.shape[-2] <= short and not fused else "sdpa"
     if backend == "flash":
         reason = why_no_flash(q, k, v, bias)
         if reason is not None:

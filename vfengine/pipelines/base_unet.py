@@ -88,7 +88,7 @@ def pretrained_base(
 def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
     """ValueError unless the network fits the clips' channels and size, and the labels."""
     channels = (unet.in_channels, unet.out_channels)
-    labels = len(config.labels)
+    labels = 0 if config.text_encoder is not None else len(config.labels)  # that are classes
     known = unet.num_classes
     if known is not None and unet.class_embedding == "table":
         known -= 1  # the last class stands for no label

@@ -5,6 +5,7 @@ Those of our own checkpoints have labels, and noise of a size that the checkpoin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +108,7 @@ class CheckpointPipeline(Pipeline):
         return self.config.fingerprint()
 
     def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
+        """Also ValueError for prompts, if the model knows labels alone."""
         names = list(names)
         super().check_fields(names, spell)
         prompts = [name for name in names if name in ("prompt", "negative_prompt")]
@@ -141,6 +143,13 @@ class CheckpointPipeline(Pipeline):
         frames = 1 if getattr(request, "preview", False) else request.num_frames
         counts = {"text": 1, "decode": request.num_clips * (frames or self.config.num_frames)}
         return {phase: counts.get(phase, steps) for phase, steps in work.items()}
+
+    def shown(self, request: VideoRequest) -> dict[str, str]:
+        """What a request shows, as base paths note it: its labels, or its prompts; of JSON."""
+        shown = {"labels": request.labels}
+        if self.config.text_encoder is not None:
+            shown = {"prompts": self._prompts(request), "negative_prompts": request.negatives}
+        return {name: json.dumps(texts) for name, texts in shown.items()}
 
     # -- from a request to the values that travel below it -----------------------------------------
 

@@ -18,7 +18,6 @@ seeds and on k alone (vfengine/diffusion/noise.py), never on the batch it is mad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -304,18 +303,15 @@ class VideoFusionPipeline(CheckpointPipeline):
         label: str | Sequence[str] | None = None,
         *,
         output_type: str = "np",
+        callback: Callback | None = None,
         **settings: Any,
     ) -> VideoFusionOutput:
         """The base frames alone, as clips of one frame: bit for bit those that the clips will have.
 
         settings: of `walk_base`. This costs one image; pass its trajectory on to make the clips.
         """
-        SamplingRequest(output_type=output_type)  # refuses an unknown one before the base phase
-        run = self._run(settings.get("callback"))
-        path = self.walk_base(label, timings=run.timings, **settings)
-        return VideoFusionOutput(
-            self._frames(path.final[:, None], output_type, run), path, run.timings
-        )
+        request = SamplingRequest(label=label, output_type=output_type, preview=True, **settings)
+        return self.sample(request, callback)
 
     def image_path(
         self,
@@ -441,12 +437,9 @@ class VideoFusionPipeline(CheckpointPipeline):
 
     def _notes(self, request: SamplingRequest) -> dict[str, str]:
         """The metadata of a base path."""
-        shown = {"labels": request.labels}
-        if self.config.text_encoder is not None:
-            shown = {"prompts": self._prompts(request), "negative_prompts": request.negatives}
         return {
             "model": self.config.fingerprint(),
-            **{name: json.dumps(texts) for name, texts in shown.items()},
+            **self.shown(request),
             "base_seed": str(request.base_seed),
             "guidance_scale": repr(float(request.guidance_scale)),
         }

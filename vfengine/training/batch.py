@@ -6,6 +6,7 @@ A step's clips are `Pixels` with labels or `Latents` with captions; both have th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,17 @@ from torch import Tensor
 
 from ..diffusion.decompose import base_index
 from ..media.pictures import pixels_to_network
+
+
+class Samples(NamedTuple):
+    """Clips [B, N, ...] or base frames [B, ...], and what is said of each, [B, ...].
+
+    figure: the figure's share of each cell, of clips or frames of one channel; None: not known
+    """
+
+    x: Tensor
+    condition: Tensor
+    figure: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +43,7 @@ class Pixels:
     def shape(self) -> tuple[int, ...]:
         return self.clips.shape
 
-    def take(
-        self, rng: np.random.Generator, count: int, dropout: float, m: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def take(self, rng: np.random.Generator, count: int, dropout: float, m: int | None) -> Samples:
         """`count` random clips uint8 [B, N, H, W, C], or their frames m, and labels int64 [B].
 
         dropout: share of labels that become the null class
@@ -42,7 +52,7 @@ class Pixels:
         pixels = np.stack([self.clips[i] if m is None else self.clips[i, m] for i in chosen])
         labels = self.labels[chosen].copy()
         labels[rng.uniform(size=count) < dropout] = self.null_class
-        return torch.from_numpy(pixels), torch.from_numpy(labels)
+        return Samples(torch.from_numpy(pixels), torch.from_numpy(labels), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,29 +60,36 @@ class Latents:
     """Clips as normalised latents [M, N, C, h, w], with captions' token states [M, P, L, D].
 
     Both fp16, on any device; null: the state [L, D] of the empty prompt. A clip has P captions.
+    figure: its share of each cell, fp16 [M, N, 1, h, w], where that is known
+    images: base frames of further clips, as clips of one frame; base frames are then taken of these
     """
 
     clips: Tensor
     captions: Tensor
     null: Tensor
+    figure: Tensor | None = None
+    images: Latents | None = None
     condition = "context"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.clips.shape)
 
-    def take(
-        self, rng: np.random.Generator, count: int, dropout: float, m: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def take(self, rng: np.random.Generator, count: int, dropout: float, m: int | None) -> Samples:
         """`count` random clips fp16 [B, N, C, h, w], or their frames m, and contexts [B, L, D].
 
         dropout: share of captions that become the empty prompt
         """
+        if m is not None and self.images is not None:
+            return self.images.take(rng, count, dropout, 0)
         chosen = self._index(rng.integers(0, len(self.clips), count))
         dropped = self._index(rng.uniform(size=count) < dropout)
         told = self._index(rng.integers(0, self.captions.shape[1], count))
-        x = self.clips[chosen] if m is None else self.clips[chosen, m]
-        return x, torch.where(dropped[:, None, None], self.null, self.captions[chosen, told])
+        context = torch.where(dropped[:, None, None], self.null, self.captions[chosen, told])
+        rows = chosen if m is None else (chosen, m)
+        return Samples(
+            self.clips[rows], context, None if self.figure is None else self.figure[rows]
+        )
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.clips.device, non_blocking=True)
@@ -102,15 +119,17 @@ class BatchSampler:
         if device.type != "cpu":
             self._normals = torch.Generator(device).manual_seed(self._generator.initial_seed())
 
-    def clips(self, count: int, only_base: bool = False) -> tuple[Tensor, Tensor]:
+    def clips(self, count: int, only_base: bool = False) -> Samples:
         """`count` clips fp32 [B, N, C, H, W] or base frames [B, C, H, W], and their conditions.
 
         Pixels are in -1..1. A condition is what networks take as the argument data.condition.
         """
         m = base_index(self._data.shape[1]) if only_base else None
-        x, condition = map(self._placed, self._data.take(self._rng, count, self._dropout, m))
+        x, condition, figure = self._data.take(self._rng, count, self._dropout, m)
+        x = self._placed(x)
         x = pixels_to_network(x) if x.dtype == torch.uint8 else x.float()
-        return x.contiguous(), condition
+        figure = None if figure is None else self._placed(figure).float()
+        return Samples(x.contiguous(), self._placed(condition), figure)
 
     def timesteps(self, count: int) -> Tensor:
         """One t in each of `count` equal parts of the (shifted) schedule: int64 [count]."""

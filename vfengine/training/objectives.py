@@ -23,9 +23,6 @@ from ..sampling.api import sample, sample_base, sample_residual, sample_video
 from .batch import BatchSampler
 from .options import TrainingOptions
 
-# Standard deviation over a clip's frames, above which a cell moves; of noise in it 0.02 is left.
-MOVING_STD = 0.15
-
 Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, and its timestep
 
 
@@ -61,7 +58,7 @@ class _Objective:
     ) -> tuple[Tensor, Tensor]:
         """‖ε - ε̂‖² of a network on its own, weighted as `clean_weight`: (loss [B], t [B]).
 
-        cells: factors on a picture's squared errors, see `_cells`
+        cells: factors [B, 1, H, W] or [B, N, 1, H, W] on the squared errors
         """
         t, eps = batch.timesteps(len(x)), batch.normal(x.shape)
         estimate = self._model(network, condition)(add_noise(x, eps, t, self.schedule), t)
@@ -138,7 +135,7 @@ class Decomposed(_Objective):
         """The joint loss on B clips."""
         base, residual = self.networks["base"], self.networks["residual"]
         options, lam = self.options, self.config.lam
-        x, condition = batch.clips(options.batch_size)
+        x, condition, figure = batch.clips(options.batch_size)
         m = base_index(x.shape[1])
         t = batch.timesteps(len(x))
         b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
@@ -167,27 +164,31 @@ class Decomposed(_Objective):
                 self.clean_weight(t, 1.0, base.data_std),
                 self.clean_weight(t, 1 - lam, residual.data_std),
             ),
-            cell_weights=None if options.cell_weight == 1 else self._cells(x),
+            cell_weights=self._cells(figure, m),
         )
         losses = {"base": (base_loss, t), "residual": (residual_loss, t)}
         return {name: losses[name] for name in self.trained}
 
     def _image_loss(self, batch: BatchSampler, count: int) -> tuple[Tensor, Tensor]:
         """The base network's loss on the base frames of `count` clips."""
-        weighted = self.options.cell_weight != 1
-        x, condition = batch.clips(count, only_base=not weighted)
-        cells = self._cells(x) if weighted else None  # it takes a clip to see what moves
-        images = x[:, base_index(x.shape[1])] if weighted else x
-        return self._eps_loss(self.networks["base"], images, condition, batch, cells)
+        x, condition, figure = batch.clips(count, only_base=True)
+        cells = self._cells(figure)
+        return self._eps_loss(self.networks["base"], x, condition, batch, cells)
 
-    def _cells(self, x: Tensor) -> Tensor:
-        """Factors [B, 1, H, W] of clips' cells, of mean 1: where something moves they are larger.
+    def _cells(self, figure: Tensor | None, m: int | None = None) -> Tensor | None:
+        """Factors of cells, of mean 1 in each picture, larger where the figure is; None: all 1.
 
-        A figure is a small part of a picture, and most of what there is to learn.
+        A figure is a small part of a picture, and most of what there is to learn. In a clip, a
+        frame's figure is also where that of the base frame m has to give way.
         """
-        moves = x.var(1, correction=0).mean(1, keepdim=True) > MOVING_STD**2
-        weights = torch.where(moves, self.options.cell_weight, 1.0)
-        return weights / weights.mean((1, 2, 3), keepdim=True)
+        if self.options.cell_weight == 1:
+            return None
+        if figure is None:
+            raise ValueError("cell_weight needs clips of which it is known where the figure is")
+        if m is not None:
+            figure = torch.maximum(figure, figure[:, m : m + 1])
+        weights = 1 + (self.options.cell_weight - 1) * figure
+        return weights / weights.mean((-3, -2, -1), keepdim=True)
 
     def _jitter(self, batch: BatchSampler, exact: Tensor, shape) -> Tensor:
         """Noise [B, C, H, W] for the base frames in the residual network's input.
@@ -234,7 +235,7 @@ class PlainVideo(_Objective):
         return {"video": config.networks[0]}  # a base network is one without temporal layers
 
     def losses(self, batch: BatchSampler) -> Losses:
-        x, condition = batch.clips(self.options.batch_size)
+        x, condition, _ = batch.clips(self.options.batch_size)
         return {"video": self._eps_loss(self.networks["video"], x, condition, batch)}
 
     def sample(

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from ..names import NETWORKS_TRAINED, PRECISIONS
 
 # what an objective trains with where its user does not say otherwise
-OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {"autoencoder": {"size": 128}, "text": {}}
+OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
+    "autoencoder": {
+        **{"size": 128, "num_clips": 6000, "steps": 12_000, "batch_size": 5},
+        **{"learning_rate": 1e-3, "warmup": 100, "ema": 0.998},
+    },
+    "text": {"steps": 3000, "batch_size": 32, "learning_rate": 1.5e-3, "ema": 0.995},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class TrainingOptions:
                      one each; the residual network alone sees the exact base noise on every clip
     timestep_shift   s: timesteps are drawn at s u / (1 + (s-1) u) of the schedule, u uniform; above
                      1 more of them have much noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)
-    cell_weight      weight of a picture's cells in which its clip moves, beside 1 of all others
+    cell_weight      weight of the cells that the figure fills, beside 1 of all others
     """
 
     steps: int = 20_000

@@ -14,7 +14,7 @@ TIME_BINS = 5
 
 
 class StepReport:
-    """One step's losses by name: the means, and those of each fifth of the schedule, if there is one.
+    """One step's losses by name: the means, and, of a schedule, those of each fifth of it.
 
     A fifth without a sample is NaN. What a GPU still computes is waited for when it is read.
     """

@@ -17,7 +17,9 @@ from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, sa
 from .batch import BatchSampler, Latents, Pixels
 from .objectives import OBJECTIVES, Losses
 from .options import TrainingOptions
+from .parts import Parts
 from .report import StepReport, means_by_t
+from .samples import Showcase, write_labels, write_prompts
 from .updates import Updates
 
 # entries of decomposed models that the names of plain models' states include
@@ -35,6 +37,8 @@ class Trainer:
     clips:  uint8 [M, N, H, W, 3] (an array or memory map) with labels int64 [M]; or `Latents`, for
             a model with an autoencoder and a text encoder. They must fit `config`
     device: where it trains; `Latents` are best there too
+    parts, showcase: of a model on latents: what its checkpoint holds beside the networks, and what
+            its samples show
     """
 
     def __init__(
@@ -44,7 +48,11 @@ class Trainer:
         clips: np.ndarray | Latents,
         labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
+        *,
+        parts: Parts | None = None,
+        showcase: Showcase | None = None,
     ):
+        self._parts, self._showcase = parts, showcase
         if isinstance(clips, Latents):
             _check_latents(config, clips)
             self.data = clips
@@ -139,7 +147,16 @@ class Trainer:
         A network that is not trained has the weights that it started from.
         """
         states = [self.averaged[name].unet.state_dict() for name in self.config.networks]
-        return save_checkpoint(folder, self.config, *states)
+        parts = None if self._parts is None else self._parts.files()
+        return save_checkpoint(folder, self.config, *states, parts=parts)
+
+    def write_samples(self, file: Path) -> None:
+        """A sheet of clips from the averaged weights (samples.py)."""
+        precision = self.options.precision
+        if self._showcase is None:
+            write_labels(self.objective, self.averaged, precision, file)
+        else:
+            write_prompts(self.objective, self.averaged, self._showcase, precision, file)
 
     def save(self, file: Path) -> None:
         """Writes everything that a run continues from to one .safetensors file, atomically."""

@@ -193,7 +193,7 @@ _LIGHTS = {
     "cool light": ("cool light", "in cool light", "cool lighting", "cold light"),
     "dim light": ("dim light", "in dim light", "dim lighting", "dimly lit", "low light"),
 }
-_VIEWS = {
+VIEWS = {
     "left": ("seen from the left", "viewed from the left", "from the left", "left view"),
     "right": ("seen from the right", "viewed from the right", "from the right", "right view"),
     "front": ("seen from the front", "viewed from the front", "from the front", "front view"),
@@ -208,7 +208,7 @@ def caption(scene: Scene) -> str:
     usual = {name for name, share in TOLD.items() if share > 0.5}
     if scene.place == "lawn":
         usual.discard("light")  # it is always the same
-    if _side(scene) == "front":
+    if view_of(scene) == "front":
         usual.discard("view")
     return _Phrases(scene, usual, None).sentence()
 
@@ -217,7 +217,7 @@ def paraphrase(scene: Scene, rng: np.random.Generator) -> str:
     """A sentence about a scene, with synonyms and omissions drawn from `rng`."""
     keep = 1.0 if rng.uniform() < _FULL else rng.uniform()
     told = {name for name, share in TOLD.items() if rng.uniform() < keep * share}
-    if _side(scene) == "front" and rng.uniform() < 0.7:
+    if view_of(scene) == "front" and rng.uniform() < 0.7:
         told.discard("view")
     text = _Phrases(scene, told, rng).sentence()
     for name in TOLD:
@@ -233,7 +233,8 @@ def count_tokens(text: str) -> int:
     return len(re.findall(r"\w+|,", text))
 
 
-def _side(scene: Scene) -> str:
+def view_of(scene: Scene) -> str:
+    """ "left", "right" or "front": from where the scene is seen."""
     return "front" if abs(scene.yaw) <= _SIDE else "left" if scene.yaw < 0 else "right"
 
 
@@ -393,7 +394,7 @@ class _Phrases:
         return self.word(_LIGHTS[self.scene.light]) if "light" in self.told else ""
 
     def view(self) -> str:
-        return self.word(_VIEWS[_side(self.scene)]) if "view" in self.told else ""
+        return self.word(VIEWS[view_of(self.scene)]) if "view" in self.told else ""
 
 
 def _article_of(noun: str) -> str:

@@ -39,7 +39,7 @@ _STRIPES = 7.0  # half periods along the torso
 
 
 def cones(poses: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """The ends [F, P, 2, 3] in metres of all parts' cones in poses [F, 43]; radii are `RADII`.
+    """The ends [F, P, 2, 3] in metres of all parts' cones in poses [F, 44]; radii are `RADII`.
 
     mirrored: bool [F], whether left and right are exchanged. A pose that reaches below the floor,
     as recorded ones do by a centimetre or two, is lifted onto it.

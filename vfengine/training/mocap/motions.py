@@ -79,7 +79,7 @@ class Motion:
         self.duration = float(self.times[-1])
 
     def at(self, times: np.ndarray) -> np.ndarray:
-        """Poses [F, 43] at times [F] in seconds.
+        """Poses [F, 44] at times [F] in seconds.
 
         Linear between rows; unit quaternions the shorter way.
         """
@@ -110,7 +110,7 @@ def motions() -> dict[str, Motion]:
 
 
 def skeletons(poses: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Joint -> (rotations [F, 3, 3], places [F, 3] in metres) of poses [F, 43].
+    """Joint -> (rotations [F, 3, 3], places [F, 3] in metres) of poses [F, 44].
 
     x is forward, y up, z to the right of an upright figure. The root stays over the origin: only
     its height is kept, as if a camera followed.

@@ -49,20 +49,23 @@ class Renderer:
         return self.frames(scenes, range(self.num_frames))
 
     @torch.no_grad()
-    def frames(self, scenes: Sequence[Scene], chosen: Sequence[int]) -> Tensor:
-        """The chosen frames of each clip alone, uint8 [M, len(chosen), H, W, 3]."""
-        out = torch.empty(
-            (len(scenes), len(chosen), self.size, self.size, 3),
-            dtype=torch.uint8,
-            device=self.device,
-        )
+    def frames(
+        self, scenes: Sequence[Scene], chosen: Sequence[int], with_figure: bool = False
+    ) -> Tensor:
+        """The chosen frames of each clip alone, uint8 [M, len(chosen), H, W, 3].
+
+        with_figure: with a fourth channel, the figure's share of each pixel, of 255
+        """
+        shape = (len(scenes), len(chosen), self.size, self.size, 4)
+        out = torch.empty(shape, dtype=torch.uint8, device=self.device)
         per_chunk = max(1, _CHUNK[self.device.type] // len(chosen))
         for first in range(0, len(scenes), per_chunk):
             part = scenes[first : first + per_chunk]
             out[first : first + per_chunk] = self._chunk(part, list(chosen))
-        return out
+        return out if with_figure else out[..., :3].contiguous()
 
     def _chunk(self, scenes: Sequence[Scene], chosen: list[int]) -> Tensor:
+        """Pixels and the figure's share of them, uint8 [M, len(chosen), H, W, 4]."""
         num_frames, size, device = len(chosen), self.size, self.device
         poses = np.concatenate([self._poses(scene, chosen) for scene in scenes])
         mirrored = np.repeat([scene.mirrored for scene in scenes], num_frames)
@@ -82,14 +85,16 @@ class Renderer:
         ray = (clip.index_select(0, hits.frame) * side + hits.row) * side + hits.column
         behind = backdrop.rays.flatten(1).index_select(1, ray)  # [3, T]
         change = (colour - behind * light.flatten().index_select(0, pixel)) / _RAYS**2
-        planes = picture.transpose(0, 1).reshape(3, -1)  # [3, F * s * s]
-        for plane, values in zip(planes, change, strict=True):
+        planes = picture.new_zeros(4, light.numel())  # [4, F * s * s]
+        planes[:3] = picture.transpose(0, 1).reshape(3, -1)
+        share = torch.full_like(change[0], 1 / _RAYS**2)
+        for plane, values in zip(planes, (*change, share), strict=True):
             plane.index_add_(0, pixel, values)
         pixels = (planes.clamp_(0, 1) * 255 + 0.5).to(torch.uint8)
-        return pixels.view(3, len(scenes), num_frames, size, size).permute(1, 2, 3, 4, 0)
+        return pixels.view(4, len(scenes), num_frames, size, size).permute(1, 2, 3, 4, 0)
 
     def _poses(self, scene: Scene, chosen: list[int]) -> np.ndarray:
-        """The poses of the chosen frames, [len(chosen), 43]."""
+        """The poses of the chosen frames, [len(chosen), 44]."""
         motion, span = self.motions[scene.action], SECONDS[scene.action] * scene.speed
         latest = motion.duration if motion.periodic else max(motion.duration - span, 0.05)
         step = span / max(self.num_frames - 1, 1)

@@ -1,0 +1,213 @@
+"""The default model, trained by the clock with its own commands; weights in files of 16 MiB.
+
+Text encoder and autoencoder first, then latents, then both networks: two processes side by side,
+whose launches keep a GPU busy only together. Learning rates fall with the steps, so a short trial
+counts how many steps there will be time for.
+
+A model to go on from gives its parts and the weights to begin with. It is the shipped one, if that
+is on latents, or the folder that VFENGINE_TRAIN_FROM names; "nothing" trains all from the start.
+
+In the folder of gpu.jsonl, train/ then holds a checkpoint cut in pieces (`cat model.tar.* | tar x`
+joins them), the logs and the sheets of samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from gpu_run.sections import DEVICE, DRY, emit
+
+SECONDS = 240 if DRY else 400  # of the whole section
+PARTS_SHARE = 0.35  # of the seconds, where the parts are trained too
+SAVING = 2 if DRY else 25  # seconds kept for the last samples, merging and writing
+PIECE = 16 * 2**20  # bytes
+TRIAL_STEPS = 3 if DRY else 60
+
+NETWORKS = ("base", "residual")
+CLIPS = {
+    "base": ("--num-clips", "60", "--base-images", "40000", "--captions", "2"),
+    "residual": ("--num-clips", "12000", "--captions", "2"),
+}
+BATCHES = {"base": ("--batch-size", "256"), "residual": ("--batch-size", "48")}
+RATES = ("--learning-rate", "8e-4", "--warmup", "100", "--decay", "0.6", "--cell-weight", "3")
+if DRY:
+    CLIPS = {"base": ("--num-clips", "4", "--base-images", "4"), "residual": ("--num-clips", "4")}
+    BATCHES = dict.fromkeys(NETWORKS, ("--batch-size", "2", "--extra-images", "0"))
+SMALL = (
+    *("--size", "16", "--num-frames", "4", "--captions", "2", "--layers-per-block", "1,1"),
+    *("--base-channels", "32,32", "--residual-channels", "32,32"),
+)
+
+
+class Unavailable(Exception):
+    """Something is missing here."""
+
+
+class Work:
+    """Runs vfengine.train in a folder, against the clock."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.end = folder, time.monotonic() + SECONDS
+
+    @property
+    def left(self) -> float:
+        """Seconds, without those that saving takes."""
+        return max(self.end - time.monotonic() - SAVING, 0)
+
+    def run(self, jobs: dict[str, tuple[str, ...]], *flags: str) -> dict[str, Path]:
+        """Trainings side by side; returns their checkpoints, by the jobs' names.
+
+        Raises Unavailable for a missing package, RuntimeError for what else fails.
+        """
+        start = time.monotonic()
+        running = {}
+        for name, own in jobs.items():
+            command = [sys.executable, "-m", "vfengine.train", "--device", DEVICE, *own, *flags]
+            command += ["--output", str(self.folder / name)]
+            running[name] = subprocess.Popen(
+                command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+            )
+        for name, process in running.items():
+            said = process.communicate()[1]
+            print(said, file=sys.stderr)
+            if process.returncode:
+                last = (said.strip().splitlines() or ["nothing"])[-1]
+                missing = "No module named" in last or "pip install" in last
+                raise (Unavailable if missing else RuntimeError)(f"{name}: {last}")
+            emit("default model", name, "time", time.monotonic() - start, "s")
+        return {name: self.folder / name / "checkpoint" for name in jobs}
+
+    def train(self, jobs: dict[str, tuple[str, ...]], seconds: float) -> dict[str, Path]:
+        """`run` for so many seconds, in as many steps as there is time for."""
+        end = time.monotonic() + seconds
+        trial = ("--steps", str(TRIAL_STEPS), "--log-every", str(max(1, TRIAL_STEPS // 3)))
+        self.run({f"trial {name}": (*own, *trial) for name, own in jobs.items()}, *QUIET)
+        seconds = end - time.monotonic()
+        limit = ("--max-minutes", str(max(seconds, 0) / 60))
+        counted = {}
+        for name, own in jobs.items():
+            start, *lines = self.lines(f"trial {name}")
+            steps = 0.85 * lines[-1]["clips_per_second"] / start["batch_size"] * seconds
+            steps = TRIAL_STEPS if DRY else max(1, int(steps))
+            counted[name] = (*own, *limit, "--steps", str(steps))
+        checkpoints = self.run(counted)
+        for name in jobs:
+            for key, value in self.lines(name)[-1].items():
+                if isinstance(value, (int, float)):
+                    unit = "1/s" if key == "clips_per_second" else ""
+                    emit("default model", name, key, value, unit)
+        return checkpoints
+
+    def lines(self, name: str) -> list[dict]:
+        """Of a training's log: how it started, and what its steps told."""
+        text = (self.folder / name / "log.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+
+QUIET = ("--save-every", "1000000", "--sample-every", "0")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(Path(folder))
+        try:
+            train(work)
+        except Unavailable as missing:
+            emit("default model", status="unavailable", note=str(missing))
+        finally:
+            _keep(work.folder)
+
+
+def train(work: Work) -> None:
+    source = None if DRY else _source()
+    model, start = (SMALL if DRY else ()), ()
+    if source is not None:
+        from vfengine.formats.checkpoint import read_config
+
+        config = read_config(source)
+        autoencoder = text = source
+        start = ("--init-from", str(source))
+        for name in NETWORKS:
+            channels = ",".join(map(str, config.unet_config(name).block_out_channels))
+            model = (*model, f"--{name}-channels", channels)
+    elif DRY:
+        autoencoder, text = _tiny_parts(work.folder)
+    else:
+        objectives = {name: ("--objective", name) for name in ("autoencoder", "text")}
+        parts = work.train(objectives, PARTS_SHARE * work.left)
+        autoencoder, text = parts["autoencoder"], parts["text"]
+    cache = ("--clips-cache", str(work.folder / "clips"))
+    common = ("--autoencoder", str(autoencoder), "--text-encoder", str(text), *model, *cache)
+    jobs = {
+        name: (*common, *start, *RATES, *CLIPS[name], *BATCHES[name], "--train", name)
+        for name in NETWORKS
+    }
+    made = work.train(jobs, work.left)
+    merge = ("--init-from", str(made["base"]), "--residual-from", str(made["residual"]))
+    work.run({"merged": (*common, *CLIPS["base"], *merge)}, *QUIET, "--max-minutes", "0")
+
+
+def _source() -> Path | None:
+    """The model to go on from."""
+    from vfengine.formats.checkpoint import DEFAULT, read_config
+
+    named = os.environ.get("VFENGINE_TRAIN_FROM")
+    if named == "nothing":
+        return None
+    source = Path(named) if named else DEFAULT
+    return source if named or read_config(source).autoencoder is not None else None
+
+
+def _tiny_parts(folder: Path) -> list[Path]:
+    """With random weights: to train them would take longer than a dry run may."""
+    from vfengine.formats.parts import save_autoencoder, save_text_encoder
+    from vfengine.formats.word_tokenizer import word_tokenizer_json
+    from vfengine.models import (
+        Autoencoder,
+        AutoencoderConfig,
+        Decoder,
+        Encoder,
+        TextEncoder,
+        TextEncoderConfig,
+    )
+
+    text = TextEncoderConfig(4, 8, 16, 1, 2, 16, causal=False)
+    words = word_tokenizer_json(["person", "kicking"])
+    save_text_encoder(folder / "text", text, TextEncoder(text).state_dict(), words)
+    config = AutoencoderConfig(
+        block_out_channels=(8, 16, 16), layers_per_block=1, norm_groups=8, mid_attention=False
+    )
+    state = Autoencoder(config, Decoder(config), Encoder(config)).state_dict()
+    save_autoencoder(folder / "autoencoder", config, state, (0.0,) * 4, (1.0,) * 4)
+    return [folder / "autoencoder", folder / "text"]
+
+
+def _keep(folder: Path) -> None:
+    """Logs, samples and the last checkpoint, to the folder of gpu.jsonl."""
+    out = Path(os.environ["VFENGINE_GPU_OUT"]) / "train"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for run in sorted(path for path in folder.iterdir() if (path / "log.jsonl").is_file()):
+        shutil.copy(run / "log.jsonl", out / f"{run.name}.jsonl")
+        for sheet in run.glob("samples/*"):
+            shutil.copy(sheet, out / f"{run.name}-{sheet.name}")
+    found = [folder / name / "checkpoint" for name in ("merged", *NETWORKS, "autoencoder")]
+    for checkpoint in [path for path in found if path.is_dir()][:1]:
+        whole = folder / "model.tar"
+        with tarfile.open(whole, "w") as archive:
+            archive.add(checkpoint, "checkpoint")
+        with whole.open("rb") as file:
+            for number, piece in enumerate(iter(lambda: file.read(PIECE), b"")):
+                (out / f"model.tar.{number:02}").write_bytes(piece)
+
+
+if __name__ == "__main__":
+    main()
