@@ -56,13 +56,15 @@ class Renderer:
 
         with_figure: with a fourth channel, the figure's share of each pixel, of 255
         """
-        shape = (len(scenes), len(chosen), self.size, self.size, 4)
+        channels = 4 if with_figure else 3
+        shape = (len(scenes), len(chosen), self.size, self.size, channels)
         out = torch.empty(shape, dtype=torch.uint8, device=self.device)
         per_chunk = max(1, _CHUNK[self.device.type] // len(chosen))
         for first in range(0, len(scenes), per_chunk):
             part = scenes[first : first + per_chunk]
-            out[first : first + per_chunk] = self._chunk(part, list(chosen))
-        return out if with_figure else out[..., :3].contiguous()
+            made = self._chunk(part, list(chosen))
+            out[first : first + per_chunk] = made[..., :channels]
+        return out
 
     def _chunk(self, scenes: Sequence[Scene], chosen: list[int]) -> Tensor:
         """Pixels and the figure's share of them, uint8 [M, len(chosen), H, W, 4]."""
@@ -142,11 +144,13 @@ class _Hits:
     def __init__(self, ends: np.ndarray, focal: float, side: int, device: torch.device) -> None:
         """ends float64 [F, P, 2, 3]: the cones in the camera's axes, its eye in the origin."""
         num_frames, num_parts = ends.shape[:2]
-        focal = focal * side
-        silhouettes, boxes = _silhouettes(ends, focal, side)
+        silhouettes, boxes = _silhouettes(ends, focal, side // _RAYS)
         cone, row, column = _candidates(_to(silhouettes, device), boxes.to(device))
+        focal = focal * side
 
-        # rays through the centres of the candidates' pixels
+        # [2, 2, K]: the rays of the pixels of K candidates; what belongs to a cone is [K]
+        rays = torch.arange(_RAYS, device=device)[:, None]
+        row, column = (row * _RAYS + rays)[:, None], column * _RAYS + rays
         u = (column + 0.5 - side / 2) / focal
         v = (side / 2 - 0.5 - row) / focal
         norm = 1 / (u * u + v * v + 1).sqrt()
@@ -170,27 +174,31 @@ class _Hits:
         distance = torch.where(on_cone, t, torch.minimum(t1, t2))
 
         # the nearest hit of each ray; of equal ones the later part
-        place = (cone // num_parts * side + row) * side + column
-        nearest = torch.full((num_frames * side * side,), torch.inf, device=device)
-        nearest.scatter_reduce_(0, place, distance, "amin")
-        first = ((distance == nearest.index_select(0, place)) & (distance < torch.inf)).nonzero()[
-            :, 0
-        ]
-        winner = torch.full((num_frames * side * side,), -1, dtype=torch.int64, device=device)
-        winner.scatter_reduce_(0, place.index_select(0, first), first, "amax")
-        first = first[winner.index_select(0, place.index_select(0, first)) == first]
+        place = ((cone // num_parts * side + row) * side + column).flatten()
+        distance = distance.flatten()
+        nearest = torch.empty(num_frames * side * side, device=device)
+        nearest.scatter_reduce_(0, place, distance, "amin", include_self=False)
+        found = (distance == nearest.index_select(0, place)) & (distance < torch.inf)
+        first = found.nonzero()[:, 0]
+        place = place.index_select(0, first)
+        last = torch.empty(num_frames * side * side, dtype=torch.int64, device=device)
+        last.scatter_reduce_(0, place, first, "amax", include_self=False)
+        first = first[last.index_select(0, place) == first]
 
         def keep(*values: Tensor) -> tuple[Tensor, ...]:
-            return tuple(value.index_select(0, first) for value in values)
+            return tuple(value.flatten().index_select(0, first) for value in values)
 
-        distance, y, cone, self.row, self.column = keep(distance, y, cone, row, column)
+        candidate = first % len(cone)
+        cone = cone.index_select(0, candidate)
+        ax, ay, az, bx, by, bz, d2, *_, m1, m0 = constants.index_select(1, candidate)
+        rows, columns = row.expand_as(y), column.expand_as(y)
+        distance, y, self.row, self.column = keep(distance, y, rows, columns)
         on_cone, near_first = keep(on_cone, t1 <= t2)
-        along_axis, d2, m1, m0 = keep(along_axis, d2, m1, m0)
-        self.ray = keep(rx, ry, rz)
+        self.ray, along_axis = keep(rx, ry, rz), keep(along_axis)[0]
         # normal = scale * (point - first end) - share * (second - first end)
         scale = torch.where(on_cone, d2, 1.0)
         share = torch.where(on_cone, y, torch.where(near_first, 0.0, 1.0))
-        axis, origin = keep(bx, by, bz), keep(ax, ay, az)
+        axis, origin = (bx, by, bz), (ax, ay, az)
         normal = [
             scale * (r * distance - o) - share * b
             for r, o, b in zip(self.ray, origin, axis, strict=True)
@@ -218,13 +226,19 @@ def _constants(ends: np.ndarray) -> np.ndarray:
 
 
 def _silhouettes(ends: np.ndarray, focal: float, side: int) -> tuple[np.ndarray, Tensor]:
-    """In units of rays: [7, F * P] segments and radii, and int64 boxes [4, F * P] around them."""
+    """In pixels: [7, F * P] segments and radii, and int64 boxes [4, F * P] around them.
+
+    side: of the picture, in pixels
+    """
+    focal = focal * side
     depth = np.maximum(ends[..., 2], 0.1)
     x = ends[..., 0] / depth * focal + side / 2  # [F, P, 2]
     y = side / 2 - ends[..., 1] / depth * focal
     # a sphere off the axis is seen as an ellipse, at most so much longer than its radius
     off = (ends[..., 0] ** 2 + ends[..., 1] ** 2) / depth**2
-    r = RADII / depth * focal * np.sqrt(1 + off) * 1.02 + 1
+    r = (
+        RADII / depth * focal * np.sqrt(1 + off) * 1.02 + 0.5
+    )  # a pixel's rays lie 0.36 off its centre
     low = [np.clip(np.floor((v - r).min(-1)), 0, side) for v in (x, y)]
     high = [np.clip(np.ceil((v + r).max(-1)), 0, side) for v in (x, y)]
     width, height = high[0] - low[0], high[1] - low[1]
@@ -236,7 +250,7 @@ def _silhouettes(ends: np.ndarray, focal: float, side: int) -> tuple[np.ndarray,
 
 
 def _candidates(silhouettes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rays inside each cone's silhouette, or a little outside: cone, row, column [T]."""
+    """The pixels inside each cone's silhouette, or a little outside: cone, row, column [K]."""
     count = boxes[3]
     start = count.cumsum(0) - count
     cone = torch.repeat_interleave(count)
