@@ -260,9 +260,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--guidance-scale", type=float, default=2.0)
     add("--seed", type=int, default=0, help="of the noise")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--judge-clips", type=int, default=3000, help="that the action judge learns from")
-    add("--judge-scenes", type=int, default=6000, help="that the attribute judge learns from")
-    add("--judge-steps", type=int, default=500, help="that each judge is trained for")
+    add("--judge-clips", type=int, default=2000, help="that the action judge learns from")
+    add("--judge-scenes", type=int, default=3000, help="that the attribute judge learns from")
+    about = "of the attribute judge's training; the action judge's takes half as many"
+    add("--judge-steps", type=int, default=800, help=about)
     about = "uint8 [M, N, H, W, 3] of the model's actions in turns, .npy, for rendered clips"
     add("--real-clips", type=Path, metavar="FILE", help=about)
     options = parser.parse_args(arguments)
@@ -302,9 +303,9 @@ def judges(options: argparse.Namespace) -> tuple[ActionJudge, AttributeJudge]:
     """Both judges, trained or found again."""
     steps, clips, scenes = options.judge_steps, options.judge_clips, options.judge_scenes
     motion = kept_judge(
-        options.work / f"actions-{clips}-{steps}.safetensors",
+        options.work / f"actions-{clips}-{steps // 2}.safetensors",
         ActionJudge(),
-        lambda: train_action_judge(clips, steps),
+        lambda: train_action_judge(clips, steps // 2),
     )
     look = kept_judge(
         options.work / f"attributes-{scenes}-{steps}.safetensors",

@@ -7,6 +7,7 @@ generated ones may be. Clips are uint8 [M, N, H, W, 3]; a judge sees them at a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ ATTRIBUTES = {  # what can be read: the values that it may have
     "place": tuple(PLACES),
     "wall": ("", *WALLS),  # none on a lawn
 }
+
+# the first of ATTRIBUTES: two colours for each, to see where it is
+_WORN = {"top_colour": ("white", "black"), "bottom_colour": ("white", "black")}
+_WORN |= {"hair": ("grey", "black")}
 
 
 def _layer(inputs: int, outputs: int, side: int, stride: int = 2, dilation: int = 1) -> nn.Module:
@@ -73,7 +78,8 @@ class AttributeJudge(nn.Module):
 
     It sees each frame and how that differs from the mean of all, which shows where somebody moves.
     For each attribute it looks at the cells of all frames that tell of it (attention with a learned
-    query); and at each feature's mean and maximum over all cells.
+    query, which is shown in training where the garments are); and at each feature's mean and
+    maximum over all cells.
     """
 
     size = 128
@@ -81,37 +87,43 @@ class AttributeJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cells = nn.Sequential(
-            _layer(6, 48, 7, stride=4),
+        self.fine = _layer(6, 48, 7, stride=4)  # colours, at 32 x 32 cells
+        self.coarse = nn.Sequential(  # and what they belong to, at 16 x 16
             _layer(48, 96, 3),
             _layer(96, 96, 3, stride=1, dilation=2),
             _layer(96, 96, 3, stride=1, dilation=4),
         )
+        self.cells = _layer(48 + 96, 96, 1, stride=1)
         self.where = nn.Conv2d(96, len(ATTRIBUTES), 1)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(3 * 96, len(values)) for name, values in ATTRIBUTES.items()}
+            {
+                name: nn.Sequential(nn.Linear(3 * 96, 96), nn.ReLU(), nn.Linear(96, len(values)))
+                for name, values in ATTRIBUTES.items()
+            }
         )
 
-    def _read(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """What it saw where it looked, [B, attributes, 96], and on the whole, [B, 192]."""
+    def read(self, frames: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Logits, features [B, 192], and where it looks.
+
+        The last is the logarithm of its attention to the F * 32 * 32 cells, [B, attributes, cells].
+        """
         x = torch.cat([frames, 2 * (frames - frames.mean(1, keepdim=True))], 2)
-        cells = self.cells(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        fine = self.fine(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        coarse = F.interpolate(self.coarse(fine), scale_factor=2.0, mode="nearest")
+        cells = self.cells(torch.cat([fine, coarse], 1))
         where = self.where(cells)
         shape = frames.shape[:2]
         cells, where = (x.unflatten(0, shape).transpose(1, 2).flatten(2) for x in (cells, where))
         looked = where.softmax(-1) @ cells.transpose(1, 2)
-        return looked, torch.cat([cells.mean(-1), cells.amax(-1)], 1)
-
-    def features(self, frames: Tensor) -> Tensor:
-        """[B, 192]."""
-        return self._read(frames)[1]
-
-    def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        looked, whole = self._read(frames)
-        return {
-            name: head(torch.cat([looked[:, i], whole], 1))
+        features = torch.cat([cells.mean(-1), cells.amax(-1)], 1)
+        logits = {
+            name: head(torch.cat([looked[:, i], features], 1))
             for i, (name, head) in enumerate(self.heads.items())
         }
+        return logits, features, where.float().log_softmax(-1)
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+        return self.read(frames)[0]
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -140,9 +152,9 @@ def read_attributes(judge: AttributeJudge, clips: np.ndarray) -> tuple[np.ndarra
     chosen = np.linspace(0, clips.shape[1] - 1, judge.num_frames).round().astype(int)
     seen, features = [], []
     for i in range(0, len(clips), 30):
-        x = to_input(clips[i : i + 30, chosen], judge.size)
-        seen.append(torch.stack([logits.argmax(1) for logits in judge(x).values()], 1))
-        features.append(judge.features(x))
+        logits, found, _ = judge.read(to_input(clips[i : i + 30, chosen], judge.size))
+        seen.append(torch.stack([values.argmax(1) for values in logits.values()], 1))
+        features.append(found)
     return torch.cat(seen).numpy(), torch.cat(features).numpy()
 
 
@@ -172,36 +184,63 @@ def train_action_judge(num_clips: int, steps: int, batch: int = 32) -> ActionJud
 
 
 def train_attribute_judge(num_scenes: int, steps: int, batch: int = 32) -> AttributeJudge:
-    """Cross-entropy on some frames of each scene; every pair of garments' colours occurs."""
-    frames, targets = _attribute_examples(num_scenes)
+    """Cross-entropy on some frames of each scene; every pair of garments' colours occurs.
+
+    For what garments there are, attention learns from where they are: from colours alone it would
+    take many times as long to find out that hair has one.
+    """
+    frames, places, targets = _attribute_examples(num_scenes)
     torch.manual_seed(0)
     judge = AttributeJudge()
 
     def loss(rng: np.random.Generator) -> Tensor:
         chosen = rng.integers(0, num_scenes, batch)
-        logits = judge(degraded(to_input(frames[chosen], judge.size), rng)).values()
-        return sum(
+        x, there = degraded(to_input(frames[chosen], judge.size), rng), places[chosen].float()
+        if rng.uniform() < 0.5:  # left and right exchanged
+            x, there = x.flip(-1), there.flip(-1)
+        logits, _, where = judge.read(x)
+        named = sum(
             F.cross_entropy(values.float(), targets[chosen, i], label_smoothing=0.05)
-            for i, values in enumerate(logits)
-        ) / len(ATTRIBUTES)
+            for i, values in enumerate(logits.values())
+        )
+        found = -(there.flatten(2) * where[:, : len(_WORN)]).sum(-1).mean() / 2
+        return named / len(ATTRIBUTES) + found
 
     return _train(judge, loss, steps, "attribute judge")
 
 
-def _attribute_examples(num_scenes: int) -> tuple[np.ndarray, Tensor]:
-    """uint8 [M, 3, 128, 128, 3] at random times, and int64 [M, attributes]."""
+def _attribute_examples(num_scenes: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Frames, where what is worn is in them, and attributes.
+
+    They are uint8 [M, 3, 128, 128, 3] at random times, fp16 [M, worn, 3, 32, 32] of sum 1 (0 for
+    what is out of sight), and int64 [M, attributes].
+    """
     # a seventh of all pairs of colours is held out from models, so a seventh of scenes
     scenes = [draw_scene(TRAIN_SEED, i, held_out=i % 7 == 0) for i in range(num_scenes)]
     renderer, rng = Renderer(AttributeJudge.size), np.random.default_rng(0)
     count = AttributeJudge.num_frames
     frames = np.empty((num_scenes, count, renderer.size, renderer.size, 3), np.uint8)
+    places = torch.empty(num_scenes, len(_WORN), count, 32, 32, dtype=torch.float16)
     with tqdm(total=num_scenes, desc="frames for the attribute judge", disable=None) as bar:
         for first in range(0, num_scenes, 5):
             part = scenes[first : first + 5]
-            times = np.sort(rng.choice(renderer.num_frames, count, replace=False))
-            frames[first : first + 5] = renderer.frames(part, times.tolist()).numpy()
+            times = np.sort(rng.choice(renderer.num_frames, count, replace=False)).tolist()
+            shown = renderer.frames(part, times)
+            for i, (name, colours) in enumerate(_WORN.items()):
+                # where a garment is, the picture changes with its colour
+                other = [_recoloured(scene, name, colours) for scene in part]
+                changed = (renderer.frames(other, times) != shown).any(-1).float()
+                share = F.avg_pool2d(changed, renderer.size // 32)
+                total = share.sum((1, 2, 3), keepdim=True).clamp(min=1e-6)
+                places[first : first + 5, i] = share / total
+            frames[first : first + 5] = shown.numpy()
             bar.update(len(part))
-    return frames, torch.from_numpy(attributes_of(scenes))
+    return frames, places, torch.from_numpy(attributes_of(scenes))
+
+
+def _recoloured(scene: Scene, name: str, colours: tuple[str, str]) -> Scene:
+    """The scene in the first of two colours, or in the second if it has that already."""
+    return replace(scene, **{name: colours[getattr(scene, name) == colours[0]]})
 
 
 def _train(judge: nn.Module, loss_of: Callable, steps: int, name: str) -> nn.Module:
