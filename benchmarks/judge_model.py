@@ -60,7 +60,7 @@ from vfengine.media.pictures import network_to_pixels, pixels_to_network
 from vfengine.media.video import write_video
 from vfengine.metrics import frechet_distance, kernel_distance
 from vfengine.names import SOLVERS
-from vfengine.training.mocap import ACTIONS, Renderer, Scene
+from vfengine.training.mocap import ACTIONS, VERSION, Renderer, Scene
 from vfengine.training.mocap.captions import caption
 
 
@@ -178,7 +178,7 @@ def of_scenes(pipeline: VideoFusionPipeline, options: argparse.Namespace) -> Sub
     config, rounds = pipeline.config, range(options.per_action)
     actions = known_actions(pipeline)
     renderer = Renderer(config.picture_size[0], config.num_frames)
-    kind = f"{len(actions)}x{config.num_frames}x{renderer.size}"
+    kind = f"{len(actions)}x{config.num_frames}x{renderer.size}-drawn{VERSION}"
 
     def real_clips(seed: int) -> np.ndarray:
         name = f"real-{seed}-{kind}"
@@ -303,12 +303,12 @@ def judges(options: argparse.Namespace) -> tuple[ActionJudge, AttributeJudge]:
     """Both judges, trained or found again."""
     steps, clips, scenes = options.judge_steps, options.judge_clips, options.judge_scenes
     motion = kept_judge(
-        options.work / f"actions-{clips}-{steps // 2}.safetensors",
+        options.work / f"actions-{clips}-drawn{VERSION}-{steps // 2}.safetensors",
         ActionJudge(),
         lambda: train_action_judge(clips, steps // 2),
     )
     look = kept_judge(
-        options.work / f"attributes-{scenes}-{steps}.safetensors",
+        options.work / f"attributes-{scenes}-drawn{VERSION}-{steps}.safetensors",
         AttributeJudge(),
         lambda: train_attribute_judge(scenes, steps),
     )

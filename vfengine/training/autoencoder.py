@@ -17,7 +17,7 @@ half sees whole pictures, whose norms and rims differ.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import replacing
 from ..formats.parts import read_autoencoder, save_autoencoder
 from ..media.pictures import network_to_pixels, pixels_to_network, sheet
 from ..media.video import write_video
 from ..models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
+from .arrays import kept
 from .options import TrainingOptions
 from .report import StepReport
 from .updates import Updates
@@ -59,46 +59,27 @@ def frame_pool(
     file: Path | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Tensor:
-    """Frames of rendered scenes, uint8 [FRAMES_OF_A_SCENE * num_scenes, H, W, 4], on the device.
+    """Frames of rendered scenes, uint8 [FRAMES_OF_A_SCENE * num_scenes, H, W, 4].
 
-    The fourth channel is the figure's share of a pixel.
-    With `file` they are kept there as .npy, mapped into memory, and found by the next call.
-    progress(n) is called as scenes are finished. Raises ValueError for a file that is cut off or
-    holds something else.
+    The fourth channel is the figure's share of a pixel. They are on the device; with `file`, mapped
+    from there as .npy, where they are kept and found by the next call. progress(n) is called as
+    scenes are finished. Raises ValueError for a file that is cut off or holds something else.
     """
     from .mocap import Renderer, draw_scene
 
-    shape = (num_scenes * FRAMES_OF_A_SCENE, size, size, 4)
-    if file is None or not file.exists():
+    def parts() -> Iterator[Tensor]:
         renderer, rng = Renderer(size, device=device), np.random.default_rng(seed)
+        for i in range(num_scenes):
+            chosen = rng.choice(renderer.num_frames, FRAMES_OF_A_SCENE, replace=False)
+            scenes, chosen = [draw_scene(seed, i)], sorted(chosen.tolist())
+            yield renderer.frames(scenes, chosen, with_figure=True)[0]
+            progress(1)
 
-        def fill(frames) -> None:
-            for i in range(num_scenes):
-                chosen = rng.choice(renderer.num_frames, FRAMES_OF_A_SCENE, replace=False)
-                rows = slice(i * FRAMES_OF_A_SCENE, (i + 1) * FRAMES_OF_A_SCENE)
-                scenes, chosen = [draw_scene(seed, i)], sorted(chosen.tolist())
-                made = renderer.frames(scenes, chosen, with_figure=True)[0]
-                frames[rows] = made.numpy() if isinstance(frames, np.ndarray) else made
-                progress(1)
-
-        if file is None:
-            frames = torch.empty(shape, dtype=torch.uint8, device=device)
-            fill(frames)
-            return frames
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as unfinished:
-            mapped = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
-            fill(mapped)
-            mapped.flush()
-    try:
-        found = np.load(file, mmap_mode="c")  # private pages: torch takes no read-only arrays
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is no complete .npy file, remove it: {error}") from error
-    if found.shape != shape or found.dtype != np.uint8:
-        raise ValueError(
-            f"{file} holds {found.dtype} {found.shape}, expected uint8 {shape}: remove it"
-        )
-    return torch.from_numpy(found)
+    if file is None:
+        return torch.cat(list(parts()))
+    chunks = (part.cpu().numpy() for part in parts())
+    count = num_scenes * FRAMES_OF_A_SCENE
+    return torch.from_numpy(kept(file, chunks, count, np.uint8, (size, size, 4)))
 
 
 class _Scale(nn.Module):

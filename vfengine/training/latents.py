@@ -1,12 +1,13 @@
 """Clips of captioned motion capture as latents and token states: made once, kept, found again.
 
 Frames are rendered and encoded a few clips at a time: their pixels are never all in memory, nor on
-disk. Two files of a folder hold the results, named after all that decides them.
+disk. Two files of a folder hold the results, named after all that decides them: the latents with
+the figure's share of each cell as a further channel, and the token states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.decompose import base_index
-from ..files import replacing
+from .arrays import kept
 from .batch import Latents
 from .parts import Coder, Parts
 
@@ -37,11 +38,11 @@ class CaptionedMocap:
         device: torch.device | str,
         held_out: bool = False,
     ):
-        from .mocap import Renderer
+        from .mocap import VERSION, Renderer
 
         self._seed, self._held_out = seed, held_out
         self._renderer = Renderer(size, num_frames, device)
-        self.name = f"{num_frames}x{size}-seed{seed}"
+        self.name = f"{num_frames}x{size}-drawn{VERSION}-seed{seed}"
 
     def frames(self, indices: Sequence[int], only_base: bool = False) -> Tensor:
         """Clips or their base frames, uint8 [len(indices), N or 1, H, W, 4], on the device.
@@ -76,14 +77,12 @@ def make_latents(
     num_captions: int,
     progress: Callable[[int], None] = lambda n: None,
     num_images: int = 0,
-    with_figure: bool = False,
 ) -> Latents:
     """The first clips of a source with captions, as fp16 on the coder's device.
 
     folder:     where they are kept as .npy, and found by the next call
     progress:   called with the number of clips, as they are encoded, and as their captions are
     num_images: base frames of so many further clips, which cost a fraction of whole ones
-    with_figure: keep where the figure is, too
 
     On a CPU they are mapped from the files. Raises ValueError for a file that is cut off or holds
     something else.
@@ -92,44 +91,32 @@ def make_latents(
     null = coder.states([""])[0]
     at_once = _CLIPS_AT_ONCE[coder.device.type]
 
-    def kept(kind: str, numbers: range, only_base: bool) -> Latents:
+    def made(kind: str, numbers: range, only_base: bool) -> Latents:
         span = f"{source.name}-{numbers.start}-{numbers.stop}"
-        latents = _kept(
-            folder / f"{kind}-{span}-{autoencoder}.npy",
-            numbers,
-            lambda part: coder.encode(source.frames(part, only_base)[..., :3]),
-            at_once,
-            progress,
-        )
-        figure = None
-        if with_figure:
-            side = latents.shape[-1]
-            figure = _kept(
-                folder / f"{kind}-figure-{span}-{side}.npy",
-                numbers,
-                lambda part: _shares(source.frames(part, only_base)[..., 3], side),
-                at_once,
-                progress,
-            ).to(coder.device)
+
+        def rows(name: str, make: Callable[[Sequence[int]], Tensor], at_once: int) -> Tensor:
+            chunks = _chunks(numbers, make, at_once, progress)
+            found = kept(folder / f"{name}.npy", chunks, len(numbers), np.float16)
+            return torch.from_numpy(found).to(coder.device)
+
+        def cells(part: Sequence[int]) -> Tensor:
+            frames = source.frames(part, only_base)
+            latents = coder.encode(frames[..., :3])
+            return torch.cat([latents, _shares(frames[..., 3], latents.shape[-1])], 2)
 
         def states(part: Sequence[int]) -> Tensor:
             texts = [text for i in part for text in source.captions(i, num_captions)]
             return coder.states(texts).unflatten(0, (len(part), num_captions))
 
-        captions = _kept(
-            folder / f"captions-{span}x{num_captions}-{text}.npy",
-            numbers,
-            states,
-            4 * at_once,
-            progress,
-        )
-        return Latents(latents.to(coder.device), captions.to(coder.device), null, figure)
+        clips = rows(f"{kind}-{span}-{autoencoder}", cells, at_once)
+        captions = rows(f"captions-{span}x{num_captions}-{text}", states, 4 * at_once)
+        return Latents(clips[:, :, :-1], captions, null, clips[:, :, -1:])
 
-    clips = kept("latents", range(num_clips), only_base=False)
+    clips = made("clips", range(num_clips), only_base=False)
     if not num_images:
         return clips
     further = range(num_clips, num_clips + num_images)
-    return replace(clips, images=kept("images", further, only_base=True))
+    return replace(clips, images=made("images", further, only_base=True))
 
 
 def _shares(figure: Tensor, side: int) -> Tensor:
@@ -146,47 +133,14 @@ def residual_std(latents: Latents) -> float:
     return round(max(float(change.square().mean().sqrt()), 0.01), 3)
 
 
-def _kept(
-    file: Path,
+def _chunks(
     numbers: range,
     make: Callable[[Sequence[int]], Tensor],
     at_once: int,
     progress: Callable[[int], None],
-) -> Tensor:
-    """fp16 [len(numbers), ...] mapped from the file, once it is there.
-
-    make: (some of the numbers) -> their rows
-    """
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as unfinished:
-            _write(unfinished, numbers, at_once, make, progress)
-    try:
-        rows = np.load(file, mmap_mode="c")  # private pages: torch takes no read-only arrays
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is no complete .npy file, remove it: {error}") from error
-    count = len(numbers)
-    if len(rows) != count or rows.dtype != np.float16:
-        raise ValueError(
-            f"{file} holds {rows.dtype} {rows.shape}, expected {count} rows of float16"
-        )
-    return torch.from_numpy(rows)
-
-
-def _write(
-    file: Path,
-    numbers: range,
-    at_once: int,
-    make: Callable[[Sequence[int]], Tensor],
-    progress: Callable[[int], None],
-) -> None:
-    rows = None
+) -> Iterator[np.ndarray]:
+    """What `make` makes of so many of the numbers at once."""
     for first in range(0, len(numbers), at_once):
-        chunk = numbers[first : first + at_once]
-        values = make(chunk).cpu().numpy()
-        if rows is None:
-            shape = (len(numbers), *values.shape[1:])
-            rows = np.lib.format.open_memmap(file, "w+", np.float16, shape)
-        rows[first : first + at_once] = values
-        progress(len(chunk))
-    rows.flush()
+        part = numbers[first : first + at_once]
+        yield make(part).cpu().numpy()
+        progress(len(part))

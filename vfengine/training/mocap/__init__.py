@@ -8,4 +8,7 @@ from .motions import ACTIONS, SECONDS
 from .renderer import Renderer, render_clips
 from .scenes import Scene, draw_scene
 
-__all__ = ["ACTIONS", "SECONDS", "Renderer", "Scene", "draw_scene", "render_clips"]
+# To be raised with every change of pixels or captions: files that keep them are named after it.
+VERSION = 2
+
+__all__ = ["ACTIONS", "SECONDS", "VERSION", "Renderer", "Scene", "draw_scene", "render_clips"]

@@ -10,14 +10,14 @@ only they are computed, in one flat list for all frames of a chunk. Each pixel h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import replacing
+from ..arrays import gathered, kept
 from .backdrop import Backdrop, Camera
 from .figure import PARTS, RADII, colouring, cones
 from .motions import ACTIONS, SECONDS, motions
@@ -295,35 +295,17 @@ def render_clips(
     and found again by the next call. progress(n) is called as clips are finished. Raises ValueError
     for a file that is truncated or holds clips of another shape.
     """
-    shape = (num_clips, num_frames, size, size, 3)
     labels = np.arange(num_clips, dtype=np.int64) % len(ACTIONS)
-    if file is not None and file.exists():
-        try:
-            clips = np.load(file, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file} is no complete .npy file, remove it: {error}") from error
-        if clips.shape != shape or clips.dtype != np.uint8:
-            raise ValueError(
-                f"{file} holds {clips.dtype} {clips.shape}, expected uint8 {shape}: remove it"
-            )
-        return clips, labels
-    renderer = Renderer(size, num_frames, device)
 
-    def fill(clips: np.ndarray) -> None:
+    def chunks() -> Iterator[np.ndarray]:
+        renderer = Renderer(size, num_frames, device)
         for first in range(0, num_clips, 60):
             indices = range(first, min(first + 60, num_clips))
-            part = renderer.clips([draw_scene(seed, i) for i in indices])
-            clips[indices.start : indices.stop] = part.cpu().numpy()
+            yield renderer.clips([draw_scene(seed, i) for i in indices]).cpu().numpy()
             if progress is not None:
                 progress(len(indices))
 
     if file is None:
-        clips = np.empty(shape, np.uint8)
-        fill(clips)
-        return clips, labels
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as unfinished:
-        clips = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
-        fill(clips)
-        clips.flush()
-    return clips, labels
+        return gathered(chunks(), num_clips), labels
+    row = (num_frames, size, size, 3)
+    return kept(file, chunks(), num_clips, np.uint8, row), labels
