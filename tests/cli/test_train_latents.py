@@ -68,7 +68,7 @@ def test_command_writes_a_model_with_its_parts(trained):
 
 def test_clips_are_kept_for_the_next_run(command, trained, tmp_path):
     kept = sorted(Path(command[command.index("--clips-cache") + 1]).iterdir())
-    assert [file.name.split("-")[0] for file in kept] == ["captions", "latents"]
+    assert [file.name.split("-")[0] for file in kept] == ["captions", "clips"]
     before = [file.stat().st_mtime_ns for file in kept]
     assert train.main([*command, "--output", str(tmp_path / "other")]) == 0
     assert [file.stat().st_mtime_ns for file in kept] == before
@@ -188,8 +188,9 @@ def test_defaults_are_those_of_what_is_trained():
     pixels = read_settings(output)
     assert (pixels.size, pixels.patch_size, pixels.base_channels) == (64, 4, (80, 160, 272))
     latents = read_settings([*output, "--autoencoder", "a", "--text-encoder", "t"])
-    assert (latents.size, latents.patch_size, latents.base_channels) == (128, 1, (64, 128, 192))
+    assert (latents.size, latents.patch_size, latents.base_channels) == (128, 1, (96, 160, 160))
     assert (latents.train, latents.clean_share, latents.base_path) == ("both", 0.85, "clean")
+    assert (latents.cell_weight, latents.timestep_shift, pixels.cell_weight) == (3.0, 0.6, 1.0)
     alone = read_settings([*output, "--train", "residual"])
     assert (alone.clean_share, alone.base_path) == (1.0, "clean")
 

@@ -89,11 +89,11 @@ def _start(training, settings: argparse.Namespace) -> None:
 
 
 def _on_pixels(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
-    from ..training.recipes import pixel_model
+    from ..training.recipes import Shape, pixel_model
     from ..training.trainer import Trainer
 
     clips, labels, names = _pixels(settings)
-    config = pixel_model(_shape(settings), names, settings.objective)
+    config = pixel_model(Shape.of(settings), names, settings.objective)
     return Trainer(config, options, clips, labels, settings.device)
 
 
@@ -107,17 +107,16 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     from ..training.latents import CaptionedMocap, make_latents
     from ..training.mocap.captions import LABEL_PROMPTS
     from ..training.parts import Coder, Parts
-    from ..training.recipes import latent_model
+    from ..training.recipes import Shape, latent_model
     from ..training.samples import Showcase
     from ..training.trainer import Trainer
 
     parts = Parts.read(settings.autoencoder, settings.text_encoder)
-    latent_model(_shape(settings), parts, LABEL_PROMPTS, 1.0)  # refused before clips are rendered
+    latent_model(Shape.of(settings), parts, LABEL_PROMPTS, 1.0)  # refused before clips are rendered
     coder = Coder(parts, settings.device)
     clips = (settings.size, settings.num_frames, settings.device)
     folder = settings.clips_cache or settings.output
-    files = 3 if options.cell_weight != 1 else 2
-    total = files * (settings.num_clips + settings.base_images)
+    total = 2 * (settings.num_clips + settings.base_images)  # clips, and what is said of them
     with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
         latents = make_latents(
             CaptionedMocap(settings.seed, *clips),
@@ -128,14 +127,13 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
             settings.captions,
             progress.update,
             settings.base_images,
-            with_figure=options.cell_weight != 1,
         )
     showcase = None
     if settings.sample_every:
         unseen = CaptionedMocap(settings.seed + 1, *clips, held_out=True)
         showcase = Showcase.of(unseen, coder)
     std = _residual_std(settings, latents)
-    config = latent_model(_shape(settings), parts, LABEL_PROMPTS, std)
+    config = latent_model(Shape.of(settings), parts, LABEL_PROMPTS, std)
     return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
 
 
@@ -163,9 +161,11 @@ def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
     from tqdm import tqdm
 
     from ..training.autoencoder import AutoencoderTraining, frame_pool
+    from ..training.mocap import VERSION
 
     device = torch.device(settings.device)
-    name = f"frames-{settings.size}-seed{settings.seed}-{settings.num_clips}.npy"
+    shape = f"{settings.size}-drawn{VERSION}"
+    name = f"frames-{shape}-seed{settings.seed}-{settings.num_clips}.npy"
     folder = settings.clips_cache or settings.output
     with tqdm(total=settings.num_clips, desc="rendering", unit="clip", disable=None) as progress:
         frames = frame_pool(
@@ -198,12 +198,6 @@ _TRAININGS = {
 # -- settings --------------------------------------------------------------------------------------
 
 
-def _shape(settings: argparse.Namespace):
-    from ..training.recipes import Shape
-
-    return Shape(**{field.name: getattr(settings, field.name) for field in fields(Shape)})
-
-
 def _check(settings: argparse.Namespace) -> None:
     """ValueError for numbers out of range and impossible networks, before clips are rendered."""
     counts = ("num_clips", "num_frames", "size", "frame_stride", "patch_size", "captions")
@@ -221,9 +215,9 @@ def _check(settings: argparse.Namespace) -> None:
     if lam is not None and not 0 <= lam < 1:  # at 1 no frame has noise of its own to estimate
         raise ValueError(f"--lam must be at least 0 and below 1, got {lam}")
     if settings.objective in OBJECTIVES and settings.autoencoder is None:
-        from ..training.recipes import pixel_model
+        from ..training.recipes import Shape, pixel_model
 
-        config = pixel_model(_shape(settings), ("any",), settings.objective)
+        config = pixel_model(Shape.of(settings), ("any",), settings.objective)
         multiple = getattr(config, config.networks[0]).size_multiple
         if settings.size % multiple:
             raise ValueError(f"--size must be a multiple of {multiple}, got {settings.size}")
@@ -247,9 +241,9 @@ def _pixels(settings: argparse.Namespace):
     from tqdm import tqdm
 
     if settings.data == "mocap":
-        from ..training.mocap import ACTIONS, render_clips
+        from ..training.mocap import ACTIONS, VERSION, render_clips
 
-        shape = f"{settings.num_frames}x{settings.size}"
+        shape = f"{settings.num_frames}x{settings.size}-drawn{VERSION}"
         name = f"mocap-{shape}-seed{settings.seed}-{settings.num_clips}.npy"
         file = (settings.clips_cache or settings.output) / name
         total = settings.num_clips

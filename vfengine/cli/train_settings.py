@@ -34,12 +34,14 @@ _CLIPS = "clips"
 _ON_LATENTS = {
     "size": 128,
     "patch_size": 1,
-    "base_channels": (64, 128, 192),
+    "base_channels": (96, 160, 160),
     "residual_channels": (64, 64, 64),
     "layers_per_block": (1, 1, 1),
+    "cell_weight": 3.0,
+    "timestep_shift": 0.6,
 }
-# What models on latents alone have, and models that start from two others.
-_OF_LATENTS = ("residual_from", "captions", "base_images")
+# What decomposed models alone have of the settings of clips and files.
+_OF_DECOMPOSED = ("residual_from", "captions", "base_images")
 # What trainings of an autoencoder or a text encoder have of the settings of models.
 _OF_PARTS = ("size", "num_clips")
 # What a plain video model has of a decomposed model's options.
@@ -50,10 +52,12 @@ def _option(name: str, group: str, help: str) -> Setting:
     """A setting that is a field of `TrainingOptions`, with its default."""
     default = getattr(TrainingOptions, name)
     kind = _WHOLE if isinstance(default, int) else _NUMBER
+    if name in _ON_LATENTS:
+        return _other_on_latents(name, group, kind, help, default)
     return Setting(name, group, kind, help, default)
 
 
-def _sized(name: str, group: str, kind: Kind, help: str, default: Any) -> Setting:
+def _other_on_latents(name: str, group: str, kind: Kind, help: str, default: Any) -> Setting:
     """A setting with another default on latents."""
     on_pixels, on_latents = (
         ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -108,7 +112,7 @@ SETTINGS = (
         "clips_cache", "files", _FOLDER, "folder for rendered clips or latents", None, "--output"
     ),
     Setting("num_frames", _CLIPS, _WHOLE, "frames of a clip", 16),
-    _sized("size", _CLIPS, _WHOLE, "height and width in pixels", 64),
+    _other_on_latents("size", _CLIPS, _WHOLE, "height and width in pixels", 64),
     Setting("frame_stride", _CLIPS, _WHOLE, "use every N-th frame of a folder's videos", 1),
     Setting("fps", _CLIPS, _NUMBER, "frames a second at which generated clips play", 10.0),
     Setting(
@@ -118,22 +122,26 @@ SETTINGS = (
         "share of the noise that all frames have in common",
         0.5,
     ),
-    _sized(
+    _other_on_latents(
         "base_channels",
         _MODEL,
         _PER_LEVEL,
         "channels of the base network, or of the plain video model",
         (80, 160, 272),
     ),
-    _sized(
+    _other_on_latents(
         "residual_channels",
         _DECOMPOSED,
         _PER_LEVEL,
         "channels of the residual network",
         (64, 96, 112),
     ),
-    _sized("layers_per_block", _MODEL, _PER_LEVEL, "residual blocks of each level", (0, 1, 1)),
-    _sized("patch_size", _MODEL, _WHOLE, "pixels or latents of a patch, along each side", 4),
+    _other_on_latents(
+        "layers_per_block", _MODEL, _PER_LEVEL, "residual blocks of each level", (0, 1, 1)
+    ),
+    _other_on_latents(
+        "patch_size", _MODEL, _WHOLE, "pixels or latents of a patch, along each side", 4
+    ),
     Setting(
         "base_path",
         _DECOMPOSED,
@@ -257,11 +265,7 @@ def _takes(objective: str, setting: Setting) -> bool:
         return objective == "autoencoder"
     if objective == "decomposed" or setting.name == "objective":
         return True
-    foreign = setting.group == _DECOMPOSED or setting.name in (
-        "residual_from",
-        "captions",
-        "base_images",
-    )
+    foreign = setting.group == _DECOMPOSED or setting.name in _OF_DECOMPOSED
     if objective != "vdm":
         only_of_models = setting.group in (_MODEL, _CLIPS) and setting.name not in _OF_PARTS
         foreign |= only_of_models or setting.name in ("class_dropout", "timestep_shift")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import DecomposedConfig, PlainConfig
@@ -28,6 +29,11 @@ class Shape:
     lam: float | None
     base_path: str | None
     clean_share: float
+
+    @classmethod
+    def of(cls, settings: Any) -> Shape:
+        """Those of settings that have its fields as attributes, among others."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 def pixel_model(
@@ -68,7 +74,8 @@ def latent_model(
 ) -> DecomposedConfig:
     """Cells attend to each other and to the prompt: in the base network at every level.
 
-    In the residual network they do below the finest level, and there frames attend to each other.
+    In the residual network they do below the finest level, and there frames attend to each other;
+    at the finest, temporal convolutions tell frames of their neighbours.
 
     prompts: what each label stands for
     residual_std: see `latents.residual_std`
@@ -98,7 +105,7 @@ def latent_model(
         block_out_channels=shape.residual_channels,
         spatial_attention=coarser,
         temporal_attention=coarser,
-        temporal_conv=coarser,
+        temporal_conv=(True,) * levels,
         frame_embedding=True,
     )
     return DecomposedConfig(
