@@ -30,6 +30,7 @@ from vfengine.generate import wait_briefly
 from vfengine.pipelines.videofusion import to_uint8
 
 LABEL = "cartwheel"
+PHASES = ("startup", "load", "text", "base", "residual", "decode", "write", "total")
 SHARED = "times the fair share"
 
 
@@ -48,7 +49,7 @@ def command(dtype: str, steps: int, rounds: int) -> list[Row]:
     case = f"command, {dtype}, {steps} steps"
     rows = [
         Row(case, "vfengine", phase, statistics.median(r["timings"][phase] for r in records), "s")
-        for phase in ("startup", "load", "base", "residual", "write", "total")
+        for phase in PHASES
     ]
     peak = statistics.median(r["peak_memory"]["process"] for r in records)
     return [*rows, Row(case, "vfengine", "peak memory", peak / 2**20, "MiB")]

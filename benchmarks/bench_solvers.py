@@ -36,12 +36,13 @@ def pictures(
     """The base frame, and a clip per base path: pixels in 0..1, and the seconds each takes."""
     how = {"solver": solver, "num_inference_steps": steps}
     started = time.perf_counter()
-    path = pipeline.walk_base(label, **how)
+    base = pipeline.preview(label, output_type="pt", **how)
     base_seconds = time.perf_counter() - started
-    made = {"base frame": ((path.final * 0.5 + 0.5).clamp(0, 1), base_seconds)}
+    made = {"base frame": (base.frames, base_seconds)}
     for name in base_paths:
         started = time.perf_counter()
-        out = pipeline(label, trajectory=path, base_path=name, output_type="pt", **how)
+        options = {"trajectory": base.trajectory, "base_path": name, "output_type": "pt"}
+        out = pipeline(label, **options, **how)
         made[f"{name} clip"] = (out.frames, base_seconds + time.perf_counter() - started)
     return made
 

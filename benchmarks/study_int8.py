@@ -33,13 +33,11 @@ from lib.unet_contenders import CASES, relative_error, save_network
 from PIL import Image
 from torch import Tensor, nn
 
-from vfengine import sample
-from vfengine.diffusion.noise import decomposed_noise
+from vfengine import VideoFusionPipeline
 from vfengine.formats.checkpoint import DecomposedConfig, load_network, read_config
 from vfengine.formats.load import read_unet
-from vfengine.media.pictures import network_to_pixels, sheet
+from vfengine.media.pictures import sheet, to_uint8
 from vfengine.models import UNet, for_inference
-from vfengine.sampling.guidance import Condition, guided
 
 MOST = 127  # of int8, symmetric
 KEPT = (  # layers that stay as they are
@@ -189,25 +187,14 @@ class Seen(nn.Module):
 
 def generate(config: DecomposedConfig, options: argparse.Namespace, make: Make) -> np.ndarray:
     """uint8 clips [B, N, H, W, 3], one a label, of the same noise whatever `make` does."""
-    shape = (len(options.label), config.num_frames, config.channels, config.height, config.width)
-    noise = decomposed_noise(shape, base_seed=0, residual_seed=1)
-    classes = torch.tensor([config.labels.index(label) for label in options.label])
-    condition = Condition(classes, guidance_scale=2.0)
-    models = []
+    place = {"device": "cpu", "dtype": torch.float32}
+    pipeline = VideoFusionPipeline.from_pretrained(options.model, **place)
     for name in config.networks:
         network = load_network(options.model, config, name)
         network.unet = make(name, network.unet)
-        models.append(guided(network, condition, config.null_class).build(torch.device("cpu")))
-    video = sample(
-        *models,
-        noise.base,
-        noise.residual,
-        schedule=config.noise_schedule(),
-        num_inference_steps=options.num_inference_steps,
-        lam=config.lam,
-        base_path=config.base_path,
-    )
-    return network_to_pixels(video).numpy()
+        pipeline._session.networks[name] = network  # in place of the one that it would read
+    steps = {"num_inference_steps": options.num_inference_steps, "offload_base": False}
+    return to_uint8(pipeline(options.label, **steps).frames)
 
 
 def pixel_rows(case: str, form: str, clips: np.ndarray, exact: np.ndarray) -> list[Row]:

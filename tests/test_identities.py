@@ -5,24 +5,25 @@ Base paths, caches, training states and weights were written under these names a
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ON_CPU, tiny_config, tiny_video_config
+from conftest import ON_CPU, save_tiny, tiny_config, tiny_video_config
+from pixel_model import pixel_config
 from safetensors import safe_open
 from test_training import model_named_by, new_trainer
 
 from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import solver_table
-from vfengine.formats.checkpoint import read_config
 from vfengine.formats.load import fingerprint
 from vfengine.models import PlannedUNet, UNet, UNetConfig, vdm_config
 from vfengine.models.unet import empty_unet
 from vfengine.native import vfengine_native
 from vfengine.pipelines.videofusion import VideoFusionPipeline
 
-SHIPPED = read_config()
+PIXELS = pixel_config()
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
 LATER = UNetConfig(  # with an entry that configurations have gained
     block_out_channels=(16,),
@@ -59,9 +60,9 @@ def test_text_of_a_configuration_is_as_ever():
     [
         (UNetConfig(), "0e9494467c117f45", "60e83cbb7d5c9407"),
         (LATER, "124a1ab48af907ce", "45c3bd9b5adda518"),
-        (SHIPPED.base, "86b6193a87e2872a", "b7f6112f668eb140"),
-        (SHIPPED.residual, "7e5931194dd97b66", "72e6467475e5da5d"),
-        (vdm_config(SHIPPED.base), "064ee4b171e05456", "25f3d2a68fb87a47"),
+        (PIXELS.base, "86b6193a87e2872a", "b7f6112f668eb140"),
+        (PIXELS.residual, "7e5931194dd97b66", "72e6467475e5da5d"),
+        (vdm_config(PIXELS.base), "064ee4b171e05456", "25f3d2a68fb87a47"),
     ],
     ids=["default", "later", "base", "residual", "vdm"],
 )
@@ -71,8 +72,10 @@ def test_identity_of_a_configuration_is_as_ever(config, text, identity):
     assert digest(repr(config.identity())) == identity
 
 
-def test_shipped_checkpoint_is_named_as_ever():
-    assert SHIPPED.fingerprint() == "26aa7a9eab5b1542"
+def test_checkpoint_is_named_as_ever():
+    """By the start of its base network's hash: that of the first model that the package carried."""
+    base = "26aa7a9eab5b1542dccba2d17043a98bc1c1d26acf8ea09574b2ca2082362cbc"
+    assert replace(PIXELS, sha256={"base": base}).fingerprint() == "26aa7a9eab5b1542"
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -81,9 +84,9 @@ def test_shipped_checkpoint_is_named_as_ever():
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (SHIPPED.base, "070e6266c2050359"),
-        (SHIPPED.residual, "dabf5bd0a551fa5d"),
-        (vdm_config(SHIPPED.base), "197a7038120b656a"),
+        (PIXELS.base, "070e6266c2050359"),
+        (PIXELS.residual, "dabf5bd0a551fa5d"),
+        (vdm_config(PIXELS.base), "197a7038120b656a"),
         (LATER, "100a3c10569737f7"),
     ],
     ids=["base", "residual", "vdm", "later"],
@@ -110,7 +113,7 @@ def test_fingerprint_of_a_network_in_memory_is_as_ever(notes, expected):
     [
         (LATER, "a2e0bdf4ec27e921"),
         (UNetConfig(spatial_attention=(False, True, True), context_dim=12), "9584fdae81bcee82"),
-        (SHIPPED.residual, "57ba743883d2551e"),
+        (PIXELS.residual, "57ba743883d2551e"),
     ],
     ids=["later", "image", "residual"],
 )
@@ -174,9 +177,9 @@ def test_training_state_numbers_its_tensors_as_ever(config, expected, tmp_path):
         (NoiseSchedule.linear(), "cceb166efe4a39c4"),
         (NoiseSchedule.scaled_linear(), "feaa14fe1393b7ed"),
         (NoiseSchedule.cosine(), "7ec53a3f730e4d10"),
-        (SHIPPED.noise_schedule(), "cceb166efe4a39c4"),
+        (PIXELS.noise_schedule(), "cceb166efe4a39c4"),
     ],
-    ids=["linear", "scaled_linear", "cosine", "shipped"],
+    ids=["linear", "scaled_linear", "cosine", "model"],
 )
 def test_fingerprint_of_a_schedule_is_as_ever(schedule, expected):
     assert schedule.fingerprint() == expected
@@ -209,10 +212,10 @@ def test_table_of_a_solver_is_as_ever(solver, eta, spacing, expected):
 
 def test_base_path_is_kept_under_the_name_that_it_had(tmp_path):
     """Under another name it would be sampled again, although the cache has it."""
-    pipe = VideoFusionPipeline.from_pretrained(**ON_CPU)
-    pipe.walk_base("cartwheel", base_seed=7, num_inference_steps=2, base_cache=tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [
-        "99e13c5257172dc99109036ecd2a19a0.safetensors"
+    pipe = VideoFusionPipeline.from_pretrained(save_tiny(tmp_path / "model"), **ON_CPU)
+    pipe.walk_base("cartwheel", base_seed=7, num_inference_steps=2, base_cache=tmp_path / "x")
+    assert [file.name for file in (tmp_path / "x").iterdir()] == [
+        "22d0bf2ce794639cc996d2063c7b5b84.safetensors"
     ]
 
 

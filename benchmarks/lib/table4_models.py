@@ -1,12 +1,12 @@
 """The networks that Table 4 compares, of random weights, and the noise that they start from.
 
-Sizes    "default" has the shapes of the shipped model; "large" a base network of the widths of the
-         usual UNet3D on 64 x 64 pixels, not folded, and a residual network half as wide, with the
-         temporal layers of VDM* (no convolutions, no feed-forward layer); "tiny" is for tests and
-         warm-ups. VDM* is always the base network made a video network by `vdm_config`, and
-         nothing else. Spatial attention, and after it temporal attention where there is any, sits
-         at the two coarser levels of "large" and at the coarsest of "default". "paper" has the
-         networks of bench_paper_scale.py, 2 B and 0.5 B parameters, for a GPU
+Sizes    "default" is what `python -m vfengine.train` makes on pixels; "large" a base network of the
+         widths of the usual UNet3D on 64 x 64 pixels, not folded, and a residual network half as
+         wide, with the temporal layers of VDM* (no convolutions, no feed-forward layer); "tiny" is
+         for tests and warm-ups. VDM* is always the base network made a video network by
+         `vdm_config`, and nothing else. Spatial attention, and after it temporal attention where
+         there is any, sits at the two coarser levels of "large" and at the coarsest of "default".
+         "paper" has the networks of bench_paper_scale.py, 2 B and 0.5 B parameters, for a GPU
 Weights  drawn, so that no layer multiplies by the zeros it would start from; the clips mean nothing
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lib.costs import to_fake, trace
+from vfengine.cli.train_settings import read_settings
 from vfengine.diffusion.noise import decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
-from vfengine.formats.checkpoint import read_config
 from vfengine.models import (
     BaseGenerator,
     ResidualGenerator,
@@ -32,6 +32,8 @@ from vfengine.models import (
     for_inference,
     vdm_config,
 )
+from vfengine.training.mocap import ACTIONS
+from vfengine.training.recipes import Shape, pixel_model
 
 LAM = 0.5
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 2e-2)
@@ -61,8 +63,9 @@ class Size:
 def size(name: str) -> Size:
     """The size of this name: "default", "large", "paper" or "tiny"."""
     if name == "default":
-        shipped = read_config()
-        return Size(shipped.base, shipped.residual, None, shipped.num_frames, shipped.height)
+        shape = Shape.of(read_settings(["--output", "anywhere"]))
+        pixels = pixel_model(shape, tuple(ACTIONS), "decomposed")
+        return Size(pixels.base, pixels.residual, None, pixels.num_frames, pixels.height)
     if name == "large":
         return Size(*_pair((128, 256, 512), (64, 128, 256), 2, 64, 32), ((128, 256, 512), 64))
     if name == "paper":

@@ -66,15 +66,16 @@ def test_base_here_and_residual_on_the_cpu(overlap, capture, device):
     schedule = CONFIG.noise_schedule()
     shape = (1, CONFIG.num_frames, CONFIG.channels, CONFIG.height, CONFIG.width)
     noise = vf.decomposed_noise(shape, 0, 1)
-    residual = load_network(None, CONFIG, "residual")
+    residual, text = load_network(None, CONFIG, "residual"), CONFIG.text_encoder
+    context = torch.randn(
+        1, text.max_length, text.width, generator=torch.Generator().manual_seed(2)
+    )
     settings = {"schedule": schedule, "num_inference_steps": STEPS, "lam": CONFIG.lam}
 
     def clip(place: str, **options) -> torch.Tensor:
         base = load_network(None, CONFIG, "base", place)
         networks = [
-            lambda z, t, network=network: network(
-                z, t, class_labels=torch.full_like(t, 3, device=z.device)
-            )
+            lambda z, t, network=network: network(z, t.to(z.device), context=context.to(z.device))
             for network in (base, residual)
         ]
         return vf.sample(*networks, noise.base.to(place), noise.residual, **settings, **options)

@@ -23,6 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
+from pixel_model import pixel_config
 from torch import Tensor
 
 from vfengine.formats.checkpoint import read_config
@@ -44,7 +45,7 @@ FILE = Path(__file__).with_name("plan_snapshots.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-SHIPPED = read_config()
+PIXELS, SHIPPED = pixel_config(), read_config()
 IMAGE = UNetConfig(
     block_out_channels=(16, 24),
     layers_per_block=(1, 1),
@@ -90,13 +91,15 @@ DIFFUSERS = UNetConfig(  # as `load_unet` reads a UNet3DConditionModel
 # a configuration, its dtypes, and shapes [B, N, C, H, W] each with the length of a context; bf16
 # takes the last of them alone
 CASES = {
-    "shipped base": (
-        SHIPPED.base,
+    "shipped base": (SHIPPED.base, ["fp32"], [((2, 1, 8, 16, 16), 40)]),
+    "shipped residual": (SHIPPED.residual, ["fp32", "bf16"], [((2, 16, 16, 16, 16), 40)]),
+    "pixels, base": (
+        PIXELS.base,
         ["fp32"],
         [((1, 1, 3, 64, 64), None), ((8, 1, 3, 64, 64), None)],
     ),
-    "shipped residual": (
-        SHIPPED.residual,
+    "pixels, residual": (
+        PIXELS.residual,
         ["fp32", "bf16"],
         [((1, 4, 6, 64, 64), None), ((2, 16, 6, 64, 64), None)],
     ),

@@ -1,16 +1,19 @@
-"""The loops of vfengine/sampling can be captured: audited whole, with the shipped networks."""
+"""The loops of vfengine/sampling can be captured: audited whole, on latents and on pixels."""
+
+from dataclasses import dataclass
 
 import fake_cuda
 import pytest
 import torch
+from pixel_model import pixel_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vfengine.diffusion.noise import NoisePlace, decomposed_noise
 from vfengine.diffusion.schedule import NoiseSchedule
 from vfengine.diffusion.solvers import SOLVERS, solver_table
-from vfengine.formats.checkpoint import PlainConfig, build_network, load_network, read_config
-from vfengine.models import vdm_config
+from vfengine.formats.checkpoint import DecomposedConfig, load_network, read_config
+from vfengine.models import UNet, VideoGenerator, vdm_config
 from vfengine.models.layers import GroupNorm, Transformer
 from vfengine.plan.cuda import CudaUNet
 from vfengine.sampling.guidance import GuidedModel, ModelSpec
@@ -18,16 +21,20 @@ from vfengine.sampling.in_loop import Steps, in_loop
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
 from vfengine.sampling.loop import LoopSpec, steps_in_a_graph
 from vfengine.sampling.two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
+from vfengine.training.objectives import build_networks
 
 STEPS = 5
 FRAMES = 6
-CONFIG = read_config()
-SCHEDULE = NoiseSchedule.from_dict(CONFIG.schedule)
+CONFIGS = {"shipped": read_config(), "pixels": pixel_config()}
+SCHEDULE = NoiseSchedule.linear()
 PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
 
 
 PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
-MOST_KERNELS = {"base": 110, "residual": 150, "video": 140}  # of a step
+MOST_KERNELS = {  # of a step
+    "pixels": {"base": 110, "residual": 150, "video": 140},
+    "shipped": {"base": 250, "residual": 320, "video": 340},
+}
 NETWORK_OPS = (
     *("model_input", "noise_estimate"),
     *("group_norm_silu", "layer_norm", "temporal_attention"),
@@ -49,42 +56,55 @@ def ops_of_layers(networks: list[nn.Module]) -> dict[str, int]:
     return {"model_input": len(networks), "noise_estimate": len(networks), **counts}
 
 
-@pytest.fixture(scope="module")
-def networks():
-    """The shipped networks and the VDM* of the base, in bf16, on the CPU; guided like a pipeline's.
+@dataclass(frozen=True)
+class Networks:
+    """Those of a model in bf16, on the CPU, by name; guided like a pipeline's."""
+
+    config: DecomposedConfig
+    by_name: dict[str, nn.Module | None]
+
+    def shape(self, frames: int | None) -> tuple[int, ...]:
+        """Of a clip, or of a picture."""
+        config = self.config
+        size = (config.channels, config.height, config.width)
+        return (1, *size) if frames is None else (1, frames, *size)
+
+    def guided(self, name: str) -> GuidedModel:
+        network, text = self.by_name[name], self.config.text_encoder
+        if text is None:
+            condition = {"labels": torch.tensor([3, self.config.null_class])}
+        else:
+            condition = {"context": torch.zeros(2, text.max_length, text.width)}
+        return ModelSpec(network, scale=2.0, **condition).build(torch.device("cpu"))
+
+
+NO_NETWORKS = Networks(CONFIGS["pixels"], {"base": None, "residual": None, "video": None})
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def networks(request):
+    """Base, residual and the VDM* of the base, untrained: a graph does not depend on weights.
 
     The audit replaces their tensors, so every test takes a fresh call of this.
     """
+    config = CONFIGS[request.param]
 
-    def make() -> dict:
-        base = load_network(None, CONFIG, "base", dtype=torch.bfloat16)
-        residual = load_network(None, CONFIG, "residual", dtype=torch.bfloat16)
-        config = PlainConfig(
-            num_frames=FRAMES,
-            height=64,
-            width=64,
-            channels=3,
-            fps=8.0,
-            labels=CONFIG.labels,
-            schedule=CONFIG.schedule,
-            video=vdm_config(CONFIG.base),
-        )
-        video = build_network(config, "video").bfloat16().eval().requires_grad_(False)
-        return {"base": base, "residual": residual, "video": video}
+    def make() -> Networks:
+        networks = build_networks(config)
+        video = UNet(vdm_config(config.base))
+        networks["video"] = VideoGenerator(video, SCHEDULE, config.base_std)
+        for network in networks.values():
+            network.bfloat16().eval().requires_grad_(False)
+        return Networks(config, networks)
 
     return make
 
 
-def guided(network) -> GuidedModel:
-    labels = torch.tensor([3, len(CONFIG.labels)])
-    return ModelSpec(network, labels, scale=2.0).build(torch.device("cpu"))
-
-
 def make_loop(phase, networks, table, frames=FRAMES):
     """A phase's loop on the CPU, and all objects whose tensors it reaches."""
-    noise = decomposed_noise((1, frames, 3, 64, 64), 0, 1)
-    base, residual, video = (guided(networks[name]) for name in ("base", "residual", "video"))
-    states = torch.zeros(len(table) + 1, 1, 3, 64, 64)
+    noise = decomposed_noise(networks.shape(frames), 0, 1)
+    base, residual, video = (networks.guided(name) for name in ("base", "residual", "video"))
+    states = torch.zeros(len(table) + 1, *networks.shape(None))
     with torch.inference_mode():
         if phase == "base":
             return BaseSpec.of(noise.base, table, NoisePlace(2)).build(base), [base]
@@ -111,7 +131,7 @@ def fake_loop(phase, networks, table):
     with mode, torch.inference_mode():
         for model in models:
             model.network.unet = CudaUNet(model.network.unet, torch.bfloat16)
-        tie(loop, phase, *models)
+        tie(loop, phase, networks, *models)
         loop.step()  # what is made once and kept
     buffers = dict(vars(loop))
     for name in ("mix", "mix_base", "mix_residual"):
@@ -121,12 +141,12 @@ def fake_loop(phase, networks, table):
     return loop, buffers
 
 
-def tie(loop, phase: str, *models: GuidedModel) -> None:
+def tie(loop, phase: str, networks: Networks, *models: GuidedModel) -> None:
     """Ties a loop to its models anew, now that their networks have the form for CUDA."""
 
     def tied(model, frames=None):
-        shape = (1, 3, 64, 64) if frames is None else (1, frames, 3, 64, 64)
-        steps = Steps(loop.timesteps, loop.counter, torch.Size(shape), torch.float32)
+        shape = torch.Size(networks.shape(frames))
+        steps = Steps(loop.timesteps, loop.counter, shape, torch.float32)
         model = in_loop(model, steps)
         model.start()
         return model
@@ -176,13 +196,14 @@ def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
     assert report.ops[0].count(f"vfengine.{name}.default") == 1
     if phase != "interleaved":
         assert report.ops[0][-1] == f"vfengine.{name}.default"  # it counts the step too
-    if (phase, solver) in ((name, "ddim") for name in MOST_KERNELS):
+    most = MOST_KERNELS[next(name for name, c in CONFIGS.items() if c is networks.config)]
+    if phase in most and solver == "ddim":
         kernels = [op for op in fake_cuda.launched(report.ops[0]) if op != "aten.to.dtype"]
         norms = kernels.count("vfengine.group_norm_silu.default")  # of one launch or two
-        assert len(kernels) + norms <= MOST_KERNELS[phase], kernels
+        assert len(kernels) + norms <= most[phase], kernels
     in_step = PHASE_NETWORKS.get(phase, ("residual",))
     runs = 2 if phase == "windows" else 1
-    once = ops_of_layers([networks[name].unet.unet for name in in_step])
+    once = ops_of_layers([networks.by_name[name].unet.unet for name in in_step])
     assert network_ops(report.ops[0]) == {op: runs * count for op, count in once.items()}
 
 
@@ -270,15 +291,13 @@ def test_whole_loop_is_one_static_program(phase, state, solver, tiny_checkpoint)
 
 
 def test_on_a_cpu_the_step_itself_runs():
-    no_networks = {"base": None, "residual": None, "video": None}
-    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 2))
+    loop, _ = make_loop("base", NO_NETWORKS, solver_table("ddim", SCHEDULE, 2))
     steps = loop.stepper(capture=True)
     assert (steps.take, steps.count) == (loop.step, 1)
 
 
 def test_float64_cannot_be_captured():
-    no_networks = {"base": None, "residual": None, "video": None}
-    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 2))
+    loop, _ = make_loop("base", NO_NETWORKS, solver_table("ddim", SCHEDULE, 2))
     loop.device, loop.dtype = torch.device("cuda", 0), torch.float64
     with pytest.raises(RuntimeError, match="float64 clips cannot be captured"):
         loop.stepper(capture=True)
@@ -293,8 +312,7 @@ def test_steps_in_a_graph_divide_the_loop(total, count):
 
 
 def test_a_graph_holds_no_part_of_a_loop_that_leaves_a_rest():
-    no_networks = {"base": None, "residual": None, "video": None}
-    loop, _ = make_loop("base", no_networks, solver_table("ddim", SCHEDULE, 5))
+    loop, _ = make_loop("base", NO_NETWORKS, solver_table("ddim", SCHEDULE, 5))
     loop.device = torch.device("cuda", 0)
     with pytest.raises(ValueError, match="at_once must divide the loop's 5 steps, got 2"):
         loop.stepper(capture=True, at_once=2)
