@@ -17,7 +17,7 @@ from torch import Tensor
 from .launch import launch_kernel, wait_for_inputs
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "tiles", "inner_size"])
+@triton.jit(do_not_specialize=["q_len", "k_len", "tiles", "inner_size", "heads"])
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -37,8 +37,8 @@ def attention_kernel(
     k_len,
     tiles,
     inner_size,
+    heads,
     scale,
-    HEADS: tl.constexpr,
     D: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -46,9 +46,9 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
 ):
     wait_for_inputs()
-    head = tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % tiles
-    sequence = tl.program_id(0) // HEADS // tiles
+    head = tl.program_id(0) % heads
+    tile = tl.program_id(0) // heads % tiles
+    sequence = tl.program_id(0) // heads // tiles
     outer = (sequence // inner_size).to(tl.int64)
     inner = (sequence % inner_size).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -128,7 +128,6 @@ def launch_arguments(
     )
     tiles = triton.cdiv(lengths[0], block_q)
     constants = {
-        "HEADS": heads,
         "D": head_dim,
         "BIAS": bias is not None,
         "BLOCK_Q": block_q,
@@ -137,6 +136,6 @@ def launch_arguments(
         "num_warps": 1 if block_q == 16 and block_d <= 64 else 4,
         "num_stages": stages,
     }
-    values = (q, k, v, q if bias is None else bias, out, *strides, *lengths, tiles, sequences[1])
-    grid = (sequences[0] * sequences[1] * tiles * heads,)
-    return grid, (*values, head_dim**-0.5), constants
+    tensors = (q, k, v, q if bias is None else bias, out)
+    values = (*tensors, *strides, *lengths, tiles, sequences[1], heads, head_dim**-0.5)
+    return (sequences[0] * sequences[1] * tiles * heads,), values, constants
