@@ -36,7 +36,7 @@ LARGE = {  # beyond a GPU's caches
     "residual_step": ((2, 16, 3, 512, 512), BF16),
     "decomposed_noise": ((2, 16, 3, 512, 512), BF16),
     "group_norm_silu": (((64, 128, 64, 64), 8, 16), BF16),
-    "temporal_attention": ((1, 16, 4096, 7, 16), BF16),
+    "temporal_attention": ((1, 16, 4096, 2, 32), BF16),
 }
 SOURCES = {  # an argument of each op that its result depends on
     "residual_step": "u",

@@ -15,7 +15,7 @@ from .graphs import distance
 CONFIG = AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1)
 PARTS = {"decoder": (Decoder, (4, 8, 12)), "encoder": (Encoder, (3, 16, 24))}
 PROMPTED = UNetConfig(
-    block_out_channels=(32, 64),
+    block_out_channels=(64, 96),
     layers_per_block=(1, 1),
     patch_size=1,
     in_channels=4,
@@ -23,7 +23,7 @@ PROMPTED = UNetConfig(
     spatial_attention=(True, True),
     temporal_attention=(True, True),
     temporal_conv=(True, True),
-    head_dim=16,
+    head_dim=32,
     context_dim=32,
     any_size=True,
 )

@@ -8,6 +8,7 @@ SHAPES = {  # B, N, C, H, W; patch size; kind; whether guided
     "base": ((2, 1, 3, 64, 64), 4, "blend", True),
     "residual": ((1, 16, 3, 64, 64), 4, "residual", True),
     "latents": ((2, 1, 4, 32, 32), 1, "predicts", True),
+    "model": ((1, 16, 8, 16, 16), 1, "residual", True),
     "many": ((1, 16, 3, 128, 128), 2, "residual", False),
     "odd": ((2, 5, 3, 6, 10), 2, "residual", True),
     "video": ((2, 3, 2, 7, 11), 1, "blend", True),
@@ -20,7 +21,7 @@ SMALL = ("odd", "video", "patch_of_three", "tiny", "single_frame", "plain")
 SETS = {
     "all": SHAPES,
     "small": {name: SHAPES[name] for name in SMALL},
-    "gpu": {"model": SHAPES["residual"], "odd": SHAPES["odd"]},
+    "gpu": {name: SHAPES[name] for name in ("model", "odd")},
 }
 
 

@@ -17,7 +17,7 @@ from kernel_cases import (
 from vfengine.ops import geglu, geglu_reference
 
 SHAPES = {
-    "model": (2, 16, 64, 448),
+    "model": (2, 16, 64, 256),
     "odd": (5, 77, 40),
     "no_vectors": (7, 22),
     "tiny": (2,),

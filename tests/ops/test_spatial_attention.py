@@ -17,7 +17,7 @@ from vfengine.ops import spatial_attention, spatial_attention_reference
 
 # F, Sq, Sk, H, D
 SHAPES = {
-    "model": (8, 64, 64, 7, 16),
+    "model": (8, 64, 64, 2, 32),
     "context": (3, 7 * 11, 77, 3, 40),
     "tiny": (1, 1, 1, 1, 8),
     "single_frame": (1, 100, 33, 2, 64),

@@ -18,7 +18,7 @@ from vfengine.ops import temporal_attention, temporal_attention_reference
 
 # B, N, P, H, D
 SHAPES = {
-    "model": (2, 16, 16, 7, 16),
+    "model": (2, 16, 16, 2, 32),
     "odd": (1, 5, 7 * 11, 1, 40),
     "tiny": (1, 1, 1, 1, 8),
     "single_frame": (2, 1, 4, 2, 64),
