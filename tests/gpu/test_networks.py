@@ -47,7 +47,7 @@ class Model:
         return residual_noise((1, self.config.num_frames, *size), 5)
 
     def conditions(self, count: int) -> dict[str, Tensor]:
-        """The networks' argument of this name: labels or contexts, for so many, then for none."""
+        """By the name of the networks' argument: so many labels or contexts, then as many nulls."""
         if self.config.text_encoder is None:
             labels = [*[3, 5][:count], *[self.config.null_class] * count]
             return {"class_labels": torch.tensor(labels)}
@@ -58,9 +58,9 @@ class Model:
     def guided(self, name: str, device: str, count: int) -> ModelSpec:
         """Under guidance of scale 2, in fp32."""
         network = self.walked(name, device, torch.float32)
-        (condition, value) = next(iter(self.conditions(count).items()))
-        key = {"class_labels": "labels", "context": "context"}[condition]
-        return ModelSpec(network, scale=2.0, **{key: value.to(device)})
+        given = {k: v.to(device) for k, v in self.conditions(count).items()}
+        labels, context = given.get("class_labels"), given.get("context")
+        return ModelSpec(network, labels, 2.0, context=context)
 
 
 @pytest.fixture(scope="module", params=["shipped"])
