@@ -29,9 +29,9 @@ a whole clip), cuts do; windows grow by under 0.5 MiB a frame (ten copies of a c
 pixels), a whole clip by its activations too. Means of squares, middles, motion and return came
 after pixels had shown little; the target of 1.2 holds for the means as well.
 
-Result, of the model of 64 x 64 pixels: memory is as expected. Seams of the default windows stay under 1.2 in 64 frames
-but not, by means of squares, in 512 frames of cartwheels, and a window's middle shows as much as
-its ends; cuts show a little more. In pixels cuts hardly show either: frames of one base path have
+Result, of the model of 64 x 64 pixels: memory is as expected. Seams of the default windows stay
+under 1.2 in 64 frames but not, by means of squares, in 512 frames of cartwheels, and a window's
+middle shows as much as its ends; cuts show a little more. In pixels cuts hardly show either: frames of one base path have
 their room and colours in common, and only the body's place jumps. Blending damps motion, the more
 the wider the overlap. A whole clip has neither fault, and in 64 frames takes half the time: what
 windows save is memory.
