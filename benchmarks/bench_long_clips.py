@@ -31,10 +31,10 @@ after pixels had shown little; the target of 1.2 holds for the means as well.
 
 Result, of the model of 64 x 64 pixels: memory is as expected. Seams of the default windows stay
 under 1.2 in 64 frames but not, by means of squares, in 512 frames of cartwheels, and a window's
-middle shows as much as its ends; cuts show a little more. In pixels cuts hardly show either: frames of one base path have
-their room and colours in common, and only the body's place jumps. Blending damps motion, the more
-the wider the overlap. A whole clip has neither fault, and in 64 frames takes half the time: what
-windows save is memory.
+middle shows as much as its ends; cuts show a little more. In pixels cuts hardly show either: frames
+of one base path have their room and colours in common, and only the body's place jumps. Blending
+damps motion, the more the wider the overlap. A whole clip has neither fault, and in 64 frames takes
+half the time: what windows save is memory.
 
 The script makes 64 frames of three labels and 512 of one; under pytest it is 64 frames of one label
 in fewer steps, and the memory of short clips; with --short 48 frames in two steps.
