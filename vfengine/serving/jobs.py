@@ -1,0 +1,102 @@
+"""A job: one clip that somebody has asked the server for. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+STATUSES = ("queued", "in_progress", "completed", "failed")
+FORMATS = ("mp4", "webm", "webp", "gif")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """What the clip of a job shows and how it is made, all of it decided.
+
+    label, prompt: one of the two, or neither; a model takes what its requests take
+    scale:         the frames are enlarged so many times
+    format:        one of FORMATS
+    picture:       whether the job's file "upload" is a picture that becomes the base frame
+    extends:       the id of a job whose last frame this one goes on from, whose frames its file
+                   "source" holds; num_frames then counts the frames that are added
+    """
+
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    base_seed: int
+    residual_seed: int
+    label: str | None = None
+    prompt: str | None = None
+    negative_prompt: str = ""
+    solver: str = "ddim"
+    eta: float = 0.0
+    base_path: str | None = None
+    fps: float = 10.0
+    scale: int = 1
+    height: int = 0
+    width: int = 0
+    format: str = "mp4"
+    picture: bool = False
+    extends: str | None = None
+
+    @property
+    def shape(self) -> str:
+        """Jobs of equal shape can be made in one batch."""
+        names = (
+            *("num_frames", "num_inference_steps", "guidance_scale", "solver", "eta"),
+            *("base_path", "height", "width", "scale"),
+        )
+        # what starts from a picture, or goes on from a clip, has a base path of its own kind
+        given = self.picture or self.extends is not None
+        return json.dumps([getattr(self, name) for name in names] + [given])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> JobSettings:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A row of the store.
+
+    status:   one of STATUSES
+    phase:    of the pipeline, while it runs: "text", "base", "residual", "video", "decode"
+    progress: 0..100
+    has_base: whether the file "thumbnail" is there
+    seconds:  of the clip that was asked for, as the client wrote it ("4"), or of the whole
+              extended one
+    size:     "WxH" in pixels
+    remixed_from: the id of the job whose look it takes
+    result:   of a completed job: inference_time_s, peak_memory_mb, timings, bytes …
+    error:    of a failed one: {"code", "message"}
+    times     unix seconds
+    """
+
+    id: str
+    settings: JobSettings
+    model: str
+    seconds: str
+    size: str
+    created_at: float
+    status: str = "queued"
+    phase: str = ""
+    progress: int = 0
+    has_base: bool = False
+    attempts: int = 0
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    remixed_from: str | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, str] | None = None
+
+
+def new_id() -> str:
+    """An id that nobody can guess, safe as a file name."""
+    return "video_" + secrets.token_hex(16)

@@ -1,0 +1,325 @@
+"""Jobs on disk: a row of SQLite each, and a folder of files beside it.
+
+The database decides. A job exists once its row is committed, so a process that is killed loses no
+accepted job. A clip is finished once its row says so: its file was complete under its name before.
+Files without a row are rubbish, and are removed. Several processes use one store at a time: the
+server, which adds and deletes jobs, and the engines, which claim and finish them.
+
+    FOLDER/jobs.sqlite3              rows (WAL)
+    FOLDER/jobs/<id>/video.mp4 …     files of a job
+    FOLDER/base_paths/               base paths, by what decides them (pipelines/base_cache.py)
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .jobs import Job, JobSettings
+
+MAX_ATTEMPTS = 3  # engines that may die of one job before it has failed
+_ID = frozenset("0123456789abcdef_video")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    seq          INTEGER PRIMARY KEY AUTOINCREMENT,
+    id           TEXT NOT NULL UNIQUE,
+    request_key  TEXT UNIQUE,
+    status       TEXT NOT NULL,
+    shape        TEXT NOT NULL,
+    settings     TEXT NOT NULL,
+    model        TEXT NOT NULL,
+    seconds      TEXT NOT NULL,
+    size         TEXT NOT NULL,
+    phase        TEXT NOT NULL DEFAULT '',
+    progress     INTEGER NOT NULL DEFAULT 0,
+    has_base     INTEGER NOT NULL DEFAULT 0,
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    worker       TEXT,
+    created_at   REAL NOT NULL,
+    started_at   REAL,
+    completed_at REAL,
+    expires_at   REAL,
+    remixed_from TEXT,
+    result       TEXT NOT NULL DEFAULT '{}',
+    error        TEXT
+);
+CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, seq);
+CREATE INDEX IF NOT EXISTS jobs_by_expiry ON jobs (expires_at);
+PRAGMA user_version = 1;
+"""
+
+
+class QueueFull(Exception):
+    """As many jobs wait as may."""
+
+
+class Store:
+    """The jobs of a folder, which is made if it is not there.
+
+    durable: whether a commit outlasts a loss of power, as what was accepted must; progress need not
+
+    Its methods may be called from any thread. They raise sqlite3.Error or OSError for a disk that
+    does not work; ValueError for a folder that holds another version's jobs.
+    """
+
+    def __init__(self, folder: str | Path, durable: bool = True) -> None:
+        self.folder = Path(folder)
+        self.base_paths = self.folder / "base_paths"
+        self._jobs = self.folder / "jobs"
+        self._jobs.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(
+            self.folder / "jobs.sqlite3",
+            timeout=30,
+            isolation_level=None,  # transactions are ours to begin
+            check_same_thread=False,
+        )
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, 1):
+            raise ValueError(f"{self.folder}: jobs of another version ({version}), expected 1")
+        if version == 0:
+            self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def folder_of(self, job_id: str) -> Path:
+        """The folder of a job's files. ValueError for what is no id, so that no path gets out."""
+        if not job_id.startswith("video_") or not set(job_id) <= _ID or len(job_id) > 64:
+            raise ValueError(f"expected the id of a video, got {job_id[:80]!r}")
+        return self._jobs / job_id
+
+    def file(self, job_id: str, name: str) -> Path:
+        """A file of a job, which may not be there yet: "video.mp4", "thumbnail.png", "upload" …"""
+        return self.folder_of(job_id) / name
+
+    # -- what the server does ----------------------------------------------------------------------
+
+    def add(
+        self, job: Job, max_queue: int, request_key: str | None = None, files: Iterable[str] = ()
+    ) -> Job:
+        """Takes a job in, whose files (by name, in its folder) are complete; returns it.
+
+        request_key: a name of the request by its sender; a second one with it is not taken in, and
+                     the first's job is returned
+
+        Raises QueueFull, once max_queue jobs wait.
+        """
+        with self._writing() as db:
+            if request_key is not None:
+                found = db.execute("SELECT * FROM jobs WHERE request_key = ?", (request_key,))
+                row = found.fetchone()
+                if row is not None:
+                    return _job(row)
+            if self.count("queued") >= max_queue:
+                raise QueueFull
+            db.execute(
+                "INSERT INTO jobs (id, request_key, status, shape, settings, model, seconds, size,"
+                " created_at, expires_at, remixed_from) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(job.id, request_key, job.status, job.settings.shape),
+                    *(job.settings.to_json(), job.model, job.seconds, job.size),
+                    *(job.created_at, job.expires_at, job.remixed_from),
+                ),
+            )
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        rows = self._rows("SELECT * FROM jobs WHERE id = ?", job_id)
+        return _job(rows[0]) if rows else None
+
+    def list(
+        self, after: str | None = None, limit: int = 20, order: str = "desc"
+    ) -> tuple[list[Job], bool]:
+        """A page of jobs by age, and whether there are more. KeyError for an unknown `after`."""
+        descending = order == "desc"
+        bound = 2**62 if descending else 0
+        if after is not None:
+            rows = self._rows("SELECT seq FROM jobs WHERE id = ?", after)
+            if not rows:
+                raise KeyError(after)
+            bound = rows[0]["seq"]
+        sign, direction = ("<", "DESC") if descending else (">", "ASC")
+        query = f"SELECT * FROM jobs WHERE seq {sign} ? ORDER BY seq {direction} LIMIT ?"
+        rows = self._rows(query, bound, limit + 1)
+        return [_job(row) for row in rows[:limit]], len(rows) > limit
+
+    def delete(self, job_id: str) -> bool:
+        """Removes a job and its files; an engine that makes it stops. False: there is none."""
+        with self._writing() as db:
+            found = db.execute("DELETE FROM jobs WHERE id = ?", (job_id,)).rowcount > 0
+        if found:
+            shutil.rmtree(self.folder_of(job_id), ignore_errors=True)
+        return found
+
+    def count(self, status: str) -> int:
+        return self._rows("SELECT count(*) FROM jobs WHERE status = ?", status)[0][0]
+
+    def ahead(self, job_id: str) -> int:
+        """How many jobs wait before this one."""
+        query = (
+            "SELECT count(*) FROM jobs WHERE status = 'queued' AND "
+            "seq < (SELECT seq FROM jobs WHERE id = ?)"
+        )
+        return self._rows(query, job_id)[0][0]
+
+    def expire(self, now: float, unused_paths: float) -> int:
+        """Removes finished jobs whose time is over, and rubbish; returns the number of jobs.
+
+        unused_paths: base paths that were not used for so many seconds go as well
+        """
+        done = "status IN ('completed', 'failed') AND expires_at <= ?"
+        expired = self._rows(f"SELECT id FROM jobs WHERE {done}", now)
+        for row in expired:
+            self.delete(row["id"])
+        for folder in self._jobs.iterdir():  # of jobs whose upload was broken off, or deleted ones
+            if now - folder.stat().st_mtime > 3600 and self.get(folder.name) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        if self.base_paths.is_dir():
+            for file in self.base_paths.iterdir():
+                if now - file.stat().st_mtime > unused_paths:
+                    file.unlink(missing_ok=True)
+        return len(expired)
+
+    def recover(self, alive: Iterable[str] = ()) -> list[str]:
+        """Queues again what engines other than these were at; returns the ids.
+
+        A job that MAX_ATTEMPTS engines have died of has failed.
+        """
+        names = list(alive)
+        others = "" if not names else f" AND worker NOT IN ({','.join('?' * len(names))})"
+        running = f"status = 'in_progress'{others}"
+        with self._writing() as db:
+            rows = db.execute(f"SELECT id, attempts FROM jobs WHERE {running}", names).fetchall()
+            for row in rows:
+                if row["attempts"] < MAX_ATTEMPTS:
+                    db.execute(
+                        "UPDATE jobs SET status = 'queued', worker = NULL, phase = '', "
+                        "progress = 0, started_at = NULL WHERE id = ?",
+                        (row["id"],),
+                    )
+                    continue
+                message = f"the engine ended {MAX_ATTEMPTS} times while it made this clip"
+                error = json.dumps({"code": "engine_died", "message": message})
+                db.execute(
+                    "UPDATE jobs SET status = 'failed', worker = NULL, error = ?, "
+                    "completed_at = ? WHERE id = ?",
+                    (error, time.time(), row["id"]),
+                )
+        return [row["id"] for row in rows]
+
+    # -- what an engine does -----------------------------------------------------------------------
+
+    def claim(self, worker: str, most: int = 1) -> list[Job]:
+        """The job that has waited longest, and others of its shape, now in progress; or none."""
+        with self._writing() as db:
+            first = db.execute(
+                "SELECT shape FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1"
+            ).fetchone()
+            if first is None:
+                return []
+            rows = db.execute(
+                "SELECT id FROM jobs WHERE status = 'queued' AND shape = ? ORDER BY seq LIMIT ?",
+                (first["shape"], most),
+            ).fetchall()
+            now = time.time()
+            for row in rows:
+                db.execute(
+                    "UPDATE jobs SET status = 'in_progress', worker = ?, started_at = ?, "
+                    "attempts = attempts + 1 WHERE id = ?",
+                    (worker, now, row["id"]),
+                )
+        return [job for job in (self.get(row["id"]) for row in rows) if job is not None]
+
+    def report(self, job_id: str, phase: str, progress: int, has_base: bool | None = None) -> bool:
+        """Notes how far a job has come; False: it was deleted, so stop."""
+        with self._writing() as db:
+            changed = db.execute(
+                "UPDATE jobs SET phase = ?, progress = ?, has_base = coalesce(?, has_base) "
+                "WHERE id = ? AND status = 'in_progress'",
+                (phase, progress, has_base, job_id),
+            )
+            return changed.rowcount > 0
+
+    def exists(self, job_id: str) -> bool:
+        return bool(self._rows("SELECT 1 FROM jobs WHERE id = ?", job_id))
+
+    def finish(self, job_id: str, result: dict, expires_at: float | None) -> bool:
+        """A job whose files are complete is completed; False: it was deleted meanwhile."""
+        return self._end(job_id, "completed", "result", result, expires_at, 100)
+
+    def fail(self, job_id: str, code: str, message: str, expires_at: float | None) -> bool:
+        error = {"code": code, "message": message}
+        return self._end(job_id, "failed", "error", error, expires_at, None)
+
+    def _end(
+        self,
+        job_id: str,
+        status: str,
+        column: str,
+        value: dict,
+        expires_at: float | None,
+        progress: int | None,
+    ) -> bool:
+        with self._writing() as db:
+            changed = db.execute(
+                f"UPDATE jobs SET status = ?, {column} = ?, completed_at = ?, expires_at = ?, "
+                "phase = '', worker = NULL, progress = coalesce(?, progress) WHERE id = ?",
+                (status, json.dumps(value), time.time(), expires_at, progress, job_id),
+            )
+            found = changed.rowcount > 0
+        if not found:
+            shutil.rmtree(self.folder_of(job_id), ignore_errors=True)
+        return found
+
+    def requeue(self, job_ids: Iterable[str]) -> None:
+        """Gives claimed jobs back, unblamed: an engine that stops in good order does so."""
+        with self._writing() as db:
+            for job_id in job_ids:
+                db.execute(
+                    "UPDATE jobs SET status = 'queued', worker = NULL, phase = '', progress = 0, "
+                    "started_at = NULL, attempts = attempts - 1 "
+                    "WHERE id = ? AND status = 'in_progress'",
+                    (job_id,),
+                )
+
+
+def _job(row: sqlite3.Row) -> Job:
+    plain = ("id", "model", "seconds", "size", "status", "phase", "progress", "attempts")
+    times = ("created_at", "started_at", "completed_at", "expires_at", "remixed_from")
+    return Job(
+        **{name: row[name] for name in (*plain, *times)},
+        settings=JobSettings.from_json(row["settings"]),
+        has_base=bool(row["has_base"]),
+        result=json.loads(row["result"]),
+        error=None if row["error"] is None else json.loads(row["error"]),
+    )
