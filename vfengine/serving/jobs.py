@@ -21,6 +21,8 @@ class JobSettings:
     picture:       whether the job's file "upload" is a picture that becomes the base frame
     extends:       the id of a job whose last frame this one goes on from, whose frames its file
                    "source" holds; num_frames then counts the frames that are added
+    look:          label, prompt and negative_prompt of the base path, where they are not the
+                   clip's own: of a remix with another prompt
     """
 
     num_frames: int
@@ -41,6 +43,7 @@ class JobSettings:
     format: str = "mp4"
     picture: bool = False
     extends: str | None = None
+    look: dict[str, Any] | None = None
 
     @property
     def shape(self) -> str:

@@ -1,14 +1,15 @@
 """The default model, trained by the clock with its own commands; weights in files of 16 MiB.
 
-Text encoder and autoencoder first, then latents, then both networks: two processes side by side,
-whose launches keep a GPU busy only together. Learning rates fall with the steps, so a short trial
-counts how many steps there will be time for.
+Text encoder and autoencoder first, then latents, then both networks: processes side by side, whose
+launches keep a GPU busy only together. Learning rates fall with the steps, so a short trial counts
+how many steps there will be time for.
 
 A model to go on from gives its parts and the weights to begin with. It is the shipped one, if that
 is on latents, or the folder that VFENGINE_TRAIN_FROM names; "nothing" trains all from the start.
+Its decoder then trains beside the networks: with the encoder kept, they do not depend on it.
 
-In the folder of gpu.jsonl, train/ then holds a checkpoint cut in pieces (`cat model.tar.* | tar x`
-joins them), the logs and the sheets of samples.
+In the folder of gpu.jsonl, train/ then holds checkpoints, logs and sheets of samples in an archive
+cut in pieces: `cat model.tar.* | tar x` unpacks it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,17 @@ CLIPS = {
     "residual": ("--num-clips", "12000", "--captions", "2"),
 }
 BATCHES = {"base": ("--batch-size", "256"), "residual": ("--batch-size", "48")}
-RATES = ("--learning-rate", "8e-4", "--warmup", "100", "--decay", "0.6", "--cell-weight", "3")
+RATES = ("--learning-rate", "8e-4", "--warmup", "100", "--decay", "0.6")
+LATENTS = ("--cell-weight", "3")
+DECODER = (
+    *("--objective", "autoencoder", "--keep-encoder", "--adversary", "0.1", *RATES),
+    *("--num-clips", "3000", "--seed", "1", "--batch-size", "32"),
+)
+FEW_CLIPS = ("--num-clips", "60", "--captions", "2")  # for what only puts networks together
 if DRY:
     CLIPS = {"base": ("--num-clips", "4", "--base-images", "4"), "residual": ("--num-clips", "4")}
     BATCHES = dict.fromkeys(NETWORKS, ("--batch-size", "2", "--extra-images", "0"))
+    FEW_CLIPS = CLIPS["residual"]
 SMALL = (
     *("--size", "16", "--num-frames", "4", "--captions", "2", "--layers-per-block", "1,1"),
     *("--base-channels", "32,32", "--residual-channels", "32,32"),
@@ -98,7 +106,7 @@ class Work:
             steps = 0.85 * lines[-1]["clips_per_second"] / start["batch_size"] * seconds
             steps = TRIAL_STEPS if DRY else max(1, int(steps))
             counted[name] = (*own, *limit, "--steps", str(steps))
-        checkpoints = self.run(counted)
+        checkpoints = self.run(counted, *RARELY)
         for name in jobs:
             for key, value in self.lines(name)[-1].items():
                 if isinstance(value, (int, float)):
@@ -113,6 +121,7 @@ class Work:
 
 
 QUIET = ("--save-every", "1000000", "--sample-every", "0")
+RARELY = ("--save-every", "2000", "--sample-every", "1000000")  # samples of the last step alone
 
 
 def main() -> None:
@@ -146,13 +155,18 @@ def train(work: Work) -> None:
         autoencoder, text = parts["autoencoder"], parts["text"]
     cache = ("--clips-cache", str(work.folder / "clips"))
     common = ("--autoencoder", str(autoencoder), "--text-encoder", str(text), *model, *cache)
+    rates = (*RATES, *LATENTS)
     jobs = {
-        name: (*common, *start, *RATES, *CLIPS[name], *BATCHES[name], "--train", name)
+        name: (*common, *start, *rates, *CLIPS[name], *BATCHES[name], "--train", name)
         for name in NETWORKS
     }
+    if source is not None:
+        jobs["decoder"] = (*DECODER, *start, *cache)
     made = work.train(jobs, work.left)
     merge = ("--init-from", str(made["base"]), "--residual-from", str(made["residual"]))
-    work.run({"merged": (*common, *CLIPS["base"], *merge)}, *QUIET, "--max-minutes", "0")
+    if "decoder" in made:  # the last of two flags counts
+        merge = (*merge, "--autoencoder", str(made["decoder"]))
+    work.run({"merged": (*common, *FEW_CLIPS, *merge)}, *QUIET, "--max-minutes", "0")
 
 
 def _source() -> Path | None:
@@ -191,22 +205,24 @@ def _tiny_parts(folder: Path) -> list[Path]:
 
 
 def _keep(folder: Path) -> None:
-    """Logs, samples and the last checkpoint, to the folder of gpu.jsonl."""
+    """Logs, samples and checkpoints, to the folder of gpu.jsonl."""
     out = Path(os.environ["VFENGINE_GPU_OUT"]) / "train"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for run in sorted(path for path in folder.iterdir() if (path / "log.jsonl").is_file()):
-        shutil.copy(run / "log.jsonl", out / f"{run.name}.jsonl")
-        for sheet in run.glob("samples/*"):
-            shutil.copy(sheet, out / f"{run.name}-{sheet.name}")
-    found = [folder / name / "checkpoint" for name in ("merged", *NETWORKS, "autoencoder")]
-    for checkpoint in [path for path in found if path.is_dir()][:1]:
-        whole = folder / "model.tar"
-        with tarfile.open(whole, "w") as archive:
-            archive.add(checkpoint, "checkpoint")
-        with whole.open("rb") as file:
-            for number, piece in enumerate(iter(lambda: file.read(PIECE), b"")):
-                (out / f"model.tar.{number:02}").write_bytes(piece)
+    whole = folder / "model.tar"
+    runs = [path for path in sorted(folder.iterdir()) if (path / "log.jsonl").is_file()]
+    weights = [run for run in runs if not run.name.startswith("trial")]
+    if (folder / "merged" / "checkpoint").is_dir():  # it holds all others
+        weights = [folder / "merged"]
+    with tarfile.open(whole, "w") as archive:
+        for run in runs:
+            kept = ("log.jsonl", "samples", *(("checkpoint",) if run in weights else ()))
+            for path in (run / name for name in kept):
+                if path.exists():
+                    archive.add(path, f"{run.name}/{path.name}")
+    with whole.open("rb") as file:
+        for number, piece in enumerate(iter(lambda: file.read(PIECE), b"")):
+            (out / f"model.tar.{number:02}").write_bytes(piece)
 
 
 if __name__ == "__main__":
