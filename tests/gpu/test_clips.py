@@ -74,9 +74,9 @@ def test_base_here_and_residual_on_the_cpu(overlap, capture, device):
 
     def clip(place: str, **options) -> torch.Tensor:
         base = load_network(None, CONFIG, "base", place)
-        networks = [
-            lambda z, t, network=network: network(z, t.to(z.device), context=context.to(z.device))
-            for network in (base, residual)
+        networks = [  # a step that is captured copies nothing from the CPU
+            lambda z, t, network=network, own=own: network(z, t.to(z.device), context=own)
+            for network, own in ((base, context.to(place)), (residual, context))
         ]
         return vf.sample(*networks, noise.base.to(place), noise.residual, **settings, **options)
 

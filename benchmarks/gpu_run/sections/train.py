@@ -26,7 +26,7 @@ from pathlib import Path
 
 from gpu_run.sections import DEVICE, DRY, emit
 
-SECONDS = 240 if DRY else 400  # of the whole section
+SECONDS = 240 if DRY else 385  # of the whole section
 PARTS_SHARE = 0.35  # of the seconds, where the parts are trained too
 SAVING = 2 if DRY else 25  # seconds kept for the last samples, merging and writing
 PIECE = 16 * 2**20  # bytes

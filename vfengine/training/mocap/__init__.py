@@ -9,6 +9,6 @@ from .renderer import Renderer, render_clips
 from .scenes import Scene, draw_scene
 
 # To be raised with every change of pixels or captions: files that keep them are named after it.
-VERSION = 2
+VERSION = 3
 
 __all__ = ["ACTIONS", "SECONDS", "VERSION", "Renderer", "Scene", "draw_scene", "render_clips"]

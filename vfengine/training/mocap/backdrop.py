@@ -73,7 +73,7 @@ class Backdrop:
             table = np.array([choice.get(key(s), (0, 0, 0)) for s in scenes]) / 255
             return torch.tensor(table.T, dtype=torch.float32, device=device)[:, :, None, None]
 
-        u = (torch.arange(n, device=device) + 0.5 - n / 2) / (camera.focal * n)
+        u = (torch.arange(n, device=device) + 0.5 - n / 2) * (1 / (camera.focal * n))
         ax = torch.tensor(camera.axes, dtype=torch.float32, device=device)[..., None, None]
         d = [u * ax[:, 0, i] - u[:, None] * ax[:, 1, i] + ax[:, 2, i] for i in range(3)]
         norm = (d[0] * d[0] + d[1] * d[1] + d[2] * d[2]).sqrt()
@@ -160,9 +160,9 @@ class Backdrop:
 
 
 def _wood(x, z, t, a, b, carpet) -> Tensor:
-    across = z / 0.22 + a
+    across = z * (1 / 0.22) + a
     row = across.floor()
-    lengthwise = x / 1.3 + row * 0.37 + b
+    lengthwise = x * (1 / 1.3) + row * 0.37 + b
     board = lengthwise.floor()
     # a number between 0 and 1 for each board
     tone = ((row * 37 + board * 91).remainder(17) * 5).remainder(17) / 17
@@ -171,7 +171,7 @@ def _wood(x, z, t, a, b, carpet) -> Tensor:
 
 
 def _tiles(x, z, t, a, b, carpet) -> Tensor:
-    odd = ((x / 0.45 + a).floor() + (z / 0.45 + b).floor()).remainder(2)
+    odd = ((x * (1 / 0.45) + a).floor() + (z * (1 / 0.45) + b).floor()).remainder(2)
     return _rgb(0.80, 0.80, 0.78, x) * (1 - 0.28 * odd)
 
 

@@ -2,7 +2,8 @@
 
 What depends on a whole frame (skeleton, camera) is computed in float64 on the CPU. What depends on
 a pixel takes elementary operations of float32 alone, which every device rounds in the same way: so
-a CPU and a GPU decide alike which surface a ray meets, and draw the same pixels.
+a CPU and a GPU decide alike which surface a ray meets, and draw the same pixels. To divide by a
+Python number is no such operation: on a GPU torch multiplies by its inverse. So the code does.
 
 Most rays meet nothing. Candidates are pairs of a ray and a cone that the cone's silhouette covers;
 only they are computed, in one flat list for all frames of a chunk. Each pixel has 2 x 2 rays.
@@ -151,8 +152,8 @@ class _Hits:
         # [2, 2, K]: the rays of the pixels of K candidates; what belongs to a cone is [K]
         rays = torch.arange(_RAYS, device=device)[:, None]
         row, column = (row * _RAYS + rays)[:, None], column * _RAYS + rays
-        u = (column + 0.5 - side / 2) / focal
-        v = (side / 2 - 0.5 - row) / focal
+        u = (column + 0.5 - side / 2) * (1 / focal)
+        v = (side / 2 - 0.5 - row) * (1 / focal)
         norm = 1 / (u * u + v * v + 1).sqrt()
         rx, ry, rz = u * norm, v * norm, norm
 
