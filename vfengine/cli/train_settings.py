@@ -170,6 +170,11 @@ SETTINGS = (
         "train the decoder of --init-from alone, so that latents stay as they are",
         False,
     ),
+    _option(
+        "adversary",
+        "training",
+        "weight of an adversary's gradient, beside that of the errors of pixels; 0: none",
+    ),
     Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
     Setting("max_minutes", "training", _NUMBER, "the same in minutes"),
     Setting("device", "training", text("NAME"), "device to train on: cpu, cuda, cuda:1 …", "cpu"),
@@ -261,7 +266,7 @@ def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _takes(objective: str, setting: Setting) -> bool:
     """Whether an objective has a meaning for this setting."""
-    if setting.name == "keep_encoder":
+    if setting.name in ("keep_encoder", "adversary"):
         return objective == "autoencoder"
     if objective == "decomposed" or setting.name == "objective":
         return True

@@ -10,6 +10,8 @@ more. Two things are done to the latents, for the networks that will learn them:
 - Latents at half the size must decode to the picture at half the size (Kouzelis et al. 2025, arXiv
   2502.09509). That makes them as smooth as pictures are, and easier to predict.
 
+With `adversary` in the options, a discriminator is trained beside it (adversary.py).
+
 The first half of the steps sees crops of half the side: more figures for the same time. The second
 half sees whole pictures, whose norms and rims differ.
 """
@@ -30,6 +32,7 @@ from ..formats.parts import read_autoencoder, save_autoencoder
 from ..media.pictures import network_to_pixels, pixels_to_network, sheet
 from ..media.video import write_video
 from ..models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
+from .adversary import Adversary
 from .arrays import kept
 from .options import TrainingOptions
 from .report import StepReport
@@ -135,7 +138,12 @@ class AutoencoderTraining:
         trained, fixed = dict(self.networks), [self.scale]
         if keep_encoder:
             fixed.append(trained.pop("encoder").eval().requires_grad_(False))
-        self.updates = Updates(trained, options, fixed)
+        self.adversary, others = None, []
+        if options.adversary > 0:
+            last = self.networks["decoder"].conv_out.weight
+            self.adversary = Adversary(options, last, device)
+            others = self.adversary.state()
+        self.updates = Updates(trained, options, fixed, others)
         self.averaged = {**self.networks, **self.updates.averaged}
 
     def step(self) -> StepReport:
@@ -152,12 +160,18 @@ class AutoencoderTraining:
             share = torch.rand(len(x), 1, 1, 1, generator=generator).to(self.device)
             noise = torch.randn(z.shape, generator=generator).to(self.device)
             noisy = z + _LARGEST_NOISE * share * self.scale.std[:, None, None] * noise
-            whole = _error(decoder(noisy).float(), x, figure)
+            decoded, real = decoder(noisy).float(), x
+            whole = _error(decoded, x, figure)
             z, x, figure = (F.avg_pool2d(values, 2) for values in (z, x, figure))
             half = _error(decoder(z).float(), x, figure)
-        self.updates.apply(whole + _HALF_SIZE_WEIGHT * half, k)
+        loss = whole + _HALF_SIZE_WEIGHT * half
+        losses = {"whole": whole.detach(), "half": half.detach()}
+        if self.adversary is not None:
+            share, of_both = self.adversary.step(real, decoded, loss, k)
+            loss, losses = loss + share, losses | of_both
+        self.updates.apply(loss, k)
         self.steps_done += 1
-        report = StepReport({"whole": whole.detach(), "half": half.detach()}, step=k)
+        report = StepReport(losses, step=k)
         if self.device.type == "cpu":
             _ = report.losses
         return report
@@ -268,6 +282,8 @@ class AutoencoderTraining:
             self.options.seed,
             self.keep_encoder,
         )
+        if self.adversary is not None:
+            named += ("adversary",)
         text = repr(named)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

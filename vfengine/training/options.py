@@ -30,6 +30,10 @@ class TrainingOptions:
     precision        "bf16" (autocast) or "fp32"
     seed             of all that is random
 
+    For the autoencoder only:
+    adversary        norm of the decoder's gradient from an adversary, in norms of that from errors
+                     of pixels (training/adversary.py); 0: no adversary
+
     For decomposed models only:
     extra_images     base frames of further clips a step, for the base network alone
     clean_share      share of clips on which the residual network sees the exact base noise
@@ -60,6 +64,7 @@ class TrainingOptions:
     cell_weight: float = 1.0
     precision: str = "bf16"
     seed: int = 0
+    adversary: float = 0.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -74,6 +79,8 @@ class TrainingOptions:
         for name in ("learning_rate", "gradient_clip", "timestep_shift", "cell_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.adversary < float("inf"):
+            raise ValueError(f"adversary must be finite and not negative, got {self.adversary}")
         if self.train not in NETWORKS_TRAINED:
             raise ValueError(f"train must be one of {NETWORKS_TRAINED}, got {self.train!r}")
         if self.train == "residual" and self.clean_share != 1:

@@ -20,7 +20,7 @@ class Updates:
 
     averaged     the copies by name, in eval mode: the weights that are shipped
     parameters, averages    the weights of the networks and of their copies, in one order
-    fixed        networks that are not trained, whose weights are a part of the state
+    fixed        weights that are not trained here, and other tensors: a part of the state
     """
 
     def __init__(
@@ -28,28 +28,20 @@ class Updates:
         networks: Mapping[str, nn.Module],
         options: TrainingOptions,
         fixed: Sequence[nn.Module] = (),
+        others: Sequence[Tensor] = (),
     ):
+        """fixed: networks that are not trained; others: further tensors of the state"""
         self.options = options
-        self.fixed = [p for net in fixed for p in net.parameters()]
+        self.fixed = [*(p for net in fixed for p in net.parameters()), *others]
         self.averaged = {
             name: copy.deepcopy(network).eval().requires_grad_(False)
             for name, network in networks.items()
         }
         self.parameters = [p for net in networks.values() for p in net.parameters()]
         self.averages = [p for net in self.averaged.values() for p in net.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            options.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=options.weight_decay,
-            fused=True,
+        self.optimizer = adamw(
+            self.parameters, options.learning_rate, (0.9, 0.99), options.weight_decay
         )
-        for parameter in self.parameters:  # as its first step would, for `save` and `restore`
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
 
     def apply(self, loss: Tensor, step: int) -> None:
         """One optimizer step down this loss, the step-th from 0."""
@@ -94,10 +86,34 @@ class Updates:
         return int(metadata["steps_done"])
 
     def _state(self) -> dict[str, list[Tensor]]:
-        adam = [self.optimizer.state[p] for p in self.parameters]
         return {
             "parameter": self.parameters,
             "average": self.averages,
             "fixed": self.fixed,
-            **{key: [state[key] for state in adam] for key in ("exp_avg", "exp_avg_sq", "step")},
+            **adam_states(self.optimizer),
         }
+
+
+def adamw(
+    parameters: Sequence[nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """AdamW that has its state already, to be saved or to be restored into."""
+    optimizer = torch.optim.AdamW(
+        parameters, learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+    )
+    for parameter in parameters:  # as its first step would
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def adam_states(optimizer: torch.optim.AdamW) -> dict[str, list[Tensor]]:
+    """The moments and counts of steps of each parameter."""
+    adam = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    return {key: [state[key] for state in adam] for key in ("exp_avg", "exp_avg_sq", "step")}
