@@ -3,7 +3,8 @@
 The first three should give the same clip, most likely bit for bit, though libraries may choose
 algorithms by stream. K clips at once take other algorithms: their first clip may be as far from the
 plain one as that is from the clip in float32, in which no form may differ. The largest difference
-is printed; more is a failure. The first call of a pipeline includes reading, warm-up and capture; "per step" is of later calls.
+is printed; more is a failure. The first call of a pipeline includes reading, warm-up and capture;
+"per step" is of later calls.
 """
 
 from __future__ import annotations
