@@ -5,7 +5,8 @@ decoder is therefore also pushed to where this network takes its pictures for re
 patch discriminator (Isola et al. 2017, arXiv 1611.07004): one score for every patch of 36 x 36
 pixels. Its loss is the hinge loss, and the decoder's is minus the mean score. Beside a picture it
 sees the picture's fine waves, eight times as large: they are what decoded pictures lack, and are so
-small that it would be long in finding them.
+small that it would be long in finding them. Noise of one grey level is added to real and decoded
+ones alike, so that it cannot tell them by the rounding of real ones to 8 bits.
 
 The weights are divided by their largest singular value (Miyato et al. 2018, arXiv 1802.05957),
 which keeps scores from running away; a gradient penalty would cost a second backward pass.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from .updates import adam_states, adamw
 _WIDTHS = (6, 64, 128, 192)
 _STRIDES = (2, 2, 1)
 _FINE = 8.0  # of the picture less its means over 3 x 3 pixels, which are of its size then
+_NOISE = 2 / 255  # standard deviation: a grey level
 _SLOPE = 0.2  # of LeakyReLU below 0
 _FIRST_ITERATIONS = 20  # of the power method, before the first step
 _ALONE = 0.05  # share of the steps, the first, in which only the discriminator learns
@@ -61,8 +64,12 @@ class Adversary:
         options = self.options
         self.network.iterate()
         fake = decoded.detach().requires_grad_()
+        seen = torch.cat([real, fake])
+        seed = int(np.random.default_rng((options.seed, step, 1)).integers(2**62))
+        generator = torch.Generator(seen.device).manual_seed(seed)
+        noise = torch.randn(seen.shape, device=seen.device, generator=generator)
         with torch.autocast(fake.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            scores = self.network(torch.cat([real, fake])).float()
+            scores = self.network(seen + _NOISE * noise).float()
         of_real, of_fake = scores.chunk(2)
         fooled = -of_fake.mean()
         told = hinge(of_real, of_fake)
