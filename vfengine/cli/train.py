@@ -173,7 +173,7 @@ def _autoencoder(settings: argparse.Namespace, options: TrainingOptions):
             settings.seed,
             settings.size,
             device,
-            folder / name if device.type == "cpu" else None,
+            folder / name,
             progress.update,
         )
     return AutoencoderTraining(options, frames, settings.device, keep_encoder=settings.keep_encoder)

@@ -48,6 +48,7 @@ CONFIG = AutoencoderConfig(
     post_quant_conv=False,
 )
 FRAMES_OF_A_SCENE = 3  # of the 16 of its clip, at random
+_SCENES_AT_ONCE = 16  # with the same frames of each
 _LARGEST_NOISE = 0.1  # of a channel's standard deviation
 _FIGURE_WEIGHT = 4.0  # of the figure's pixels, and of those beside it, to 1 of others
 _HALF_SIZE_WEIGHT = 0.25
@@ -64,25 +65,27 @@ def frame_pool(
 ) -> Tensor:
     """Frames of rendered scenes, uint8 [FRAMES_OF_A_SCENE * num_scenes, H, W, 4].
 
-    The fourth channel is the figure's share of a pixel. They are on the device; with `file`, mapped
-    from there as .npy, where they are kept and found by the next call. progress(n) is called as
+    The fourth channel is the figure's share of a pixel. They are on the device. With `file` they
+    are kept there as .npy and found by the next call; a CPU maps them. progress(n) is called as
     scenes are finished. Raises ValueError for a file that is cut off or holds something else.
     """
     from .mocap import Renderer, draw_scene
 
     def parts() -> Iterator[Tensor]:
         renderer, rng = Renderer(size, device=device), np.random.default_rng(seed)
-        for i in range(num_scenes):
+        for first in range(0, num_scenes, _SCENES_AT_ONCE):
+            numbers = range(first, min(first + _SCENES_AT_ONCE, num_scenes))
             chosen = rng.choice(renderer.num_frames, FRAMES_OF_A_SCENE, replace=False)
-            scenes, chosen = [draw_scene(seed, i)], sorted(chosen.tolist())
-            yield renderer.frames(scenes, chosen, with_figure=True)[0]
-            progress(1)
+            scenes, chosen = [draw_scene(seed, i) for i in numbers], sorted(chosen.tolist())
+            yield renderer.frames(scenes, chosen, with_figure=True).flatten(0, 1)
+            progress(len(numbers))
 
     if file is None:
         return torch.cat(list(parts()))
     chunks = (part.cpu().numpy() for part in parts())
     count = num_scenes * FRAMES_OF_A_SCENE
-    return torch.from_numpy(kept(file, chunks, count, np.uint8, (size, size, 4)))
+    frames = torch.from_numpy(kept(file, chunks, count, np.uint8, (size, size, 4)))
+    return frames if device.type == "cpu" else frames.to(device)
 
 
 class _Scale(nn.Module):

@@ -6,7 +6,8 @@ how many steps there will be time for.
 
 A model to go on from gives its parts and the weights to begin with. It is the shipped one, if that
 is on latents, or the folder that VFENGINE_TRAIN_FROM names; "nothing" trains all from the start.
-Its decoder then trains beside the networks: with the encoder kept, they do not depend on it.
+Its decoder then trains beside the networks, against two adversaries of different weight: with the
+encoder kept, networks do not depend on it. The gentler one's is merged with them.
 
 In the folder of gpu.jsonl, train/ then holds checkpoints, logs and sheets of samples in an archive
 cut in pieces: `cat model.tar.* | tar x` unpacks it.
@@ -40,8 +41,9 @@ CLIPS = {
 BATCHES = {"base": ("--batch-size", "256"), "residual": ("--batch-size", "48")}
 RATES = ("--learning-rate", "8e-4", "--warmup", "100", "--decay", "0.6")
 LATENTS = ("--cell-weight", "3")
+DECODERS = {"decoder": ("--adversary", "0.1"), "sharper-decoder": ("--adversary", "0.4")}
 DECODER = (
-    *("--objective", "autoencoder", "--keep-encoder", "--adversary", "0.1", *RATES),
+    *("--objective", "autoencoder", "--keep-encoder", *RATES, "--learning-rate", "5e-4"),
     *("--num-clips", "3000", "--seed", "1", "--batch-size", "32"),
 )
 FEW_CLIPS = ("--num-clips", "60", "--captions", "2")  # for what only puts networks together
@@ -161,7 +163,7 @@ def train(work: Work) -> None:
         for name in NETWORKS
     }
     if source is not None:
-        jobs["decoder"] = (*DECODER, *start, *cache)
+        jobs |= {name: (*DECODER, *own, *start, *cache) for name, own in DECODERS.items()}
     made = work.train(jobs, work.left)
     merge = ("--init-from", str(made["base"]), "--residual-from", str(made["residual"]))
     if "decoder" in made:  # the last of two flags counts
@@ -212,8 +214,8 @@ def _keep(folder: Path) -> None:
     whole = folder / "model.tar"
     runs = [path for path in sorted(folder.iterdir()) if (path / "log.jsonl").is_file()]
     weights = [run for run in runs if not run.name.startswith("trial")]
-    if (folder / "merged" / "checkpoint").is_dir():  # it holds all others
-        weights = [folder / "merged"]
+    if (folder / "merged" / "checkpoint").is_dir():  # it holds all others but the second decoder
+        weights = [folder / "merged", folder / "sharper-decoder"]
     with tarfile.open(whole, "w") as archive:
         for run in runs:
             kept = ("log.jsonl", "samples", *(("checkpoint",) if run in weights else ()))
