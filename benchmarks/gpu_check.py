@@ -83,7 +83,7 @@ SECTIONS = (  # in the order of their worth
     Section("variants", 11, 40, 90),
     Section("counters", 12, 15, 70),
     Section("sanitizers", 13, 100, 170, checks=True),
-    Section("train", 14, 400, 430),
+    Section("train", 14, 270, 450),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 

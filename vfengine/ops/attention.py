@@ -23,14 +23,23 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("auto", "flash", "sdpa", "math")
 _SHORT = 64  # keys, up to which "auto" takes "math"
 _SHORT_IN_TRAINING = 1024  # the same where autograd records: beyond, its logits take much memory
+# Not cuDNN's: in bf16 its way back may give NaN (github.com/pytorch/pytorch/issues/196678 is one
+# such case), and the first training of a base network on an H200 had NaN after one step.
+_WITH_A_WAY_BACK = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _MAX_BATCH = 2**16 - 1  # fused CUDA kernels, flash-attn's and torch's, count it in gridDim.y or .z
 
 
@@ -147,12 +156,15 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     mask = None if bias is None else bias.to(q.dtype)
     batch = q.shape[:-3]
+    fold = q.is_cuda and len(batch) > 1 and math.prod(batch) <= _MAX_BATCH
     # Torch's fused CUDA kernels take four dimensions; given five, it would write out the logits.
-    if q.device.type == "cuda" and len(batch) > 1 and math.prod(batch) <= _MAX_BATCH:
-        if batch == k.shape[:-3] == v.shape[:-3]:
-            folded = (_one_batch(x) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*folded, attn_mask=mask).unflatten(0, batch)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    fold = fold and batch == k.shape[:-3] == v.shape[:-3]
+    if fold:
+        q, k, v = (_one_batch(x) for x in (q, k, v))
+    recorded = q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    with sdpa_kernel(_WITH_A_WAY_BACK) if recorded else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.unflatten(0, batch) if fold else out
 
 
 def _one_batch(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ how many steps there will be time for.
 
 A model to go on from gives its parts and the weights to begin with. It is the shipped one, if that
 is on latents, or the folder that VFENGINE_TRAIN_FROM names; "nothing" trains all from the start.
-Its decoder then trains beside the networks, against two adversaries of different weight: with the
-encoder kept, networks do not depend on it. The gentler one's is merged with them.
+Its decoder then trains beside the networks, against an adversary: with the encoder kept, they do
+not depend on it. VFENGINE_TRAIN_SECONDS is the time of the whole section.
 
 In the folder of gpu.jsonl, train/ then holds checkpoints, logs and sheets of samples in an archive
 cut in pieces: `cat model.tar.* | tar x` unpacks it.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from gpu_run.sections import DEVICE, DRY, emit
 
-SECONDS = 240 if DRY else 385  # of the whole section
+SECONDS = 240 if DRY else float(os.environ.get("VFENGINE_TRAIN_SECONDS", "400"))
 PARTS_SHARE = 0.35  # of the seconds, where the parts are trained too
 SAVING = 2 if DRY else 25  # seconds kept for the last samples, merging and writing
 PIECE = 16 * 2**20  # bytes
@@ -35,15 +35,15 @@ TRIAL_STEPS = 3 if DRY else 60
 
 NETWORKS = ("base", "residual")
 CLIPS = {
-    "base": ("--num-clips", "60", "--base-images", "40000", "--captions", "2"),
-    "residual": ("--num-clips", "12000", "--captions", "2"),
+    "base": ("--num-clips", "60", "--base-images", "20000", "--captions", "2"),
+    "residual": ("--num-clips", "8000", "--captions", "2"),
 }
-BATCHES = {"base": ("--batch-size", "256"), "residual": ("--batch-size", "48")}
+BATCHES = {"base": ("--batch-size", "160"), "residual": ("--batch-size", "48")}
 RATES = ("--learning-rate", "8e-4", "--warmup", "100", "--decay", "0.6")
 LATENTS = ("--cell-weight", "3")
-DECODERS = {"decoder": ("--adversary", "0.1"), "sharper-decoder": ("--adversary", "0.4")}
 DECODER = (
-    *("--objective", "autoencoder", "--keep-encoder", *RATES, "--learning-rate", "5e-4"),
+    *("--objective", "autoencoder", "--keep-encoder", "--adversary", "0.3"),
+    *(*RATES, "--learning-rate", "3e-4"),
     *("--num-clips", "3000", "--seed", "1", "--batch-size", "32"),
 )
 FEW_CLIPS = ("--num-clips", "60", "--captions", "2")  # for what only puts networks together
@@ -73,12 +73,12 @@ class Work:
         return max(self.end - time.monotonic() - SAVING, 0)
 
     def run(self, jobs: dict[str, tuple[str, ...]], *flags: str) -> dict[str, Path]:
-        """Trainings side by side; returns their checkpoints, by the jobs' names.
+        """Trainings side by side; returns the checkpoints of those that end well, by their names.
 
-        Raises Unavailable for a missing package, RuntimeError for what else fails.
+        Raises Unavailable for a missing package, RuntimeError where none ends well.
         """
         start = time.monotonic()
-        running = {}
+        running, failed = {}, {}
         for name, own in jobs.items():
             command = [sys.executable, "-m", "vfengine.train", "--device", DEVICE, *own, *flags]
             command += ["--output", str(self.folder / name)]
@@ -91,15 +91,23 @@ class Work:
             if process.returncode:
                 last = (said.strip().splitlines() or ["nothing"])[-1]
                 missing = "No module named" in last or "pip install" in last
-                raise (Unavailable if missing else RuntimeError)(f"{name}: {last}")
+                if missing:
+                    raise Unavailable(f"{name}: {last}")
+                failed[name] = last
+                emit("default model", name, status="failed", note=last[:300])
+                continue
             emit("default model", name, "time", time.monotonic() - start, "s")
-        return {name: self.folder / name / "checkpoint" for name in jobs}
+        if len(failed) == len(jobs):
+            raise RuntimeError("; ".join(f"{name}: {last}" for name, last in failed.items()))
+        return {name: self.folder / name / "checkpoint" for name in jobs if name not in failed}
 
     def train(self, jobs: dict[str, tuple[str, ...]], seconds: float) -> dict[str, Path]:
         """`run` for so many seconds, in as many steps as there is time for."""
         end = time.monotonic() + seconds
         trial = ("--steps", str(TRIAL_STEPS), "--log-every", str(max(1, TRIAL_STEPS // 3)))
-        self.run({f"trial {name}": (*own, *trial) for name, own in jobs.items()}, *QUIET)
+        trials = {f"trial {name}": (*own, *trial) for name, own in jobs.items()}
+        fit = self.run(trials, *QUIET)
+        jobs = {name: own for name, own in jobs.items() if f"trial {name}" in fit}
         seconds = end - time.monotonic()
         limit = ("--max-minutes", str(max(seconds, 0) / 60))
         counted = {}
@@ -109,7 +117,7 @@ class Work:
             steps = TRIAL_STEPS if DRY else max(1, int(steps))
             counted[name] = (*own, *limit, "--steps", str(steps))
         checkpoints = self.run(counted, *RARELY)
-        for name in jobs:
+        for name in checkpoints:
             for key, value in self.lines(name)[-1].items():
                 if isinstance(value, (int, float)):
                     unit = "1/s" if key == "clips_per_second" else ""
@@ -163,8 +171,8 @@ def train(work: Work) -> None:
         for name in NETWORKS
     }
     if source is not None:
-        jobs |= {name: (*DECODER, *own, *start, *cache) for name, own in DECODERS.items()}
-    made = work.train(jobs, work.left)
+        jobs["decoder"] = (*DECODER, *start, *cache)
+    made = dict.fromkeys(NETWORKS, source) | work.train(jobs, work.left)
     merge = ("--init-from", str(made["base"]), "--residual-from", str(made["residual"]))
     if "decoder" in made:  # the last of two flags counts
         merge = (*merge, "--autoencoder", str(made["decoder"]))
@@ -214,8 +222,8 @@ def _keep(folder: Path) -> None:
     whole = folder / "model.tar"
     runs = [path for path in sorted(folder.iterdir()) if (path / "log.jsonl").is_file()]
     weights = [run for run in runs if not run.name.startswith("trial")]
-    if (folder / "merged" / "checkpoint").is_dir():  # it holds all others but the second decoder
-        weights = [folder / "merged", folder / "sharper-decoder"]
+    if (folder / "merged" / "checkpoint").is_dir():  # it holds all others
+        weights = [folder / "merged"]
     with tarfile.open(whole, "w") as archive:
         for run in runs:
             kept = ("log.jsonl", "samples", *(("checkpoint",) if run in weights else ()))

@@ -201,7 +201,9 @@ def _sky_and_hills(dx: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> Tensor:
     height = (dy * 3).clamp(0, 1)
     sky = (1 - height) * _rgb(0.80, 0.88, 0.95, dy) + height * _rgb(0.38, 0.60, 0.90, dy)
     ridge = 0.035 + 0.03 * torch.sin(dx * 5 + a * 9) + 0.012 * torch.sin(dx * 17 + b * 9)
-    return torch.where(dy < ridge, _rgb(0.42, 0.56, 0.42, dy), sky)
+    # A sine is rounded in other ways on other devices: so the ridge is a slope, about a ray wide.
+    hills = ((ridge - dy) * 400 + 0.5).clamp(0, 1)
+    return hills * _rgb(0.42, 0.56, 0.42, dy) + (1 - hills) * sky
 
 
 def _rgb(red: float, green: float, blue: float, like: Tensor) -> Tensor:
