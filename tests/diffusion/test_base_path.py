@@ -261,3 +261,10 @@ def test_missing_folder_is_an_error_and_is_not_made(tmp_path):
 def test_rejects(call, error):
     with pytest.raises(error):
         call()
+
+
+def test_states_of_an_image_are_contiguous_whatever_its_strides():
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    states = BaseTrajectory.from_image(x, **WALK).states
+    assert states.is_contiguous()
+    assert torch.equal(states, BaseTrajectory.from_image(x.contiguous(), **WALK).states)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vfengine.training.mocap import ACTIONS, SECONDS, Renderer, draw_scene, render_clips
-from vfengine.training.mocap.backdrop import Camera
+from vfengine.training.mocap.backdrop import Camera, root
 from vfengine.training.mocap.figure import PARTS, RADII, cones
 from vfengine.training.mocap.motions import motions
 from vfengine.training.mocap.scenes import COLOURS, is_held_out
@@ -281,3 +281,9 @@ def test_interrupt_leaves_no_file_behind(tmp_path):
         file = tmp_path / "clips.npy"
         render_clips(2, file=file, progress=interrupt, **SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_roots_are_rounded_correctly():
+    """As on a GPU: torch's roots on a CPU are not, and rays then meet other surfaces."""
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 10
+    assert torch.equal(root(x), x.double().sqrt().float())

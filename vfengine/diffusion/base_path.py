@@ -177,7 +177,7 @@ class BaseTrajectory:
 def _clean_states(x: Tensor, table: SolverTable) -> Tensor:
     """d_t = √ᾱ_t x, ending in x itself; [S+1, B, C, H, W]."""
     signal = table.alphas_cumprod.sqrt().view(-1, 1, 1, 1, 1).to(x.device)
-    return (signal * x).to(x.dtype)
+    return (signal * x.contiguous()).to(x.dtype)  # the steps take no other strides
 
 
 def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> BaseTrajectory:

@@ -81,7 +81,7 @@ class Adversary:
             group["lr"] = options.learning_rate_at(step)
         gradients = torch.autograd.grad(told, self.parameters)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.reshape(-1).view_as(parameter)  # AdamW wants its strides
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return share, {"adversary": fooled.detach(), "discriminator": told.detach()}

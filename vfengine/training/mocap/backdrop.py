@@ -17,6 +17,11 @@ _TARGET = 0.86  # metres above the floor that the camera looks at
 _WALL = -1.6  # metres from the figure to the wall behind it
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root of fp32, rounded correctly: as a GPU does, and torch on a CPU does not."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
 class Camera:
     """The cameras of C scenes, and the direction that light comes from; float64.
 
@@ -76,7 +81,7 @@ class Backdrop:
         u = (torch.arange(n, device=device) + 0.5 - n / 2) * (1 / (camera.focal * n))
         ax = torch.tensor(camera.axes, dtype=torch.float32, device=device)[..., None, None]
         d = [u * ax[:, 0, i] - u[:, None] * ax[:, 1, i] + ax[:, 2, i] for i in range(3)]
-        norm = (d[0] * d[0] + d[1] * d[1] + d[2] * d[2]).sqrt()
+        norm = root(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
         dx, dy, dz = (part / norm for part in d)  # [C, n, n]
         ex, ey, ez = (per_clip(camera.eye[:, i]) for i in range(3))
         outdoors = per_clip([s.place == "lawn" for s in scenes]).bool()

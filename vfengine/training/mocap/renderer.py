@@ -3,7 +3,8 @@
 What depends on a whole frame (skeleton, camera) is computed in float64 on the CPU. What depends on
 a pixel takes elementary operations of float32 alone, which every device rounds in the same way: so
 a CPU and a GPU decide alike which surface a ray meets, and draw the same pixels. To divide by a
-Python number is no such operation: on a GPU torch multiplies by its inverse. So the code does.
+Python number is no such operation, as a GPU multiplies by its inverse: so the code does. Nor is
+torch's root of float32 on a CPU, which is not always rounded right: `backdrop.root` is.
 
 Most rays meet nothing. Candidates are pairs of a ray and a cone that the cone's silhouette covers;
 only they are computed, in one flat list for all frames of a chunk. Each pixel has 2 x 2 rays.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import gathered, kept
-from .backdrop import Backdrop, Camera
+from .backdrop import Backdrop, Camera, root
 from .figure import PARTS, RADII, colouring, cones
 from .motions import ACTIONS, SECONDS, motions
 from .scenes import COLOURS, LIGHTS, Scene, draw_scene
@@ -125,7 +126,7 @@ class Renderer:
         facing = nx * sun[0] + ny * sun[1] + nz * sun[2]
         upward = nx * up[0] + ny * up[1] + nz * up[2]
         hx, hy, hz = (sun[axis] - hits.ray[axis] for axis in range(3))
-        length = (hx * hx + hy * hy + hz * hz).sqrt()
+        length = root(hx * hx + hy * hy + hz * hz)
         shine = ((nx * hx + ny * hy + nz * hz) / length).clamp(min=0)
         for _ in range(4):  # to the 16th
             shine = shine * shine
@@ -154,7 +155,7 @@ class _Hits:
         row, column = (row * _RAYS + rays)[:, None], column * _RAYS + rays
         u = (column + 0.5 - side / 2) * (1 / focal)
         v = (side / 2 - 0.5 - row) * (1 / focal)
-        norm = 1 / (u * u + v * v + 1).sqrt()
+        norm = 1 / root(u * u + v * v + 1)
         rx, ry, rz = u * norm, v * norm, norm
 
         constants = _to(_constants(ends), device).index_select(1, cone)
@@ -164,14 +165,14 @@ class _Hits:
         k2 = d2 - along_axis * along_axis
         k1 = d2 * to_first - e * along_axis
         h = k1 * k1 - k0 * k2
-        t = (-h.clamp(min=0).sqrt() - k1) / k2
+        t = (-root(h.clamp(min=0)) - k1) / k2
         y = e + t * along_axis
         on_cone = (h >= 0) & (y > 0) & (y < d2)
         to_second = to_first - along_axis
         h1 = to_first * to_first - q1
         h2 = to_second * to_second - q2
-        t1 = torch.where(h1 > 0, -to_first - h1.clamp(min=0).sqrt(), torch.inf)
-        t2 = torch.where(h2 > 0, -to_second - h2.clamp(min=0).sqrt(), torch.inf)
+        t1 = torch.where(h1 > 0, -to_first - root(h1.clamp(min=0)), torch.inf)
+        t2 = torch.where(h2 > 0, -to_second - root(h2.clamp(min=0)), torch.inf)
         distance = torch.where(on_cone, t, torch.minimum(t1, t2))
 
         # the nearest hit of each ray; of equal ones the later part
@@ -204,7 +205,7 @@ class _Hits:
             scale * (r * distance - o) - share * b
             for r, o, b in zip(self.ray, origin, axis, strict=True)
         ]
-        length = (normal[0] ** 2 + normal[1] ** 2 + normal[2] ** 2).sqrt()
+        length = root(normal[0] ** 2 + normal[1] ** 2 + normal[2] ** 2)
         self.normal = tuple(n / length for n in normal)
         self.along = ((m1 + distance * along_axis) / m0).clamp(0, 1)
         self.frame, self.part = cone // num_parts, cone % num_parts
