@@ -34,6 +34,24 @@ def test_windows(cli, tiny_checkpoint):
     assert done(cli(*WALK, "--json"))["settings"]["window"] == 0
 
 
+@pytest.mark.parametrize("frames", [4, 9])
+def test_loops(cli, tiny_checkpoint, frames):
+    made = [*WALK, "--num-frames", frames, "--output", "c.webp"]
+    record = done(cli(*made, "--loop", "--json"))
+    assert record["settings"]["loop"] is True
+    assert (record["settings"]["window"], record["settings"]["window_overlap"]) == (4, 3)
+    loop = frames_of("c.webp")
+    pipe = vf.VideoFusionPipeline.from_pretrained(tiny_checkpoint, **ON_CPU)
+    out = pipe("walk", num_frames=frames, num_inference_steps=int(STEPS), loop=True)
+    assert np.array_equal(loop, to_uint8(out.frames)[0])
+    with open("c.yaml", "w") as file:
+        file.write("loop: true\n")
+    assert cli(*made, "--config", "c.yaml")[0] == 0
+    assert np.array_equal(frames_of("c.webp"), loop)
+    cli(*made)
+    assert not np.array_equal(frames_of("c.webp"), loop)
+
+
 @pytest.mark.parametrize("flags", [[], ["--num-residuals", 3], ["--num-videos", 3]])
 def test_overlapped_phases_give_the_same_clips(cli, flags):
     arguments = [*WALK, *flags, "--batch-size", 2, "--base-path", "stepwise", "--output"]

@@ -191,7 +191,7 @@ def test_clips_that_the_network_does_not_take_are_refused_as_by_forward(kind):
 # -- whole loops -----------------------------------------------------------------------------------
 
 
-def loop_of(kind: str, model, shape, window=None):
+def loop_of(kind: str, model, shape, window=None, cycle=False):
     table, place = solver_table("ddim", SCHEDULE, STEPS), NoisePlace(0)
     start = noise(shape)
     with torch.inference_mode():
@@ -200,22 +200,28 @@ def loop_of(kind: str, model, shape, window=None):
         if kind == "video":
             return ResidualSpec.of(start, table, place).build(model), start
         states = noise((STEPS + 1, shape[0], *shape[2:]))
-        motion, path = Motion(0.5, window), PathSpec.of(states, shared=True)
+        motion, path = Motion(0.5, window, loop=cycle), PathSpec.of(states, shared=True)
         spec = ResidualSpec.of(start, table, place, motion=motion, path=path)
         return spec.build(model), start
 
 
 @pytest.mark.parametrize(
-    ("kind", "frames", "window"),
-    [("base", 0, None), ("video", 5, None), ("residual", 5, None), ("residual", 8, (5, None))],
+    ("kind", "frames", "window", "cycle"),
+    [
+        ("base", 0, None, False),
+        ("video", 5, None, False),
+        ("residual", 5, None, False),
+        ("residual", 8, (5, None), False),
+        ("residual", 8, (6, None), True),
+    ],
 )
 @torch.inference_mode()
-def test_loops_give_the_results_of_generic_ones(kind, frames, window):
+def test_loops_give_the_results_of_generic_ones(kind, frames, window, cycle):
     shape, *models = pair(kind)
     shape = (shape[0], frames, *shape[2:]) if frames else shape
     results = []
     for model in models:
-        loop, start = loop_of(kind, model, shape, window)
+        loop, start = loop_of(kind, model, shape, window, cycle)
         for _ in range(2):  # the second run of the same loop is the first again
             loop.start(start)
             loop.run(loop.stepper(capture=False))

@@ -112,6 +112,7 @@ RULES = [
             ("residual_seed", 1, "--residual-seed 1"),
             ("window", 0, "--window 0"),
             ("window_overlap", 3, "--window-overlap 3"),
+            ("loop", True, "--loop"),
             ("base_path", "clean", "--base-path clean"),
             ("overlap_phases", True, "--overlap-phases"),
             ("offload_base", True, "--offload-base"),
@@ -157,6 +158,7 @@ RULES = [
             "--eta 0.5",
             "--window 4",
             "--window-overlap 2",
+            "--loop",
             "--save-latents s.safetensors",
         )
     ),
@@ -300,6 +302,9 @@ def test_defaults_are_filled_in_by_the_model(tiny_checkpoint, clean_checkpoint):
     assert (filled.window, filled.window_overlap, filled.offload_base) == (0, None, None)
     longer = pipe.fill_defaults(SamplingRequest(num_frames=9), base_needed_again=True)
     assert (longer.window, longer.window_overlap, longer.offload_base) == (4, 3, False)
+    for num_frames, window in ((4, (4, 3)), (9, (4, 3))):
+        loop = pipe.fill_defaults(SamplingRequest(num_frames=num_frames, loop=True))
+        assert (loop.window, loop.window_overlap) == window
     pipe = vf.VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
     assert pipe.fill_defaults(SamplingRequest()).base_path == "clean"
     assert pipe.fill_defaults(SamplingRequest(base_path="stepwise")).base_path == "stepwise"
@@ -319,6 +324,7 @@ def test_defaults_are_filled_in_by_the_model(tiny_checkpoint, clean_checkpoint):
         {"base_cache": "cache"},
         {"window": 3},
         {"window_overlap": 2},
+        {"loop": True},
         {"lam": 0.5},
         {"offload_base": False},
         {"overlap_phases": True},

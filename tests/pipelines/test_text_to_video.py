@@ -182,6 +182,20 @@ def test_windows_blend_long_clips(pipe):
     assert torch.equal(pipe(PROMPT, window=4, **short).latents, pipe(PROMPT, **short).latents)
 
 
+@pytest.mark.parametrize("frames", [4, 9])
+def test_loops(pipe, tmp_path, frames):
+    settings = {"num_frames": frames, "num_inference_steps": 2, "output_type": "latent"}
+    plain, file = pipe(PROMPT, **settings).latents, tmp_path / "l.safetensors"
+    loop = pipe(PROMPT, loop=True, window=4, save_latents=file, **settings).latents
+    assert loop.shape == plain.shape and loop.isfinite().all()
+    assert not torch.allclose(loop, plain, atol=1e-3)
+    assert read_latents(file)[1]["loop"] is True
+    pipe(PROMPT, save_latents=file, **settings)
+    assert "loop" not in read_latents(file)[1]
+    whole = pipe(PROMPT, loop=True, window=0, **settings).latents
+    assert torch.equal(pipe(PROMPT, loop=True, window=frames, **settings).latents, whole)
+
+
 # -- latents ---------------------------------------------------------------------------------------
 
 
@@ -263,6 +277,8 @@ def test_rejects_files_of_latents(tmp_path):
         ({"seed": "x"}, TypeError, "seed"),
         ({"output_type": "jpg"}, ValueError, "output_type must be one of"),
         ({"window": 1}, ValueError, "window must be at least 2 frames"),
+        ({"loop": True, "num_frames": 2}, ValueError, "a loop must have at least 3 frames, got 2"),
+        ({"loop": True, "window": 2}, ValueError, "window must be at least 3 frames in a loop"),
         ({"window": 4, "window_overlap": 4}, ValueError, "window_overlap of a window of 4 frames"),
         ({"latents": 3}, TypeError, "latents must be a tensor of a float dtype, got int"),
         ({"latents": torch.zeros(1, 2, 3, 4, 4)}, ValueError, r"latents must be \[B, N, 4, h, w\]"),

@@ -27,7 +27,7 @@ STEPS = 5
 FRAMES = 6
 CONFIGS = {"shipped": read_config(), "pixels": pixel_config()}
 SCHEDULE = NoiseSchedule.linear()
-PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
+PHASES = ("base", "residual", "clean", "windows", "cycle", "interleaved", "video")
 
 
 PHASE_NETWORKS = {"base": ("base",), "interleaved": ("base", "residual"), "video": ("video",)}
@@ -118,8 +118,8 @@ def make_loop(phase, networks, table, frames=FRAMES):
             return InterleavedLoop(base, residual, spec), [base, residual]
         if phase == "video":
             return ResidualSpec.of(noise.residual, table, NoisePlace(2)).build(video), [video]
-        windows = (5, None) if phase == "windows" else None
-        motion, path = Motion(0.5, windows, phase == "clean"), PathSpec.of(states, shared=True)
+        windows, path = (5, None) if phase == "windows" else None, PathSpec.of(states, shared=True)
+        motion = Motion(0.5, windows, phase == "clean", phase == "cycle")
         spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), motion=motion, path=path)
         loop = spec.build(residual)
         return loop, [residual, loop.model]
@@ -159,6 +159,8 @@ def tie(loop, phase: str, networks: Networks, *models: GuidedModel) -> None:
         loop.base_model, loop.residual_model = tied(models[0]), tied(models[1], FRAMES)
     elif phase == "windows":
         loop.model.model = tied(*models, 5)
+    elif phase == "cycle":
+        loop.model.model = tied(*models, FRAMES)
     else:
         loop.model = tied(*models, None if phase == "base" else FRAMES)
 
@@ -206,7 +208,7 @@ def test_whole_loop_can_be_captured(phase, solver, networks, cuda_guard):
         norms = kernels.count("vfengine.group_norm_silu.default")  # of one launch or two
         assert len(kernels) + norms <= most[phase], kernels
     in_step = PHASE_NETWORKS.get(phase, ("residual",))
-    runs = 2 if phase == "windows" else 1
+    runs = {"windows": 2, "cycle": 3}.get(phase, 1)
     once = ops_of_layers([networks.by_name[name].unet.unet for name in in_step])
     assert network_ops(report.ops[0]) == {op: runs * count for op, count in once.items()}
 

@@ -95,6 +95,12 @@ SETTINGS = (
         "frames that two neighbouring windows share",
         "the least possible; half a window for a text-to-video model",
     ),
+    _field(
+        "loop",
+        "what",
+        SWITCH,
+        "make a clip that repeats without a seam: its last and first frames are neighbours",
+    ),
     Setting("fps", "where to", number(0.1, 1000, "FPS"), "frames a second", None, "the model's"),
     Setting(
         "output",

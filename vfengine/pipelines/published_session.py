@@ -39,16 +39,17 @@ class PublishedSession(Networks):
         table: SolverTable,
         place: NoisePlace,
         windows: tuple[int, int] | None,
+        loop: bool,
         run: Run,
     ) -> Tensor:
-        """Latents of noise [B, N, C, h, w]."""
+        """Latents of noise [B, N, C, h, w]; windows, loop: as in `Motion`."""
         untimed = Run(run.callback, timings=None)
 
         def sample(denoiser: nn.Module) -> Tensor:
             with run.timed("video", self.device):
                 scale = prompts.guidance_scale
                 model = prompted(denoiser, prompts.context, prompts.negative, scale)
-                return self.driver.video(model, noise, table, place, untimed, windows)
+                return self.driver.video(model, noise, table, place, untimed, windows, loop)
 
         return self.with_network("video", run, sample)
 

@@ -64,7 +64,8 @@ _FINISHED = "the latents are finished"
 _SHOWN = "each says what to show"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
-    *("guidance_scale", "solver", "eta", "window", "window_overlap", "save_latents"),
+    *("guidance_scale", "solver", "eta", "window", "window_overlap", "loop"),
+    "save_latents",
     "num_inference_steps",
 )
 
@@ -88,6 +89,7 @@ CONFLICTS = (
     Conflict("preview", "residual_seed", _PREVIEW),
     Conflict("preview", "window", _PREVIEW, _PREVIEW_ERROR.format("window")),
     Conflict("preview", "window_overlap", _PREVIEW, _PREVIEW_ERROR.format("window_overlap")),
+    Conflict("preview", "loop", _PREVIEW, _PREVIEW_ERROR.format("loop")),
     Conflict("preview", "base_path", _PREVIEW, _PREVIEW_ERROR.format("base_path")),
     Conflict("preview", "overlap_phases", _PREVIEW, _PREVIEW_ERROR.format("overlap_phases")),
     Conflict("preview", "offload_base", _PREVIEW, _PREVIEW_ERROR.format("offload_base")),
@@ -100,7 +102,10 @@ CONFLICTS = (
 )
 # fields that have another name on the command line
 _FIELDS = {"base_trajectory": "trajectory", "latents": "finished"}
-_WITHOUT_EFFECT = {"num_videos": 1, "num_residuals": 1, "preview": False, "overlap_phases": False}
+_WITHOUT_EFFECT = {
+    **{"num_videos": 1, "num_residuals": 1},
+    **{"preview": False, "overlap_phases": False, "loop": False},
+}
 
 
 def effective(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +217,7 @@ class SamplingRequest(VideoRequest):
     base_cache: str | Path | None = None
     window: int | None = None
     window_overlap: int | None = None
+    loop: bool = False
     overlap_phases: bool = False
     offload_base: bool | None = None
     preview: bool = False
@@ -281,6 +287,7 @@ class TextRequest:
     num_videos: int = 1
     window: int | None = None
     window_overlap: int | None = None
+    loop: bool = False
     sample_offset: int = 0
 
     def __post_init__(self) -> None:

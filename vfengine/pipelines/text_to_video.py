@@ -112,6 +112,7 @@ class TextToVideoPipeline(Pipeline):
         num_videos: int = 1,
         window: int | None = None,
         window_overlap: int | None = None,
+        loop: bool = False,
         sample_offset: int = 0,
         callback: Callback | None = None,
     ) -> TextToVideoOutput:
@@ -132,6 +133,7 @@ class TextToVideoPipeline(Pipeline):
                         neighbouring windows share (sampling/windows.py). None: windows of the
                         trained length where the model names one and num_frames is larger;
                         window=0: none
+        loop:           make a cycle, whose last and first frames are neighbours (sampling/cycle.py)
         sample_offset:  index of the first sample, where the call is a part of a larger batch
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
                         phase is "text", "video", whose steps are the solver's, then "decode", whose
@@ -187,6 +189,7 @@ class TextToVideoPipeline(Pipeline):
             request.window,
             request.window_overlap,
             base=False,
+            loop=request.loop,
         )
         values["window"], values["window_overlap"] = windows or (0, None)
         if isinstance(request.save_latents, (str, Path)):
@@ -228,6 +231,7 @@ class TextToVideoPipeline(Pipeline):
             self.table(request.solver, request.num_inference_steps, request.eta),
             place,
             (request.window, request.window_overlap) if request.window else None,
+            request.loop,
             run,
         )
 
@@ -279,9 +283,9 @@ class TextToVideoPipeline(Pipeline):
 
 
 def _notes(request: TextRequest) -> dict[str, object]:
-    """The settings that made latents, for their file."""
+    """The settings that made latents, for their file; a loop is named only where it is one."""
     return {
         field.name: getattr(request, field.name)
         for field in fields(request)
-        if field.name not in _KEPT
+        if field.name not in _KEPT and (field.name != "loop" or request.loop)
     }

@@ -132,6 +132,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         base_cache: str | Path | None = None,
         window: int | None = None,
         window_overlap: int | None = None,
+        loop: bool = False,
         overlap_phases: bool = False,
         offload_base: bool | None = None,
         sample_offset: int = 0,
@@ -161,6 +162,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         window, window_overlap: frames that the residual network sees at a time, and how many of
                         them two neighbouring windows share (sampling/windows.py). None: windows of
                         the trained length where num_frames is larger; window=0: none
+        loop:           make a cycle, whose last and first frames are neighbours (sampling/cycle.py)
         overlap_phases: run both phases at once, see `sampling.sample`; stepwise paths only
         offload_base:   free the base network before the residual phase, and read it again when it
                         is next needed. None: on a CPU for a call of one label, on CUDA only if the
@@ -238,9 +240,8 @@ class VideoFusionPipeline(CheckpointPipeline):
         lam = config.lam if request.lam is None else request.lam
         num_frames = config.num_frames if request.num_frames is None else request.num_frames
         frame_weights(lam, num_frames)
-        window, overlap = request.window, request.window_overlap
-        windows = choose_windows(num_frames, config.num_frames, window, overlap, lam=lam)
-        window, overlap = windows or (0, None)
+        asked = num_frames, config.num_frames, request.window, request.window_overlap
+        window, overlap = choose_windows(*asked, lam=lam, loop=request.loop) or (0, None)
         given = request.trajectory
         is_clean = request.image is not None or (given is not None and given.base_path == "clean")
         base_path = request.base_path or ("clean" if is_clean else config.base_path)
@@ -395,7 +396,7 @@ class VideoFusionPipeline(CheckpointPipeline):
 
     def _motion(self, request: SamplingRequest) -> Motion:
         windows = (request.window, request.window_overlap) if request.window else None
-        return Motion(request.lam, windows, clean=request.base_path == "clean")
+        return Motion(request.lam, windows, request.base_path == "clean", request.loop)
 
     def _base_phase(
         self,

@@ -145,6 +145,7 @@ def sample_residual(
     frame_offset: int = 0,
     window: int | None = None,
     window_overlap: int | None = None,
+    loop: bool = False,
     schedule: NoiseSchedule | None = None,
     capture: bool = False,
     backend: str = "auto",
@@ -159,6 +160,8 @@ def sample_residual(
                     a larger batch or a longer clip (η > 0)
     window, window_overlap: frames in one call of the network, and frames that two neighbouring
                     windows share; for clips longer than it was trained on (sampling/windows.py)
+    loop:           make a cycle, whose last and first frames are neighbours; windows go around it
+                    (sampling/cycle.py). Without a window they are as long as the clip
     schedule:       refuse a path of any other schedule
 
     Frame m = N // 2 of the result is path.final, cast. All else as in `sample`, errors included.
@@ -168,7 +171,7 @@ def sample_residual(
     check_seed(residual_seed, "residual_seed")
     if schedule is not None:
         path.check_schedule(schedule)
-    motion = Motion(lam, _windows(window, window_overlap))
+    motion = Motion(lam, _windows(window, window_overlap), loop=loop)
     place = NoisePlace(residual_seed, sample_offset, frame_offset)
     driver = Driver(capture, backend)
     return driver.residual(residual_model, residual_noise, path, motion, place, _run(callback))
@@ -188,6 +191,7 @@ def sample_video(
     sample_offset: int = 0,
     window: int | None = None,
     window_overlap: int | None = None,
+    loop: bool = False,
     capture: bool = False,
     backend: str = "auto",
     callback: Callback | None = None,
@@ -196,7 +200,8 @@ def sample_video(
 
     model: (z [B, N, C, H, W], t int64 [B]) -> ε̂; noise: [B, N, C, H, W], independent in every frame
     seed:  seed of the noise that steps add where η > 0; callback's phase is "video"
-    window, window_overlap: as in `sample_residual`; any overlap will do, None is half a window
+    window, window_overlap, loop: as in `sample_residual`; any overlap will do, None is half a
+           window
 
     Everything else as in `sample`, and the same errors.
     """
@@ -205,7 +210,8 @@ def sample_video(
     table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
     place = NoisePlace(seed, sample_offset)
     windows = _windows(window, window_overlap)
-    return Driver(capture, backend).video(model, noise, table, place, _run(callback), windows)
+    driver = Driver(capture, backend)
+    return driver.video(model, noise, table, place, _run(callback), windows, loop)
 
 
 def _windows(window: int | None, overlap: int | None) -> tuple[int | None, int | None] | None:

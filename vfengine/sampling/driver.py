@@ -136,12 +136,13 @@ class Driver:
         place: NoisePlace,
         run: Run,
         windows: tuple[int | None, int | None] | None = None,
+        loop: bool = False,
     ) -> Tensor:
         """A plain video model on noise [B, N, C, H, W]: clips.
 
-        windows: as in `Motion`
+        windows, loop: as in `Motion`
         """
-        motion = Motion(lam=0.0, windows=windows)
+        motion = Motion(lam=0.0, windows=windows, loop=loop)
         spec = ResidualSpec.of(noise, table, place, self.backend, motion=motion)
         with self._loop(spec, model) as loop:
             self._run(loop, run, noise)

@@ -87,11 +87,14 @@ class Motion:
     windows: (window, overlap), the frames in one call of the network and those that two windows
              share (windows.py); None: no windows
     clean:   whether frames follow the path of a finished base frame, on which g = 0
+    loop:    whether the clip is a cycle, seen in windows around it (cycle.py); without `windows`
+             they are as long as the clip
     """
 
     lam: Lam
     windows: tuple[int | None, int | None] | None = None
     clean: bool = False
+    loop: bool = False
 
     def __post_init__(self) -> None:
         lam = self.lam.tolist() if isinstance(self.lam, Tensor) else self.lam
@@ -136,7 +139,7 @@ class PathSpec:
 class ResidualSpec(LoopSpec):
     """The spec of a residual loop.
 
-    path: None for a plain video model, of whose motion windows alone count
+    path: None for a plain video model, of whose motion windows and loop alone count
     """
 
     motion: Motion = Motion(lam=0.0)
@@ -152,9 +155,9 @@ class ResidualSpec(LoopSpec):
         Raises ValueError for λ or windows that do not fit the clips.
         """
         frames, lam, windows = self.shape[1], self.motion.lam, self.motion.windows
-        if windows is not None:
-            base = self.path is not None
-            model = windowed(model, frames, *windows, lam=lam, base=base, device=self.device)
+        if windows is not None or self.motion.loop:
+            how = {"lam": lam, "base": self.path is not None, "loop": self.motion.loop}
+            model = windowed(model, frames, *(windows or (None,)), **how, device=self.device)
         return ResidualLoop(model, self)
 
 

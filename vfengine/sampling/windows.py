@@ -2,7 +2,8 @@
 
 The network is called on W frames at a time. Its estimates are blended, weighted by a triangle over
 the window. The solver's step runs on the whole clip, so that windows are blended at every step and
-not only at the end. The network needs the memory of one window.
+not only at the end. The network needs the memory of one window. Windows of a clip that is a loop go
+around a cycle (cycle.py).
 
 A residual network has the clip's base frame in the middle of every window, where it was trained to
 find it. A window's own middle frame, whose place that takes, is estimated by neighbouring windows.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.decompose import Lam, Model, base_index
+from .cycle import cycle_windows, cyclic, triangle
 from .in_loop import LoopModel, Steps, in_loop
 
 
@@ -82,14 +84,10 @@ def plan_windows(
         raise ValueError("windows need one lam for all frames, got one for each")
     last, stride = num_frames - window, window - overlap
     starts = (*range(0, last, stride), last)
-    frames = torch.arange(window)
-    triangle = torch.minimum(frames + 1, window - frames).float()
-    if base:
-        triangle[base_index(window)] = 0.0
-    total = torch.zeros(num_frames)
+    shape, total = triangle(window, base), torch.zeros(num_frames)
     for start in starts:
-        total[start : start + window] += triangle
-    weights = torch.stack([triangle / total[start : start + window] for start in starts])
+        total[start : start + window] += shape
+    weights = torch.stack([shape / total[start : start + window] for start in starts])
     return Windows(num_frames, window, starts, weights, base)
 
 
@@ -106,6 +104,7 @@ def choose_windows(
     *,
     lam: Lam = 0.5,
     base: bool = True,
+    loop: bool = False,
 ) -> tuple[int, int] | None:
     """(window, overlap) as given, or for a clip longer than the trained length; None: no windows.
 
@@ -113,9 +112,12 @@ def choose_windows(
     window:  0 is none; None is `trained` for a longer clip, else none
     overlap: None is `default_overlap`
     base:    whether the clip has a base frame
+    loop:    whether the clip is a cycle, which always has windows: `cycle_windows`
 
     Raises ValueError as `plan_windows`, and for an overlap without windows.
     """
+    if loop:
+        return cycle_windows(num_frames, trained, window, overlap, lam=lam, base=base)
     if type(window) is int and window == 0:
         if overlap is not None:
             raise ValueError("window_overlap was given, but window=0 asks for none")
@@ -135,6 +137,7 @@ def windowed(
     *,
     lam: Lam = 0.5,
     base: bool = True,
+    loop: bool = False,
     device: torch.device | str = "cpu",
 ) -> Model:
     """A network of clips, called window by window: (z [B, N, C, H, W], t) -> its estimate.
@@ -142,10 +145,13 @@ def windowed(
     window: W; None is refused, as it means that an overlap was given alone. For a clip of at most
             W frames the result is the model itself
     lam, base: as in `plan_windows`
+    loop:   whether the clip is a cycle: the result is that of `cyclic`, for which window=None is N
     device: of the clips
 
     Raises ValueError as `plan_windows`.
     """
+    if loop:
+        return cyclic(model, num_frames, window, overlap, lam=lam, base=base, device=device)
     if window is None:
         raise ValueError("window_overlap was given without a window")
     plan = plan_windows(num_frames, window, overlap, lam=lam, base=base)
