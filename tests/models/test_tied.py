@@ -212,7 +212,7 @@ def loop_of(kind: str, model, shape, window=None, cycle=False):
         ("video", 5, None, False),
         ("residual", 5, None, False),
         ("residual", 8, (5, None), False),
-        ("residual", 8, (6, None), True),
+        ("residual", 8, (5, None), True),
     ],
 )
 @torch.inference_mode()
