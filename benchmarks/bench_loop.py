@@ -1,7 +1,7 @@
 """Clips that repeat: how well --loop closes them, and what it costs.
 
-The shipped model, at its default settings, makes clips of the trained length (16 frames) and longer
-ones (40). Both contenders get the same base path and the same noise, frame by frame:
+The shipped model makes clips of the trained length (16 frames in 50 steps) and longer
+ones (40 in 20). Both contenders get the same base path and the same noise, frame by frame:
 
 clip   as without the flag; a longer one in windows (vfengine/sampling/windows.py)
 loop   windows around a cycle (vfengine/sampling/cycle.py)
@@ -57,7 +57,7 @@ class Plan:
         return f"{self.frames} frames"
 
 
-FULL = (Plan(16), Plan(40))
+FULL = (Plan(16), Plan(40, 20))
 REDUCED = (Plan(16, 10, ("walk",), (0,)),)
 LEAST = (Plan(16, 2, ("walk",), (0,)),)
 TARGETS = [

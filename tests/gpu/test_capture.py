@@ -34,7 +34,7 @@ SLOW = 200_000  # cycles, about 0.1 ms: as much as a step of the other network
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"fp32": FP32, "bf16": BF16}
 TOLERANCES = {FP32: 1e-4, BF16: 0.05}  # of states of about 1, after some steps of a network
-PHASES = ("base", "residual", "clean", "windows", "interleaved", "video")
+PHASES = ("base", "residual", "clean", "windows", "cycle", "interleaved", "video")
 LOOPS = [
     *((phase, "ddim", dtype) for phase in PHASES for dtype in DTYPES),
     *((phase, solver, "bf16") for phase in PHASES for solver in ("ddpm", "unipc")),
@@ -121,7 +121,8 @@ def make_loop(phase, solver, dtype, device, folders) -> tuple[Loop, list[nn.Modu
             random = torch.Generator().manual_seed(1)
             states = torch.randn(STEPS + 1, 2, 3, 16, 16, generator=random).to(device)
             windows = (3, None) if phase == "windows" else None
-            motion, path = Motion(0.5, windows, phase == "clean"), PathSpec.of(states, shared=True)
+            motion = Motion(0.5, windows, phase == "clean", phase == "cycle")
+            path = PathSpec.of(states, shared=True)
             spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), motion=motion, path=path)
             loop = spec.build(*models)
     return loop, list(networks.values())
