@@ -41,6 +41,13 @@ def add(store: Store, *many: JobSettings) -> list[str]:
     return [store.add(job_of(settings), max_queue=1000).id for settings in many]
 
 
+def put(store, name, source, file):
+    """Gives a file to a job that waits."""
+    target = store.file(name, file)
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(source)
+
+
 def files_of(store: Store, job_id: str) -> dict[str, bytes]:
     """The files of a job, by name."""
     folder = store.folder_of(job_id)

@@ -10,10 +10,10 @@ from latent_models import PROMPTS, save_latent_model
 from PIL import Image
 from published_folders import small_diffusers_folder
 from serving_engines import acting, engine_of, run_all
-from serving_jobs import STEPS, add, files_of, frames_of, settings_of
+from serving_jobs import STEPS, add, files_of, frames_of, put, settings_of
 
 from vfengine.media.pictures import enlarge
-from vfengine.media.video import read_video, write_video
+from vfengine.media.video import read_video
 from vfengine.pipelines.videofusion import VideoFusionPipeline, to_uint8
 from vfengine.serving import making
 from vfengine.serving.engine import model_info
@@ -111,7 +111,7 @@ def test_what_the_engine_says(engine, store, folders):
 def test_a_plain_model(tiny_video_checkpoint, store):
     engine = engine_of(tiny_video_checkpoint, store, batch_size=4)
     names = add(store, settings_of(), settings_of(residual_seed=8))
-    assert run_all(engine) == 1 and [event["clips"] for event in engine.events] == [1, 1]
+    assert run_all(engine) == 2 and [event["clips"] for event in engine.events] == [1, 1]
     for name in names:
         frames = frames_of(store, name)
         assert np.array_equal(np.asarray(Image.open(store.file(name, THUMBNAIL))), frames[2])
@@ -163,13 +163,6 @@ def test_a_base_path_is_walked_once(engine, store, monkeypatch):
 
 
 # -- what starts from something --------------------------------------------------------------------
-
-
-def put(store, name, source, file):
-    """Gives a file to a job that waits."""
-    target = store.file(name, file)
-    target.parent.mkdir(exist_ok=True)
-    target.write_bytes(source)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
@@ -229,28 +222,6 @@ def test_a_clip_goes_on(engine, store):
     alone = pipe("walk", num_frames=13, num_inference_steps=STEPS, residual_seed=9, image=picture)
     added = enlarge(to_uint8(alone.frames[0])[7:], 3)
     assert np.array_equal(frames[4:], added)
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".webp"])
-def test_a_clip_that_was_sent_goes_on(engine, store, tmp_path, suffix):
-    shades = np.linspace(40, 200, 8).astype(np.uint8)
-    sent = np.broadcast_to(shades[:, None, None, None], (8, 16, 16, 3)).copy()
-    write_video(tmp_path / f"sent{suffix}", sent, 8.0)
-    decoded = read_video(tmp_path / f"sent{suffix}").frames
-    (name,) = add(store, settings_of(num_frames=2, extends=""))
-    put(store, name, (tmp_path / f"sent{suffix}").read_bytes(), SOURCE)
-    run_all(engine)
-    frames = frames_of(store, name)
-    assert len(frames) == 10 and np.array_equal(frames[:8], decoded)
-
-
-def test_a_clip_of_another_size_and_rate(engine, store, tmp_path):
-    sent = np.random.default_rng(0).integers(0, 256, (12, 24, 48, 3), dtype=np.uint8)
-    write_video(tmp_path / "sent.webp", sent, 24.0)
-    (name,) = add(store, settings_of(num_frames=2, extends=""))
-    put(store, name, (tmp_path / "sent.webp").read_bytes(), SOURCE)
-    run_all(engine)
-    assert frames_of(store, name).shape == (4 + 2, 16, 16, 3)  # half a second, at 8 a second
 
 
 # -- what ends before time -------------------------------------------------------------------------
@@ -321,26 +292,6 @@ def test_a_job_that_fails_leaves_its_batch(engine, store):
     assert error["code"] == "invalid_request"
     assert error["message"] == "input_reference: not a picture that can be read"
     assert engine.events[0] == {"event": "failed", "code": "invalid_request"}
-
-
-@pytest.mark.parametrize(
-    "data, said",
-    [
-        (b"#EXTM3U\nfile:///etc/hostname\n", "expected a video: mp4, webm, gif or animated webp"),
-        (b"", "expected a video"),
-        (b"\0\0\0\x18ftypisom", "the video cannot be decoded"),
-        (b"\x1a\x45\xdf\xa3 nothing", "the video cannot be decoded"),
-        (b"GIF89a nothing", "the animation cannot be decoded"),
-        (b"\x89PNG\r\n\x1a\n nothing", "not a sheet of frames"),
-    ],
-)
-def test_what_is_no_video(engine, store, data, said):
-    (name,) = add(store, settings_of(num_frames=2, extends=""))
-    put(store, name, data, SOURCE)
-    run_all(engine)
-    error = store.get(name).error
-    assert error["code"] == "invalid_request" and said in error["message"]
-    assert str(store.folder) not in error["message"]
 
 
 def test_settings_that_the_model_cannot_take(engine, store):

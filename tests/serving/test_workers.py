@@ -35,8 +35,8 @@ def store(tmp_path):
 
 
 def wait_for(condition):
-    """Waits until something is so, for a minute at most."""
-    end = time.monotonic() + 60
+    """Waits until something is so, for two minutes at most."""
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.01)

@@ -67,9 +67,10 @@ class Engine:
 
     def run_once(self) -> bool:
         """Makes one batch, and returns whether there was one."""
-        from .watch import Stopping
+        from .watch import Deleted, Stopping
 
-        jobs = self.store.claim(self.worker, self.batch_size)
+        most = self.batch_size if self.maker.together(()) else 1
+        jobs = self.store.claim(self.worker, most)
         if not jobs:
             return False
         try:
@@ -77,6 +78,10 @@ class Engine:
             for job in jobs:
                 try:
                     batch.append(self.maker.prepared(job))
+                except Stopping:
+                    raise
+                except Deleted:
+                    self.store.sweep(job.id)
                 except Exception as error:
                     self._failed(job, error)
             if self.maker.together([one.job for one in batch]):

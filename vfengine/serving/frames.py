@@ -6,7 +6,7 @@ one for a playlist, which names further files. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from ..media.pictures import SHEET_COLUMNS, sheet
 
 MAX_PIXELS = 2**24  # of a frame that was sent
 MAX_FRAMES = 1000
+MAX_ALL_PIXELS = 2**31  # of all frames: those of 1000 in full HD
 _NOTE = "vfengine sheet"  # of a PNG: "frames width height fps"
 _VIDEOS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))  # place, bytes, FFmpeg's name
 _PICTURES = ((0, b"GIF8", "GIF"), (8, b"WEBP", "WEBP"), (0, b"\x89PNG", "PNG"))  # and Pillow's
@@ -75,14 +76,17 @@ def read_sheet(file: Path) -> Source:
 # -- clips that were sent --------------------------------------------------------------------------
 
 
-def read_source(file: Path, width: int, height: int, fps: float) -> np.ndarray:
+def read_source(
+    file: Path, width: int, height: int, fps: float, check: Callable[[], None] = lambda: None
+) -> np.ndarray:
     """The frames of the clip in a file, uint8 [N, height, width, 3], at so many a second.
 
     Frames of this size and rate are kept exactly. Others are cropped in the middle and resized, and
     chosen by their time.
 
-    Raises ValueError for a file that is no clip, is broken, or is larger than MAX_PIXELS a frame
-    and MAX_FRAMES.
+    check: called for each frame; what it raises ends the reading
+
+    Raises ValueError for a file that is no clip, is broken, or is larger than the limits above.
     """
     with file.open("rb") as opened:
         start = opened.read(16)
@@ -91,10 +95,12 @@ def read_source(file: Path, width: int, height: int, fps: float) -> np.ndarray:
         frames = [_fitted(frame, width, height) for frame in source.frames]
         return _at_rate(frames, source.fps, fps)
     read = _animation if _kind(start, _PICTURES) else _video
-    frames, times = [], []
+    frames, times, left = [], [], MAX_ALL_PIXELS
     for pixels, seconds in read(file, start):
-        if len(frames) == MAX_FRAMES:
-            raise ValueError(f"the video has more than {MAX_FRAMES} frames")
+        check()
+        left -= pixels.shape[0] * pixels.shape[1]
+        if len(frames) == MAX_FRAMES or left < 0:
+            raise ValueError(f"the video has more than {len(frames)} frames, which is too many")
         frames.append(_fitted(pixels, width, height))
         times.append(seconds)
     if not frames:

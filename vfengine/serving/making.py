@@ -28,7 +28,7 @@ from ..pipelines.together import base_frame, sample_together
 from .frames import read_source, reduced, write_png, write_sheet
 from .jobs import SOURCE, SPRITESHEET, THUMBNAIL, UPLOAD, Job, JobSettings
 from .store import Store
-from .watch import Rates, Watch
+from .watch import Deleted, Rates, Stopping, Watch
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Maker:
         """What a job asks for, its files read.
 
         Raises ValueError, in words for the sender, for files that cannot be read and for settings
-        that the model cannot take.
+        that the model cannot take; Stopping or Deleted while a long file is read.
         """
         settings = job.settings
         values = _common(settings)
@@ -123,8 +123,16 @@ class Maker:
     def _source(self, job: Job) -> np.ndarray:
         settings = job.settings
         height, width = (side * settings.scale for side in self.pipe.config.picture_size)
+
+        def check() -> None:
+            if self.stop.is_set():
+                raise Stopping
+            if not self.store.holds(job.id, self.worker):
+                raise Deleted
+
         try:
-            return read_source(self.store.file(job.id, SOURCE), width, height, settings.fps)
+            file = self.store.file(job.id, SOURCE)
+            return read_source(file, width, height, settings.fps, check)
         except ValueError as error:
             raise ValueError(f"video: {error}") from error
 
