@@ -81,7 +81,10 @@ def test_together_as_alone(pipe, kind, tmp_path, base_path, scale):
     assert len(list((tmp_path / "paths").iterdir())) == 4
 
 
-@pytest.mark.parametrize("settings", [{"num_frames": 7}, {"solver": "dpmsolver++"}, {"lam": 0.25}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_frames": 7}, {"solver": "dpmsolver++"}, {"lam": 0.25}, {"num_frames": 8, "loop": True}],
+)
 def test_together_at_other_settings(pipe, kind, settings):
     requests = requests_for(kind, **settings)
     assert_same([pipe.sample(request) for request in requests], sample_together(pipe, requests))
@@ -189,6 +192,7 @@ def test_what_cannot_go_together(pipe, kind, tmp_path):
         ({"num_frames": 5}, "num_frames, got 4 and 5"),
         ({"guidance_scale": 3.0}, "guidance_scale, got 2.0 and 3.0"),
         ({"num_inference_steps": 4}, "num_inference_steps, got 3 and 4"),
+        ({"loop": True}, "must have one window, got 0 and 4"),
         ({"num_videos": 2}, "requests of one clip"),
         ({"base_cache": tmp_path}, "the batch's own"),
         ({"eta": 0.5}, "eta 0.5 cannot be made together"),

@@ -141,6 +141,19 @@ def test_a_text_to_video_model(tmp_path, store):
     assert "no base frame" in store.get(bad).error["message"]
 
 
+def test_loops(engine, store, folders):
+    loop = settings_of(loop=True, num_frames=8)
+    name, other, bad = add(store, loop, replace(loop, loop=False), replace(loop, extends=""))
+    run_all(engine)
+    pipe = VideoFusionPipeline.from_pretrained(folders["pixels"], **ON_CPU)
+    alone = pipe(
+        "walk", num_inference_steps=STEPS, base_seed=5, residual_seed=6, num_frames=8, loop=True
+    )
+    assert np.array_equal(frames_of(store, name), to_uint8(alone.frames[0]))
+    assert not np.array_equal(frames_of(store, name), frames_of(store, other))
+    assert "no loop" in store.get(bad).error["message"]
+
+
 def test_noise_in_each_step(engine, store, folders):
     """With eta, noise is drawn by the batch's one seed: a clip at a time."""
     engine.batch_size = 4

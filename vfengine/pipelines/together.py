@@ -32,7 +32,7 @@ from .videofusion import VideoFusionPipeline
 # Settings that requests of one batch must share.
 SHARED = (
     *("num_frames", "num_inference_steps", "guidance_scale", "solver", "eta", "lam"),
-    *("window", "window_overlap", "base_path", "output_type"),
+    *("window", "window_overlap", "loop", "base_path", "output_type"),
 )
 
 

@@ -22,6 +22,7 @@ class JobSettings:
     """What the clip of a job shows and how it is made, all of it decided.
 
     label, prompt: one of the two, or neither; a model takes what its requests take
+    loop:          the last and the first frame are neighbours
     scale:         the frames are enlarged so many times
     format:        one of FORMATS
     picture:       whether the job's file "upload" is a picture that becomes the base frame
@@ -44,6 +45,7 @@ class JobSettings:
     solver: str = "ddim"
     eta: float = 0.0
     base_path: str | None = None
+    loop: bool = False
     fps: float = 10.0
     scale: int = 1
     height: int = 0
@@ -63,7 +65,7 @@ class JobSettings:
         """Jobs of equal shape can be made in one batch."""
         names = (
             *("num_frames", "num_inference_steps", "guidance_scale", "solver", "eta"),
-            *("base_path", "height", "width", "scale"),
+            *("base_path", "loop", "height", "width", "scale"),
         )
         # what starts from a picture, or goes on from a clip, has a base path of its own kind
         given = self.picture or self.extends is not None

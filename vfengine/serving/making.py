@@ -81,17 +81,25 @@ class Maker:
         if issubclass(self.pipe.request_type, TextRequest):
             sizes = {name: getattr(settings, name) or None for name in ("height", "width")}
             request = TextRequest(
-                **values, **sizes, seed=settings.residual_seed, num_frames=settings.num_frames
+                **values,
+                **sizes,
+                seed=settings.residual_seed,
+                num_frames=settings.num_frames,
+                loop=settings.loop,
             )
             self.pipe.fill_defaults(request)
             return Prepared(job, request)
         values |= {"label": settings.label, "residual_seed": settings.residual_seed}
         if not issubclass(self.pipe.request_type, SamplingRequest):
+            if settings.loop:
+                raise ValueError("a plain video model makes no loops")
             request = VideoRequest(**values, num_frames=settings.num_frames)
             self.pipe.fill_defaults(request)
             return Prepared(job, request)
         source, picture, frames = None, None, settings.num_frames
         if settings.extends is not None:
+            if settings.loop:
+                raise ValueError("a clip that goes on from another is no loop")
             source = self._source(job)
             picture = Image.fromarray(reduced(source[-1], settings.scale))
             frames = 2 * settings.num_frames + 1  # of which the later half is new
@@ -99,7 +107,7 @@ class Maker:
                 values["window"] = 0  # one frame more than the network knows, not two windows
         elif settings.picture:
             picture = self._picture(job)
-        base = {"base_path": settings.base_path}
+        base = {"base_path": settings.base_path, "loop": settings.loop}
         if picture is None:
             base["base_seed"] = settings.base_seed
         elif settings.base_path == "stepwise":
