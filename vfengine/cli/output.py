@@ -72,15 +72,16 @@ class Record:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def check_outputs(output: Path, count: int) -> list[Path]:
+def check_outputs(output: Path, count: int, settings: argparse.Namespace) -> list[Path]:
     """The files to be written, checked; several are name-000.mp4 …"""
     from ..media.video import check_target
 
+    encoding = (settings.codec, settings.crf, settings.chroma)
     if count == 1:
-        return [check_target(output)]
+        return [check_target(output, *encoding)]
     digits = max(3, len(str(count - 1)))
     names = [f"{output.stem}-{k:0{digits}d}{output.suffix}" for k in range(count)]
-    return [check_target(output.with_name(name)) for name in names]
+    return [check_target(output.with_name(name), *encoding) for name in names]
 
 
 def check_base_files(settings: argparse.Namespace) -> None:
@@ -99,14 +100,19 @@ def check_base_files(settings: argparse.Namespace) -> None:
         check_writable(there / "a base path")  # folders between are made when they are needed
 
 
-def write_clip(target: Path, frames: np.ndarray, settings: argparse.Namespace) -> None:
+def write_clip(
+    target: Path, frames: np.ndarray, settings: argparse.Namespace, metadata: str | None
+) -> None:
+    """metadata: a text for the file to carry"""
     import av
 
     from ..media.pictures import enlarge
     from ..media.video import write_video
 
+    frames = enlarge(frames, settings.scale, settings.scale_filter)
+    encoding = {name: getattr(settings, name) for name in ("codec", "crf", "chroma")}
     try:
-        write_video(target, enlarge(frames, settings.scale, settings.scale_filter), settings.fps)
+        write_video(target, frames, settings.fps, metadata=metadata, **encoding)
     except (OSError, av.FFmpegError) as error:
         raise Failure(f"{target}: cannot be written ({one_line(error)})") from error
 

@@ -70,7 +70,10 @@ def check_target(
         raise ValueError(
             f"{path}: unknown suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
         )
-    check_encoding(path.suffix, codec, crf, chroma)
+    try:
+        check_encoding(path.suffix, codec, crf, chroma)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return check_writable(path)
 
 
