@@ -37,7 +37,10 @@ from vfengine.sampling.driver import Driver
         (["--label", "walk", "--fps", "0"], ["--fps", "0.1 to 1000"]),
         (["--label", "walk", "--scale", "0"], ["--scale", "from 1 to 64"]),
         (["--label", "walk", "--scale-filter", "cubic"], ["--scale-filter", "lanczos"]),
-        (["--label", "walk", "--output", "a.avi"], ["unknown suffix '.avi'", ".mp4, .webm, .mkv, .gif"]),
+        (
+            ["--label", "walk", "--output", "a.avi"],
+            ["unknown suffix '.avi'", ".mp4, .webm, .mkv, .gif"],
+        ),
         (["--label", "walk", "--output", "a"], ["unknown suffix ''"]),
         (["--label", "walk", "--output", "no/a.mp4"], ["no: no such folder"]),
         (["--label", "walk", "extra"], ["unrecognized arguments: extra"]),
