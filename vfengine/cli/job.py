@@ -24,6 +24,7 @@ from .output import (
     Record,
     check_base_files,
     check_outputs,
+    encoding_of,
     json_line,
     summary,
     write_clip,
@@ -49,7 +50,8 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
     record = Record(started, files)
     count = max(settings.num_videos, settings.num_residuals)
     if settings.output is not None:
-        check_outputs(Path(settings.output), count, settings)  # before torch is imported
+        check_outputs(Path(settings.output), count)  # before torch is imported
+        encoding_of(settings, settings.output)
     check_base_files(settings)
 
     pipe = _open_pipeline(settings)
@@ -58,11 +60,10 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
             raise UsageError(f"{pipe.folder}: {pipe.lacks}: --prompt says what to show")
         print(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
         return
-    check_clip(settings, pipe)
     _check_model(settings, pipe)
     settings = _complete(settings, pipe)
     request = (_text_request if _takes_text(pipe) else _request)(settings, pipe)
-    targets = check_outputs(Path(settings.output), request.num_clips, settings)
+    targets = check_outputs(Path(settings.output), request.num_clips)
 
     job = _sample_and_write(settings, pipe, request, targets, record)
     record.timings["total"] = time.perf_counter() - record.started
@@ -83,7 +84,7 @@ def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
 
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
-        return load_pipeline(
+        pipe = load_pipeline(
             settings.model,
             device=settings.device,
             dtype=dtype,
@@ -92,6 +93,8 @@ def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
         )
     except MissingPackage as error:
         raise UsageError(str(error)) from error
+    check_clip(settings, pipe)
+    return pipe
 
 
 def _check_model(settings: argparse.Namespace, pipe: Pipeline) -> None:
@@ -125,16 +128,9 @@ def _takes_text(pipe: Pipeline) -> bool:
 
 def _complete(settings: argparse.Namespace, pipe: Pipeline) -> argparse.Namespace:
     """The settings with output, its encoding, fps, model, device and dtype filled in."""
-    from ..media.codecs import check_encoding
-
     output = _default_output(settings) if settings.output is None else settings.output
-    asked = {name: getattr(settings, name) for name in ("codec", "crf", "chroma")}
-    try:
-        encoding = check_encoding(Path(output).suffix, **asked)
-    except ValueError as error:
-        raise UsageError(f"{output}: {error}") from error
     filled = {
-        **encoding._asdict(),
+        **encoding_of(settings, output)._asdict(),
         "output": output,
         "fps": pipe.config.fps if settings.fps is None else settings.fps,
         "model": str(pipe.folder),

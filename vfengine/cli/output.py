@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..diffusion.base_path import BaseTrajectory
+    from ..media.codecs import Encoding
     from ..pipelines.batches import Steps
     from ..pipelines.pipeline import Pipeline
     from ..pipelines.request import TextRequest, VideoRequest
@@ -72,16 +73,26 @@ class Record:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def check_outputs(output: Path, count: int, settings: argparse.Namespace) -> list[Path]:
+def check_outputs(output: Path, count: int) -> list[Path]:
     """The files to be written, checked; several are name-000.mp4 …"""
     from ..media.video import check_target
 
-    encoding = (settings.codec, settings.crf, settings.chroma)
     if count == 1:
-        return [check_target(output, *encoding)]
+        return [check_target(output)]
     digits = max(3, len(str(count - 1)))
     names = [f"{output.stem}-{k:0{digits}d}{output.suffix}" for k in range(count)]
-    return [check_target(output.with_name(name), *encoding) for name in names]
+    return [check_target(output.with_name(name)) for name in names]
+
+
+def encoding_of(settings: argparse.Namespace, output: str) -> Encoding:
+    """How a file is encoded, its defaults filled in; UsageError for what it does not take."""
+    from ..media.codecs import check_encoding
+
+    try:
+        suffix = Path(output).suffix
+        return check_encoding(suffix, settings.codec, settings.crf, settings.chroma)
+    except ValueError as error:
+        raise UsageError(f"{output}: {error}") from error
 
 
 def check_base_files(settings: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ RECORDED = (
     *("label", "prompt", "negative_prompt", "num_frames", "height", "width"),
     *("num_inference_steps", "guidance_scale", "solver", "eta", "seed", "base_seed"),
     *("base_offset", "residual_seed", "sample_offset", "num_videos", "window", "window_overlap"),
-    *("base_path", "preview", "base_unet", *FILES, "dtype"),
+    *("loop", "base_path", "preview", "base_unet", *FILES, "dtype"),
     *("fps", "scale", "scale_filter", "codec", "crf", "chroma"),
 )
 
@@ -199,8 +199,9 @@ def _sizes(request: TextRequest) -> dict[str, int]:
     return {name: getattr(request, name) for name in ("num_frames", "height", "width")}
 
 
-def _windows(request: SamplingRequest | TextRequest) -> dict[str, int]:
+def _windows(request: SamplingRequest | TextRequest) -> dict[str, Any]:
     window = {"window": request.window}
+    window |= {"loop": True} if getattr(request, "loop", False) else {}
     return window | ({"window_overlap": request.window_overlap} if request.window else {})
 
 
