@@ -25,7 +25,6 @@ FLOORS = (
 )
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
 WITHOUT_TORCH = ("names", "files", "pipelines.request", "training.options", "cli.settings")
-WITHOUT_TORCH += ("pipelines.clip_settings", "media.metadata", "media.video")
 
 ROOT = Path(vfengine.__file__).parent
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}

@@ -430,7 +430,8 @@ def test_clips_without_torch(tmp_path):
     settings = read_settings(["--config", str(tmp_path / "a.mp4"), "--label", "jump"])
     assert (settings.label, settings.dtype, settings.crf) == ("jump", "bfloat16", 9)
     assert settings.output == "a-again.mp4"
-    code = "import sys; from vfengine.cli.settings import read_settings; "
+    code = "import sys; import vfengine.pipelines.clip_settings; "
+    code += "from vfengine.cli.settings import read_settings; "
     code += f"read_settings(['--config', {str(tmp_path / 'a.mp4')!r}]); "
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
