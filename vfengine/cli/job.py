@@ -268,17 +268,14 @@ def _sample_and_write(
 
 
 def _try_encoder(job: Job) -> None:
-    """ValueError where an encoder that was asked for does not take frames of this size."""
-    from ..media.codecs import check_encoding
-
+    """UsageError where an encoder that was asked for does not take frames of this size."""
     settings, config = job.settings, job.pipe.config
     if not settings.given & {"codec", "chroma"}:
         return
     text = _takes_text(job.pipe)
     size = (job.request.height, job.request.width) if text else config.picture_size
-    encoding = (settings.codec, settings.crf, settings.chroma)
     sides = tuple(side * settings.scale for side in size)
-    check_encoding(Path(settings.output).suffix, *encoding, size=sides)
+    encoding_of(settings, settings.output, sides)
 
 
 def _teller(job: Job) -> Callable[[int], str | None]:

@@ -84,13 +84,18 @@ def check_outputs(output: Path, count: int) -> list[Path]:
     return [check_target(output.with_name(name)) for name in names]
 
 
-def encoding_of(settings: argparse.Namespace, output: str) -> Encoding:
-    """How a file is encoded, its defaults filled in; UsageError for what it does not take."""
+def encoding_of(
+    settings: argparse.Namespace, output: str, size: tuple[int, int] | None = None
+) -> Encoding:
+    """How a file is encoded, its defaults filled in; UsageError for what it does not take.
+
+    size: height and width of the frames, to try the encoder on
+    """
     from ..media.codecs import check_encoding
 
+    asked = (settings.codec, settings.crf, settings.chroma)
     try:
-        suffix = Path(output).suffix
-        return check_encoding(suffix, settings.codec, settings.crf, settings.chroma)
+        return check_encoding(Path(output).suffix, *asked, size=size)
     except ValueError as error:
         raise UsageError(f"{output}: {error}") from error
 

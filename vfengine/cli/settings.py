@@ -338,7 +338,8 @@ def _read_clip(parser: Parser, clip: Clip) -> tuple[dict[str, Any], set[str]]:
         config, names = _parse(parser, _tokens(dict(clip.entries)))
     except UsageError as error:
         raise UsageError(f"--config {clip.file}: {error}") from error
-    return {"output": clip.output, **config}, names
+    named = {} if "prompts" in clip.flags else {"output": clip.output}
+    return {**named, **config}, names
 
 
 def _tokens(entries: dict) -> list[str]:

@@ -66,6 +66,9 @@ _CODECS = {
 }
 
 
+_RGB = "bgr0"  # the pixels of ffv1
+
+
 class _Container(NamedTuple):
     """A file format of FFmpeg, and its codecs, the default first."""
 
@@ -200,7 +203,7 @@ def _encode(
     if encoding.chroma == "420":
         height, width = frames.shape[1:3]
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    pixels = "bgr0" if encoding.chroma is None else f"yuv{encoding.chroma}p"
+    conversion = _conversion(encoding)
     options = dict(codec.options)
     if encoding.crf is not None:
         options["crf"] = str(encoding.crf)
@@ -216,7 +219,7 @@ def _encode(
             file.metadata["comment"] = text.decode()
         stream = file.add_stream(codec.encoder, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixels
+        stream.pix_fmt = conversion["format"]
         context = stream.codec_context
         context.thread_count = 1
         context.flags |= Flags.bitexact
@@ -228,18 +231,22 @@ def _encode(
             context.colorspace = 1
             context.color_range = ColorRange.MPEG
         for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                format=pixels, **(_RGB if encoding.chroma is None else _TO_YUV)
-            )
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(**conversion)
             frame.pts, frame.time_base = i, 1 / rate
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
 
-_TO_YUV: dict[str, Any] = {
-    "dst_colorspace": Colorspace.ITU709,
-    "dst_color_range": ColorRange.MPEG,
-    "interpolation": Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
-    "threads": 1,
-}
-_RGB: dict[str, Any] = {"threads": 1}
+def _conversion(encoding: Encoding) -> dict[str, Any]:
+    """How a frame in RGB becomes one of the encoder's."""
+    if encoding.chroma is None:
+        return {"format": _RGB, "threads": 1}
+    return {
+        "format": f"yuv{encoding.chroma}p",
+        "dst_colorspace": Colorspace.ITU709,
+        "dst_color_range": ColorRange.MPEG,
+        "interpolation": Interpolation.BICUBIC
+        | Interpolation.ACCURATE_RND
+        | Interpolation.BITEXACT,
+        "threads": 1,
+    }
