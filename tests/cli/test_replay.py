@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import STEPS, WALK, frames_of, refused
+from command_line import WALK, frames_of, refused
 from conftest import ON_CPU, save_tiny
 from PIL import Image
 from published_folders import small_diffusers_folder
@@ -22,8 +22,7 @@ from vfengine.cli.settings import DEFAULTS, read_settings
 from vfengine.media.metadata import read_metadata
 from vfengine.media.video import SUFFIXES, write_video
 from vfengine.pipelines import clip_settings as records
-from vfengine.pipelines.clip_settings import clip_settings, settings_text
-from vfengine.pipelines.request import SamplingRequest
+from vfengine.pipelines.clip_settings import settings_text
 
 
 @pytest.fixture
@@ -435,25 +434,3 @@ def test_clips_without_torch(tmp_path):
     code += f"read_settings(['--config', {str(tmp_path / 'a.mp4')!r}]); "
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# -- records of requests from Python ---------------------------------------------------------------
-
-
-def test_records_of_requests(tiny_checkpoint):
-    pipe = vf.load_pipeline(tiny_checkpoint, **ON_CPU)
-    steps = {"num_inference_steps": int(STEPS)}
-    both = SamplingRequest(label=["walk", "jump"], num_videos=2, sample_offset=3, **steps)
-    settings = clip_settings(pipe, both, 2, fps=9, scale=2)["settings"]
-    assert (settings["label"], settings["sample_offset"]) == ("jump", 5)
-    assert (settings["fps"], settings["scale_filter"]) == (9.0, "nearest")
-    path = pipe.walk_base("walk", base_seed=7, **steps)
-    walked = SamplingRequest(label="walk", base_seed=7, trajectory=path, **steps)
-    record = clip_settings(pipe, walked)
-    assert record["settings"]["base_seed"] == 7
-    assert record == clip_settings(pipe, SamplingRequest(label="walk", base_seed=7, **steps))
-    other = SamplingRequest(label="jump", base_seed=7, trajectory=path, **steps)
-    assert clip_settings(pipe, other)["beyond"]["base_trajectory"]["labels"] == '["walk"]'
-    lam = SamplingRequest(label="walk", lam=0.25, **steps)
-    assert clip_settings(pipe, lam)["beyond"] == {"lam": 0.25}
-    assert json.loads(settings_text(record)) == record
