@@ -73,6 +73,7 @@ def test_clips_of_every_format_are_made_again(cli, again, suffix):
         (["--solver", "ddim", "--eta", "0.7", "--base-path", "clean"], ".webm"),
         (["--num-frames", "7", "--window", "4", "--window-overlap", "3"], ".gif"),
         (["--num-frames", "7"], ".webp"),  # windows by default
+        (["--num-frames", "7", "--loop"], ".webp"),
         (["--dtype", "bf16", "--scale", "3", "--scale-filter", "lanczos"], ".png"),
         (["--codec", "hevc", "--crf", "30", "--chroma", "444"], ".mp4"),
         (["--codec", "av1", "--crf", "40"], ".webm"),
