@@ -37,12 +37,21 @@ from vfengine.sampling.driver import Driver
         (["--label", "walk", "--fps", "0"], ["--fps", "0.1 to 1000"]),
         (["--label", "walk", "--scale", "0"], ["--scale", "from 1 to 64"]),
         (["--label", "walk", "--scale-filter", "cubic"], ["--scale-filter", "lanczos"]),
-        (["--label", "walk", "--output", "a.avi"], ["unknown suffix '.avi'", ".mp4, .webm, .gif"]),
+        (
+            ["--label", "walk", "--output", "a.avi"],
+            ["unknown suffix '.avi'", ".mp4, .webm, .mkv, .gif"],
+        ),
         (["--label", "walk", "--output", "a"], ["unknown suffix ''"]),
         (["--label", "walk", "--output", "no/a.mp4"], ["no: no such folder"]),
         (["--label", "walk", "extra"], ["unrecognized arguments: extra"]),
         (["--lab", "walk"], ["unrecognized arguments: --lab"]),
         (["--label"], ["--label", "expected one argument"]),
+        (["--codec", "mpeg2"], ["--codec", "invalid choice: 'mpeg2'"]),
+        (["--crf", "64"], ["--crf", "expected a whole number from 0 to 63"]),
+        (["--label", "walk", "--codec", "vp9"], ["walk.mp4: codec 'vp9'", "h264, hevc, av1"]),
+        (["--label", "walk", "--crf", "60"], ["walk.mp4: crf of h264 must be an int from 0 to 51"]),
+        (["--crf", "9", "--output", "a.gif"], ["a.gif: a .gif file takes no crf, got 9"]),
+        (["--chroma", "444", "--output", "a.mkv"], ["ffv1 is lossless: it takes no chroma"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(cli, argv, words):

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import STEPS
+from command_line import STEPS, refused
 from conftest import ON_CPU
 
 import vfengine as vf
 from vfengine.cli import generate
+from vfengine.media import codecs
 from vfengine.media import video as video_io
 from vfengine.media.pictures import enlarge, sheet
 from vfengine.media.video import read_video
@@ -62,6 +63,31 @@ def test_frames_fps_and_scale(cli):
     assert np.array_equal(read_video("a.webp").frames, lanczos)
     cli(*arguments[:-1], "a.png")
     assert np.array_equal(read_video("a.png").frames[0], sheet(plain.frames))
+
+
+def test_a_clip_is_encoded_as_asked_for(cli):
+    walk = ["--label", "walk", "--output"]
+    cli(*walk, "a.webp")
+    frames = read_video("a.webp").frames
+    settings = json.loads(cli(*walk, "a.mkv", "--json")[1])["settings"]
+    assert [settings[name] for name in ("codec", "crf", "chroma")] == ["ffv1", None, None]
+    assert np.array_equal(read_video("a.mkv").frames, frames)
+    errors = []
+    for flags in (["--crf", 5, "--chroma", 444], ["--crf", 5], ["--codec", "hevc", "--crf", 45]):
+        settings = json.loads(cli(*walk, "a.mp4", *flags, "--json")[1])["settings"]
+        assert settings["crf"] == flags[flags.index("--crf") + 1]
+        errors.append(np.abs(read_video("a.mp4").frames.astype(int) - frames).mean())
+    assert errors == sorted(errors)
+
+
+def test_sizes_are_tried_before_sampling(cli, monkeypatch):
+    def refuse(encoding, size):
+        raise ValueError(f"{encoding.codec} cannot encode {size}")
+
+    monkeypatch.setattr(codecs, "_try", refuse)
+    monkeypatch.setattr(vf.VideoFusionPipeline, "sample", None)
+    walk = ["--label", "walk", "--scale", 3, "--codec", "av1", "--output", "a.webm"]
+    assert refused(cli(*walk), "a.webm: av1 cannot encode (48, 48)")
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -124,10 +150,10 @@ def test_list_labels(cli):
 def test_failure_while_writing_names_what_was_written(cli, monkeypatch):
     write = video_io.write_video
 
-    def full_disk(path, frames, fps):
+    def full_disk(path, frames, fps, **options):
         if path.name == "a-002.webp":
             raise OSError(28, "No space left on device")
-        write(path, frames, fps)
+        write(path, frames, fps, **options)
 
     monkeypatch.setattr(video_io, "write_video", full_disk)
     status, out, err = cli("--label", "walk", "--num-videos", 4, "--output", "a.webp")
@@ -170,14 +196,14 @@ def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
 
         monkeypatch.setattr(vf.VideoFusionPipeline, "sample", interrupted)
     else:
-        write = video_io._WRITERS[".mp4"]
+        write = video_io.encode
 
-        def interrupted(path, frames, fps):
-            write(path, frames, fps)
+        def interrupted(path, *rest):
+            write(path, *rest)
             if "-001" in path.name:  # a temporary name has random digits as well
                 raise KeyboardInterrupt
 
-        monkeypatch.setitem(video_io._WRITERS, ".mp4", interrupted)
+        monkeypatch.setattr(video_io, "encode", interrupted)
     status, out, err = cli(
         "--label", "walk", "--num-videos", 3, "--base-trajectory", "t.safetensors"
     )

@@ -10,8 +10,9 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,13 @@ from .output import (
     Record,
     check_base_files,
     check_outputs,
+    encoding_of,
     json_line,
     summary,
     write_clip,
     write_trajectory,
 )
+from .replay import check_clip, input_files
 from .settings import written_settings
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
     count = max(settings.num_videos, settings.num_residuals)
     if settings.output is not None:
         check_outputs(Path(settings.output), count)  # before torch is imported
+        encoding_of(settings, settings.output)
     check_base_files(settings)
 
     pipe = _open_pipeline(settings)
@@ -80,7 +84,7 @@ def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
 
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
-        return load_pipeline(
+        pipe = load_pipeline(
             settings.model,
             device=settings.device,
             dtype=dtype,
@@ -89,6 +93,8 @@ def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
         )
     except MissingPackage as error:
         raise UsageError(str(error)) from error
+    check_clip(settings, pipe)
+    return pipe
 
 
 def _check_model(settings: argparse.Namespace, pipe: Pipeline) -> None:
@@ -121,9 +127,11 @@ def _takes_text(pipe: Pipeline) -> bool:
 
 
 def _complete(settings: argparse.Namespace, pipe: Pipeline) -> argparse.Namespace:
-    """The settings with output, fps, model, device and dtype filled in."""
+    """The settings with output, its encoding, fps, model, device and dtype filled in."""
+    output = _default_output(settings) if settings.output is None else settings.output
     filled = {
-        "output": _default_output(settings) if settings.output is None else settings.output,
+        **encoding_of(settings, output)._asdict(),
+        "output": output,
         "fps": pipe.config.fps if settings.fps is None else settings.fps,
         "model": str(pipe.folder),
         "device": str(pipe.device),
@@ -150,12 +158,19 @@ def _read_trajectory(settings: argparse.Namespace, pipe: Pipeline) -> BaseTrajec
         return None
     from ..diffusion.base_path import BaseTrajectory
 
-    file = Path(settings.base_trajectory)
-    path = BaseTrajectory.load(file, device=pipe.device)
+    file, count = Path(settings.base_trajectory), settings.num_videos
+    path, first = BaseTrajectory.load(file, device=pipe.device), settings.base_offset
+    if first is not None:
+        if first + count > path.final.shape[0]:
+            raise UsageError(
+                f"{file}: holds {path.final.shape[0]} base paths, but --base-offset {first} and "
+                f"{count} clips ask for more"
+            )
+        path = replace(path, states=path.states[:, first : first + count])
     try:
         pipe.check_trajectory(
             path,
-            settings.num_videos,
+            count,
             num_inference_steps=settings.num_inference_steps,
             solver=settings.solver,
             eta=settings.eta,
@@ -165,6 +180,8 @@ def _read_trajectory(settings: argparse.Namespace, pipe: Pipeline) -> BaseTrajec
         raise UsageError(f"{file}: {error}") from error
     shown = {name: getattr(settings, name) for name in ("label", "prompt", "negative_prompt")}
     wanted = pipe.shown(pipe.request_type(**shown))
+    if settings.clip is not None and "base_trajectory" not in settings.clip.flags:
+        return path  # of the content that the clip was made of
     if "negative_prompt" not in settings.given:
         wanted.pop("negative_prompts", None)
     if "base_seed" in settings.given:
@@ -198,7 +215,14 @@ def _text_request(settings: argparse.Namespace, pipe: Pipeline) -> TextRequest:
 
         if "seed" in settings:
             raise UsageError("--latents cannot go with --seed: the latents are finished")
-        return TextRequest(finished=read_latents(settings.latents)[0])
+        latents, first = read_latents(settings.latents)[0], settings.sample_offset
+        if first >= len(latents):
+            raise UsageError(
+                f"--latents {settings.latents}: holds {len(latents)} clips, but --sample-offset is "
+                f"{first}"
+            )
+        last = first + settings.num_videos if "num_videos" in settings.given else None
+        return TextRequest(finished=latents[first:last], sample_offset=first)
     names = field_names(TextRequest) & settings.given
     seed = {"seed": settings.seed} if "seed" in settings else {}
     return TextRequest(**{name: getattr(settings, name) for name in names}, **seed)
@@ -220,6 +244,8 @@ def _sample_and_write(
 
     batches = Batches(pipe, request, settings.batch_size)
     job = Job(settings, pipe, batches.request)
+    _try_encoder(job)
+    tell = _teller(job)
     paths = []
     with (
         Progress(batches.steps.total, settings.quiet, record) as progress,
@@ -233,12 +259,45 @@ def _sample_and_write(
                 paths.append(batch.output.trajectory)
             started = time.perf_counter()
             for number, frames in enumerate(to_uint8(batch.output.frames), batch.first):
-                write_clip(targets[number], frames, settings)
+                write_clip(targets[number], frames, settings, tell(number))
                 record.files.append(targets[number])
             record.add({"write": time.perf_counter() - started})
     if paths:
         write_trajectory(Path(settings.base_trajectory), paths)
     return job
+
+
+def _try_encoder(job: Job) -> None:
+    """UsageError where an encoder that was asked for does not take frames of this size."""
+    settings, config = job.settings, job.pipe.config
+    if not settings.given & {"codec", "chroma"}:
+        return
+    text = _takes_text(job.pipe)
+    size = (job.request.height, job.request.width) if text else config.picture_size
+    sides = tuple(side * settings.scale for side in size)
+    encoding_of(settings, settings.output, sides)
+
+
+def _teller(job: Job) -> Callable[[int], str | None]:
+    """What each clip's file tells of it, by the clip's number; ValueError for what is too long."""
+    from ..media.metadata import check_metadata
+    from ..pipelines.clip_settings import clip_settings, settings_text
+
+    settings = job.settings
+    if settings.no_metadata:
+        return lambda number: None
+    files = input_files(settings)
+    names = ("fps", "scale", "scale_filter", "codec", "crf", "chroma")
+    written = {name: getattr(settings, name) for name in names}
+
+    def tell(number: int) -> str:
+        return settings_text(clip_settings(job.pipe, job.request, number, files=files, **written))
+
+    try:
+        check_metadata(tell(0))
+    except ValueError as error:
+        raise UsageError(f"{one_line(error)}: --no-metadata leaves it out") from error
+    return tell
 
 
 @contextmanager

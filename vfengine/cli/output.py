@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..diffusion.base_path import BaseTrajectory
+    from ..media.codecs import Encoding
     from ..pipelines.batches import Steps
     from ..pipelines.pipeline import Pipeline
     from ..pipelines.request import TextRequest, VideoRequest
@@ -83,6 +84,22 @@ def check_outputs(output: Path, count: int) -> list[Path]:
     return [check_target(output.with_name(name)) for name in names]
 
 
+def encoding_of(
+    settings: argparse.Namespace, output: str, size: tuple[int, int] | None = None
+) -> Encoding:
+    """How a file is encoded, its defaults filled in; UsageError for what it does not take.
+
+    size: height and width of the frames, to try the encoder on
+    """
+    from ..media.codecs import check_encoding
+
+    asked = (settings.codec, settings.crf, settings.chroma)
+    try:
+        return check_encoding(Path(output).suffix, *asked, size=size)
+    except ValueError as error:
+        raise UsageError(f"{output}: {error}") from error
+
+
 def check_base_files(settings: argparse.Namespace) -> None:
     """UsageError or OSError where a base path cannot be written."""
     from ..files import check_writable
@@ -99,14 +116,19 @@ def check_base_files(settings: argparse.Namespace) -> None:
         check_writable(there / "a base path")  # folders between are made when they are needed
 
 
-def write_clip(target: Path, frames: np.ndarray, settings: argparse.Namespace) -> None:
+def write_clip(
+    target: Path, frames: np.ndarray, settings: argparse.Namespace, metadata: str | None
+) -> None:
+    """metadata: a text for the file to carry"""
     import av
 
     from ..media.pictures import enlarge
     from ..media.video import write_video
 
+    frames = enlarge(frames, settings.scale, settings.scale_filter)
+    encoding = {name: getattr(settings, name) for name in ("codec", "crf", "chroma")}
     try:
-        write_video(target, enlarge(frames, settings.scale, settings.scale_filter), settings.fps)
+        write_video(target, frames, settings.fps, metadata=metadata, **encoding)
     except (OSError, av.FFmpegError) as error:
         raise Failure(f"{target}: cannot be written ({one_line(error)})") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..names import AUTO, BASE_PATHS, DTYPE_NAMES, FILTERS, SOLVERS
+from ..names import AUTO, BASE_PATHS, CHROMAS, CODECS, DTYPE_NAMES, FILTERS, SOLVERS
 from ..pipelines.request import SamplingRequest, TextRequest, conflicts, effective
 from .flags import (
     ON_OFF,
@@ -29,11 +29,13 @@ from .flags import (
     text,
     whole,
 )
+from .replay import Clip, is_clip, read_clip
 
 # -- the settings ----------------------------------------------------------------------------------
 
 _COUNT = whole(1, 100_000)
 _SEED = whole(0, 2**64 - 1, "S")
+_SAMPLE = whole(0, 2**31 - 1, "K")
 
 
 def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") -> Setting:
@@ -80,6 +82,12 @@ SETTINGS = (
     _field(
         "num_residuals", "what", whole(1, 100_000, "K"), "motions of one base frame, a clip each"
     ),
+    _field(
+        "sample_offset",
+        "what",
+        _SAMPLE,
+        "number of the first clip, on which its noise depends: clip K of --num-videos alone",
+    ),
     Setting("batch_size", "how", whole(1, 4096), "clips that are made at a time", 1),
     _field(
         "window",
@@ -106,8 +114,8 @@ SETTINGS = (
         "output",
         "where to",
         text("FILE"),
-        "file to write: .mp4, .webm, .gif, .webp, or .png for a sheet of all frames; several clips "
-        "are numbered",
+        "file to write: .mp4, .webm, .mkv, .gif, .webp, or .png for a sheet of all frames; several "
+        "clips are numbered",
         None,
         "LABEL.mp4, or LABEL.png with --preview; the first words of a prompt",
     ),
@@ -120,6 +128,31 @@ SETTINGS = (
     Setting(
         "latents", "where to", text("FILE"), "decode the latents in this file, without sampling"
     ),
+    Setting(
+        "codec",
+        "where to",
+        choice(CODECS),
+        "codec of an mp4, webm or mkv; ffv1 is lossless",
+        None,
+        "h264 for mp4, vp9 for webm, ffv1 for mkv",
+    ),
+    Setting(
+        "crf",
+        "where to",
+        whole(0, 63),
+        "loss of the encoding: less is better, in a larger file",
+        None,
+        "17; 18 for vp9, 20 for av1",
+    ),
+    Setting(
+        "chroma",
+        "where to",
+        choice(CHROMAS),
+        "resolution of colours: half of the picture's, or the picture's own",
+        None,
+        "420; RGB for ffv1",
+    ),
+    Setting("no_metadata", "where to", SWITCH, "leave out of the file what made it", False),
     Setting("scale", "where to", whole(1, 64), "enlarge the pictures N times", 1),
     Setting("scale_filter", "where to", choice(FILTERS), "filter that enlarges them", "nearest"),
     Setting(
@@ -147,6 +180,14 @@ SETTINGS = (
         "base path",
         text("DIR"),
         "look up the base path in this folder; add it if it is not there",
+    ),
+    _field(
+        "base_offset",
+        "base path",
+        _SAMPLE,
+        "number of the clip whose base path is followed: motion K of --num-residuals alone is "
+        "--base-offset 0 --sample-offset K; in a --base-trajectory, number of the path",
+        "the clip's own; 0 with --num-residuals",
     ),
     _field(
         "base_path",
@@ -183,7 +224,12 @@ SETTINGS = (
         AUTO,
     ),
     Setting("no_capture", "how", SWITCH, "run each step without a graph, on CUDA", False),
-    Setting("config", "how", text("FILE"), "read settings from this YAML or JSON file"),
+    Setting(
+        "config",
+        "how",
+        text("FILE"),
+        "read settings from this YAML or JSON file, or those of a clip from the clip itself",
+    ),
     Setting("quiet", "where to", SWITCH, "print nothing but errors", False),
     Setting("json", "where to", SWITCH, "print one machine-readable line", False),
 )
@@ -213,15 +259,22 @@ def generate_parser() -> Parser:
 def read_settings(argv: Sequence[str]) -> argparse.Namespace:
     """Flags over --config FILE over `DEFAULTS`, whose keys the result has as attributes.
 
-    Its `given` names those that flags or the file set; --seed does not count as the two seeds.
+    Its `given` names those that flags or the file set; --seed does not count as the two seeds. Its
+    `clip` is the clip that --config names, or None.
     Raises UsageError for flags and entries that are unknown, have bad values or cannot go together.
     """
     parser = generate_parser()
     flags, given = _parse(parser, argv)
-    file = flags.pop("config", None)
-    config, in_file = ({}, set()) if file is None else _read_config_file(parser, Path(file))
+    file, clip = flags.pop("config", None), None
+    if file is None:
+        config, in_file = {}, set()
+    elif is_clip(file):
+        clip = read_clip(Path(file), {name: flags[name] for name in given & flags.keys()})
+        config, in_file = _read_clip(parser, clip)
+    else:
+        config, in_file = _read_config_file(parser, Path(file))
     given = frozenset(given | (in_file - flags.keys())) & DEFAULTS.keys()
-    settings = argparse.Namespace(**{**DEFAULTS, **config, **flags}, given=given)
+    settings = argparse.Namespace(**{**DEFAULTS, **config, **flags}, given=given, clip=clip)
     written = written_settings(settings)
     for conflict in conflicts(written):
         value = written[conflict.other]
@@ -277,6 +330,16 @@ def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[s
         return _parse(parser, _tokens(entries))
     except UsageError as error:
         raise UsageError(f"--config {file}: {error}") from error
+
+
+def _read_clip(parser: Parser, clip: Clip) -> tuple[dict[str, Any], set[str]]:
+    """The settings and names in a clip, checked as flags are; as `_parse`."""
+    try:
+        config, names = _parse(parser, _tokens(dict(clip.entries)))
+    except UsageError as error:
+        raise UsageError(f"--config {clip.file}: {error}") from error
+    named = {} if "prompts" in clip.flags else {"output": clip.output}
+    return {**named, **config}, names
 
 
 def _tokens(entries: dict) -> list[str]:

@@ -1,15 +1,19 @@
-"""Clips to files and back: mp4, webm, gif, animated webp, and png sheets.
+"""Clips to files and back: mp4, webm, mkv, gif, animated webp, and png sheets.
 
 A clip is uint8 [N, H, W, 3], RGB. Every file is written under a temporary name in its own folder
 and renamed when it is complete, so that an error or an interrupt leaves nothing behind. The same
 frames give the same bytes: one encoder thread, no dates, no random identifiers. Every animated
 format decodes to exactly N frames, equal neighbours included.
 
-    mp4   H.264, 4:2:0 (an odd width or height is extended by its last column or row)
-    webm  VP9, 4:2:0
+    mp4   H.264, or another codec (codecs.py); 4:2:0, or 4:4:4
+    webm  VP9, or AV1
+    mkv   FFV1, lossless, or another codec
     gif   one palette of 256 colours for the clip
     webp  lossless
     png   lossless, all frames side by side in rows of 16
+
+Where colours are 4:2:0, an odd width or height is extended by its last column or row. A file may
+carry a text (metadata.py).
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.codec.context import Flags
 from av.filter import Graph
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from ..files import check_writable, replacing
+from .codecs import SUFFIXES as ENCODED
+from .codecs import check_encoding, encode
+from .metadata import check_metadata, exif_with_description, gif_with_comment
 from .pictures import check_clip, sheet
 
 __all__ = [
@@ -46,81 +52,67 @@ MAX_FPS = 1000.0
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def check_target(path: str | Path) -> Path:
+def check_target(
+    path: str | Path,
+    codec: str | None = None,
+    crf: int | None = None,
+    chroma: str | None = None,
+) -> Path:
     """path itself, once a video can be written there: suffix known, folder there and writable.
 
-    Raises ValueError for an unknown suffix, else what `check_writable` raises.
+    codec, crf, chroma: of `codecs.check_encoding`
+
+    Raises ValueError for an unknown suffix or what `check_encoding` refuses, else what
+    `check_writable` raises.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path}: unknown suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
         )
+    try:
+        check_encoding(path.suffix, codec, crf, chroma)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return check_writable(path)
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float = 8.0) -> None:
+def write_video(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float = 8.0,
+    *,
+    metadata: str | None = None,
+    codec: str | None = None,
+    crf: int | None = None,
+    chroma: str | None = None,
+) -> None:
     """Writes a clip in the format that the suffix of path names (see the module's table).
 
-    frames: uint8 [N, H, W, 3], N >= 1
-    fps:    frames per second, in (0, 1000]; gif keeps 1/100 s, webm and webp 1/1000 s (a png none)
+    frames:   uint8 [N, H, W, 3], N >= 1
+    fps:      frames per second, in (0, 1000]; gif keeps 1/100 s, webm, mkv and webp 1/1000 s (a png
+              none)
+    metadata: a text for the file to carry, of 64 KiB at most; `metadata.read_metadata` returns it
+    codec, crf, chroma: how mp4, webm and mkv are encoded (`codecs.check_encoding`); None is the
+              default of the format
 
-    Raises TypeError for another dtype, ValueError for a shape, suffix or fps, OSError when the file
-    cannot be written. Only a complete file ever appears under path.
+    Raises TypeError for another dtype, ValueError for a shape, suffix, fps or encoding, OSError
+    when the file cannot be written. Only a complete file ever appears under path.
     """
-    path = check_target(path)
+    path = check_target(path, codec, crf, chroma)
     check_clip("write_video", frames)
     if not 0.0 < fps <= MAX_FPS:
         raise ValueError(f"write_video: fps must be in (0, {MAX_FPS:g}], got {fps!r}")
+    text = None if metadata is None else check_metadata(metadata)
+    suffix, frames, fps = path.suffix.lower(), np.ascontiguousarray(frames), float(fps)
     with replacing(path) as temporary:
-        _WRITERS[path.suffix.lower()](temporary, np.ascontiguousarray(frames), float(fps))
+        if suffix in _WRITERS:
+            _WRITERS[suffix](temporary, frames, fps, text)
+        else:
+            encode(temporary, suffix, frames, fps, check_encoding(suffix, codec, crf, chroma), text)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    # mbtree: x264's SIMD lookahead reads past its tables on small frames, and the bytes then differ
-    # from run to run. It shifts bits between long-lived and short-lived blocks; at crf 17 and a few
-    # dozen frames nothing is lost.
-    options = {"crf": "17", "preset": "medium", "mbtree": "0"}
-    _write_yuv420(path, frames, fps, "mp4", "libx264", options, {"movflags": "+faststart"})
-
-
-def _write_webm(path: Path, frames: np.ndarray, fps: float) -> None:
-    options = {"crf": "18", "b": "0", "deadline": "good", "cpu-used": "2"}
-    _write_yuv420(path, frames, fps, "webm", "libvpx-vp9", options, {})
-
-
-def _write_yuv420(
-    path: Path, frames: np.ndarray, fps: float, container: str, codec: str, options: dict, mux: dict
-) -> None:
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    rate = Fraction(fps).limit_denominator(1001)
-    with av.open(str(path), "w", format=container, options={"fflags": "+bitexact", **mux}) as file:
-        stream = file.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.thread_count = 1
-        context.flags |= Flags.bitexact
-        # 1 is BT.709 for all three; without the tags a player may guess another matrix.
-        context.colorspace = context.color_primaries = context.color_trc = 1
-        context.color_range = ColorRange.MPEG
-        for i, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=Interpolation.BICUBIC
-                | Interpolation.ACCURATE_RND
-                | Interpolation.BITEXACT,
-                threads=1,
-            )
-            frame.pts, frame.time_base = i, 1 / rate
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-
-
-def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_gif(path: Path, frames: np.ndarray, fps: float, text: bytes | None) -> None:
     # FFmpeg, because Pillow merges equal neighbours and the clip would lose frames.
     height, width = frames.shape[1:3]
     tick = Fraction(1, 100)
@@ -149,14 +141,18 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
         for _ in frames:
             f.mux(stream.encode(graph.pull()))
         f.mux(stream.encode())
+    if text is not None:
+        path.write_bytes(gif_with_comment(path.read_bytes(), text))
 
 
-def _write_webp(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_webp(path: Path, frames: np.ndarray, fps: float, text: bytes | None) -> None:
     # The container by hand (developers.google.com/speed/webp/docs/riff_container), because
     # libwebp's animation encoder merges equal neighbours and the clip would lose frames.
     size = _uint24(frames.shape[2] - 1) + _uint24(frames.shape[1] - 1)
-    animated, no_blending, forever = b"\x02\0\0\0", b"\x02", b"\0\0"
-    chunks = [_chunk(b"VP8X", animated + size), _chunk(b"ANIM", b"\0\0\0\0" + forever)]
+    animated, with_exif, no_blending, forever = 0x02, 0x08, b"\x02", b"\0\0"
+    flags = animated | (0 if text is None else with_exif)
+    header = flags.to_bytes(4, "little") + size
+    chunks = [_chunk(b"VP8X", header), _chunk(b"ANIM", b"\0\0\0\0" + forever)]
     _, lasts = _ticks(len(frames), fps, 1000)
     for duration, pixels in zip(lasts, frames, strict=True):
         still = BytesIO()
@@ -164,6 +160,8 @@ def _write_webp(path: Path, frames: np.ndarray, fps: float) -> None:
         bitstream = still.getvalue()[12:]  # after "RIFF", size, "WEBP"
         place = _uint24(0) + _uint24(0) + size + _uint24(duration) + no_blending
         chunks.append(_chunk(b"ANMF", place + bitstream))
+    if text is not None:
+        chunks.append(_chunk(b"EXIF", exif_with_description(text)))
     path.write_bytes(_chunk(b"RIFF", b"WEBP" + b"".join(chunks)))
 
 
@@ -181,18 +179,19 @@ def _ticks(count: int, fps: float, per_second: int) -> tuple[list[int], list[int
     return starts[:-1], [end - start for start, end in pairwise(starts)]
 
 
-def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
-    Image.fromarray(sheet(frames)).save(path, format="PNG")
+def _write_png(path: Path, frames: np.ndarray, fps: float, text: bytes | None) -> None:
+    info = PngInfo()
+    if text is not None:
+        info.add_itxt("Comment", text.decode())
+    Image.fromarray(sheet(frames)).save(path, format="PNG", pnginfo=info)
 
 
-_WRITERS: dict[str, Callable[[Path, np.ndarray, float], None]] = {
-    ".mp4": _write_mp4,
-    ".webm": _write_webm,
+_WRITERS: dict[str, Callable[[Path, np.ndarray, float, bytes | None], None]] = {
     ".gif": _write_gif,
     ".webp": _write_webp,
     ".png": _write_png,
 }
-SUFFIXES = tuple(_WRITERS)
+SUFFIXES = (*ENCODED, *_WRITERS)
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -40,11 +40,10 @@ class Batch:
 class Batches:
     """The clips of a request, a batch at a time.
 
-    request:    of one label and from sample 0 on; as an attribute, with its defaults filled in
+    request:    of one label; as an attribute, with its defaults filled in
     batch_size: clips of a batch, at most; the clips do not depend on it
 
-    Raises ValueError for a request with more labels or a sample_offset, and for one that does not
-    fit the model.
+    Raises ValueError for a request with more labels, and for one that does not fit the model.
     """
 
     def __init__(
@@ -53,8 +52,8 @@ class Batches:
         request: VideoRequest,
         batch_size: int = 1,
     ) -> None:
-        if len(request.labels) > 1 or request.sample_offset:
-            raise ValueError("batches are of one label, and count their clips from 0")
+        if len(request.labels) > 1:
+            raise ValueError(f"batches are of one label, got {len(request.labels)}")
         self.pipe, self.batch_size = pipe, batch_size
         self.request = pipe.fill_defaults(request, request.num_videos > batch_size)
         self.firsts = range(0, self.request.num_clips, batch_size)

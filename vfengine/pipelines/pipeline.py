@@ -90,6 +90,7 @@ class CheckpointPipeline(Pipeline):
         capture: bool,
         base: PretrainedBase | None = None,
     ) -> None:
+        self.base_unet = base
         if base is not None:  # base paths and caches name the network that made them
             config = replace(config, sha256={**config.sha256, "base": base.fingerprint})
         self.config = config

@@ -80,6 +80,7 @@ CONFLICTS = (
     Conflict("image", "base_trajectory", _IMAGE),
     Conflict("image", "trajectory", _IMAGE, _IMAGE_ERROR.format("a trajectory")),
     Conflict("image", "base_seed", _IMAGE),
+    Conflict("image", "base_offset", _IMAGE),
     Conflict("image", "base_path", _IMAGE, _STEPWISE_ERROR, value="stepwise"),
     Conflict("image", "preview", _IMAGE, _PREVIEW_ERROR.format("an image")),
     Conflict("image", "overlap_phases", _IMAGE, _GIVEN_ERROR),
@@ -209,6 +210,7 @@ class SamplingRequest(VideoRequest):
     """
 
     base_seed: int = 0
+    base_offset: int | None = None
     base_path: str | None = None
     num_residuals: int = 1
     lam: Lam | None = None
@@ -246,10 +248,21 @@ class SamplingRequest(VideoRequest):
     def shares_path(self) -> bool:
         return self.num_residuals > 1
 
+    @property
+    def first_base_sample(self) -> int:
+        """The sample whose base path the first clip follows."""
+        if self.base_offset is not None:
+            return self.base_offset
+        return 0 if self.shares_path else self.sample_offset
+
     def part(self, first: int, count: int) -> SamplingRequest:
         if self.shares_path:
-            return replace(self, num_residuals=count, sample_offset=self.sample_offset + first)
+            place = {"base_offset": self.first_base_sample}  # also for a part of one clip
+            offset = self.sample_offset + first
+            return replace(self, num_residuals=count, sample_offset=offset, **place)
         part, path = super().part(first, count), self.trajectory
+        if self.base_offset is not None:
+            part = replace(part, base_offset=self.base_offset + first)
         if path is not None and path.final.shape[0] > 1:  # a path of one clip serves them all
             path = replace(path, states=path.states[:, first : first + count])
         return replace(part, trajectory=path)

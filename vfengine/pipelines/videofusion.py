@@ -119,6 +119,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         base_seed: int = 0,
+        base_offset: int | None = None,
         residual_seed: int = 1,
         base_path: str | None = None,
         output_type: str = "np",
@@ -147,11 +148,12 @@ class VideoFusionPipeline(CheckpointPipeline):
         num_frames:     N; None is what the model was trained on
         guidance_scale: s of classifier-free guidance, ε_u + s (ε_c - ε_u), in [0, 100]; 1 is off
         base_seed, residual_seed: seeds of the base frames' noise and of each frame's own noise
+        base_offset:    sample whose base path the first clip follows; None is the clip's own, or
+                        sample 0 with num_residuals
         base_path:      "stepwise" (the paper) or "clean" (the base frame is finished, then
                         animated); None is the one that the checkpoint names
         num_residuals:  K clips along one base path, each with its own residual noise, B = K; needs
-                        one label and one video. The path is that of sample 0, whatever
-                        sample_offset is
+                        one label and one video
         solver, eta:    see `solvers.solver_table`
         lam:            λ, a number or [N]; None is the λ of training
         trajectory:     a base path of 1 or B clips, in place of the base phase; see
@@ -421,10 +423,9 @@ class VideoFusionPipeline(CheckpointPipeline):
         return cached_path(request.base_cache, key, sample_path).to(self.device)
 
     def _base_place(self, request: SamplingRequest) -> NoisePlace:
-        """The place of the base frames' noise; clips that share a path have sample 0's."""
+        """The place of the base frames' noise."""
         check_seed(request.base_seed, "base_seed")
-        offset = request.sample_offset if request.num_residuals == 1 else 0
-        return NoisePlace(request.base_seed, offset)
+        return NoisePlace(request.base_seed, request.first_base_sample)
 
     def _base_noise(self, request: SamplingRequest, place: NoisePlace) -> Tensor:
         """The initial noise of the base frames, b [B, C, H, W]."""
