@@ -1,0 +1,62 @@
+"""What the server must know of a model to check a request. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+KINDS = ("decomposed", "plain", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A model that an engine has read; the engine says it, the server reads it.
+
+    name:             by which requests name it
+    kind:             one of KINDS: with a base path; a plain video model; a published
+                      text-to-video model
+    labels:           what a request may name in place of a prompt
+    takes_prompts:    whether free text can be shown
+    width, height:    pixels of its frames, before they are enlarged
+    num_frames, fps:  frames of a clip unless others are asked for, and of a second
+    steps, guidance_scale, solver: the defaults
+    solvers:          what `solver` can be
+    base_paths:       what `base_path` can be; empty for a model without one
+    base_path:        its default; None for a model without one
+    animates_pictures: whether a picture can be the first thing that is there: its base frame
+    has_base:         whether clips have a base frame (thumbnail, remix, extension)
+    max_batch:        clips that an engine makes at once, at most
+    fingerprint:      SHA-256 of the model's files, as `generate --json` says it
+    device, dtype:    where it runs, and what its weights are
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    takes_prompts: bool
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    steps: int
+    guidance_scale: float
+    solver: str
+    solvers: tuple[str, ...]
+    base_paths: tuple[str, ...]
+    base_path: str | None
+    animates_pictures: bool
+    has_base: bool
+    max_batch: int
+    fingerprint: str
+    device: str
+    dtype: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelInfo:
+        """What `to_json` wrote. Raises ValueError or TypeError for anything else."""
+        values = json.loads(text)
+        lists = ("labels", "solvers", "base_paths")
+        return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
