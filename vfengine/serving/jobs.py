@@ -10,6 +10,12 @@ from typing import Any
 STATUSES = ("queued", "in_progress", "completed", "failed")
 FORMATS = ("mp4", "webm", "webp", "gif")
 
+# Files of a job, by name; the clip's is `JobSettings.video_file`.
+THUMBNAIL = "thumbnail.png"  # the base frame, exact; there once `Job.has_base`
+SPRITESHEET = "spritesheet.png"  # all frames, exact (serving/frames.py)
+UPLOAD = "upload"  # a picture
+SOURCE = "source"  # a clip that is to go on: a video of any format, or another job's SPRITESHEET
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
@@ -19,8 +25,10 @@ class JobSettings:
     scale:         the frames are enlarged so many times
     format:        one of FORMATS
     picture:       whether the job's file "upload" is a picture that becomes the base frame
-    extends:       the id of a job whose last frame this one goes on from, whose frames its file
-                   "source" holds; num_frames then counts the frames that are added
+    height, width: of a text-to-video model's clip, before it is enlarged; 0: what the model makes
+    extends:       the clip goes on from the last frame of the one in the job's file "source": the
+                   id of the job that made it, or "" for one that was sent; num_frames then counts
+                   the frames that are added
     look:          label, prompt and negative_prompt of the base path, where they are not the
                    clip's own: of a remix with another prompt
     """
@@ -46,6 +54,11 @@ class JobSettings:
     look: dict[str, Any] | None = None
 
     @property
+    def video_file(self) -> str:
+        """The name of the clip's file."""
+        return f"video.{self.format}"
+
+    @property
     def shape(self) -> str:
         """Jobs of equal shape can be made in one batch."""
         names = (
@@ -69,9 +82,10 @@ class Job:
     """A row of the store.
 
     status:   one of STATUSES
-    phase:    of the pipeline, while it runs: "text", "base", "residual", "video", "decode"
+    phase:    of the pipeline, while it runs: "text", "base", "residual", "video" or "decode"; the
+              last is "write", of the files
     progress: 0..100
-    has_base: whether the file "thumbnail" is there
+    has_base: whether the file THUMBNAIL is there
     seconds:  of the clip that was asked for, as the client wrote it ("4"), or of the whole
               extended one
     size:     "WxH" in pixels

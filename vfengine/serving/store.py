@@ -27,6 +27,7 @@ from .jobs import Job, JobSettings
 
 MAX_ATTEMPTS = 3  # engines that may die of one job before it has failed
 _ID = frozenset("0123456789abcdef_video")
+_OWN = "status = 'in_progress' AND worker = ?"  # no worker touches what has become another's
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     seq          INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -89,7 +90,7 @@ class Store:
         if version not in (0, 1):
             raise ValueError(f"{self.folder}: jobs of another version ({version}), expected 1")
         if version == 0:
-            self._db.executescript(_SCHEMA)
+            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
 
     def close(self) -> None:
         with self._lock:
@@ -101,10 +102,11 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk may have ended it
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         with self._lock:
@@ -202,18 +204,18 @@ class Store:
         for row in expired:
             self.delete(row["id"])
         for folder in self._jobs.iterdir():  # of jobs whose upload was broken off, or deleted ones
-            if now - folder.stat().st_mtime > 3600 and self.get(folder.name) is None:
+            if now - _modified(folder, now) > 3600 and not self.exists(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
         if self.base_paths.is_dir():
             for file in self.base_paths.iterdir():
-                if now - file.stat().st_mtime > unused_paths:
+                if now - _modified(file, now) > unused_paths:
                     file.unlink(missing_ok=True)
         return len(expired)
 
-    def recover(self, alive: Iterable[str] = ()) -> list[str]:
+    def recover(self, alive: Iterable[str] = (), keep: float | None = None) -> list[str]:
         """Queues again what engines other than these were at; returns the ids.
 
-        A job that MAX_ATTEMPTS engines have died of has failed.
+        keep: seconds for which a job is kept that MAX_ATTEMPTS engines have died of: it has failed
         """
         names = list(alive)
         others = "" if not names else f" AND worker NOT IN ({','.join('?' * len(names))})"
@@ -229,27 +231,33 @@ class Store:
                     )
                     continue
                 message = f"the engine ended {MAX_ATTEMPTS} times while it made this clip"
-                error = json.dumps({"code": "engine_died", "message": message})
+                error, now = json.dumps({"code": "engine_died", "message": message}), time.time()
                 db.execute(
-                    "UPDATE jobs SET status = 'failed', worker = NULL, error = ?, "
-                    "completed_at = ? WHERE id = ?",
-                    (error, time.time(), row["id"]),
+                    "UPDATE jobs SET status = 'failed', worker = NULL, phase = '', error = ?, "
+                    "completed_at = ?, expires_at = ? WHERE id = ?",
+                    (error, now, None if keep is None else now + keep, row["id"]),
                 )
         return [row["id"] for row in rows]
 
     # -- what an engine does -----------------------------------------------------------------------
 
     def claim(self, worker: str, most: int = 1) -> list[Job]:
-        """The job that has waited longest, and others of its shape, now in progress; or none."""
+        """The job that has waited longest, and others of its shape, now in progress; or none.
+
+        A job at which an engine has died is alone, lest it takes others with it again.
+        """
+        if not self._rows("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1"):
+            return []  # without waiting for those who write
         with self._writing() as db:
             first = db.execute(
-                "SELECT shape FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1"
+                "SELECT seq, shape, attempts FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1"
             ).fetchone()
             if first is None:
                 return []
             rows = db.execute(
-                "SELECT id FROM jobs WHERE status = 'queued' AND shape = ? ORDER BY seq LIMIT ?",
-                (first["shape"], most),
+                "SELECT id FROM jobs WHERE status = 'queued' AND shape = ? "
+                "AND (attempts = 0 OR seq = ?) ORDER BY seq LIMIT ?",
+                (first["shape"], first["seq"], 1 if first["attempts"] else most),
             ).fetchall()
             now = time.time()
             for row in rows:
@@ -260,30 +268,44 @@ class Store:
                 )
         return [job for job in (self.get(row["id"]) for row in rows) if job is not None]
 
-    def report(self, job_id: str, phase: str, progress: int, has_base: bool | None = None) -> bool:
-        """Notes how far a job has come; False: it was deleted, so stop."""
+    def report(
+        self,
+        job_id: str,
+        worker: str,
+        phase: str,
+        progress: int,
+        has_base: bool | None = None,
+    ) -> bool:
+        """Notes how far a job has come; False: it was deleted, or is another's, so stop."""
         with self._writing() as db:
             changed = db.execute(
-                "UPDATE jobs SET phase = ?, progress = ?, has_base = coalesce(?, has_base) "
-                "WHERE id = ? AND status = 'in_progress'",
-                (phase, progress, has_base, job_id),
+                "UPDATE jobs SET phase = ?, progress = max(progress, ?), "
+                f"has_base = coalesce(?, has_base) WHERE id = ? AND {_OWN}",
+                (phase, progress, has_base, job_id, worker),
             )
             return changed.rowcount > 0
 
     def exists(self, job_id: str) -> bool:
         return bool(self._rows("SELECT 1 FROM jobs WHERE id = ?", job_id))
 
-    def finish(self, job_id: str, result: dict, expires_at: float | None) -> bool:
-        """A job whose files are complete is completed; False: it was deleted meanwhile."""
-        return self._end(job_id, "completed", "result", result, expires_at, 100)
+    def holds(self, job_id: str, worker: str) -> bool:
+        """Whether a worker still has to make a job that it claimed."""
+        return bool(self._rows(f"SELECT 1 FROM jobs WHERE id = ? AND {_OWN}", job_id, worker))
 
-    def fail(self, job_id: str, code: str, message: str, expires_at: float | None) -> bool:
+    def finish(self, job_id: str, worker: str, result: dict, expires_at: float | None) -> bool:
+        """A job whose files are complete is completed; False: it was deleted, or is another's."""
+        return self._end(job_id, worker, "completed", "result", result, expires_at, 100)
+
+    def fail(
+        self, job_id: str, worker: str, code: str, message: str, expires_at: float | None
+    ) -> bool:
         error = {"code": code, "message": message}
-        return self._end(job_id, "failed", "error", error, expires_at, None)
+        return self._end(job_id, worker, "failed", "error", error, expires_at, None)
 
     def _end(
         self,
         job_id: str,
+        worker: str,
         status: str,
         column: str,
         value: dict,
@@ -293,24 +315,37 @@ class Store:
         with self._writing() as db:
             changed = db.execute(
                 f"UPDATE jobs SET status = ?, {column} = ?, completed_at = ?, expires_at = ?, "
-                "phase = '', worker = NULL, progress = coalesce(?, progress) WHERE id = ?",
-                (status, json.dumps(value), time.time(), expires_at, progress, job_id),
+                f"phase = '', worker = NULL, progress = coalesce(?, progress) "
+                f"WHERE id = ? AND {_OWN}",
+                (status, json.dumps(value), time.time(), expires_at, progress, job_id, worker),
             )
             found = changed.rowcount > 0
         if not found:
-            shutil.rmtree(self.folder_of(job_id), ignore_errors=True)
+            self.sweep(job_id)
         return found
 
-    def requeue(self, job_ids: Iterable[str]) -> None:
+    def sweep(self, job_id: str) -> None:
+        """Removes the files of a job that was deleted while an engine wrote them."""
+        if not self.exists(job_id):
+            shutil.rmtree(self.folder_of(job_id), ignore_errors=True)
+
+    def requeue(self, job_ids: Iterable[str], worker: str) -> None:
         """Gives claimed jobs back, unblamed: an engine that stops in good order does so."""
         with self._writing() as db:
             for job_id in job_ids:
                 db.execute(
                     "UPDATE jobs SET status = 'queued', worker = NULL, phase = '', progress = 0, "
-                    "started_at = NULL, attempts = attempts - 1 "
-                    "WHERE id = ? AND status = 'in_progress'",
-                    (job_id,),
+                    f"started_at = NULL, attempts = attempts - 1 WHERE id = ? AND {_OWN}",
+                    (job_id, worker),
                 )
+
+
+def _modified(path: Path, default: float) -> float:
+    """When a file was last written; the default where it has just been removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return default
 
 
 def _job(row: sqlite3.Row) -> Job:
