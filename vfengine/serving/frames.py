@@ -1,0 +1,184 @@
+"""Frames of jobs on disk: exact ones on a sheet, and clips that were sent, read within limits.
+
+A file that was sent is named by its first bytes, and is read as that alone: FFmpeg must never take
+one for a playlist, which names further files. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from ..files import replacing
+from ..media.pictures import SHEET_COLUMNS, sheet
+
+MAX_PIXELS = 2**24  # of a frame that was sent
+MAX_FRAMES = 1000
+_NOTE = "vfengine sheet"  # of a PNG: "frames width height fps"
+_VIDEOS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))  # place, bytes, FFmpeg's name
+_PICTURES = ((0, b"GIF8", "GIF"), (8, b"WEBP", "WEBP"), (0, b"\x89PNG", "PNG"))  # and Pillow's
+
+
+class Source(NamedTuple):
+    """A clip: frames uint8 [N, H, W, 3], and frames a second, None where the file has none."""
+
+    frames: np.ndarray
+    fps: float | None
+
+
+# -- exact frames ----------------------------------------------------------------------------------
+
+
+def write_png(file: Path, pixels: np.ndarray, note: str | None = None) -> None:
+    """Writes uint8 [H, W, 3], whole or not at all."""
+    info = PngInfo()
+    if note is not None:
+        info.add_text(_NOTE, note)
+    with replacing(file) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
+
+
+def write_sheet(file: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes frames uint8 [N, H, W, 3] as one picture, of which `read_sheet` makes them again."""
+    count, height, width, _ = frames.shape
+    write_png(file, sheet(frames), f"{count} {width} {height} {fps!r}")
+
+
+def read_sheet(file: Path) -> Source:
+    """The frames of a sheet. ValueError for another file."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            note = image.text.get(_NOTE)
+            pixels = None if note is None else np.array(image.convert("RGB"))
+        count, width, height, fps = str(note).split()
+        count, width, height = int(count), int(width), int(height)
+        columns = min(count, SHEET_COLUMNS)
+        places = (divmod(k, columns) for k in range(count))
+        cuts = [
+            pixels[
+                row * (height + 1) : row * (height + 1) + height,
+                column * (width + 1) : column * (width + 1) + width,
+            ]
+            for row, column in places
+        ]
+        return Source(np.stack(cuts), float(fps))
+    except (UnidentifiedImageError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError("not a sheet of frames") from error
+
+
+# -- clips that were sent --------------------------------------------------------------------------
+
+
+def read_source(file: Path, width: int, height: int, fps: float) -> np.ndarray:
+    """The frames of the clip in a file, uint8 [N, height, width, 3], at so many a second.
+
+    Frames of this size and rate are kept exactly. Others are cropped in the middle and resized, and
+    chosen by their time.
+
+    Raises ValueError for a file that is no clip, is broken, or is larger than MAX_PIXELS a frame
+    and MAX_FRAMES.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(16)
+    if _kind(start, _PICTURES) == "PNG":
+        source = read_sheet(file)
+        frames = [_fitted(frame, width, height) for frame in source.frames]
+        return _at_rate(frames, source.fps, fps)
+    read = _animation if _kind(start, _PICTURES) else _video
+    frames, times = [], []
+    for pixels, seconds in read(file, start):
+        if len(frames) == MAX_FRAMES:
+            raise ValueError(f"the video has more than {MAX_FRAMES} frames")
+        frames.append(_fitted(pixels, width, height))
+        times.append(seconds)
+    if not frames:
+        raise ValueError("no frame of the video could be decoded")
+    length = times[-1] - times[0]
+    rate = (len(frames) - 1) / length if length > 0 else None
+    return _at_rate(frames, rate, fps)
+
+
+def _kind(start: bytes, kinds: tuple[tuple[int, bytes, str], ...]) -> str | None:
+    for place, magic, name in kinds:
+        if start[place : place + len(magic)] == magic:
+            return name
+    return None
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"a frame of the video may have {MAX_PIXELS} pixels, got {width}x{height}")
+
+
+def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
+    """Frames of a file of one of _VIDEOS, and their seconds; broken data is an error."""
+    kind = _kind(start, _VIDEOS)
+    if kind is None:
+        raise ValueError("expected a video: mp4, webm, gif or animated webp")
+    try:
+        with file.open("rb") as opened, av.open(opened, format=kind) as container:
+            if not container.streams.video:
+                raise ValueError("the file holds no video")
+            stream = container.streams.video[0]
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            _check_size(stream.width, stream.height)
+            size = {"width": stream.width, "height": stream.height}
+            for k, frame in enumerate(container.decode(stream)):
+                _check_size(frame.width, frame.height)
+                pixels = frame.to_ndarray(format="rgb24", **size)
+                turned = np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
+                yield turned, k if frame.time is None else frame.time
+    except (av.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"the video cannot be decoded ({reason})") from error
+
+
+def _animation(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
+    """Frames of a gif or webp, and their seconds."""
+    try:
+        with Image.open(file, formats=[_kind(start, _PICTURES)]) as image:
+            _check_size(*image.size)
+            seconds = 0.0
+            for frame in ImageSequence.Iterator(image):
+                yield np.array(frame.convert("RGB")), seconds
+                seconds += frame.info.get("duration", 0) / 1000
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError("the animation cannot be decoded") from error
+
+
+# -- size and rate ---------------------------------------------------------------------------------
+
+
+def _fitted(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    if pixels.shape[:2] == (height, width):
+        return np.ascontiguousarray(pixels)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def _at_rate(frames: list[np.ndarray], rate: float | None, fps: float) -> np.ndarray:
+    """Frames at fps, of frames at another rate; those of nearly the same one are kept as they are.
+
+    A file keeps times in hundredths or thousandths of a second, so a rate is never exact.
+    """
+    if rate is None or abs(rate / fps - 1) < 0.02:
+        return np.stack(frames)
+    count = max(1, round(len(frames) * fps / rate))
+    if count > MAX_FRAMES:
+        raise ValueError(f"the video has more than {MAX_FRAMES} frames at {fps:g} a second")
+    return np.stack(
+        [frames[min(len(frames) - 1, int((k + 0.5) * rate / fps))] for k in range(count)]
+    )
+
+
+def reduced(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """The picture that was enlarged to this one, uint8 [H, W, 3]; the same one if it was not."""
+    small = pixels[::scale, ::scale]
+    again = small.repeat(scale, axis=0).repeat(scale, axis=1)
+    return small if again.shape == pixels.shape and np.array_equal(again, pixels) else pixels
