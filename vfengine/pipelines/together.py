@@ -24,7 +24,7 @@ from ..media.pictures import to_uint8
 from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Callback, Run
 from .base_cache import cache_key, find_path, keep_path, path_file
-from .pipeline import VideoFusionOutput
+from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .request import SamplingRequest
 from .videofusion import VideoFusionPipeline
 
@@ -98,6 +98,17 @@ def sample_together(
     return outputs
 
 
+def keep_networks(pipe: CheckpointPipeline) -> None:
+    """Reads all networks of a pipeline, for good: no call waits for one of them any more.
+
+    Raises FileNotFoundError or ValueError for files that are missing or broken.
+    """
+    pipe._session.stays, config = True, pipe.config
+    parts = {"text": config.text_encoder, "decode": config.autoencoder}
+    for name in (*config.networks, *(name for name, part in parts.items() if part is not None)):
+        pipe._session.network(name, Run())
+
+
 def base_frame(pipe: VideoFusionPipeline, path: BaseTrajectory) -> np.ndarray:
     """The base frame of a path of one clip, uint8 [H, W, C]: bit for bit that of its clips."""
     frames = pipe._frames(path.final[:, None], "np", Run(), keep=True)
@@ -134,7 +145,7 @@ def _conditions(
 
     Texts are embedded in one call; after it each request finds its own.
     """
-    if pipe.config.text_encoder is not None:
+    if requests and pipe.config.text_encoder is not None:
         texts = [text for request in requests for text in pipe._prompts(request)]
         negatives = [text for request in requests for text in request.negatives]
         pipe._session.embedded([*texts, *negatives], run)

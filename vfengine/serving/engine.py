@@ -165,18 +165,6 @@ def default_batch_size(pipe: Pipeline) -> int:
     return 8 if pipe.device.type == "cuda" else 1
 
 
-def read_networks(pipe: Pipeline) -> None:
-    """Reads the weights of all that samples, so that no job waits for them."""
-    from ..pipelines.pipeline import CheckpointPipeline
-    from ..sampling.run import Run
-
-    if not isinstance(pipe, CheckpointPipeline):
-        return  # a published model may have room for one network at a time
-    names = [*pipe.config.networks, *(("decode",) if pipe.config.autoencoder is not None else ())]
-    for name in names:
-        pipe._session.network(name, Run())
-
-
 # -- the process -----------------------------------------------------------------------------------
 
 
@@ -215,7 +203,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     threading.Thread(target=listen, name="stdin", daemon=True).start()
     try:
         pipe = _opened(options)
-        read_networks(pipe)
         batch_size = options.batch_size or default_batch_size(pipe)
         info = model_info(pipe, options.name, batch_size)
         store = Store(options.store, durable=False)
@@ -235,20 +222,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _opened(options: argparse.Namespace) -> Pipeline:
+    """The pipeline, its weights in memory."""
     import torch
 
     from ..pipelines.load import load_pipeline
+    from ..pipelines.pipeline import CheckpointPipeline
+    from ..pipelines.together import keep_networks
 
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    return load_pipeline(
+    pipe = load_pipeline(
         options.model,
         device=options.device,
         dtype=dtype,
         capture=not options.no_capture,
         base_unet=options.base_unet,
     )
+    if isinstance(pipe, CheckpointPipeline):  # a published model may be too large for memory
+        keep_networks(pipe)
+    return pipe
 
 
 def _parser() -> argparse.ArgumentParser:
