@@ -20,11 +20,15 @@ FLOORS = (
     ("sampling", "models", "plan"),
     ("formats",),
     ("pipelines", "training"),
+    ("serving",),
     ("cli",),
     ("generate", "train"),  # the doors
 )
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
-WITHOUT_TORCH = ("names", "files", "pipelines.request", "training.options", "cli.settings")
+WITHOUT_TORCH = (
+    *("names", "files", "pipelines.request", "training.options", "cli.settings"),
+    *("serving.model_info", "serving.store", "serving.workers", "serving.frames", "serving.watch"),
+)
 
 ROOT = Path(vfengine.__file__).parent
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}

@@ -61,7 +61,7 @@ def test_a_killed_engine_loses_nothing(folder, tmp_path, monkeypatch, phase, ste
     store = Store(tmp_path / "killed")
     names = add(store, *many)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["serving_engines"])
+    context.set_forkserver_preload(["vfengine.serving.making"])
     process = context.Process(target=die_in, args=(folder, store.folder, phase, step))
     process.start()
     process.join()
