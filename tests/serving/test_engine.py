@@ -8,6 +8,7 @@ import torch
 from conftest import ON_CPU, save_tiny
 from latent_models import PROMPTS, save_latent_model
 from PIL import Image
+from published_folders import small_diffusers_folder
 from serving_engines import acting, engine_of, run_all
 from serving_jobs import STEPS, add, files_of, frames_of, settings_of
 
@@ -117,6 +118,27 @@ def test_a_plain_model(tiny_video_checkpoint, store):
         assert store.get(name).has_base
     info = model_info(engine.maker.pipe, "plain", 4)
     assert (info.kind, info.base_paths, info.has_base, info.max_batch) == ("plain", (), False, 1)
+
+
+def test_a_text_to_video_model(tmp_path, store):
+    folder = small_diffusers_folder(tmp_path / "diffusers")
+    engine = engine_of(folder, store, batch_size=4)
+    info = model_info(engine.maker.pipe, "text", 4)
+    assert (info.kind, info.takes_prompts, info.labels, info.has_base) == ("text", True, (), False)
+    settings = settings_of(prompt="a panda eats bamboo", num_frames=3, num_inference_steps=2)
+    good, small, bad = add(
+        store, settings, replace(settings, height=8, width=16), replace(settings, picture=True)
+    )
+    run_all(engine)
+    frames = frames_of(store, good)
+    pipe = engine.maker.pipe
+    alone = pipe(
+        "a panda eats bamboo", num_frames=3, num_inference_steps=2, seed=6, guidance_scale=2
+    )
+    assert np.array_equal(frames, to_uint8(alone.frames[0]))
+    assert frames.shape[1:3] == (info.height, info.width)
+    assert frames_of(store, small).shape == (3, 8, 16, 3)
+    assert "no base frame" in store.get(bad).error["message"]
 
 
 def test_noise_in_each_step(engine, store, folders):

@@ -186,6 +186,19 @@ def test_a_store_of_another_version(store, tmp_path):
         Store(tmp_path / "jobs")
 
 
+def test_one_server_at_a_time(store, tmp_path):
+    store.hold()
+    store.hold()
+    other = Store(tmp_path / "jobs")
+    with pytest.raises(ValueError, match="another server uses this folder"):
+        other.hold()
+    add(other, settings_of())  # an engine, or one who sends a job, may use it
+    store.let_go()
+    other.hold()
+    other.close()
+    store.hold()
+
+
 def test_a_write_that_fails_leaves_the_store_usable(store):
     with pytest.raises(sqlite3.IntegrityError):
         job = job_of()

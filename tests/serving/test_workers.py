@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -117,6 +118,42 @@ def test_engines_of_a_server(folder, store, monkeypatch):
     assert workers.alive == 0 and not workers.pids
     with pytest.raises(ProcessLookupError):
         os.kill(again, 0)
+
+
+def ended(pid):
+    """Whether a process has ended, though nobody may have asked for its status."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_no_engine_outlives_a_killed_server(folder, store):
+    """It gives back what it was at."""
+    (name,) = add(store, settings_of(num_inference_steps=1000, num_frames=16))
+    code = (
+        "import sys, time\n"
+        "from vfengine.serving.store import Store\n"
+        "from vfengine.serving.workers import Workers\n"
+        "workers = Workers(Store(sys.argv[1]), sys.argv[2:])\n"
+        "workers.start()\n"
+        "workers.wait_ready()\n"
+        "print(*workers.pids, flush=True)\n"
+        "time.sleep(999)\n"
+    )
+    argv = [sys.executable, "-c", code, str(store.folder), "--model", str(folder), *ON_CPU]
+    server = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    pid = int(server.stdout.readline())
+    with pytest.raises(ValueError, match="another server"):
+        Workers(store).start()
+    wait_for(lambda: store.get(name).progress > 0)
+    server.kill()
+    server.communicate()
+    wait_for(lambda: ended(pid))
+    job = store.get(name)
+    assert (job.status, job.attempts) == ("queued", 0)
+    store.hold()  # the folder is free again
 
 
 # -- engines that are none, so that they start at once ---------------------------------------------

@@ -1,6 +1,7 @@
 """Several requests in one batch, each of which keeps its own seeds, label or prompt, and base path.
 
-The clips are those of each request made alone. Requests go together that differ in nothing else
+The clips are those of each request made alone, as far as batches keep them: on a CPU to the bit, on
+CUDA up to the order of sums (docs/reliability.md). Requests go together that differ in nothing else
 than that. The base paths that are missing are walked in one batch, equal ones once, and each is
 kept as if it had been walked alone. Then one residual phase makes all clips.
 """

@@ -75,6 +75,9 @@ class Maker:
         """
         settings = job.settings
         values = _common(settings)
+        if not issubclass(self.pipe.request_type, SamplingRequest):
+            if settings.picture or settings.extends is not None or settings.look is not None:
+                raise ValueError("this model has no base frame that something could be made of")
         if issubclass(self.pipe.request_type, TextRequest):
             sizes = {name: getattr(settings, name) or None for name in ("height", "width")}
             request = TextRequest(

@@ -6,6 +6,7 @@ Files without a row are rubbish, and are removed. Several processes use one stor
 server, which adds and deletes jobs, and the engines, which claim and finish them.
 
     FOLDER/jobs.sqlite3              rows (WAL)
+    FOLDER/server.lock               locked by the one server that uses the folder
     FOLDER/jobs/<id>/video.mp4 …     files of a job
     FOLDER/base_paths/               base paths, by what decides them (pipelines/base_cache.py)
 
@@ -77,6 +78,7 @@ class Store:
         self._jobs = self.folder / "jobs"
         self._jobs.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
+        self._held: sqlite3.Connection | None = None
         self._db = sqlite3.connect(
             self.folder / "jobs.sqlite3",
             timeout=30,
@@ -93,8 +95,32 @@ class Store:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
 
     def close(self) -> None:
+        self.let_go()
         with self._lock:
             self._db.close()
+
+    def hold(self) -> None:
+        """Makes this the folder's one server, until `let_go` or the process's end.
+
+        Raises ValueError where another is.
+        """
+        if self._held is not None:
+            return
+        held = sqlite3.connect(
+            self.folder / "server.lock", timeout=0, isolation_level=None, check_same_thread=False
+        )
+        try:
+            held.execute("BEGIN EXCLUSIVE")  # a lock that works on every system
+        except sqlite3.OperationalError as error:
+            held.close()
+            raise ValueError(f"{self.folder}: another server uses this folder") from error
+        self._held = held
+
+    def let_go(self) -> None:
+        """Ends `hold`."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

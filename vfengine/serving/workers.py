@@ -97,7 +97,11 @@ class Workers:
     # -- what the server does ----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Queues again what an earlier server was at, and starts the engines."""
+        """Queues again what an earlier server was at, and starts the engines.
+
+        Raises ValueError where another server uses the store.
+        """
+        self.store.hold()
         self.store.recover((), self.keep)
         watchers = [
             threading.Thread(target=self._watch, args=(place,), name=f"engine {place.number}")
@@ -135,6 +139,7 @@ class Workers:
         for thread in self._threads:
             thread.join()
         self.store.recover((), self.keep)  # of engines that were killed
+        self.store.let_go()
 
     @property
     def alive(self) -> int:
