@@ -64,8 +64,9 @@ def send(folder: Path, count: int) -> None:
 
 def work(folder: Path, worker: str, out: Path, total: int) -> None:
     """Finishes jobs, without making them, until so many are; writes down which."""
-    store, made = Store(folder, durable=False), []
+    store, made, end = Store(folder, durable=False), [], time.monotonic() + 60
     while store.count("completed") < total:
+        assert time.monotonic() < end, "a sender has failed"
         for job in store.claim(worker, 3):
             assert store.report(job.id, worker, "base", 50)
             assert store.finish(job.id, worker, {"by": worker}, None)

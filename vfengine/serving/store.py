@@ -26,6 +26,7 @@ from pathlib import Path
 
 from .jobs import Job, JobSettings
 
+_PATIENCE = 30.0  # seconds that one process waits for another's writing
 MAX_ATTEMPTS = 3  # engines that may die of one job before it has failed
 _ID = frozenset("0123456789abcdef_video")
 _OWN = "status = 'in_progress' AND worker = ?"  # no worker touches what has become another's
@@ -81,18 +82,37 @@ class Store:
         self._held: sqlite3.Connection | None = None
         self._db = sqlite3.connect(
             self.folder / "jobs.sqlite3",
-            timeout=30,
+            timeout=_PATIENCE,
             isolation_level=None,  # transactions are ours to begin
             check_same_thread=False,
         )
         self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode = WAL")
+        end = time.monotonic() + _PATIENCE
+        while not self._opened():
+            if time.monotonic() > end:
+                raise sqlite3.OperationalError(f"{self.folder}: the jobs are locked")
+            time.sleep(0.01)
         self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1):
+        if version != 1:
             raise ValueError(f"{self.folder}: jobs of another version ({version}), expected 1")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+
+    def _opened(self) -> bool:
+        """Makes the tables if there are none; False where others are at it, whatever the timeout.
+
+        SQLite does not wait where a database becomes one in WAL mode.
+        """
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        except sqlite3.OperationalError as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if "locked" not in str(error):
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         self.let_go()
