@@ -260,3 +260,24 @@ def test_what_expires_goes_by_itself(store, monkeypatch):
     workers.start()
     wait_for(lambda: store.get(name) is None)
     workers.stop()
+
+
+def test_engines_that_never_start(store, monkeypatch, capfd):
+    monkeypatch.setattr(workers_module, "_BACKOFF", (0.0, 0.0))
+    marker = store.folder / "works"
+    body = (
+        f"sys.exit(3) if not os.path.exists({str(marker)!r}) else say(**ready)\nsys.stdin.read()\n"
+    )
+    workers = Workers(store, command=stand_in(body), on_event=lambda event: event["nothing"])
+    workers.start()
+    wait_for(lambda: workers.error is not None)
+    assert workers.error == "no engine starts: they end with status 3"
+    marker.touch()
+    assert workers.wait_ready(60).name == "m" and workers.error is None
+    workers.stop()
+    assert "KeyError: 'nothing'" in capfd.readouterr().err  # of a listener, which does no harm
+    missing = Workers(store, command=[str(store.folder / "no program")])
+    missing.start()
+    wait_for(lambda: missing.error is not None)
+    assert "no program" in missing.error
+    missing.stop()

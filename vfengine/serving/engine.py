@@ -96,6 +96,7 @@ class Engine:
         batch = [one for one in batch if self.store.holds(one.job.id, self.worker)]
         if not batch:
             return
+        failed = False
         try:
             self.say(self.maker.make(batch))
         except Stopping:
@@ -110,11 +111,13 @@ class Engine:
                 self.batch_size = max(1, len(batch) // 2)
             else:
                 traceback.print_exception(error)
-            for one in batch:
-                self._made([one])
+            failed = True  # here the error still holds what was in memory
         finally:
             for one in batch:
                 self.store.sweep(one.job.id)
+        if failed:
+            for one in batch:
+                self._made([one])
 
     def _failed(self, job: Any, error: Exception) -> None:
         code = self.maker.fail(job, error)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +65,7 @@ class Workers:
     command:  starts an engine; the flags are appended
 
     info:     the model, once an engine has read it; `wait_ready` waits for it
-    error:    why no engine can run, where the model cannot be used; it is not tried again
+    error:    why no engine can run. If the model cannot be used, none is tried again
     """
 
     def __init__(
@@ -157,48 +159,49 @@ class Workers:
     def _watch(self, place: _Place) -> None:
         """Keeps one engine running until the server stops."""
         failures = 0
-        while True:
+        while not self._stopping.is_set():
             started = time.monotonic()
-            process = self._started(place)
-            if process is None:
-                return
-            for line in process.stdout:
-                self._heard(place, line)
-            status = process.wait()
-            place.ready = False
-            _close(process)
-            with self._lock:
-                place.process = None
-                names = [other.name for other in self._places if other.process is not None]
+            try:
+                status = self._lived(place)
+            except OSError as error:  # no process could be started
+                status = error
             if self._stopping.is_set():
                 return
-            if self.store.recover(names, self.keep):
-                self.wake()
             if status == 2 and self.info is None:  # the model cannot be used
-                if self.error is None:
-                    self.error = "the engine cannot be started"
                 self._known.set()
                 return
-            failures = 0 if time.monotonic() - started > _STEADY else failures + 1
+            failures = 1 if time.monotonic() - started > _STEADY else failures + 1
             self.counters.restarts += 1
             print(f"vfengine: an engine ended with status {status}", file=sys.stderr)
-            if self._stopping.wait(_BACKOFF[min(failures, len(_BACKOFF) - 1)]):
-                return
+            if failures >= len(_BACKOFF) and self.info is None:
+                self.error = f"no engine starts: they end with status {status}"
+            self._stopping.wait(_BACKOFF[min(failures, len(_BACKOFF)) - 1])
 
-    def _started(self, place: _Place) -> subprocess.Popen | None:
-        """A new engine in this place; None once the server stops."""
+    def _lived(self, place: _Place) -> int | None:
+        """Starts an engine, hears it to its end, and returns its status."""
         with self._lock:
             if self._stopping.is_set():
                 return None
             place.name = f"engine-{place.number}-{os.urandom(4).hex()}"
-            place.process = subprocess.Popen(
+            place.process = process = subprocess.Popen(
                 [*self._command, "--worker", place.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the server, which then stops its engines
             )
-            return place.process
+        for line in process.stdout:
+            self._heard(place, line)
+        status = process.wait()
+        place.ready = False
+        with self._lock:
+            _close(process)
+            place.process = None
+            names = [other.name for other in self._places if other.process is not None]
+            again = self.store.recover(names, self.keep)
+        if again:
+            self.wake()
+        return status
 
     def _heard(self, place: _Place, line: str) -> None:
         """Takes in what an engine says."""
@@ -210,7 +213,7 @@ class Workers:
             return
         counters = self.counters
         if kind == "ready":
-            self.info = ModelInfo.from_json(json.dumps(event["model"]))
+            self.info, self.error = ModelInfo.from_json(json.dumps(event["model"])), None
             place.ready = True
             self._known.set()
         elif kind == "error":
@@ -225,12 +228,18 @@ class Workers:
             counters.peak_memory_mb = event["peak_memory_mb"]
             counters.process_memory_mb = event["process_memory_mb"]
         if self._on_event is not None:
-            self._on_event(event)
+            try:
+                self._on_event(event)
+            except Exception:  # of the caller's: the engine goes on
+                traceback.print_exc()
 
     def _keep_house(self) -> None:
         """Removes what has expired."""
         while not self._stopping.is_set():
-            self.store.expire(time.time(), self.unused_paths)
+            try:
+                self.store.expire(time.time(), self.unused_paths)
+            except (OSError, sqlite3.Error):  # of a disk that may be full: there is another time
+                traceback.print_exc()
             self._stopping.wait(_HOUSEKEEPING)
 
 
