@@ -1,0 +1,526 @@
+"""The page of `vfengine serve` in headless Chromium, over an API whose clips go on as told."""
+
+import json
+import re
+import shlex
+import shutil
+from contextlib import contextmanager
+from urllib.parse import urlparse
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+from scripted_api import ScriptedApi, png
+
+from vfengine.cli.settings import read_settings
+
+QUIET = ("background-networking", "component-update", "sync", "quic", "gpu", "dev-shm-usage")
+FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.fail("the tests of the page need Chromium: apt-get install chromium", pytrace=False)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def api(tmp_path):
+    api = ScriptedApi(tmp_path)
+    yield api
+    api.stop()
+
+
+@pytest.fixture
+def opened(browser, api):
+    """Opens the page: (path="", expected errors of the console, settings of the context)."""
+
+    @contextmanager
+    def opened(path="", errors=(), **context):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
+        context.set_default_timeout(10_000)
+        page = context.new_page()
+        said, asked = [], []
+        page.on("console", lambda line: said.append(line.text) if line.type == "error" else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(api.url + path)
+        yield page
+        context.close()
+        # Chromium prints refused requests as errors of its own
+        assert [line for line in said if not any(error in line for error in errors)] == []
+        hosts = {urlparse(url).netloc for url in asked if not url.startswith(("blob:", "data:"))}
+        assert hosts == {f"127.0.0.1:{api.port}"}
+
+    return opened
+
+
+@pytest.fixture
+def page(opened):
+    with opened() as page:
+        expect(page.locator("#generate")).to_be_enabled()
+        yield page
+
+
+def only_clip(api: ScriptedApi) -> str:
+    (id,) = api.videos
+    return id
+
+
+def newest(api: ScriptedApi, count: int) -> str:
+    assert len(api.videos) == count
+    return max(api.videos)
+
+
+def write(page: Page, prompt: str) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+
+
+def generate(page: Page, prompt: str = "a dog") -> None:
+    write(page, prompt)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".job").first).to_contain_text(prompt)
+
+
+def finished(api: ScriptedApi, page: Page, **values) -> str:
+    """A finished clip, which the page shows."""
+    id = api.add(prompt="a dog", **values)
+    api.finish(id)
+    page.reload()
+    expect(page.locator("#clip-video, #clip-image").locator("visible=true")).to_be_visible()
+    return id
+
+
+def test_page_is_used_by_keyboard_alone(page, api):
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Prompt", exact=True)).not_to_be_focused()  # the labels come first
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+    page.keyboard.type("a cat's walk")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".job")).to_have_count(1)
+    path, fields = api.posts[0]
+    assert path == "/v1/videos"
+    assert fields["prompt"] == "a cat's walk" and fields["model"] == "vfengine"
+    assert fields["size"] == "32x32" and fields["num_frames"] == "8" and fields["solver"] == "ddim"
+    assert "base_seed" not in fields and "residual_seed" not in fields  # the server takes some
+    api.finish(only_clip(api))
+    expect(page.locator("#clip-video")).to_be_visible()
+    page.keyboard.press("Tab")  # on from where the focus was
+    seen = []
+    for _ in range(40):
+        seen.append(page.evaluate("document.activeElement.id"))
+        page.keyboard.press("Tab")
+    wanted = ["negative_prompt", "picture", "base_seed", "keep-look", "residual_seed", "seconds"]
+    wanted += ["num_inference_steps", "guidance_scale", "size", "format", "solver", "generate"]
+    wanted += ["play", "another-motion", "another-look", "extend", "download", "use-settings"]
+    wanted += ["copy-command", "delete"]
+    assert [name for name in seen if name in wanted][: len(wanted)] == wanted
+
+
+def test_base_frame_is_shown_before_the_clip(page, api):
+    generate(page)
+    id = only_clip(api)
+    expect(page.locator("#screen-text")).to_have_text("Waiting, next")
+    api.show_base(id)
+    expect(page.locator("#base-frame")).to_be_visible()
+    expect(page.locator("#screen-badge")).to_have_text("base frame")
+    expect(page.locator("#clip-video")).to_be_hidden()
+    expect(page.locator(".job .job-status")).to_have_text("making the look · 40 %")
+    api.go_on(id, "residual", 62)
+    expect(page.locator(".job .job-status")).to_have_text("making the motion · 62 %")
+    expect(page.locator("#screen-progress")).to_have_js_property("value", 62)
+    api.finish(id)
+    expect(page.locator("#clip-video")).to_be_visible()
+    expect(page.locator("#base-frame")).to_be_hidden()
+    assert page.evaluate("document.querySelector('#clip-video').loop")
+    page.wait_for_function("!document.querySelector('#clip-video').paused")
+    expect(page.locator("#live")).to_have_text("a dog: done")
+    expect(page.locator("#facts")).to_contain_text("2.6 s")
+
+
+def test_page_polls_only_while_something_runs(page, api):
+    page.wait_for_timeout(300)
+    before = api.polls
+    page.wait_for_timeout(400)
+    assert api.polls == before
+    generate(page)
+    while api.polls < before + 4:  # every 50 ms, as the header says
+        page.wait_for_timeout(50)
+    api.finish(only_clip(api))
+    expect(page.locator("#clip-video")).to_be_visible()
+    page.wait_for_timeout(100)
+    before = api.polls
+    page.wait_for_timeout(400)
+    assert api.polls == before
+
+
+def test_a_running_clip_is_stopped(page, api):
+    generate(page)
+    api.show_base(only_clip(api))
+    page.get_by_role("button", name="Stop a dog").click()
+    expect(page.locator(".job")).to_have_count(0)
+    expect(page.locator("#live")).to_have_text("Stopped.")
+    expect(page.locator("#screen-text")).to_have_text("Your clip will be here.")
+    assert api.videos == {}
+
+
+def test_a_finished_clip_is_deleted_at_the_second_press(page, api):
+    finished(api, page)
+    page.get_by_role("button", name="Delete").click()
+    assert len(api.videos) == 1
+    page.get_by_role("button", name="Press again to delete").click()
+    expect(page.locator(".job")).to_have_count(0)
+    assert api.videos == {}
+
+
+def test_another_motion_is_a_remix_with_a_new_seed(page, api):
+    id = finished(api, page)
+    page.get_by_role("button", name="Another motion of this look").click()
+    expect(page.locator(".job")).to_have_count(2)
+    path, fields = api.posts[0]
+    assert path == f"/v1/videos/{id}/remix" and list(fields) == ["residual_seed"]
+    assert 0 <= fields["residual_seed"] < 2**32 and fields["residual_seed"] != 12
+    api.finish(newest(api, 2))
+    expect(page.locator("#facts")).to_contain_text(str(fields["residual_seed"]))
+
+
+def test_another_look_changes_the_look_alone(page, api):
+    finished(api, page, guidance_scale=3.5, num_frames=5, solver="unipc", negative_prompt="cats")
+    page.get_by_role("button", name="Another look").click()
+    expect(page.locator(".job")).to_have_count(2)
+    path, fields = api.posts[0]
+    assert path == "/v1/videos" and fields["base_seed"] != "11"
+    same = {"prompt": "a dog", "negative_prompt": "cats", "residual_seed": "12", "solver": "unipc"}
+    same |= {"guidance_scale": "3.5", "num_frames": "5", "num_inference_steps": "50"}
+    assert {name: fields[name] for name in same} == same
+
+
+def test_a_clip_is_extended(page, api):
+    id = finished(api, page)
+    page.get_by_role("button", name="Extend", exact=True).click()
+    expect(page.get_by_label("Seconds to add")).to_be_focused()
+    page.get_by_role("button", name="Extend the clip").click()
+    expect(page.locator(".job")).to_have_count(2)
+    expected = {"video[id]": id, "prompt": "a dog", "seconds": "1.5"}
+    assert api.posts[0] == ("/v1/videos/extensions", expected)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_seed_stays_while_its_look_is_kept(page, api, kept):
+    finished(api, page)
+    look = page.get_by_label("Look", exact=True)
+    page.get_by_role("button", name="New seed of the look").click()
+    expect(look).to_have_value(re.compile(r"^\d+$"))
+    page.get_by_label("keep look").uncheck()
+    expect(look).to_have_value("")
+    if kept:
+        page.get_by_label("keep look").check()
+        expect(look).to_have_value("11")  # of the clip that is shown
+    generate(page, "a bird")
+    assert api.posts[0][1].get("base_seed") == ("11" if kept else None)
+
+
+def test_a_label_takes_the_place_of_a_prompt(page, api):
+    page.get_by_label("Take a label as the prompt").select_option("dance_a")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".job")).to_contain_text("dance_a")
+    assert api.posts[0][1]["label"] == "dance_a" and "prompt" not in api.posts[0][1]
+
+
+def test_a_model_without_prompts_has_a_list_of_labels(opened, api):
+    api.model["takes_prompts"] = False
+    with opened() as page:
+        page.get_by_label("Label", exact=True).select_option("jump")
+        expect(page.get_by_label("Prompt", exact=True)).to_be_hidden()
+        page.keyboard.press("Control+Enter")
+        expect(page.locator(".job")).to_contain_text("jump")
+        assert api.posts[0][1]["label"] == "jump"
+
+
+def test_a_model_without_a_base_has_one_seed(opened, api):
+    api.model.update(kind="text", has_base=False, animates_pictures=False, base_path=None)
+    api.finish(api.add(prompt="a dog", base_seed=None, residual_seed=None, seed=7))
+    with opened() as page:
+        expect(page.locator("#clip-video")).to_be_visible()
+        for name in ("Another motion of this look", "Extend"):
+            expect(page.get_by_role("button", name=name, exact=True)).to_be_hidden()
+        expect(page.locator("#base_seed")).to_be_hidden()
+        page.get_by_label("Seed", exact=True).fill("5")
+        generate(page)
+        assert api.posts[0][1]["seed"] == "5"
+
+
+def test_a_picture_is_chosen_shown_and_removed(page, api):
+    picture = {"name": "dog.png", "mimeType": "image/png", "buffer": png()}
+    page.get_by_label("Picture to animate").set_input_files(picture)
+    expect(page.get_by_alt_text("The picture to animate")).to_be_visible()
+    expect(page.get_by_label("Look", exact=True)).to_be_disabled()  # the picture is the look
+    page.get_by_role("button", name="Remove the picture").click()
+    expect(page.get_by_alt_text("The picture to animate")).to_be_hidden()
+    page.get_by_label("Picture to animate").set_input_files(picture)
+    generate(page)
+    sent = api.posts[0][1]["input_reference"]
+    assert sent.filename == "dog.png" and sent.content_type == "image/png"
+    assert sent.size == len(png())
+
+
+@pytest.mark.parametrize("event", ["paste", "drop"])
+def test_a_picture_is_pasted_or_dropped(page, api, event):
+    page.evaluate(
+        """([type, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "x.png", { type: "image/png" }));
+            const init = { bubbles: true, cancelable: true };
+            const event = type === "paste"
+                ? new ClipboardEvent(type, { ...init, clipboardData: data })
+                : new DragEvent(type, { ...init, dataTransfer: data });
+            document.body.dispatchEvent(event);
+        }""",
+        [event, list(png())],
+    )
+    expect(page.get_by_alt_text("The picture to animate")).to_be_visible()
+    generate(page)
+    assert api.posts[0][1]["input_reference"].size == len(png())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"prompt": 'it\'s "quoted" $HOME `ls`\n& more', "negative_prompt": "--not 'this'"},
+        {"prompt": None, "label": "jump", "size": "96x96", "base_seed": 2**63 + 1, "format": "gif"},
+        {"solver": "unipc", "guidance_scale": 3.5, "num_frames": 12, "base_path": "stepwise"},
+        {"picture": True, "format": "webp"},
+    ],
+)
+def test_copied_command_line_says_the_same_settings(opened, api, values):
+    id = api.add(**{"prompt": "-a dog", **values})
+    api.finish(id)
+    allowed = ["clipboard-read", "clipboard-write"]
+    with opened(permissions=allowed) as page:
+        page.get_by_role("button", name="Copy as command line").click()
+        expect(page.locator("#live")).to_have_text("Copied.")
+        line = page.evaluate("navigator.clipboard.readText()")
+    assert line.startswith("vfengine generate ")
+    settings, video = read_settings(shlex.split(line)[2:]), api.videos[id]
+    same = ["prompt", "label", "negative_prompt", "residual_seed", "num_frames", "solver", "fps"]
+    same += ["num_inference_steps", "guidance_scale"]
+    same += [] if video["picture"] else ["base_seed", "base_path"]
+    assert {name: getattr(settings, name) for name in same} == {name: video[name] for name in same}
+    assert settings.scale == int(video["size"].split("x")[0]) // 32
+    assert settings.output.endswith(f".{video['format']}")
+    assert (settings.image is not None) == video["picture"] and settings.model is None
+
+
+def test_settings_of_a_clip_are_used_again(page, api):
+    values = {"guidance_scale": 3.5, "num_frames": 12, "solver": "unipc", "size": "64x64"}
+    values |= {"base_seed": 2**64 - 1, "residual_seed": 9, "negative_prompt": "cats"}
+    finished(api, page, **values, format="webp")
+    page.get_by_role("button", name="Use these settings").click()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".job")).to_have_count(2)
+    fields = api.posts[0][1]
+    assert {name: fields[name] for name in values} == {name: str(values[name]) for name in values}
+    assert fields["prompt"] == "a dog" and fields["format"] == "webp"
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(opened, api):
+    api.key = "secret"
+    api.finish(api.add(prompt="a dog"))
+    with opened(errors=["401"]) as page:
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.get_by_label("API key").fill("wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-error")).to_have_text("no such key")
+        page.get_by_label("API key").fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        expect(page.locator("#clip-video")).to_be_visible()  # whose file needs the key as well
+        page.reload()
+        expect(page.locator("#clip-video")).to_be_visible()
+        assert page.evaluate("JSON.stringify(Object.values(sessionStorage))") == '["secret"]'
+        assert page.evaluate("localStorage.length") == 0
+
+
+def test_what_the_api_says_against_a_request_is_shown(opened, api):
+    body = {"error": {"message": "prompt is <empty>", "param": "prompt", "code": "bad"}}
+    api.refusals.append((400, body, {}))
+    with opened(errors=["400"]) as page:
+        write(page, "x")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#form-error")).to_have_text("prompt is <empty>")
+        expect(page.get_by_label("Prompt", exact=True)).to_have_attribute("aria-invalid", "true")
+        expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+        generate(page)
+        expect(page.locator("#form-error")).to_be_hidden()
+
+
+def test_what_failed_is_shown(page, api):
+    generate(page)
+    api.fail(only_clip(api), "there was too little memory")
+    expect(page.locator("#about-error")).to_have_text("there was too little memory")
+    expect(page.locator("#screen-text")).to_have_text("This clip failed.")
+    expect(page.locator(".job-status")).to_contain_text("failed")
+
+
+def test_a_full_queue_is_waited_for(opened, api):
+    full = (429, {"error": {"message": "The queue is full."}}, {"retry-after-ms": "300"})
+    api.refusals += [full, full]
+    with opened(errors=["429"]) as page:
+        write(page, "a dog")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#waiting-text")).to_have_text(
+            "The queue is full. Trying again in 1 s."
+        )
+        expect(page.locator(".job")).to_have_count(1)
+        expect(page.locator("#waiting")).to_be_hidden()
+        assert len(api.keys_of_posts) == 3 and len(set(api.keys_of_posts)) == 1
+        api.refusals += [full] * 1000
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#waiting")).to_be_hidden()
+        assert len(api.videos) == 1
+
+
+def test_a_server_that_is_gone_is_waited_for(opened, api):
+    with opened(errors=["ERR_", "Failed to load"]) as page:
+        generate(page)
+        api.stop()
+        expect(page.locator("#banner-text")).to_contain_text("The server cannot be reached.")
+        api.finish(only_clip(api))
+        api.start_again()
+        page.get_by_role("button", name="Try now").click()
+        expect(page.locator("#clip-video")).to_be_visible()
+        expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_clips_survive_a_reload_and_are_listed_in_pages(opened, api):
+    for number in range(45):
+        api.finish(api.add(prompt=f"dog number {number}"))
+    with opened() as page:
+        expect(page.locator(".job")).to_have_count(20)
+        for count in (40, 45):
+            page.get_by_role("button", name="Show older clips").click()
+            expect(page.locator(".job")).to_have_count(count)
+        expect(page.locator("#more")).to_be_hidden()
+        prompts = page.locator(".job-prompt").all_inner_texts()
+        assert prompts == [f"dog number {number}" for number in reversed(range(45))]
+        page.get_by_role("button", name="dog number 3", exact=False).last.click()
+        expect(page.locator("#about-prompt")).to_have_text("dog number 3")
+        generate(page, "one more")  # what was listed stays
+        page.wait_for_timeout(200)
+        expect(page.locator(".job")).to_have_count(46)
+        page.reload()
+        expect(page.locator(".job-prompt").first).to_have_text("one more")
+        expect(page.locator("#about-prompt")).to_have_text("one more")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_page_fits_its_width(opened, api, width):
+    api.model["labels"] = ["x" * 60]
+    api.finish(api.add(prompt="a" * 200, base_seed=2**64 - 1))
+    api.fail(api.add(prompt="a dog"), "b" * 200)
+    with opened(f"#{min(api.videos)}", viewport={"width": width, "height": 740}) as page:
+        expect(page.locator("#clip-video")).to_be_visible()
+        page.get_by_role("button", name="Extend", exact=True).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator(".pick").first.click()
+        expect(page.locator("#about-error")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_dark_and_light_differ_and_can_be_read(opened, api):
+    colours = {}
+    for scheme in ("light", "dark"):
+        with opened(color_scheme=scheme) as page:
+            expect(page.locator("#generate")).to_be_enabled()
+            colours[scheme] = page.evaluate(
+                """() => ["body", "#form", ".faint", "#generate"].map((name) => {
+                    const style = getComputedStyle(document.querySelector(name));
+                    return [style.backgroundColor, style.color];
+                })"""
+            )
+            shot = page.screenshot()
+            colours[scheme].append(shot)
+    assert colours["light"][4] != colours["dark"][4]
+    for scheme in colours.values():
+        panel = scheme[1][0]
+        assert contrast(scheme[0][0], scheme[0][1]) > 7
+        assert contrast(panel, scheme[2][1]) > 4.5  # the faint text
+        assert contrast(scheme[3][0], scheme[3][1]) > 7
+
+
+def contrast(ground: str, text: str) -> float:
+    """The ratio of WCAG 2 between two colours "rgb(r, g, b)"."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    lighter, darker = sorted((luminance(ground), luminance(text)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_everything_that_is_used_has_a_name(page, api):
+    finished(api, page)
+    page.get_by_role("button", name="Extend", exact=True).click()
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("input, select, textarea, button, progress, img")]
+            .filter((element) => element.checkVisibility())
+            .filter((element) => {
+                const text = element.labels?.[0]?.innerText || element.getAttribute("aria-label");
+                return !(text || element.innerText || element.hasAttribute("alt"));
+            }).map((element) => element.outerHTML)"""
+    )
+    assert unnamed == []
+    assert page.locator("html").get_attribute("lang") == "en"
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(({ id }) => id)")
+    assert len(ids) == len(set(ids))
+    assert json.dumps(ids).count("live") == 1
+
+
+def test_focus_can_be_seen(page):
+    page.get_by_label("Prompt", exact=True).focus()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        style = page.evaluate(
+            """() => {
+                const element = document.activeElement;
+                const drawn = element.type === "file" ? element.parentElement : element;
+                const { outlineStyle, outlineWidth } = getComputedStyle(drawn);
+                return `${outlineStyle} ${outlineWidth}`;
+            }"""
+        )
+        assert style == "solid 2px"
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webp"])
+def test_a_clip_holds_still_where_motion_is_unwanted(opened, api, kind):
+    api.finish(api.add(prompt="a dog", format=kind))
+    with opened(reduced_motion="reduce") as page:
+        button = page.get_by_role("button", name="Play")
+        expect(button).to_be_visible()
+        still, moving = ("#clip-video",) * 2 if kind == "mp4" else ("#base-frame", "#clip-image")
+        expect(page.locator(still)).to_be_visible()
+        if kind == "mp4":
+            assert page.evaluate("document.querySelector('#clip-video').paused")
+        else:
+            expect(page.locator(moving)).to_be_hidden()
+        button.click()
+        expect(page.get_by_role("button", name="Pause")).to_be_visible()
+        expect(page.locator(moving)).to_be_visible()
+
+
+def test_a_clip_is_downloaded_under_a_name_that_tells(page, api):
+    id = finished(api, page)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == "a-dog-11-12.mp4"
+    with open(download.value.path(), "rb") as file:
+        assert file.read() == api.files[id, "video"]
