@@ -1,15 +1,18 @@
 """The page of `vfengine serve` in headless Chromium, over an API whose clips go on as told."""
 
+import io
 import json
 import re
 import shlex
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from urllib.parse import urlparse
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
-from scripted_api import ScriptedApi, png
+from scripted_api import SHIPPED, TEXT, ScriptedApi, png, scripted
 
 from vfengine.cli.settings import read_settings
 
@@ -29,10 +32,10 @@ def browser():
 
 
 @pytest.fixture
-def api(tmp_path):
-    api = ScriptedApi(tmp_path)
-    yield api
-    api.stop()
+def api(tmp_path, request):
+    """A server with the options of `scripted` that a test's parameter holds."""
+    with scripted(tmp_path, **getattr(request, "param", {})) as api:
+        yield api
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def opened(browser, api):
         # Chromium prints refused requests as errors of its own
         assert [line for line in said if not any(error in line for error in errors)] == []
         hosts = {urlparse(url).netloc for url in asked if not url.startswith(("blob:", "data:"))}
-        assert hosts == {f"127.0.0.1:{api.port}"}
+        assert hosts == {urlparse(api.url).netloc}
 
     return opened
 
@@ -64,16 +67,6 @@ def page(opened):
     with opened() as page:
         expect(page.locator("#generate")).to_be_enabled()
         yield page
-
-
-def only_clip(api: ScriptedApi) -> str:
-    (id,) = api.videos
-    return id
-
-
-def newest(api: ScriptedApi, count: int) -> str:
-    assert len(api.videos) == count
-    return max(api.videos)
 
 
 def write(page: Page, prompt: str) -> None:
@@ -103,12 +96,11 @@ def test_page_is_used_by_keyboard_alone(page, api):
     page.keyboard.type("a cat's walk")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".job")).to_have_count(1)
-    path, fields = api.posts[0]
-    assert path == "/v1/videos"
-    assert fields["prompt"] == "a cat's walk" and fields["model"] == "vfengine"
-    assert fields["size"] == "32x32" and fields["num_frames"] == "8" and fields["solver"] == "ddim"
-    assert "base_seed" not in fields and "residual_seed" not in fields  # the server takes some
-    api.finish(only_clip(api))
+    made = api.newest(1).settings
+    assert made.prompt == "a cat's walk" and made.label is None and made.negative_prompt == ""
+    assert made.num_frames == 8 and made.scale == 1 and made.format == "mp4"
+    assert made.num_inference_steps == 20 and made.guidance_scale == 2 and made.solver == "ddim"
+    api.finish(api.newest(1).id)
     expect(page.locator("#clip-video")).to_be_visible()
     page.keyboard.press("Tab")  # on from where the focus was
     seen = []
@@ -124,9 +116,9 @@ def test_page_is_used_by_keyboard_alone(page, api):
 
 def test_base_frame_is_shown_before_the_clip(page, api):
     generate(page)
-    id = only_clip(api)
+    id = api.newest(1).id
     expect(page.locator("#screen-text")).to_have_text("Waiting, next")
-    api.show_base(id)
+    api.begin(id)
     expect(page.locator("#base-frame")).to_be_visible()
     expect(page.locator("#screen-badge")).to_have_text("base frame")
     expect(page.locator("#clip-video")).to_be_hidden()
@@ -145,59 +137,58 @@ def test_base_frame_is_shown_before_the_clip(page, api):
 
 def test_page_polls_only_while_something_runs(page, api):
     page.wait_for_timeout(300)
-    before = api.polls
-    page.wait_for_timeout(400)
-    assert api.polls == before
+    before = api.polls()
+    page.wait_for_timeout(700)
+    assert api.polls() == before
     generate(page)
-    while api.polls < before + 4:  # every 50 ms, as the header says
-        page.wait_for_timeout(50)
-    api.finish(only_clip(api))
+    before = api.polls()
+    page.wait_for_timeout(1000)
+    assert before + 1 < api.polls() < before + 6  # every 250 ms, as the header says
+    api.finish(api.newest(1).id)
     expect(page.locator("#clip-video")).to_be_visible()
-    page.wait_for_timeout(100)
-    before = api.polls
-    page.wait_for_timeout(400)
-    assert api.polls == before
+    before = api.polls()
+    page.wait_for_timeout(700)
+    assert api.polls() == before
 
 
 def test_a_running_clip_is_stopped(page, api):
     generate(page)
-    api.show_base(only_clip(api))
+    api.begin(api.newest(1).id)
     page.get_by_role("button", name="Stop a dog").click()
     expect(page.locator(".job")).to_have_count(0)
     expect(page.locator("#live")).to_have_text("Stopped.")
     expect(page.locator("#screen-text")).to_have_text("Your clip will be here.")
-    assert api.videos == {}
+    assert api.jobs() == []
 
 
 def test_a_finished_clip_is_deleted_at_the_second_press(page, api):
     finished(api, page)
     page.get_by_role("button", name="Delete").click()
-    assert len(api.videos) == 1
+    assert len(api.jobs()) == 1
     page.get_by_role("button", name="Press again to delete").click()
     expect(page.locator(".job")).to_have_count(0)
-    assert api.videos == {}
+    assert api.jobs() == []
 
 
 def test_another_motion_is_a_remix_with_a_new_seed(page, api):
-    id = finished(api, page)
+    id = finished(api, page, guidance_scale=3.5)
     page.get_by_role("button", name="Another motion of this look").click()
     expect(page.locator(".job")).to_have_count(2)
-    path, fields = api.posts[0]
-    assert path == f"/v1/videos/{id}/remix" and list(fields) == ["residual_seed"]
-    assert 0 <= fields["residual_seed"] < 2**32 and fields["residual_seed"] != 12
-    api.finish(newest(api, 2))
-    expect(page.locator("#facts")).to_contain_text(str(fields["residual_seed"]))
+    made, source = api.newest(2), api.store.get(id)
+    assert made.remixed_from == id and made.settings.residual_seed != 12
+    assert replace(made.settings, residual_seed=12) == source.settings
+    api.finish(made.id)
+    expect(page.locator("#facts")).to_contain_text(str(made.settings.residual_seed))
 
 
 def test_another_look_changes_the_look_alone(page, api):
-    finished(api, page, guidance_scale=3.5, num_frames=5, solver="unipc", negative_prompt="cats")
+    values = {"guidance_scale": 3.5, "num_frames": 5, "negative_prompt": "cats", "eta": 0.5}
+    values |= {"base_path": "stepwise", "scale": 2, "fps": 10.0, "format": "gif"}
+    id = finished(api, page, **values)
     page.get_by_role("button", name="Another look").click()
     expect(page.locator(".job")).to_have_count(2)
-    path, fields = api.posts[0]
-    assert path == "/v1/videos" and fields["base_seed"] != "11"
-    same = {"prompt": "a dog", "negative_prompt": "cats", "residual_seed": "12", "solver": "unipc"}
-    same |= {"guidance_scale": "3.5", "num_frames": "5", "num_inference_steps": "50"}
-    assert {name: fields[name] for name in same} == same
+    made = api.newest(2).settings
+    assert made.base_seed != 11 and replace(made, base_seed=11) == api.store.get(id).settings
 
 
 def test_a_clip_is_extended(page, api):
@@ -206,8 +197,13 @@ def test_a_clip_is_extended(page, api):
     expect(page.get_by_label("Seconds to add")).to_be_focused()
     page.get_by_role("button", name="Extend the clip").click()
     expect(page.locator(".job")).to_have_count(2)
-    expected = {"video[id]": id, "prompt": "a dog", "seconds": "1.5"}
-    assert api.posts[0] == ("/v1/videos/extensions", expected)
+    made = api.newest(2)
+    assert made.settings.extends == id and made.settings.prompt == "a dog"
+    assert made.settings.num_frames == 4 and made.seconds == "1.5"  # half a clip more
+    api.finish(made.id)
+    expect(page.get_by_role("button", name="Extend", exact=True)).to_be_visible()
+    for name in ("Another look", "Copy as command line"):
+        expect(page.get_by_role("button", name=name)).to_be_hidden()
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -222,37 +218,40 @@ def test_a_seed_stays_while_its_look_is_kept(page, api, kept):
         page.get_by_label("keep look").check()
         expect(look).to_have_value("11")  # of the clip that is shown
     generate(page, "a bird")
-    assert api.posts[0][1].get("base_seed") == ("11" if kept else None)
+    assert (api.newest(2).settings.base_seed == 11) is kept
 
 
 def test_a_label_takes_the_place_of_a_prompt(page, api):
     page.get_by_label("Take a label as the prompt").select_option("dance_a")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".job")).to_contain_text("dance_a")
-    assert api.posts[0][1]["label"] == "dance_a" and "prompt" not in api.posts[0][1]
+    assert api.newest(1).settings.label == "dance_a" and api.newest(1).settings.prompt is None
 
 
-def test_a_model_without_prompts_has_a_list_of_labels(opened, api):
-    api.model["takes_prompts"] = False
-    with opened() as page:
-        page.get_by_label("Label", exact=True).select_option("jump")
-        expect(page.get_by_label("Prompt", exact=True)).to_be_hidden()
-        page.keyboard.press("Control+Enter")
-        expect(page.locator(".job")).to_contain_text("jump")
-        assert api.posts[0][1]["label"] == "jump"
+@pytest.mark.parametrize("api", [{"info": replace(SHIPPED, takes_prompts=False)}], indirect=True)
+def test_a_model_without_prompts_has_a_list_of_labels(page, api):
+    page.get_by_label("Label", exact=True).select_option("jump")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_hidden()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".job")).to_contain_text("jump")
+    assert api.newest(1).settings.label == "jump"
 
 
-def test_a_model_without_a_base_has_one_seed(opened, api):
-    api.model.update(kind="text", has_base=False, animates_pictures=False, base_path=None)
-    api.finish(api.add(prompt="a dog", base_seed=None, residual_seed=None, seed=7))
-    with opened() as page:
-        expect(page.locator("#clip-video")).to_be_visible()
-        for name in ("Another motion of this look", "Extend"):
-            expect(page.get_by_role("button", name=name, exact=True)).to_be_hidden()
-        expect(page.locator("#base_seed")).to_be_hidden()
-        page.get_by_label("Seed", exact=True).fill("5")
-        generate(page)
-        assert api.posts[0][1]["seed"] == "5"
+@pytest.mark.parametrize("api", [{"info": TEXT}], indirect=True)
+def test_a_model_without_a_base_has_one_seed(page, api):
+    finished(api, page, base_seed=7, residual_seed=7)
+    for name in ("Another motion of this look", "Extend"):
+        expect(page.get_by_role("button", name=name, exact=True)).to_be_hidden()
+    for hidden in ("#base_seed", "#picture"):
+        expect(page.locator(hidden)).to_be_hidden()
+    page.get_by_label("Seed", exact=True).fill("5")
+    generate(page, "a bird")
+    assert api.newest(2).settings.base_seed == 5
+    page.locator(".pick").last.click()
+    page.get_by_role("button", name="Another clip").click()
+    expect(page.locator(".job")).to_have_count(3)
+    made = api.newest(3).settings
+    assert made.prompt == "a dog" and made.base_seed not in (5, 7)
 
 
 def test_a_picture_is_chosen_shown_and_removed(page, api):
@@ -264,9 +263,7 @@ def test_a_picture_is_chosen_shown_and_removed(page, api):
     expect(page.get_by_alt_text("The picture to animate")).to_be_hidden()
     page.get_by_label("Picture to animate").set_input_files(picture)
     generate(page)
-    sent = api.posts[0][1]["input_reference"]
-    assert sent.filename == "dog.png" and sent.content_type == "image/png"
-    assert sent.size == len(png())
+    assert sent_pixels(api) == pixels(png())
 
 
 @pytest.mark.parametrize("event", ["paste", "drop"])
@@ -285,7 +282,18 @@ def test_a_picture_is_pasted_or_dropped(page, api, event):
     )
     expect(page.get_by_alt_text("The picture to animate")).to_be_visible()
     generate(page)
-    assert api.posts[0][1]["input_reference"].size == len(png())
+    assert sent_pixels(api) == pixels(png())
+
+
+def sent_pixels(api: ScriptedApi) -> bytes:
+    """Of the picture from which the only job starts."""
+    job = api.newest(1)
+    assert job.settings.picture
+    return pixels(api.store.file(job.id, "upload").read_bytes())
+
+
+def pixels(picture: bytes) -> bytes:
+    return Image.open(io.BytesIO(picture)).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -293,9 +301,9 @@ def test_a_picture_is_pasted_or_dropped(page, api, event):
     [
         {},
         {"prompt": 'it\'s "quoted" $HOME `ls`\n& more', "negative_prompt": "--not 'this'"},
-        {"prompt": None, "label": "jump", "size": "96x96", "base_seed": 2**63 + 1, "format": "gif"},
-        {"solver": "unipc", "guidance_scale": 3.5, "num_frames": 12, "base_path": "stepwise"},
-        {"picture": True, "format": "webp"},
+        {"prompt": None, "label": "jump", "scale": 3, "base_seed": 2**63 + 1, "format": "gif"},
+        {"solver": "dpmsolver++", "guidance_scale": 3.5, "num_frames": 12, "base_path": "stepwise"},
+        {"picture": True, "format": "webp", "base_path": None, "eta": 0.25},
     ],
 )
 def test_copied_command_line_says_the_same_settings(opened, api, values):
@@ -307,36 +315,43 @@ def test_copied_command_line_says_the_same_settings(opened, api, values):
         expect(page.locator("#live")).to_have_text("Copied.")
         line = page.evaluate("navigator.clipboard.readText()")
     assert line.startswith("vfengine generate ")
-    settings, video = read_settings(shlex.split(line)[2:]), api.videos[id]
+    settings, made = read_settings(shlex.split(line)[2:]), api.store.get(id).settings
     same = ["prompt", "label", "negative_prompt", "residual_seed", "num_frames", "solver", "fps"]
-    same += ["num_inference_steps", "guidance_scale"]
-    same += [] if video["picture"] else ["base_seed", "base_path"]
-    assert {name: getattr(settings, name) for name in same} == {name: video[name] for name in same}
-    assert settings.scale == int(video["size"].split("x")[0]) // 32
-    assert settings.output.endswith(f".{video['format']}")
-    assert (settings.image is not None) == video["picture"] and settings.model is None
+    same += ["num_inference_steps", "guidance_scale", "eta", "scale"]
+    same += [] if made.picture else ["base_seed", "base_path"]
+    for name in same:
+        assert getattr(settings, name) == getattr(made, name), name
+    assert settings.output.endswith(f".{made.format}") and settings.model is None
+    assert (settings.image is not None) == made.picture
 
 
 def test_settings_of_a_clip_are_used_again(page, api):
-    values = {"guidance_scale": 3.5, "num_frames": 12, "solver": "unipc", "size": "64x64"}
+    values = {"guidance_scale": 3.5, "num_frames": 12, "solver": "ddpm", "scale": 2}
     values |= {"base_seed": 2**64 - 1, "residual_seed": 9, "negative_prompt": "cats"}
-    finished(api, page, **values, format="webp")
+    id = finished(api, page, **values, num_inference_steps=7, format="webp")
     page.get_by_role("button", name="Use these settings").click()
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".job")).to_have_count(2)
-    fields = api.posts[0][1]
-    assert {name: fields[name] for name in values} == {name: str(values[name]) for name in values}
-    assert fields["prompt"] == "a dog" and fields["format"] == "webp"
+    assert api.newest(2).settings == api.store.get(id).settings
 
 
+def test_the_base_frame_of_an_animated_picture_is_used_again(page, api):
+    id = finished(api, page, picture=True, base_path=None)
+    page.get_by_role("button", name="Use these settings").click()
+    expect(page.get_by_alt_text("The picture to animate")).to_be_visible()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".job")).to_have_count(2)
+    assert replace(api.newest(2).settings, base_seed=11) == api.store.get(id).settings
+
+
+@pytest.mark.parametrize("api", [{"keys": ("secret",)}], indirect=True)
 def test_a_key_is_asked_for_and_kept_in_the_tab(opened, api):
-    api.key = "secret"
     api.finish(api.add(prompt="a dog"))
     with opened(errors=["401"]) as page:
         expect(page.get_by_role("dialog")).to_be_visible()
         page.get_by_label("API key").fill("wrong")
         page.keyboard.press("Enter")
-        expect(page.locator("#key-error")).to_have_text("no such key")
+        expect(page.locator("#key-error")).to_contain_text("got a wrong key")
         page.get_by_label("API key").fill("secret")
         page.keyboard.press("Enter")
         expect(page.get_by_role("dialog")).to_be_hidden()
@@ -348,55 +363,61 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(opened, api):
 
 
 def test_what_the_api_says_against_a_request_is_shown(opened, api):
-    body = {"error": {"message": "prompt is <empty>", "param": "prompt", "code": "bad"}}
-    api.refusals.append((400, body, {}))
     with opened(errors=["400"]) as page:
-        write(page, "x")
         page.get_by_role("button", name="Generate").click()
-        expect(page.locator("#form-error")).to_have_text("prompt is <empty>")
+        expect(page.locator("#form-error")).to_contain_text("it says what to show")
         expect(page.get_by_label("Prompt", exact=True)).to_have_attribute("aria-invalid", "true")
         expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+        page.get_by_label("Steps").fill("5000")
+        write(page, "a dog")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#form-error")).to_contain_text("num_inference_steps")
+        expect(page.get_by_label("Steps")).to_be_focused()
+        page.get_by_label("Steps").fill("9")
         generate(page)
         expect(page.locator("#form-error")).to_be_hidden()
+        assert api.newest(1).settings.num_inference_steps == 9
 
 
 def test_what_failed_is_shown(page, api):
     generate(page)
-    api.fail(only_clip(api), "there was too little memory")
+    api.fail(api.newest(1).id, "there was too little memory")
     expect(page.locator("#about-error")).to_have_text("there was too little memory")
     expect(page.locator("#screen-text")).to_have_text("This clip failed.")
     expect(page.locator(".job-status")).to_contain_text("failed")
 
 
 def test_a_full_queue_is_waited_for(opened, api):
-    full = (429, {"error": {"message": "The queue is full."}}, {"retry-after-ms": "300"})
-    api.refusals += [full, full]
+    api.refusals = 2
     with opened(errors=["429"]) as page:
         write(page, "a dog")
         page.get_by_role("button", name="Generate").click()
-        expect(page.locator("#waiting-text")).to_have_text(
-            "The queue is full. Trying again in 1 s."
-        )
+        said = "The queue is full. Trying again in 1 s."
+        expect(page.locator("#waiting-text")).to_have_text(said)
         expect(page.locator(".job")).to_have_count(1)
         expect(page.locator("#waiting")).to_be_hidden()
-        assert len(api.keys_of_posts) == 3 and len(set(api.keys_of_posts)) == 1
-        api.refusals += [full] * 1000
+        assert len(api.names) == 3 and len(set(api.names)) == 1
+        api.refusals = 1000
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("button", name="Cancel").click()
         expect(page.locator("#waiting")).to_be_hidden()
-        assert len(api.videos) == 1
+        assert len(api.jobs()) == 1
 
 
 def test_a_server_that_is_gone_is_waited_for(opened, api):
     with opened(errors=["ERR_", "Failed to load"]) as page:
         generate(page)
-        api.stop()
+        page.context.set_offline(True)
         expect(page.locator("#banner-text")).to_contain_text("The server cannot be reached.")
-        api.finish(only_clip(api))
-        api.start_again()
         page.get_by_role("button", name="Try now").click()
-        expect(page.locator("#clip-video")).to_be_visible()
+        expect(page.locator("#banner-text")).to_contain_text("Trying again in")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#waiting-text")).to_contain_text("The server cannot be reached.")
+        page.context.set_offline(False)
         expect(page.locator("#banner")).to_be_hidden()
+        expect(page.locator(".job")).to_have_count(2)
+        api.finish(api.newest(2).id)
+        expect(page.locator("#clip-video")).to_be_visible()
 
 
 def test_clips_survive_a_reload_and_are_listed_in_pages(opened, api):
@@ -420,12 +441,13 @@ def test_clips_survive_a_reload_and_are_listed_in_pages(opened, api):
         expect(page.locator("#about-prompt")).to_have_text("one more")
 
 
+@pytest.mark.parametrize("api", [{"info": replace(SHIPPED, labels=("x" * 60,))}], indirect=True)
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_page_fits_its_width(opened, api, width):
-    api.model["labels"] = ["x" * 60]
-    api.finish(api.add(prompt="a" * 200, base_seed=2**64 - 1))
+    clip = api.add(prompt="a" * 200, base_seed=2**64 - 1)
+    api.finish(clip)
     api.fail(api.add(prompt="a dog"), "b" * 200)
-    with opened(f"#{min(api.videos)}", viewport={"width": width, "height": 740}) as page:
+    with opened(f"#{clip}", viewport={"width": width, "height": 740}) as page:
         expect(page.locator("#clip-video")).to_be_visible()
         page.get_by_role("button", name="Extend", exact=True).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -523,4 +545,4 @@ def test_a_clip_is_downloaded_under_a_name_that_tells(page, api):
         page.get_by_role("link", name="Download").click()
     assert download.value.suggested_filename == "a-dog-11-12.mp4"
     with open(download.value.path(), "rb") as file:
-        assert file.read() == api.files[id, "video"]
+        assert file.read() == api.store.file(id, "video.mp4").read_bytes()

@@ -8,13 +8,13 @@ import { setUpStage, showVideo } from "./stage.js";
 import { commandLine, fileName, isOver, statusOf, titleOf } from "./words.js";
 
 const PAGE = 20; // clips that are asked for at once
-const POLL = 500; // ms, unless the server names them
+const POLL = 500; // ms, until the server names them
 
 let model = null;
 let videos = []; // newest first
 let hasMore = false;
 let shownId = location.hash.slice(1) || null;
-let pollAfter = POLL;
+let pollAfter = null;
 let timer = null;
 let failures = 0; // polls that were not answered, one after another
 let polling = null;
@@ -32,7 +32,7 @@ function poll() {
       () => {
         failures = 0;
         $("banner").hidden = true;
-        if (videos.some((video) => !isOver(video))) later(pollAfter);
+        if (videos.some((video) => !isOver(video))) later(pollAfter ?? POLL);
       },
       (error) => {
         const wait = error.retryAfter ?? backoff(failures);
@@ -56,9 +56,11 @@ function later(ms) {
 async function look() {
   if (!model) await meet();
   const began = changes;
-  const { value, pollAfter: after } = await ask(`v1/videos?limit=${PAGE}&order=desc`);
-  pollAfter = after ?? pollAfter;
+  const { value } = await ask(`v1/videos?limit=${PAGE}&order=desc`);
   if (changes !== began) return; // the list is older than what was done meanwhile
+  // an answer about one clip says how soon to ask, the list does not
+  const active = value.data.find((video) => !isOver(video));
+  if (pollAfter === null && active) await lookAt(active.id);
   const fresh = new Set(value.data.map(({ id }) => id));
   const edge = videos.findIndex(({ id }) => id === value.last_id);
   const older = value.has_more && edge >= 0 ? videos.slice(edge + 1) : [];
@@ -80,7 +82,9 @@ async function look() {
 /** A clip as it is now; null once it is gone. */
 async function lookAt(id) {
   try {
-    return (await ask(`v1/videos/${encodeURIComponent(id)}`)).value;
+    const { value, pollAfter: after } = await ask(`v1/videos/${encodeURIComponent(id)}`);
+    pollAfter = after ?? pollAfter;
+    return value;
   } catch (error) {
     if (error instanceof ApiError && error.status < 500) return null;
     throw error;
@@ -89,16 +93,7 @@ async function lookAt(id) {
 
 async function meet() {
   const { value } = await ask("v1/models");
-  const info = value.data[0];
-  const limits = info.limits ?? info;
-  model = {
-    ...info,
-    labels: info.labels ?? [],
-    formats: info.formats ?? ["mp4", "webm", "webp", "gif"],
-    max_scale: limits.max_scale ?? 4,
-    max_seconds: limits.max_seconds ?? null,
-    max_steps: limits.max_steps ?? null,
-  };
+  model = value.data[0];
   setUp(model, { shownVideo, onError: showFormError });
   setUpStage(model);
   const size = `${model.width} × ${model.height}, ${model.num_frames} frames`;
@@ -207,7 +202,7 @@ async function make(path, request, say) {
     pollAfter = after ?? pollAfter;
     put(value);
     show(value.id);
-    later(pollAfter);
+    later(pollAfter ?? POLL);
     return true;
   } catch (error) {
     if (error.name === "AbortError") toast("Given up.");
@@ -262,11 +257,11 @@ function closeExtend() {
 async function extend(event) {
   event.preventDefault();
   const video = shownVideo();
-  const total = Number(video.seconds) + Number($("extend-by").value);
   const body = new FormData();
   body.set("video[id]", video.id);
-  body.set("prompt", video.label || video.prompt || "");
-  body.set("seconds", String(Number(total.toFixed(4))));
+  body.set("seconds", $("extend-by").value);
+  if (video.label) body.set("label", video.label);
+  else if (video.prompt) body.set("prompt", video.prompt);
   if (await make("v1/videos/extensions", { body }, showActionError)) closeExtend();
 }
 
@@ -319,7 +314,7 @@ async function copyCommand() {
 
 async function useSettings() {
   const video = shownVideo();
-  const base = video.picture ? await file(video.id, "thumbnail").catch(() => null) : null;
+  const base = video.animates_picture ? await file(video.id, "thumbnail").catch(() => null) : null;
   use(video, base && new File([base.blob], "base frame.png", { type: base.blob.type }));
   const first = [$("prompt"), $("label")].find((input) => input.offsetParent) ?? $("generate");
   first.focus();

@@ -1,6 +1,6 @@
 // The form: what the next clip shows and how it is made.
 
-import { scaleOf } from "./words.js";
+import { isExtended, motionSeed } from "./words.js";
 
 export const $ = (id) => document.getElementById(id);
 
@@ -29,8 +29,8 @@ export function setUp(info, { shownVideo, onError }) {
   fill($("format"), model.formats);
   const scales = Array.from({ length: model.max_scale }, (_, index) => index + 1);
   fill($("size"), scales.map(sizeAt), (size) => size.replace("x", " × "));
-  bound($("seconds"), { min: frames(1), max: model.max_seconds, step: frames(1) });
-  bound($("num_inference_steps"), { max: model.max_steps });
+  bound($("seconds"), { min: frames(1), max: frames(model.max_num_frames), step: frames(1) });
+  bound($("num_inference_steps"), { max: model.max_num_inference_steps });
   reset();
 
   $("label-offer").addEventListener("change", () => {
@@ -61,13 +61,13 @@ function fill(select, values, word = (value) => value) {
 
 function bound(input, limits) {
   for (const [name, value] of Object.entries(limits)) {
-    if (value != null) input.setAttribute(name, value);
+    input.setAttribute(name, value);
   }
 }
 
 function reset() {
   $("seconds").value = frames(model.num_frames);
-  $("num_inference_steps").value = model.steps;
+  $("num_inference_steps").value = model.num_inference_steps;
   $("guidance_scale").value = model.guidance_scale;
   $("solver").value = model.solver;
   countFrames();
@@ -123,13 +123,14 @@ export function fieldsOf(video) {
     ...["label", "prompt", "negative_prompt", "residual_seed", "num_frames", "solver"],
     ...["num_inference_steps", "guidance_scale", "size", "format", "base_path", "fps"],
   ];
-  if (!video.picture) names.push("base_seed");
+  if (video.eta) names.push("eta");
+  if (!video.animates_picture) names.push("base_seed");
   const given = names.filter((name) => video[name] != null && video[name] !== "");
   const values = Object.fromEntries(given.map((name) => [name, String(video[name])]));
   if (values.label) delete values.prompt;
   if (!model.has_base) for (const name of ["base_seed", "base_path"]) delete values[name];
   if (model.kind === "text") {
-    values.seed ??= values.residual_seed;
+    values.seed = String(motionSeed(video, model));
     delete values.residual_seed;
   }
   return values;
@@ -141,13 +142,14 @@ export function use(video, base) {
   if (model.takes_prompts) $("prompt").value = shown;
   else $("label").value = shown;
   $("negative_prompt").value = video.negative_prompt ?? "";
-  setSeed("base_seed", video.picture ? "" : String(video.base_seed ?? ""));
-  setSeed("residual_seed", String(video.residual_seed ?? video.seed ?? ""));
-  if (video.num_frames) $("seconds").value = frames(video.num_frames);
+  setSeed("base_seed", video.animates_picture ? "" : String(video.base_seed ?? ""));
+  setSeed("residual_seed", String(motionSeed(video, model) ?? ""));
+  // an extended clip is longer than what is made at once
+  $("seconds").value = frames(isExtended(video) ? model.num_frames : video.num_frames);
   for (const name of ["num_inference_steps", "guidance_scale", "solver", "format"]) {
     if (video[name] != null) $(name).value = video[name];
   }
-  $("size").value = sizeAt(scaleOf(video, model));
+  $("size").value = sizeAt(video.scale);
   countFrames();
   setPicture(base);
 }

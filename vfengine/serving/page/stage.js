@@ -3,7 +3,8 @@
 import { file } from "./api.js";
 import { $ } from "./form.js";
 import { setText } from "./jobs.js";
-import { bytes, clock, duration, isOver, noCommand, statusOf, titleOf } from "./words.js";
+import { bytes, clock, duration, isExtended, isOver } from "./words.js";
+import { motionSeed, noCommand, statusOf, titleOf } from "./words.js";
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 let shown = { id: null, state: null }; // what the screen holds or is about to hold
@@ -150,11 +151,11 @@ function describe(video) {
   setText($("about-status"), isOver(video) ? "" : `${capital(statusOf(video))} · ${video.progress} %`);
   $("about-error").hidden = video.status !== "failed";
   setText($("about-error"), video.error?.message ?? "");
-  const extended = Boolean(video.extends || video.extended_from);
-  $("another-motion").hidden = !done || !model.has_base || extended;
-  $("another-look").hidden = video.status === "queued" || Boolean(video.picture) || extended;
+  const extended = isExtended(video);
+  $("another-motion").hidden = !done || !model.has_base;
+  $("another-look").hidden = video.status === "queued" || Boolean(video.animates_picture) || extended;
   $("another-look").lastChild.textContent = model.has_base ? "Another look" : "Another clip";
-  $("extend").hidden = !done || !model.has_base;
+  $("extend").hidden = !done || !model.has_base || !model.animates_pictures;
   $("download").hidden = !done;
   $("copy-command").hidden = noCommand(video) !== null;
   const word = isOver(video) ? "Delete" : "Stop";
@@ -169,8 +170,8 @@ function describe(video) {
 function factsOf(video) {
   const memory = video.peak_memory_mb;
   const all = [
-    ["Look", model.has_base && (video.picture ? "picture" : video.base_seed)],
-    [model.has_base ? "Motion" : "Seed", video.residual_seed ?? video.seed],
+    ["Look", model.has_base && (video.animates_picture ? "picture" : video.base_seed)],
+    [model.has_base ? "Motion" : "Seed", motionSeed(video, model)],
     ["Steps", video.num_inference_steps],
     ["Guidance", video.guidance_scale],
     ["Solver", video.solver],

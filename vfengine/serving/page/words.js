@@ -10,13 +10,20 @@ const PHASES = {
 
 export const isOver = (video) => video.status === "completed" || video.status === "failed";
 
+/** Whether a clip goes on from another, or from one that was sent (extends is ""). */
+export const isExtended = (video) => video.extends != null;
+
+/** The seed of the motion; of a text-to-video model, the only one. */
+export const motionSeed = (video, model) =>
+  model.kind === "text" ? video.seed : video.residual_seed;
+
 /** What a clip shows, in the words of its request. */
 export const titleOf = (video) => video.label || video.prompt || "no prompt";
 
 /** The state of a clip, in words. */
 export function statusOf(video) {
   if (video.status === "queued") {
-    const ahead = video.queue_position;
+    const ahead = video.queue_position - 1;
     if (!(ahead > 0)) return "waiting, next";
     return ahead === 1 ? "waiting, one ahead" : `waiting, ${ahead} ahead`;
   }
@@ -50,13 +57,9 @@ export function fileName(video) {
   return `${[...words.slice(0, 6), ...seeds].join("-").slice(0, 100)}.${video.format ?? "mp4"}`;
 }
 
-/** How many times a clip is enlarged. */
-export const scaleOf = (video, model) =>
-  Math.max(1, Math.round(Number(String(video.size).split("x")[0]) / model.width) || 1);
-
 /** Why no command line makes this clip; null if one does. */
 export function noCommand(video) {
-  if (video.extended_from || video.extends) return "An extended clip has no command line.";
+  if (isExtended(video)) return "An extended clip has no command line.";
   if (video.look) return "This clip has the look of another prompt.";
   return null;
 }
@@ -78,10 +81,10 @@ export function commandLine(video, model) {
   if (video.label) add("--label", video.label);
   else add("--prompt", video.prompt);
   add("--negative-prompt", video.negative_prompt);
-  if (video.picture) add("--image", "picture.png");
-  if (model.kind === "text") add("--seed", video.seed ?? video.residual_seed);
+  if (video.animates_picture) add("--image", "picture.png");
+  if (model.kind === "text") add("--seed", motionSeed(video, model));
   else {
-    if (model.has_base && !video.picture) add("--base-seed", video.base_seed);
+    if (model.has_base && !video.animates_picture) add("--base-seed", video.base_seed);
     add("--residual-seed", video.residual_seed);
   }
   add("--num-frames", video.num_frames);
@@ -89,10 +92,9 @@ export function commandLine(video, model) {
   add("--guidance-scale", video.guidance_scale);
   add("--solver", video.solver);
   if (video.eta) add("--eta", video.eta);
-  if (model.has_base && !video.picture) add("--base-path", video.base_path);
+  if (model.has_base && !video.animates_picture) add("--base-path", video.base_path);
   add("--fps", video.fps);
-  const scale = scaleOf(video, model);
-  if (scale > 1) add("--scale", scale);
+  if (video.scale > 1) add("--scale", video.scale);
   add("--output", fileName(video));
   return ["vfengine generate", ...flags].join(" ");
 }
