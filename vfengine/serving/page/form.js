@@ -42,7 +42,8 @@ export function setUp(info, { shownVideo, onError }) {
   for (const [name, keep] of Object.entries(SEEDS)) {
     $(name).addEventListener("input", () => ($(keep).checked = $(name).value.trim() !== ""));
     $(keep).addEventListener("change", () => {
-      const shown = shownVideo()?.[name];
+      const video = shownVideo();
+      const shown = video && (name === "base_seed" ? video.base_seed : motionSeed(video, model));
       setSeed(name, $(keep).checked ? (shown ?? newSeed()) : "");
     });
   }
