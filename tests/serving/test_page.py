@@ -4,29 +4,33 @@ import io
 import json
 import re
 import shlex
-import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlparse
 
+import av
+import numpy as np
 import pytest
+from chromium import FLAGS, find_chromium
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from scripted_api import SHIPPED, TEXT, ScriptedApi, png, scripted
 
+from vfengine.cli.generate import main
 from vfengine.cli.settings import read_settings
-
-QUIET = ("background-networking", "component-update", "sync", "quic", "gpu", "dev-shm-usage")
-FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    found = shutil.which("chromium")
-    if found is None:
-        pytest.fail("the tests of the page need Chromium: apt-get install chromium", pytrace=False)
+    try:
+        chromium = find_chromium()
+    except FileNotFoundError as error:
+        pytest.fail(str(error), pytrace=False)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
 
@@ -40,10 +44,10 @@ def api(tmp_path, request):
 
 @pytest.fixture
 def opened(browser, api):
-    """Opens the page: (path="", expected errors of the console, settings of the context)."""
+    """Opens the page: (path="", expected errors of the console, other server, context)."""
 
     @contextmanager
-    def opened(path="", errors=(), **context):
+    def opened(path="", errors=(), at=None, **context):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
         context.set_default_timeout(10_000)
         page = context.new_page()
@@ -51,13 +55,14 @@ def opened(browser, api):
         page.on("console", lambda line: said.append(line.text) if line.type == "error" else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(api.url + path)
+        page.goto((at or api.url) + path)
+        host = urlparse(page.url).netloc
         yield page
         context.close()
         # Chromium prints refused requests as errors of its own
         assert [line for line in said if not any(error in line for error in errors)] == []
         hosts = {urlparse(url).netloc for url in asked if not url.startswith(("blob:", "data:"))}
-        assert hosts == {urlparse(api.url).netloc}
+        assert hosts == {host}
 
     return opened
 
@@ -546,3 +551,38 @@ def test_a_clip_is_downloaded_under_a_name_that_tells(page, api):
     assert download.value.suggested_filename == "a-dog-11-12.mp4"
     with open(download.value.path(), "rb") as file:
         assert file.read() == api.store.file(id, "video.mp4").read_bytes()
+
+
+def test_the_page_makes_a_clip_with_a_real_engine(opened, tiny_checkpoint, tmp_path, monkeypatch):
+    """The copied command line then makes the same frames."""
+    on_cpu = ["--device", "cpu", "--dtype", "float32"]
+    command = [sys.executable, "-m", "vfengine.serve", "--model", str(tiny_checkpoint), *on_cpu]
+    command += ["--port", "0", "--store", str(tmp_path / "store")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            url = next(line.split()[-1] for line in server.stderr if "http://" in line)
+            with opened(at=f"{url}/", permissions=["clipboard-read", "clipboard-write"]) as page:
+                page.get_by_label("Label", exact=True).select_option("jump")
+                page.get_by_label("Steps").fill("4")
+                page.get_by_label("Size").select_option("64x64")
+                page.keyboard.press("Control+Enter")
+                expect(page.locator("#clip-video")).to_be_visible(timeout=60_000)
+                page.get_by_role("button", name="Copy as command line").click()
+                expect(page.locator("#live")).to_have_text("Copied.")
+                line = page.evaluate("navigator.clipboard.readText()")
+                with page.expect_download() as download:
+                    page.get_by_role("link", name="Download").click()
+                clip = tmp_path / download.value.suggested_filename
+                download.value.save_as(clip)
+        finally:
+            server.terminate()
+    monkeypatch.chdir(tiny_checkpoint.parent)  # the page names the model as its folder is called
+    again = tmp_path / "again.mp4"
+    assert main([*shlex.split(line)[2:], *on_cpu, "--output", str(again), "--quiet"]) == 0
+    assert read_frames(again).shape == (4, 64, 64, 3)
+    assert (read_frames(again) == read_frames(clip)).all()
+
+
+def read_frames(file: Path) -> np.ndarray:
+    with av.open(str(file)) as video:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])

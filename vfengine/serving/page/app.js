@@ -177,6 +177,7 @@ function show(id) {
     shownId = id;
     closeExtend();
     showActionError(null);
+    beSure(false);
   }
   render();
 }
@@ -286,19 +287,24 @@ async function remove(id) {
 
 /** Deletes the shown clip at the second press, unless it is not done yet. */
 function removeShown() {
-  const button = $("delete");
-  const unsure = () => {
-    delete button.dataset.sure;
-    setText(button, "Delete");
-  };
-  if (isOver(shownVideo()) && !button.dataset.sure) {
-    button.dataset.sure = "true";
-    setText(button, "Press again to delete");
-    setTimeout(unsure, 4000);
-    return;
+  const sure = $("delete").dataset.sure || !isOver(shownVideo());
+  beSure(!sure);
+  if (sure) remove(shownId);
+}
+
+let doubting = null;
+
+/** Whether the next press deletes; for a while. */
+function beSure(sure) {
+  clearTimeout(doubting);
+  if (sure) {
+    $("delete").dataset.sure = "true";
+    setText($("delete"), "Press again to delete");
+    doubting = setTimeout(() => beSure(false), 4000);
+  } else {
+    delete $("delete").dataset.sure;
+    setText($("delete"), "Delete");
   }
-  unsure();
-  remove(shownId);
 }
 
 async function copyCommand() {
