@@ -149,7 +149,13 @@ def test_page_polls_only_while_something_runs(page, api):
     before = api.polls()
     page.wait_for_timeout(1000)
     assert before + 1 < api.polls() < before + 6  # every 250 ms, as the header says
+    page.evaluate("Object.defineProperty(document, 'hidden', { value: true, configurable: true })")
+    page.wait_for_timeout(600)
+    before = api.polls()
+    page.wait_for_timeout(700)
+    assert api.polls() == before  # of a tab that nobody sees
     api.finish(api.newest(1).id)
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
     expect(page.locator("#clip-video")).to_be_visible()
     before = api.polls()
     page.wait_for_timeout(700)
@@ -159,6 +165,8 @@ def test_page_polls_only_while_something_runs(page, api):
 def test_a_running_clip_is_stopped(page, api):
     generate(page)
     api.begin(api.newest(1).id)
+    for picture in ("#base-frame", ".job img"):
+        expect(page.locator(picture)).to_be_visible()
     page.get_by_role("button", name="Stop a dog").click()
     expect(page.locator(".job")).to_have_count(0)
     expect(page.locator("#live")).to_have_text("Stopped.")
@@ -166,13 +174,18 @@ def test_a_running_clip_is_stopped(page, api):
     assert api.jobs() == []
 
 
-def test_a_finished_clip_is_deleted_at_the_second_press(page, api):
-    finished(api, page)
-    page.get_by_role("button", name="Delete").click()
-    assert len(api.jobs()) == 1
-    page.get_by_role("button", name="Press again to delete").click()
-    expect(page.locator(".job")).to_have_count(0)
-    assert api.jobs() == []
+def test_a_finished_clip_is_deleted_at_the_second_press(opened, api):
+    api.finish(api.add(prompt="a dog"))
+    with opened(errors=["ERR_FILE_NOT_FOUND"]) as page:
+        expect(page.locator(".job img")).to_be_visible()
+        url = page.locator(".job img").get_attribute("src")
+        page.get_by_role("button", name="Delete").click()
+        assert len(api.jobs()) == 1
+        page.get_by_role("button", name="Press again to delete").click()
+        expect(page.locator(".job")).to_have_count(0)
+        assert api.jobs() == []
+        load = "url => Object.assign(new Image(), { src: url }).decode().then(() => 1, () => 0)"
+        assert page.evaluate(load, url) == 0  # the browser has let go of it
 
 
 def test_another_motion_is_a_remix_with_a_new_seed(page, api):

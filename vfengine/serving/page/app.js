@@ -223,7 +223,7 @@ async function generate(event) {
   event.preventDefault();
   if (!model) return;
   const made = await make("v1/videos", { body: bodyOf(fields()) }, showFormError);
-  if (made && matchMedia("(max-width: 60rem)").matches) {
+  if (made && matchMedia("(max-width: 46rem)").matches) {
     $("screen").scrollIntoView({ block: "center" });
   }
 }
