@@ -6,6 +6,7 @@ Needs the extra `test` and Debian's chromium; the font is Inter where it is inst
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,16 +29,15 @@ def draw(page: Page, url: str, target: Path) -> None:
     page.goto(url)
     page.locator("#generate:enabled").wait_for()
     page.locator("#size").select_option(index=2)
-    for seed, prompt in enumerate(PROMPTS, start=3):
+    for count, prompt in enumerate(PROMPTS):
         page.locator("#prompt").fill(prompt)
-        page.locator("#base_seed").fill(str(seed))
-        page.locator("#residual_seed").fill(str(seed + 1))
+        page.locator("#base_seed").fill(str(count + 3))
+        page.locator("#residual_seed").fill(str(count + 4))
         page.locator("#generate").click()
-        page.locator("#clip-video").wait_for(timeout=MINUTES)
-        page.locator("#screen[data-state=done]").wait_for(timeout=MINUTES)
+        page.locator(".job[data-status=completed]").nth(count).wait_for(timeout=MINUTES)
     page.get_by_role("button", name="Another motion of this look").click()
-    half = "document.querySelector('.job[data-phase=residual] progress')?.value > 40"
-    page.wait_for_function(half, timeout=MINUTES)
+    half = re.compile("making the motion · [4-9]. %")
+    page.locator(".job-status", has_text=half).wait_for(timeout=MINUTES)
     page.locator(".pick").nth(1).click()
     page.locator("#clip-video").wait_for()
     page.evaluate("document.querySelector('#clip-video').pause()")

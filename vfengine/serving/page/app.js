@@ -381,7 +381,10 @@ $("copy-command").addEventListener("click", copyCommand);
 $("delete").addEventListener("click", removeShown);
 $("more").addEventListener("click", showMore);
 $("banner-retry").addEventListener("click", poll);
-document.addEventListener("visibilitychange", () => !document.hidden && poll());
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) clearTimeout(timer);
+  else poll();
+});
 window.addEventListener("online", poll);
 window.addEventListener("hashchange", () => {
   const id = location.hash.slice(1);
