@@ -8,11 +8,13 @@ import { setUpStage, showVideo } from "./stage.js";
 import { commandLine, fileName, isOver, statusOf, titleOf } from "./words.js";
 
 const PAGE = 20; // clips that are asked for at once
+const MOST = 100; // and at most, where so many are under way
 const POLL = 500; // ms, until the server names them
 
 let model = null;
 let videos = []; // newest first
-let hasMore = false;
+let tail = null; // the id of the oldest that is listed; one that the address names may be older
+let hasMore = false; // whether there are older ones than that
 let shownId = location.hash.slice(1) || null;
 let pollAfter = null;
 let timer = null;
@@ -56,27 +58,26 @@ function later(ms) {
 async function look() {
   if (!model) await meet();
   const began = changes;
-  const { value } = await ask(`v1/videos?limit=${PAGE}&order=desc`);
-  if (changes !== began) return; // the list is older than what was done meanwhile
+  const depth = videos.findLastIndex((video) => !isOver(video)) + 1;
+  const limit = Math.min(MOST, Math.max(PAGE, depth));
+  const { value } = await ask(`v1/videos?limit=${limit}&order=desc`);
   // an answer about one clip says how soon to ask, the list does not
   const active = value.data.find((video) => !isOver(video));
   if (pollAfter === null && active) await lookAt(active.id);
-  const fresh = new Set(value.data.map(({ id }) => id));
   const edge = videos.findIndex(({ id }) => id === value.last_id);
   const older = value.has_more && edge >= 0 ? videos.slice(edge + 1) : [];
-  const unseen = older.filter((video) => !isOver(video) && !fresh.has(video.id));
-  if (shownId && !fresh.has(shownId) && !older.some(({ id }) => id === shownId)) {
-    unseen.push({ id: shownId });
+  const list = [...value.data, ...older];
+  const place = list.findIndex(({ id }) => id === shownId);
+  if (shownId !== null && (place < 0 || (place >= value.data.length && !isOver(list[place])))) {
+    const shown = await lookAt(shownId); // older than what was listed, as the address may name one
+    list.splice(place < 0 ? list.length : place, place < 0 ? 0 : 1, ...(shown ? [shown] : []));
   }
-  const answers = await Promise.all(unseen.map(({ id }) => lookAt(id)));
-  if (changes !== began) return;
-  const again = new Map(unseen.map(({ id }, index) => [id, answers[index]]));
-  const kept = older.map((video) => (again.has(video.id) ? again.get(video.id) : video));
-  // a clip that the address names may be older than all that are listed
-  const named = unseen.some(({ id }) => id === shownId) ? [again.get(shownId)] : [];
-  const rest = [...new Set([...kept, ...named])].filter(Boolean);
-  if (edge < 0 || !value.has_more) hasMore = value.has_more;
-  setVideos([...value.data, ...rest]);
+  if (changes !== began) return; // the list is older than what was done meanwhile
+  if (edge < 0 || edge > videos.findIndex(({ id }) => id === tail) || !value.has_more) {
+    tail = value.last_id;
+    hasMore = value.has_more;
+  }
+  setVideos(list);
 }
 
 /** A clip as it is now; null once it is gone. */
@@ -280,6 +281,7 @@ async function remove(id) {
   changes += 1;
   const place = videos.findIndex((video) => video.id === id);
   const list = videos.filter((video) => video.id !== id);
+  if (id === tail) tail = list[place - 1]?.id ?? null;
   if (id === shownId) shownId = (list[place] ?? list[place - 1])?.id ?? null;
   setVideos(list);
   toast(over ? "Deleted." : "Stopped.");
@@ -328,15 +330,16 @@ async function useSettings() {
 }
 
 async function showMore() {
-  const last = videos.at(-1);
   $("more").disabled = true;
   try {
-    const path = `v1/videos?limit=${PAGE}&order=desc&after=${last.id}`;
-    const { value } = await ask(path);
-    const known = new Set(videos.map(({ id }) => id));
+    const { value } = await ask(`v1/videos?limit=${PAGE}&order=desc&after=${tail}`);
+    const next = videos.findIndex(({ id }) => id === tail) + 1;
+    const fresh = new Set(value.data.map(({ id }) => id));
+    const [before, after] = [videos.slice(0, next), videos.slice(next)];
+    tail = value.last_id ?? tail;
     hasMore = value.has_more;
     changes += 1;
-    setVideos([...videos, ...value.data.filter(({ id }) => !known.has(id))]);
+    setVideos([...before, ...value.data, ...after.filter(({ id }) => !fresh.has(id))]);
   } catch (error) {
     toast(error.message);
   } finally {
