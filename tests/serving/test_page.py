@@ -1,5 +1,5 @@
-"""The page of `vfengine serve` in Chromium, over an engine that goes on as told: from a request to a
-clip, and what may come between.
+"""The page of `vfengine serve` in Chromium, whose engine goes on as told: from a request to a clip,
+and what may come between.
 """
 
 import shlex
@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from page_fixtures import generate, write
+from page_steps import generate, write
 from playwright.sync_api import Page, expect
 
 from vfengine.cli.generate import main

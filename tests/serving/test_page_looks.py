@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from page_fixtures import finished
+from page_steps import finished
 from playwright.sync_api import expect
 from scripted_api import SHIPPED
 

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from page_fixtures import finished, generate
+from page_steps import finished, generate
 from PIL import Image
 from playwright.sync_api import expect
 from scripted_api import SHIPPED, TEXT, ScriptedApi, png

@@ -7,8 +7,8 @@ from urllib.parse import urlparse
 
 import pytest
 from chromium import FLAGS, find_chromium
-from playwright.sync_api import Page, expect, sync_playwright
-from scripted_api import ScriptedApi, scripted
+from playwright.sync_api import expect, sync_playwright
+from scripted_api import scripted
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +60,3 @@ def page(opened):
     with opened() as page:
         expect(page.locator("#generate")).to_be_enabled()
         yield page
-
-
-def write(page: Page, prompt: str) -> None:
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-
-
-def generate(page: Page, prompt: str = "a dog") -> None:
-    write(page, prompt)
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator(".job").first).to_contain_text(prompt)
-
-
-def finished(api: ScriptedApi, page: Page, **values) -> str:
-    """A finished clip, which the page shows."""
-    id = api.add(prompt="a dog", **values)
-    api.finish(id)
-    page.reload()
-    expect(page.locator("#clip-video, #clip-image").locator("visible=true")).to_be_visible()
-    return id
