@@ -164,8 +164,12 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
 
 
 def default_batch_size(pipe: Pipeline) -> int:
-    """How many clips of equal shape are made at once unless the user says it."""
-    return 8 if pipe.device.type == "cuda" else 1
+    """How many clips of equal shape are made at once unless the user says it.
+
+    On a CPU a batch saves nothing: its clips take as long as one after the other, and the first is
+    finished as late as the last.
+    """
+    return 4 if pipe.device.type == "cuda" else 1
 
 
 # -- the process -----------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ class Workers:
             if self._stopping.is_set():
                 return
             if status == 2 and self.info is None:  # the model cannot be used
+                self.error = self.error or "the engine cannot be started"
                 self._known.set()
                 return
             failures = 1 if time.monotonic() - started > _STEADY else failures + 1
