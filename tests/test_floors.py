@@ -21,7 +21,7 @@ FLOORS = (
     ("formats",),
     ("pipelines", "training"),
     ("cli",),
-    ("generate", "train"),  # the doors
+    ("generate", "train", "bench", "eval", "__main__"),  # the doors
 )
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
 WITHOUT_TORCH = ("names", "files", "pipelines.request", "training.options", "cli.settings")
@@ -132,7 +132,7 @@ def test_module_loads_without_torch(name):
     assert run(f"import vfengine.{name}") == ""
 
 
-@pytest.mark.parametrize("door", ["generate", "train"])
+@pytest.mark.parametrize("door", ["generate", "train", "bench", "eval"])
 def test_help_needs_no_torch(door):
     said = run(
         f"import runpy, sys\n"

@@ -15,24 +15,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .flags import Failure, one_line
-from .settings import read_settings
+from .settings import GENERATE, read_settings
+from .start import short_name
 
-PROGRAM = "vfengine.generate"
 
-
-def main(argv: Sequence[str] | None = None, started: float | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, started: float | None = None, program: str = GENERATE
+) -> int:
     """Runs one command line; returns the exit status.
 
     argv:    without the program's name; None is the process's own
     started: `time.perf_counter()` at the moment that times count from; None is now
+    program: how the command was called, for help and errors
     """
     started = time.perf_counter() if started is None else started
+    name = short_name(program)
     files: list[Path] = []
     try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv)
+        settings = read_settings(sys.argv[1:] if argv is None else argv, program)
         from .job import generate  # not for --help
 
-        with _warnings_in_one_line(settings.quiet):
+        with _warnings_in_one_line(settings.quiet, name):
             generate(settings, started, files)
     except (ValueError, OSError, Failure) as error:
         status = 1 if isinstance(error, Failure) else 2
@@ -43,18 +46,18 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
         return 0
     if files:
         message += f" (complete: {', '.join(map(str, files))})"
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    print(f"{name}: {message}", file=sys.stderr)
     return status
 
 
 @contextmanager
-def _warnings_in_one_line(quiet: bool) -> Iterator[None]:
+def _warnings_in_one_line(quiet: bool, name: str) -> Iterator[None]:
     """Prints warnings as errors are printed, above the progress bar; none if quiet."""
 
     def show(message: Warning, *_: object) -> None:
         from tqdm import tqdm
 
-        tqdm.write(f"{PROGRAM}: warning: {one_line(message)}", file=sys.stderr)
+        tqdm.write(f"{name}: warning: {one_line(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

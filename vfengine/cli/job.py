@@ -50,7 +50,7 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
         check_outputs(Path(settings.output), count)  # before torch is imported
     check_base_files(settings)
 
-    pipe = _open_pipeline(settings)
+    pipe = open_pipeline(settings)
     if settings.list_labels:
         if _takes_text(pipe):
             raise UsageError(f"{pipe.folder}: {pipe.lacks}: --prompt says what to show")
@@ -72,7 +72,7 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
 # -- from settings to a request --------------------------------------------------------------------
 
 
-def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
+def open_pipeline(settings: argparse.Namespace) -> Pipeline:
     import torch
 
     from ..formats.tokenizer import MissingPackage
@@ -260,7 +260,7 @@ def _explained(
     try:
         yield from batches
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise Failure(
                 "not enough memory: try fewer frames, a smaller --batch-size or --dtype bf16"
             ) from error
@@ -275,6 +275,6 @@ def _explained(
         raise Failure(where + one_line(error)) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -219,7 +219,7 @@ def json_line(job: Job, record: Record) -> dict[str, Any]:
         **_seeds(job),
         "timings": {name: round(seconds, 4) for name, seconds in record.timings.items()},
         "peak_memory": {
-            "process": _peak_process_memory(),
+            "process": peak_process_memory(),
             "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
             # includes the memory that graphs keep
             "cuda_reserved": torch.cuda.max_memory_reserved(pipe.device) if cuda else None,
@@ -261,7 +261,7 @@ def _settings_in_use(job: Job) -> dict[str, Any]:
     return values
 
 
-def _peak_process_memory() -> int | None:
+def peak_process_memory() -> int | None:
     """Largest resident size of this process in bytes; None where the system does not say."""
     if sys.platform == "win32":
         return None

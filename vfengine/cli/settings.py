@@ -30,6 +30,8 @@ from .flags import (
     whole,
 )
 
+GENERATE = "python -m vfengine.generate"
+
 # -- the settings ----------------------------------------------------------------------------------
 
 _COUNT = whole(1, 100_000)
@@ -196,10 +198,10 @@ _ON_OFF = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}
 # -- reading them ----------------------------------------------------------------------------------
 
 
-def generate_parser() -> Parser:
+def generate_parser(program: str = GENERATE) -> Parser:
     """All flags, each absent from the result unless it is used."""
     parser = Parser(
-        prog="python -m vfengine.generate",
+        prog=program,
         description="Generate clips with a decomposed video diffusion model (VideoFusion), or with "
         "a published text-to-video model.",
         epilog="Flags may be written with hyphens or underscores.",
@@ -210,13 +212,13 @@ def generate_parser() -> Parser:
     return parser
 
 
-def read_settings(argv: Sequence[str]) -> argparse.Namespace:
+def read_settings(argv: Sequence[str], program: str = GENERATE) -> argparse.Namespace:
     """Flags over --config FILE over `DEFAULTS`, whose keys the result has as attributes.
 
     Its `given` names those that flags or the file set; --seed does not count as the two seeds.
     Raises UsageError for flags and entries that are unknown, have bad values or cannot go together.
     """
-    parser = generate_parser()
+    parser = generate_parser(program)
     flags, given = _parse(parser, argv)
     file = flags.pop("config", None)
     config, in_file = ({}, set()) if file is None else _read_config_file(parser, Path(file))
