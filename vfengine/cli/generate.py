@@ -7,6 +7,7 @@ files that were complete by then are named, and nothing is left half-written.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 import warnings
@@ -33,10 +34,8 @@ def main(
     files: list[Path] = []
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, program)
-        from .job import generate  # not for --help
-
         with _warnings_in_one_line(settings.quiet, name):
-            generate(settings, started, files)
+            _run(settings, started, files, name)
     except (ValueError, OSError, Failure) as error:
         status = 1 if isinstance(error, Failure) else 2
         message = f"error: {one_line(error)}"
@@ -48,6 +47,22 @@ def main(
         message += f" (complete: {', '.join(map(str, files))})"
     print(f"{name}: {message}", file=sys.stderr)
     return status
+
+
+def _run(settings: argparse.Namespace, started: float, files: list[Path], name: str) -> None:
+    # imported here, so that --help needs none of them
+    if settings.prompts is not None:
+        from .prompts import generate_lines
+
+        generate_lines(settings, started, files, name)
+    elif settings.dry_run:
+        from .dry_run import dry_run
+
+        dry_run(settings)
+    else:
+        from .job import generate
+
+        generate(settings, started, files)
 
 
 @contextmanager

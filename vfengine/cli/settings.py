@@ -8,7 +8,7 @@ printed at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ GENERATE = "python -m vfengine.generate"
 
 _COUNT = whole(1, 100_000)
 _SEED = whole(0, 2**64 - 1, "S")
+_MAX_SEED = 2**64 - 2  # of --seed, whose successor is a seed too
 
 
 def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") -> Setting:
@@ -50,6 +51,12 @@ SETTINGS = (
         "prompt", "what", text("TEXT"), "what to show, in words; for a model that takes prompts"
     ),
     _field("negative_prompt", "what", text("TEXT"), "what to avoid, in words", "empty"),
+    Setting(
+        "prompts",
+        "what",
+        text("FILE"),
+        "make a clip of each line: a prompt, or a JSON object of settings; - is stdin",
+    ),
     Setting("list_labels", "what", SWITCH, "print the labels and stop", False),
     _field(
         "preview", "what", SWITCH, "write the base frame alone; the clip will have the same one"
@@ -69,7 +76,7 @@ SETTINGS = (
     Setting(
         "seed",
         "what",
-        whole(0, 2**64 - 2, "S"),
+        whole(0, _MAX_SEED, "S"),
         "seed of a text-to-video clip; else short for --base-seed S --residual-seed S+1",
         None,
         "0",
@@ -109,10 +116,11 @@ SETTINGS = (
         "where to",
         text("FILE"),
         "file to write: .mp4, .webm, .gif, .webp, or .png for a sheet of all frames; several clips "
-        "are numbered",
+        "are numbered; with --prompts, {index}, {label}, {prompt} and seeds stand for a line's",
         None,
         "LABEL.mp4, or LABEL.png with --preview; the first words of a prompt",
     ),
+    Setting("resume", "where to", SWITCH, "pass over lines of --prompts whose files exist", False),
     _field(
         "save_latents",
         "where to",
@@ -186,11 +194,20 @@ SETTINGS = (
     ),
     Setting("no_capture", "how", SWITCH, "run each step without a graph, on CUDA", False),
     Setting("config", "how", text("FILE"), "read settings from this YAML or JSON file"),
+    Setting(
+        "dry_run", "where to", SWITCH, "print what would be made, with memory, and stop", False
+    ),
     Setting("quiet", "where to", SWITCH, "print nothing but errors", False),
     Setting("json", "where to", SWITCH, "print one machine-readable line", False),
 )
+_SHOWN = ("label", "prompt")
 _SHORT = ("seed", "config")  # they stand for other settings
 DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.name not in _SHORT}
+# What a command has once, however many lines of --prompts there are.
+OF_THE_COMMAND = frozenset(
+    ("prompts", "resume", "dry_run", "list_labels", "json", "quiet")
+    + ("model", "base_unet", "device", "dtype", "no_capture")
+)
 _SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
 _ON_OFF = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}
 
@@ -224,6 +241,41 @@ def read_settings(argv: Sequence[str], program: str = GENERATE) -> argparse.Name
     config, in_file = ({}, set()) if file is None else _read_config_file(parser, Path(file))
     given = frozenset(given | (in_file - flags.keys())) & DEFAULTS.keys()
     settings = argparse.Namespace(**{**DEFAULTS, **config, **flags}, given=given)
+    if settings.resume and settings.prompts is None:
+        raise UsageError("--resume needs --prompts, whose lines it may pass over")
+    _check_conflicts(settings)
+    return settings
+
+
+def line_settings(
+    command: argparse.Namespace, entries: Mapping[str, Any], index: int
+) -> argparse.Namespace:
+    """The settings of a line of --prompts: its entries over those of the command.
+
+    Without seeds of its own, line `index` has those of --seed S+index, S being the command's.
+    Raises UsageError as `read_settings` does, and for an entry that only a command can have.
+    """
+    values, given = _parse(generate_parser(), _tokens(entries, OF_THE_COMMAND))
+    former = vars(command)
+    kept = command.given
+    if given & set(_SHOWN):  # one of them takes the place of what the command shows
+        former = {**former, **{name: DEFAULTS[name] for name in _SHOWN}}
+        kept = kept - set(_SHOWN)
+    own = {name: former[name] for name in ("base_seed", "residual_seed") if name in kept}
+    seeds = {}
+    if former["latents"] is None and "latents" not in given:
+        seed = former.get("seed", 0) + index
+        if seed > _MAX_SEED:
+            raise UsageError(f"the seed of line {index} would be {seed}, above {_MAX_SEED}")
+        seeds = {"seed": seed, "base_seed": seed, "residual_seed": seed + 1, **own}
+    given = frozenset(kept | (given & DEFAULTS.keys()))
+    settings = argparse.Namespace(**{**former, **seeds, **values, "given": given})
+    _check_conflicts(settings)
+    return settings
+
+
+def _check_conflicts(settings: argparse.Namespace) -> None:
+    """UsageError for settings that cannot go together."""
     written = written_settings(settings)
     for conflict in conflicts(written):
         value = written[conflict.other]
@@ -232,7 +284,6 @@ def read_settings(argv: Sequence[str], program: str = GENERATE) -> argparse.Name
             f"{flag(conflict.setting)} cannot go with {flag(conflict.other, shown)}: "
             f"{conflict.reason}"
         )
-    return settings
 
 
 def written_settings(settings: argparse.Namespace) -> dict[str, Any]:
@@ -281,12 +332,19 @@ def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[s
         raise UsageError(f"--config {file}: {error}") from error
 
 
-def _tokens(entries: dict) -> list[str]:
-    """A file's entries as flags; UsageError for an unknown name or a value of a wrong kind."""
-    known = {*DEFAULTS, "seed"} - {"list_labels"}
+def _tokens(
+    entries: Mapping[str, Any], foreign: Set[str] = frozenset(("list_labels",))
+) -> list[str]:
+    """A file's entries as flags; UsageError for an unknown name or a value of a wrong kind.
+
+    foreign: settings that the file cannot have
+    """
+    known = {*DEFAULTS, "seed"} - foreign
     tokens = {}
     for key, value in entries.items():
         name = str(key).replace("-", "_")
+        if name in foreign & OF_THE_COMMAND - {"list_labels"}:
+            raise UsageError(f"{name} is the same for all lines: {flag(name)} of the command")
         if name not in known:
             raise UsageError(f"unknown entry {key!r}, expected some of {', '.join(sorted(known))}")
         if name in tokens:

@@ -1,0 +1,6 @@
+def forecast(task):
+    return {"phases": {}}
+
+
+def words(told):
+    return ""
