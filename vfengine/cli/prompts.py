@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..pipelines.request import TextRequest
-from .dry_run import forecast, words
+from .dry_run import describe, words
 from .flags import Failure, UsageError, one_line
 from .job import make_clips, open_pipeline, prepare
 from .output import (
@@ -144,7 +144,7 @@ class _Run:
             bar.passed_over()
             return {"files": list(map(str, task.targets)), "skipped": True}
         if self.settings.dry_run:
-            return forecast(task)
+            return describe(task, base_needed_again=True)
         task.targets[0].parent.mkdir(parents=True, exist_ok=True)
         job = make_clips(task, record, bar.of_line(line.number, record), base_needed_again=True)
         bar.made()
@@ -179,7 +179,7 @@ class _Run:
     def _tell(self, line: Line, told: dict[str, Any], bar: _Bar) -> None:
         """Prints what has become of a line."""
         settings = self.settings
-        if settings.dry_run and not settings.json and "phases" in told:
+        if settings.dry_run and not settings.json and "steps" in told:
             text = f"line {line.number}: {words(told)}"
         else:
             text = json.dumps({"index": line.index, "line": line.number, **told})

@@ -66,17 +66,41 @@ def cached_path(
     Raises ValueError, before a path is sampled, if `folder` is no folder or its file is not a whole
     base path of this key; OSError, afterwards, if the path cannot be written.
     """
-    folder, text = Path(folder), json.dumps(key, sort_keys=True)
+    path = find_path(folder, key)
+    if path is None:
+        path = keep_path(folder, key, sample_path())
+    return path
+
+
+def find_path(folder: str | Path, key: Mapping[str, object]) -> BaseTrajectory | None:
+    """The path of this key in the folder, None without one; ValueError as `cached_path`."""
+    folder, text = Path(folder), _text(key)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"base cache {folder} is not a folder")
-    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-    if file.exists():
-        path = BaseTrajectory.load(file)
-        if path.metadata.get("cache_key") != text:
-            raise ValueError(f"{file}: a base trajectory under another's name; remove it")
-        return path
-    path = sample_path()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = replace(path, metadata={**path.metadata, "cache_key": text})
-    path.save(file)
+    file = path_file(folder, key)
+    if not file.exists():
+        return None
+    path = BaseTrajectory.load(file)
+    if path.metadata.get("cache_key") != text:
+        raise ValueError(f"{file}: a base trajectory under another's name; remove it")
     return path
+
+
+def keep_path(
+    folder: str | Path, key: Mapping[str, object], path: BaseTrajectory
+) -> BaseTrajectory:
+    """Writes a path to the folder, and gives it as it can be found there; OSError if it cannot."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = replace(path, metadata={**path.metadata, "cache_key": _text(key)})
+    path.save(path_file(folder, key))
+    return path
+
+
+def path_file(folder: str | Path, key: Mapping[str, object]) -> Path:
+    """The file of a key's path, which need not be there."""
+    name = hashlib.sha256(_text(key).encode()).hexdigest()[:32]
+    return Path(folder) / f"{name}.safetensors"
+
+
+def _text(key: Mapping[str, object]) -> str:
+    return json.dumps(key, sort_keys=True)
