@@ -58,7 +58,7 @@ def test_a_line_alone_has_all_the_command_needs_to_make_it_again(prompts, cli):
         f'{{"label": "jump"}}\n{json.dumps(entries)}', "--output", "{index}.webp"
     )
     assert (line["base_seed"], line["residual_seed"]) == (1, 40)
-    settings = {name: value for name, value in line["settings"].items() if value is not None}
+    settings = {name: value for name, value in line["settings"].items() if value not in (None, "")}
     seeds = {"base_seed": line["base_seed"], "residual_seed": line["residual_seed"]}
     again = {**settings, **seeds, "output": "again.webp", "dtype": "float32"}
     again = {name: value for name, value in again.items() if name not in ("model", "device")}
@@ -203,7 +203,7 @@ def test_a_missing_file_of_prompts_is_refused(cli):
         (["--prompt", "a walk"], ("--prompt cannot go with --prompts",)),
         (["--label", "walk"], ("--label cannot go with --prompts",)),
         (["--list-labels"], ("--prompts cannot go with --list-labels",)),
-        (["--latents", "a.safetensors"], ("--prompts cannot go with --latents",)),
+        (["--save-latents", "a.safetensors"], ("--prompts cannot go with --save-latents",)),
     ],
 )
 def test_bad_flags_beside_prompts(cli, argv, words):

@@ -202,6 +202,7 @@ class _Bench:
         if "trajectory" not in self.fields:
             return None
         path = self.clip(1, preview=True, num_frames=None, offload_base=None)["output"].trajectory
+        self.clip(1, trajectory=path)  # reads what the preview has freed
         return self._figures(lambda: self.clip(1, trajectory=path))
 
     def _figures(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
