@@ -104,12 +104,13 @@ def test_missing_folders_are_made(prompts):
     assert frames_of("a/walk/0.webp").shape == frames_of("a/jump/1.webp").shape
 
 
-def test_weights_are_read_once(prompts, monkeypatch):
+def test_weights_are_read_once(prompts, monkeypatch, tmp_path_factory):
     read = []
     load = Session.load
     monkeypatch.setattr(Session, "load", lambda self, name: read.append(name) or load(self, name))
-    assert prompts("walk\njump\ncartwheel")[0] == 0
-    assert read == ["base", "residual"]
+    model = save_latent_model(tmp_path_factory.mktemp("models") / "latent")
+    assert prompts("a person\nin red\nin blue", model=model)[0] == 0
+    assert read == ["text", "base", "residual", "decode"]
 
 
 # -- lines that fail -------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def measure(settings: argparse.Namespace, started: float) -> dict[str, Any]:
     generate = argparse.Namespace(**{**vars(read_settings([])), **_model_settings(settings)})
     loading = time.perf_counter()
     pipe = open_pipeline(generate)
+    pipe.keep_parts()
     opening = time.perf_counter() - loading
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(settings, pipe, Path(folder))

@@ -58,7 +58,9 @@ def generate_lines(
                 )
         if fields == [] and lines.count is None:
             raise UsageError(f"--output {settings.output}: needs {{index}}, or lines share a file")
-        run = _Run(settings, open_pipeline(settings), lines, started, files, name)
+        pipe = open_pipeline(settings)
+        pipe.keep_parts()
+        run = _Run(settings, pipe, lines, started, files, name)
         run.check_names()
         run.all()
 
@@ -139,6 +141,7 @@ class _Run:
             raise UsageError(line.error)
         settings = self._settings(line)
         self._claim(line, settings)
+        check_base_files(settings)
         task = prepare(settings, self.pipe, makes_folders=True)
         if self.settings.resume and all(target.is_file() for target in task.targets):
             bar.passed_over()
@@ -204,9 +207,9 @@ class _Bar:
     """One bar over all lines; with the time that is left, where their number is known."""
 
     def __init__(self, count: int | None, quiet: bool) -> None:
-        form = "{desc}: {n:.1f} lines [{elapsed}]"
+        form = "{desc}{n:.1f} lines [{elapsed}]"
         if count is not None:
-            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} lines [{elapsed}<{remaining}]"
+            form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} lines [{elapsed}<{remaining}]"
         self.bar, self.lines = progress_bar(count, quiet, bar_format=form), 0
 
     def __enter__(self) -> _Bar:

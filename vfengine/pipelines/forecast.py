@@ -224,7 +224,9 @@ def _memory(pipe: Pipe, part: VideoRequest | TextRequest) -> Memory:
         read = weights[phase] if pipe.device.type == "cpu" and not published else 0
         peak = max(peak, kept + weights[phase] + max(activations[phase], read))
         leaves = pipe.device.type == "cpu" and (
-            published or phase == "text" or (offload and phase in ("base", "residual"))
+            published
+            or (phase == "text" and not pipe._session.stays)
+            or (offload and phase in ("base", "residual"))
         )
         kept += 0 if leaves else weights[phase] + activations[phase]
     return Memory(weights, activations, clips, peak + clips)

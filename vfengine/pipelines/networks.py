@@ -26,11 +26,14 @@ class Networks:
 
     capture: on CUDA, replay steps from graphs
 
+    stays: whether text encoder and autoencoder stay in memory on a CPU, as a server wants it; a
+           call of the pipeline may keep them where this is False
+
     A subclass reads them, in `load`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, capture: bool) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.stays = device, dtype, False
         self.networks: dict[str, nn.Module] = {}
         self.loops = KeptLoops()
         self.driver = Driver(capture, loops=self.loops)
@@ -103,7 +106,7 @@ class Networks:
         try:
             return work(self.network(name, run))
         finally:
-            if self.device.type == "cpu" and not keep:
+            if self.device.type == "cpu" and not (keep or self.stays):
                 self.release(name)
 
     def release(self, name: str) -> None:
