@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ _ON_OFF = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}
 # -- reading them ----------------------------------------------------------------------------------
 
 
+@lru_cache  # a file may have many lines
 def generate_parser(program: str = GENERATE) -> Parser:
     """All flags, each absent from the result unless it is used."""
     parser = Parser(
