@@ -53,6 +53,7 @@ def counted(monkeypatch):
 CASES = {
     "plain": ["--label", "walk"],
     "windows": ["--label", "walk", "--num-frames", "11"],
+    "loop": ["--label", "walk", "--num-frames", "11", "--loop"],
     "batches": ["--label", "walk", "--num-videos", "5", "--batch-size", "2"],
     "motions": ["--label", "walk", "--num-residuals", "3", "--batch-size", "2"],
     "unguided": ["--label", "walk", "--guidance-scale", "1"],
@@ -85,7 +86,7 @@ def test_what_is_told_of_the_clip(cli, no_weights):
     assert (told["width"], told["height"], told["frames"]) == (48, 48, 11)
     assert (told["fps"], told["seconds"], told["batches"]) == (4.0, 2.75, 1)
     starts = [0, 1, 2, 3, 4, 5, 6, 7]
-    assert told["windows"] == {"length": 4, "overlap": 3, "starts": starts}
+    assert told["windows"] == {"length": 4, "overlap": 3, "starts": starts, "loop": False}
     assert told["base_path"] == {"kind": "stepwise", "from": "network", "batches_in_cache": None}
     memory = told["memory_estimate"]
     assert set(memory["weights"]) == {"base", "residual"}
@@ -178,6 +179,7 @@ def test_a_plain_video_model(cli, tiny_video_checkpoint, counted):
         ["--label", "walk", "--solver", "unipc", "--eta", "0.5"],
         ["--label", "walk", "--num-inference-steps", "5000"],
         ["--label", "walk", "--window", "2"],
+        ["--label", "walk", "--loop", "--num-frames", "2"],
         ["--label", "walk", "--window", "4", "--window-overlap", "1"],
         ["--label", "walk", "--prompt", "a walk"],
         ["--prompt", "a walk"],

@@ -75,7 +75,8 @@ def _windows(found: Forecast, frames: int) -> dict[str, Any] | None:
         return None
     length = min(window, frames)
     overlap = found.request.window_overlap
-    return {"length": length, "overlap": overlap, "starts": list(found.starts)}
+    starts, loop = list(found.starts), found.request.loop
+    return {"length": length, "overlap": overlap, "starts": starts, "loop": loop}
 
 
 def _base_path(task: Task, found: Forecast) -> dict[str, Any] | None:
@@ -110,7 +111,9 @@ def words(told: dict[str, Any]) -> str:
     if windows is not None:
         starts = ", ".join(map(str, windows["starts"]))
         overlap = f", {windows['overlap']} shared with the next" if windows["overlap"] else ""
-        lines.append(f"  windows   of {windows['length']} frames{overlap}; they begin at {starts}")
+        loop = " around a loop" if windows["loop"] else ""
+        shape = f"of {windows['length']} frames{overlap}{loop}"
+        lines.append(f"  windows   {shape}; they begin at {starts}")
     steps = ", ".join(f"{phase} {count}" for phase, count in told["steps"].items())
     calls = ", ".join(f"{phase} {count}" for phase, count in told["calls"].items())
     batches = "1 batch" if told["batches"] == 1 else f"{told['batches']} batches"

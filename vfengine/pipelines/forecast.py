@@ -18,6 +18,7 @@ from ..diffusion.noise import check_seed
 from ..files import open_tensors
 from ..models import UNetConfig
 from ..models.autoencoder import AutoencoderConfig
+from ..sampling.cycle import plan_cycle
 from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Run
 from ..sampling.windows import plan_windows
@@ -166,8 +167,8 @@ def _starts(pipe: Pipe, request: VideoRequest | TextRequest) -> tuple[int, ...]:
         return (0,)
     base = isinstance(request, SamplingRequest)
     options = {"lam": request.lam} if base else {}
-    overlap = request.window_overlap
-    return plan_windows(request.num_frames, window, overlap, base=base, **options).starts
+    plan = plan_cycle if request.loop else plan_windows
+    return plan(request.num_frames, window, request.window_overlap, base=base, **options).starts
 
 
 def _calls(
