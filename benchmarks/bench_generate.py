@@ -25,8 +25,8 @@ from lib.harness import Row, Target, main
 from lib.neighbours import fair_share, neighbours
 
 from vfengine import VideoFusionPipeline
+from vfengine.cli.start import wait_briefly
 from vfengine.devices import chosen_dtype
-from vfengine.generate import wait_briefly
 from vfengine.pipelines.videofusion import to_uint8
 
 LABEL = "cartwheel"

@@ -22,7 +22,7 @@ FLOORS = (
     ("pipelines", "training"),
     ("serving",),
     ("cli",),
-    ("generate", "serve", "train"),  # the doors
+    ("generate", "serve", "train", "bench", "eval", "__main__"),  # the doors
 )
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
 WITHOUT_TORCH = (
@@ -137,7 +137,7 @@ def test_module_loads_without_torch(name):
     assert run(f"import vfengine.{name}") == ""
 
 
-@pytest.mark.parametrize("door", ["generate", "serve", "train"])
+@pytest.mark.parametrize("door", ["generate", "serve", "train", "bench", "eval"])
 def test_help_needs_no_torch(door):
     said = run(
         f"import runpy, sys\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vfengine.generate import wait_briefly
+from vfengine.cli.start import wait_briefly
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..pipelines.request import TextRequest, VideoRequest, field_names
 from .flags import Failure, UsageError, flag, one_line
@@ -30,6 +29,7 @@ from .output import (
     write_clip,
     write_trajectory,
 )
+from .prompt_lines import slug
 from .replay import check_clip, input_files
 from .settings import written_settings
 
@@ -48,25 +48,14 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
     Raises ValueError or OSError for bad input, Failure for what goes wrong later.
     """
     record = Record(started, files)
-    count = max(settings.num_videos, settings.num_residuals)
-    if settings.output is not None:
-        check_outputs(Path(settings.output), count)  # before torch is imported
-        encoding_of(settings, settings.output)
-    check_base_files(settings)
-
-    pipe = _open_pipeline(settings)
+    check_files(settings)
+    pipe = open_pipeline(settings)
     if settings.list_labels:
         if _takes_text(pipe):
             raise UsageError(f"{pipe.folder}: {pipe.lacks}: --prompt says what to show")
         print(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
         return
-    _check_model(settings, pipe)
-    settings = _complete(settings, pipe)
-    request = (_text_request if _takes_text(pipe) else _request)(settings, pipe)
-    targets = check_outputs(Path(settings.output), request.num_clips)
-
-    job = _sample_and_write(settings, pipe, request, targets, record)
-    record.timings["total"] = time.perf_counter() - record.started
+    job = make_clips(prepare(settings, pipe), record)
     if settings.json:
         print(json.dumps(json_line(job, record)))
     elif not settings.quiet:
@@ -76,7 +65,39 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
 # -- from settings to a request --------------------------------------------------------------------
 
 
-def _open_pipeline(settings: argparse.Namespace) -> Pipeline:
+class Task(NamedTuple):
+    """What is about to be made: a request that its model can take, and its files.
+
+    settings: complete
+    """
+
+    settings: argparse.Namespace
+    pipe: Pipeline
+    request: VideoRequest | TextRequest
+    targets: list[Path]
+
+
+def check_files(settings: argparse.Namespace) -> None:
+    """ValueError or OSError for files that cannot be written, before torch is imported."""
+    if settings.output is not None:
+        check_outputs(Path(settings.output), max(settings.num_videos, settings.num_residuals))
+        encoding_of(settings, settings.output)
+    check_base_files(settings)
+
+
+def prepare(settings: argparse.Namespace, pipe: Pipeline, makes_folders: bool = False) -> Task:
+    """The task that settings are; ValueError or OSError for what the model cannot take.
+
+    makes_folders: whether missing folders of its files are made later
+    """
+    _check_model(settings, pipe)
+    settings = _complete(settings, pipe)
+    request = (_text_request if _takes_text(pipe) else _request)(settings, pipe)
+    targets = check_outputs(Path(settings.output), request.num_clips, makes_folders)
+    return Task(settings, pipe, request, targets)
+
+
+def open_pipeline(settings: argparse.Namespace) -> Pipeline:
     import torch
 
     from ..formats.tokenizer import MissingPackage
@@ -144,11 +165,7 @@ def _default_output(settings: argparse.Namespace) -> str:
     """A name after the label, the first words of the prompt, or the file of latents."""
     if settings.latents is not None:
         return Path(settings.latents).stem + ".mp4"
-    if settings.prompt is not None:
-        words = re.findall(r"\w+", settings.prompt.lower())[:8]
-        name = "-".join(words)[:60] or "clip"
-    else:
-        name = settings.label
+    name = settings.label if settings.prompt is None else slug(settings.prompt)
     return name + (".png" if settings.preview else ".mp4")
 
 
@@ -231,24 +248,31 @@ def _text_request(settings: argparse.Namespace, pipe: Pipeline) -> TextRequest:
 # -- sampling --------------------------------------------------------------------------------------
 
 
-def _sample_and_write(
-    settings: argparse.Namespace,
-    pipe: Pipeline,
-    request: VideoRequest | TextRequest,
-    targets: Sequence[Path],
+def make_clips(
+    task: Task,
     record: Record,
+    show: Callable[[int], Progress] | None = None,
+    base_needed_again: bool = False,
 ) -> Job:
-    """Samples and writes batch after batch, and the base paths if they are to be kept."""
+    """Samples and writes batch after batch, and the base paths if they are to be kept.
+
+    show:              progress of so many steps; None is a bar of its own
+    base_needed_again: whether later tasks need the base network
+
+    Raises ValueError or OSError for bad input, Failure for what goes wrong later.
+    """
     from ..media.pictures import to_uint8
     from ..pipelines.batches import Batches
 
-    batches = Batches(pipe, request, settings.batch_size)
+    settings, pipe, request, targets = task
+    batches = Batches(pipe, request, settings.batch_size, base_needed_again)
     job = Job(settings, pipe, batches.request)
-    _try_encoder(job)
-    tell = _teller(job)
+    try_encoder(job)
+    tell = teller(job)
     paths = []
+    total = batches.steps.total
     with (
-        Progress(batches.steps.total, settings.quiet, record) as progress,
+        Progress(total, settings.quiet, record) if show is None else show(total) as progress,
         _naming_latents(job.request, record),
     ):
         for batch in _explained(batches.run(progress), settings, record):
@@ -264,10 +288,11 @@ def _sample_and_write(
             record.add({"write": time.perf_counter() - started})
     if paths:
         write_trajectory(Path(settings.base_trajectory), paths)
+    record.timings["total"] = time.perf_counter() - record.started
     return job
 
 
-def _try_encoder(job: Job) -> None:
+def try_encoder(job: Job) -> None:
     """UsageError where an encoder that was asked for does not take frames of this size."""
     settings, config = job.settings, job.pipe.config
     if not settings.given & {"codec", "chroma"}:
@@ -278,7 +303,7 @@ def _try_encoder(job: Job) -> None:
     encoding_of(settings, settings.output, sides)
 
 
-def _teller(job: Job) -> Callable[[int], str | None]:
+def teller(job: Job) -> Callable[[int], str | None]:
     """What each clip's file tells of it, by the clip's number; ValueError for what is too long."""
     from ..media.metadata import check_metadata
     from ..pipelines.clip_settings import clip_settings, settings_text
@@ -319,7 +344,7 @@ def _explained(
     try:
         yield from batches
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise Failure(
                 "not enough memory: try fewer frames, a smaller --batch-size or --dtype bf16"
             ) from error
@@ -334,6 +359,6 @@ def _explained(
         raise Failure(where + one_line(error)) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -19,6 +19,7 @@ from .settings import DEFAULTS
 
 if TYPE_CHECKING:
     import numpy as np
+    from tqdm import tqdm
 
     from ..diffusion.base_path import BaseTrajectory
     from ..media.codecs import Encoding
@@ -73,15 +74,27 @@ class Record:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def check_outputs(output: Path, count: int) -> list[Path]:
-    """The files to be written, checked; several are name-000.mp4 …"""
-    from ..media.video import check_target
-
+def output_files(output: Path, count: int) -> list[Path]:
+    """The files of so many clips; several are name-000.mp4 …"""
     if count == 1:
-        return [check_target(output)]
+        return [output]
     digits = max(3, len(str(count - 1)))
     names = [f"{output.stem}-{k:0{digits}d}{output.suffix}" for k in range(count)]
-    return [check_target(output.with_name(name)) for name in names]
+    return [output.with_name(name) for name in names]
+
+
+def check_outputs(output: Path, count: int, makes_folders: bool = False) -> list[Path]:
+    """`output_files`, once they can be written; makes_folders: or could be, in a new folder."""
+    from ..media.video import check_target
+
+    files = output_files(output, count)
+    for file in files:
+        if makes_folders and not file.parent.exists():
+            there = next(folder for folder in file.absolute().parents if folder.exists())
+            check_target(there / file.name)
+        else:
+            check_target(file)
+    return files
 
 
 def encoding_of(
@@ -154,17 +167,8 @@ class Progress:
     """
 
     def __init__(self, total: int, quiet: bool, record: Record) -> None:
-        from tqdm import tqdm
-
         self.record = record
-        self.bar = tqdm(
-            total=total,
-            disable=True if quiet else None,  # None: shown if stderr is a terminal
-            ncols=_terminal_columns(),
-            nrows=20,  # a terminal may report 0 rows, with which no bar is shown
-            leave=False,
-            unit="step",
-        )
+        self.bar = progress_bar(total, quiet, unit="step")
 
     def __enter__(self) -> Progress:
         return self
@@ -181,6 +185,20 @@ class Progress:
     def expect(self, total: int) -> None:
         """Corrects the total: a base path from the cache takes no steps."""
         self.bar.total = total
+
+
+def progress_bar(total: int | None, quiet: bool, **options: str) -> tqdm:
+    """A bar on stderr if that is a terminal; total: None is unknown."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        disable=True if quiet else None,  # None: shown if stderr is a terminal
+        ncols=_terminal_columns(),
+        nrows=20,  # a terminal may report 0 rows, with which no bar is shown
+        leave=False,
+        **options,
+    )
 
 
 def _terminal_columns() -> int:
@@ -241,7 +259,7 @@ def json_line(job: Job, record: Record) -> dict[str, Any]:
         **_seeds(job),
         "timings": {name: round(seconds, 4) for name, seconds in record.timings.items()},
         "peak_memory": {
-            "process": _peak_process_memory(),
+            "process": peak_process_memory(),
             "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
             # includes the memory that graphs keep
             "cuda_reserved": torch.cuda.max_memory_reserved(pipe.device) if cuda else None,
@@ -273,7 +291,8 @@ def _base_seed(job: Job) -> int | None:
 
 def _settings_in_use(job: Job) -> dict[str, Any]:
     """The settings, with what the request has filled in."""
-    elsewhere = ("list_labels", "json", "quiet", "base_seed", "residual_seed")
+    of_output = {"prompts", "resume", "dry_run", "list_labels", "json", "quiet"}
+    elsewhere = of_output | {"base_seed", "residual_seed"}
     values = {name: getattr(job.settings, name) for name in DEFAULTS if name not in elsewhere}
     filled = ("num_frames", "height", "width", "guidance_scale", "base_path", "offload_base")
     for name in (*filled, "window", "window_overlap"):
@@ -283,7 +302,7 @@ def _settings_in_use(job: Job) -> dict[str, Any]:
     return values
 
 
-def _peak_process_memory() -> int | None:
+def peak_process_memory() -> int | None:
     """Largest resident size of this process in bytes; None where the system does not say."""
     if sys.platform == "win32":
         return None

@@ -8,7 +8,8 @@ printed at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from .flags import (
 )
 from .replay import Clip, is_clip, read_clip
 
+GENERATE = "python -m vfengine.generate"
+
 # -- the settings ----------------------------------------------------------------------------------
 
 _COUNT = whole(1, 100_000)
 _SEED = whole(0, 2**64 - 1, "S")
+_MAX_SEED = 2**64 - 2  # of --seed, whose successor is a seed too
 _SAMPLE = whole(0, 2**31 - 1, "K")
 
 
@@ -50,6 +54,12 @@ SETTINGS = (
         "prompt", "what", text("TEXT"), "what to show, in words; for a model that takes prompts"
     ),
     _field("negative_prompt", "what", text("TEXT"), "what to avoid, in words", "empty"),
+    Setting(
+        "prompts",
+        "what",
+        text("FILE"),
+        "make a clip of each line: a prompt, or a JSON object of settings; - is stdin",
+    ),
     Setting("list_labels", "what", SWITCH, "print the labels and stop", False),
     _field(
         "preview", "what", SWITCH, "write the base frame alone; the clip will have the same one"
@@ -69,7 +79,7 @@ SETTINGS = (
     Setting(
         "seed",
         "what",
-        whole(0, 2**64 - 2, "S"),
+        whole(0, _MAX_SEED, "S"),
         "seed of a text-to-video clip; else short for --base-seed S --residual-seed S+1",
         None,
         "0",
@@ -115,10 +125,11 @@ SETTINGS = (
         "where to",
         text("FILE"),
         "file to write: .mp4, .webm, .mkv, .gif, .webp, or .png for a sheet of all frames; several "
-        "clips are numbered",
+        "clips are numbered; with --prompts, {index}, {label}, {prompt} and seeds are a line's",
         None,
         "LABEL.mp4, or LABEL.png with --preview; the first words of a prompt",
     ),
+    Setting("resume", "where to", SWITCH, "pass over lines of --prompts whose files exist", False),
     _field(
         "save_latents",
         "where to",
@@ -230,11 +241,20 @@ SETTINGS = (
         text("FILE"),
         "read settings from this YAML or JSON file, or those of a clip from the clip itself",
     ),
+    Setting(
+        "dry_run", "where to", SWITCH, "print what would be made, with memory, and stop", False
+    ),
     Setting("quiet", "where to", SWITCH, "print nothing but errors", False),
     Setting("json", "where to", SWITCH, "print one machine-readable line", False),
 )
+_SHOWN = ("label", "prompt")
 _SHORT = ("seed", "config")  # they stand for other settings
 DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.name not in _SHORT}
+# What a command has once, however many lines of --prompts there are.
+OF_THE_COMMAND = frozenset(
+    ("prompts", "resume", "dry_run", "list_labels", "json", "quiet")
+    + ("model", "base_unet", "device", "dtype", "no_capture")
+)
 _SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
 _ON_OFF = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}
 
@@ -242,10 +262,11 @@ _ON_OFF = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}
 # -- reading them ----------------------------------------------------------------------------------
 
 
-def generate_parser() -> Parser:
+@lru_cache  # a file may have many lines
+def generate_parser(program: str = GENERATE) -> Parser:
     """All flags, each absent from the result unless it is used."""
     parser = Parser(
-        prog="python -m vfengine.generate",
+        prog=program,
         description="Generate clips with a decomposed video diffusion model (VideoFusion), or with "
         "a published text-to-video model.",
         epilog="Flags may be written with hyphens or underscores.",
@@ -256,14 +277,14 @@ def generate_parser() -> Parser:
     return parser
 
 
-def read_settings(argv: Sequence[str]) -> argparse.Namespace:
+def read_settings(argv: Sequence[str], program: str = GENERATE) -> argparse.Namespace:
     """Flags over --config FILE over `DEFAULTS`, whose keys the result has as attributes.
 
     Its `given` names those that flags or the file set; --seed does not count as the two seeds. Its
     `clip` is the clip that --config names, or None.
     Raises UsageError for flags and entries that are unknown, have bad values or cannot go together.
     """
-    parser = generate_parser()
+    parser = generate_parser(program)
     flags, given = _parse(parser, argv)
     file, clip = flags.pop("config", None), None
     if file is None:
@@ -275,6 +296,43 @@ def read_settings(argv: Sequence[str]) -> argparse.Namespace:
         config, in_file = _read_config_file(parser, Path(file))
     given = frozenset(given | (in_file - flags.keys())) & DEFAULTS.keys()
     settings = argparse.Namespace(**{**DEFAULTS, **config, **flags}, given=given, clip=clip)
+    if settings.resume and settings.prompts is None:
+        raise UsageError("--resume needs --prompts, whose lines it may pass over")
+    if clip is not None and settings.prompts is not None:
+        raise UsageError(f"--prompts cannot go with --config {clip.file}, which is one clip")
+    _check_conflicts(settings)
+    return settings
+
+
+def line_settings(
+    command: argparse.Namespace, entries: Mapping[str, Any], index: int
+) -> argparse.Namespace:
+    """The settings of a line of --prompts: its entries over those of the command.
+
+    Without seeds of its own, line `index` has those of --seed S+index, S being the command's.
+    Raises UsageError as `read_settings` does, and for an entry that only a command can have.
+    """
+    values, given = _parse(generate_parser(), _tokens(entries, OF_THE_COMMAND))
+    former = vars(command)
+    kept = command.given
+    if given & set(_SHOWN):  # one of them takes the place of what the command shows
+        former = {**former, **{name: DEFAULTS[name] for name in _SHOWN}}
+        kept = kept - set(_SHOWN)
+    own = {name: former[name] for name in ("base_seed", "residual_seed") if name in kept}
+    seeds = {}
+    if former["latents"] is None and "latents" not in given:
+        seed = former.get("seed", 0) + index
+        if seed > _MAX_SEED:
+            raise UsageError(f"the seed of line {index} would be {seed}, above {_MAX_SEED}")
+        seeds = {"seed": seed, "base_seed": seed, "residual_seed": seed + 1, **own}
+    given = frozenset(kept | (given & DEFAULTS.keys()))
+    settings = argparse.Namespace(**{**former, **seeds, **values, "given": given})
+    _check_conflicts(settings)
+    return settings
+
+
+def _check_conflicts(settings: argparse.Namespace) -> None:
+    """UsageError for settings that cannot go together."""
     written = written_settings(settings)
     for conflict in conflicts(written):
         value = written[conflict.other]
@@ -283,7 +341,6 @@ def read_settings(argv: Sequence[str]) -> argparse.Namespace:
             f"{flag(conflict.setting)} cannot go with {flag(conflict.other, shown)}: "
             f"{conflict.reason}"
         )
-    return settings
 
 
 def written_settings(settings: argparse.Namespace) -> dict[str, Any]:
@@ -342,12 +399,19 @@ def _read_clip(parser: Parser, clip: Clip) -> tuple[dict[str, Any], set[str]]:
     return {**named, **config}, names
 
 
-def _tokens(entries: dict) -> list[str]:
-    """A file's entries as flags; UsageError for an unknown name or a value of a wrong kind."""
-    known = {*DEFAULTS, "seed"} - {"list_labels"}
+def _tokens(
+    entries: Mapping[str, Any], foreign: Set[str] = frozenset(("list_labels",))
+) -> list[str]:
+    """A file's entries as flags; UsageError for an unknown name or a value of a wrong kind.
+
+    foreign: settings that the file cannot have
+    """
+    known = {*DEFAULTS, "seed"} - foreign
     tokens = {}
     for key, value in entries.items():
         name = str(key).replace("-", "_")
+        if name in foreign & OF_THE_COMMAND - {"list_labels"}:
+            raise UsageError(f"{name} is the same for all lines: {flag(name)} of the command")
         if name not in known:
             raise UsageError(f"unknown entry {key!r}, expected some of {', '.join(sorted(known))}")
         if name in tokens:

@@ -1,19 +1,45 @@
-"""docs/settings.md: the flags of the commands, from their tables of settings.
+"""docs/settings.md: the flags of all commands, from their tables of settings.
 
 python -m vfengine.cli.settings_page > docs/settings.md
 """
 
 from ..pipelines.request import CONFLICTS, VideoRequest
+from .bench import SETTINGS as BENCH_SETTINGS
+from .evaluate import DISTANCES
+from .evaluate import SETTINGS as EVAL_SETTINGS
 from .flags import flag, markdown
 from .serve_settings import SETTINGS as SERVE_SETTINGS
 from .settings import DEFAULTS, SETTINGS
 from .train_settings import SETTINGS as TRAIN_SETTINGS
 
+_PROMPTS = """### Lines of prompts
+
+`--prompts FILE` makes a clip of each line, with one load of the model, and prints one line of JSON
+for each: that of `--json`, with `index` (from 0) and `line` (from 1). Blank lines, and those that
+begin with `#`, are passed over. In a .txt file a line is a prompt, or a label of a model that knows
+labels alone. In a .jsonl file it is an object of settings, checked as entries of `--config` are:
+`{"prompt": "a person walking", "num_frames": 32}`. Settings of the command hold for all lines that
+have none of their own. Another file, or `-` for stdin, holds objects if its first line begins with
+`{`. Lines of a pipe are made as they come.
+
+- Without a seed of its own, line `index` has that of `--seed S+index`: alone, it makes the same
+  clip. `--base-seed` and `--residual-seed` of the command hold for all lines.
+- In `--output`, `{index}`, `{seed}`, `{base_seed}`, `{residual_seed}`, `{label}` and `{prompt}`
+  stand for what the line has. Numbers may have a width, as in `{index:04d}`; `{{` is a brace.
+  Labels and prompts come as words joined by hyphens. The default is `{index:04d}-{prompt}.mp4`.
+  Missing folders are made.
+- `--resume` passes over lines whose files all exist. Files only ever appear whole.
+- A line that fails stops no other. Its line of JSON has `error`, and the exit status is 1 in the
+  end. A file that cannot be read, or is no JSON, is refused before the model is: status 2.
+- `--dry-run` tells of each line what would be made.
+
+"""
+
 _HEAD = """# Settings
 
-This page is generated: `make settings` writes it from `vfengine/cli/settings.py`,
-`vfengine/cli/train_settings.py` and `vfengine/cli/serve_settings.py`. `--help` of each command
-prints the same flags.
+This page is generated: `make settings` writes it from the tables of settings in `vfengine/cli/`.
+`--help` of each command prints the same flags. `python -m vfengine.generate` is `vfengine generate`
+where the package is installed, and so are the others.
 
 ## python -m vfengine.generate
 
@@ -27,11 +53,19 @@ the file, and the file overrides the default.
 def settings_page() -> str:
     """The page, in Markdown."""
     return (
-        f"{_HEAD}{markdown(SETTINGS)}\n"
+        f"{_HEAD}{markdown(SETTINGS)}\n{_PROMPTS}"
         f"{_conflicts()}\n"
         f"## python -m vfengine.train\n\n{markdown(TRAIN_SETTINGS)}\n"
-        f"## python -m vfengine.serve\n\n{markdown(SERVE_SETTINGS)}"
+        f"## python -m vfengine.serve\n\n{markdown(SERVE_SETTINGS)}\n"
+        f"## python -m vfengine.bench\n\n{markdown(BENCH_SETTINGS)}\n"
+        f"## python -m vfengine.eval\n\n{_distances()}\n{markdown(EVAL_SETTINGS)}"
     )
+
+
+def _distances() -> str:
+    """One table of the distances that `eval` knows."""
+    rows = [f"| `{name}` | {words} |" for name, words in DISTANCES.items()]
+    return "\n".join(["| distance | what it is |", "|---|---|", *rows, ""])
 
 
 def _conflicts() -> str:

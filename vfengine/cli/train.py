@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..names import AUTO, OBJECTIVES
 from .flags import flag
+from .start import short_name
 from .train_loop import CHECKPOINT, STATE, Limit, run, tell_end
-from .train_settings import read_settings
+from .train_settings import TRAIN, read_settings
 
 if TYPE_CHECKING:
     from ..training.batch import Latents
@@ -26,19 +28,22 @@ if TYPE_CHECKING:
     from ..training.trainer import Trainer
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = TRAIN) -> int:
     """Runs one command line; returns the exit status.
+
+    program: how the command was called, for help and errors
 
     2 for bad input, 1 for a loss gone to NaN, 143 for a run that SIGTERM stopped.
     """
+    name = short_name(program)
     try:
-        return _train(read_settings(argv))
+        return _train(read_settings(argv, program))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"vfengine.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         message = "interrupted; --resume goes on from the last saved state"
-        print(f"vfengine.train: {message}", file=sys.stderr)
+        print(f"{name}: {message}", file=sys.stderr)
         return 130
 
 

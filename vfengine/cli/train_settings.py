@@ -15,6 +15,8 @@ from ..names import AUTO, BASE_PATHS, NETWORKS_TRAINED, PRECISIONS, TRAININGS
 from ..training.options import OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
 
+TRAIN = "python -m vfengine.train"
+
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
@@ -223,10 +225,10 @@ SETTINGS = (
 )
 
 
-def train_parser() -> Parser:
+def train_parser(program: str = TRAIN) -> Parser:
     """All flags, None unless they are used."""
     parser = Parser(
-        "python -m vfengine.train",
+        program,
         description="Train a decomposed model on rendered motion capture or on a folder of videos: "
         "on pixels with labels, or, with --autoencoder and --text-encoder, on latents with "
         "captions. With --objective, train these parts first, or VDM*: plain video diffusion, one "
@@ -237,12 +239,12 @@ def train_parser() -> Parser:
     return parser
 
 
-def read_settings(argv: Sequence[str] | None) -> argparse.Namespace:
+def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.Namespace:
     """All settings, as attributes; those that an objective has not are 0 or None.
 
     Raises UsageError for unknown flags, bad values, and flags that the objective does not take.
     """
-    settings = vars(train_parser().parse_args(argv))
+    settings = vars(train_parser(program).parse_args(argv))
     objective = settings["objective"] = settings["objective"] or "decomposed"
     defaults = OBJECTIVE_DEFAULTS.get(objective, {})
     if settings["autoencoder"] is not None:

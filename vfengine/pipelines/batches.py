@@ -42,6 +42,7 @@ class Batches:
 
     request:    of one label; as an attribute, with its defaults filled in
     batch_size: clips of a batch, at most; the clips do not depend on it
+    base_needed_again: whether the base network is needed after the last batch too
 
     Raises ValueError for a request with more labels, and for one that does not fit the model.
     """
@@ -51,11 +52,13 @@ class Batches:
         pipe: VideoFusionPipeline | PlainVideoPipeline,
         request: VideoRequest,
         batch_size: int = 1,
+        base_needed_again: bool = False,
     ) -> None:
         if len(request.labels) > 1:
             raise ValueError(f"batches are of one label, got {len(request.labels)}")
         self.pipe, self.batch_size = pipe, batch_size
-        self.request = pipe.fill_defaults(request, request.num_videos > batch_size)
+        again = base_needed_again or request.num_videos > batch_size
+        self.request = pipe.fill_defaults(request, again)
         self.firsts = range(0, self.request.num_clips, batch_size)
 
     @property

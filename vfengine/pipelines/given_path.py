@@ -1,6 +1,8 @@
-"""Base paths that a user brings: whether a model can follow them."""
+"""Base paths and pictures that a user brings: whether a model can follow them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.schedule import NoiseSchedule
@@ -48,3 +50,12 @@ def check_path(
     if clips not in (1, num_clips):
         wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
         raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")
+
+
+def check_animates(config: DecomposedConfig, folder: Path) -> None:
+    """ValueError for a model that cannot animate a picture."""
+    if not config.animates_pictures:
+        raise ValueError(
+            f"{folder}: this model cannot animate a picture: its residual network was not trained "
+            "for base_path='clean'"
+        )

@@ -64,6 +64,12 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
 
+    def keep_parts(self) -> None:
+        """Readies the model for many calls: of our own, all of it may stay in memory.
+
+        A text-to-video model's networks are large, and still take turns on a CPU.
+        """
+
     def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
         """ValueError for settings that only models of another kind have.
 
@@ -107,6 +113,9 @@ class CheckpointPipeline(Pipeline):
     @property
     def fingerprint(self) -> str:
         return self.config.fingerprint()
+
+    def keep_parts(self) -> None:
+        self._session.stays = True
 
     def check_fields(self, names: Iterable[str], spell: Callable[[str], str] = str) -> None:
         """Also ValueError for prompts, if the model knows labels alone."""

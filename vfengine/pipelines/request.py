@@ -61,6 +61,7 @@ _CLEAN_ERROR = _OVERLAP_ERROR.format(
 )
 _OFFLOAD_ERROR = _OVERLAP_ERROR.format("offload_base frees the base network between them")
 _FINISHED = "the latents are finished"
+_LINES = "each line makes clips of its own"
 _SHOWN = "each says what to show"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
@@ -99,6 +100,7 @@ CONFLICTS = (
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
     *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
+    *(Conflict("prompts", other, _LINES) for other in ("latents", "save_latents", "list_labels")),
     Conflict("prompt", "label", _SHOWN, "a prompt cannot go with a label: each says what to show"),
 )
 # fields that have another name on the command line

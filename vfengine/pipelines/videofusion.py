@@ -42,7 +42,7 @@ from ..sampling.run import Callback, Run
 from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
 from .base_cache import cache_key, cached_path
-from .given_path import check_path
+from .given_path import check_animates, check_path
 from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .plain_video import PlainVideoPipeline
 from .request import SamplingRequest, field_names
@@ -378,11 +378,7 @@ class VideoFusionPipeline(CheckpointPipeline):
     ) -> BaseTrajectory:
         """`image_path`; keep: whether the autoencoder stays in memory on a CPU."""
         config = self.config
-        if not config.animates_pictures:
-            raise ValueError(
-                f"{self.folder}: this model cannot animate a picture: its residual network was not "
-                "trained for base_path='clean'"
-            )
+        check_animates(config, self.folder)
         x = to_network(image, config.picture_channels, *config.picture_size).to(self.device)
         if config.autoencoder is not None:
             mean, std = self._latent_scale()
@@ -417,10 +413,17 @@ class VideoFusionPipeline(CheckpointPipeline):
 
         if request.base_cache is None:
             return sample_path()
+        key = self._cache_key(request, condition)
+        return cached_path(request.base_cache, key, sample_path).to(self.device)
+
+    def _cache_key(
+        self, request: SamplingRequest, condition: Condition | Prompts
+    ) -> dict[str, object]:
+        """What a base path is found by; ValueError for a model that cannot be told from others."""
         if not self.config.fingerprint():
             raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
-        key = cache_key(self.config, self._notes(request), table, condition, place, self.dtype)
-        return cached_path(request.base_cache, key, sample_path).to(self.device)
+        found = self._notes(request), self._table(request), condition, self._base_place(request)
+        return cache_key(self.config, *found, self.dtype)
 
     def _base_place(self, request: SamplingRequest) -> NoisePlace:
         """The place of the base frames' noise."""
