@@ -1,5 +1,6 @@
 """Engines: what they make of jobs, alone and in batches; cancelling, stopping, failing."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from published_folders import small_diffusers_folder
 from serving_engines import acting, engine_of, run_all
 from serving_jobs import STEPS, add, files_of, frames_of, put, settings_of
 
+from vfengine.media.metadata import read_metadata
 from vfengine.media.pictures import enlarge
-from vfengine.media.video import read_video
+from vfengine.media.video import read_video, write_video
 from vfengine.pipelines.videofusion import VideoFusionPipeline, to_uint8
 from vfengine.serving import making
 from vfengine.serving.engine import model_info
@@ -118,6 +120,34 @@ def test_a_plain_model(tiny_video_checkpoint, store):
         assert store.get(name).has_base
     info = model_info(engine.maker.pipe, "plain", 4)
     assert (info.kind, info.base_paths, info.has_base, info.max_batch) == ("plain", (), False, 1)
+
+
+def test_a_clip_says_what_made_it(folders, store):
+    engine = engine_of(folders["latents"], store)
+    look = {"label": "walk", "prompt": None, "negative_prompt": ""}
+    names = add(
+        store,
+        settings_of(prompt="red", format="mp4"),
+        settings_of(prompt="red", look=look),
+        settings_of(picture=True),
+        settings_of(num_frames=2, extends=""),
+    )
+    Image.new("RGB", (32, 32), "red").save(store.folder / "red.png")
+    put(store, names[2], (store.folder / "red.png").read_bytes(), UPLOAD)
+    write_video(store.folder / "sent.webp", np.zeros((3, 32, 32, 3), np.uint8), 8.0)
+    put(store, names[3], (store.folder / "sent.webp").read_bytes(), SOURCE)
+    run_all(engine)
+    records = []
+    for name in names:
+        text = read_metadata(store.file(name, store.get(name).settings.video_file))
+        assert str(store.folder) not in text
+        records.append(json.loads(text))
+    made, looked, pictured, stitched = records
+    wanted = {"prompt": "red", "base_seed": 5, "residual_seed": 6, "num_frames": 4, "fps": 8.0}
+    assert wanted.items() <= made["settings"].items() and "beyond" not in made
+    assert looked["beyond"]["look"] == look
+    assert pictured["files"]["image"]["name"] == "upload"
+    assert stitched["beyond"]["source"] == {"frames": 3}
 
 
 def test_a_text_to_video_model(tmp_path, store):

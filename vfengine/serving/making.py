@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 
 from ..diffusion.base_path import BaseTrajectory
+from ..media.metadata import MAX_BYTES
 from ..media.pictures import enlarge, read_picture, to_uint8
 from ..media.video import write_video
+from ..pipelines.clip_settings import clip_settings, file_record, settings_text
 from ..pipelines.pipeline import CheckpointPipeline, Pipeline
 from ..pipelines.request import SamplingRequest, TextRequest, VideoRequest
 from ..pipelines.together import base_frame, sample_together
@@ -302,7 +304,7 @@ class Maker:
             frames = np.concatenate([one.source, frames])
         write_sheet(self.store.file(job.id, SPRITESHEET), frames, settings.fps)
         file = self.store.file(job.id, settings.video_file)
-        _write_clip(file, frames, job)
+        _write_clip(self.pipe, file, frames, one)
         return {
             "num_frames": len(frames),
             "seconds": round(len(frames) / settings.fps, 3),
@@ -353,9 +355,25 @@ class Memory:
         return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
-def _write_clip(file: Path, frames: np.ndarray, job: Job) -> None:
-    """Writes the video of a job."""
-    write_video(file, frames, job.settings.fps)
+def _write_clip(pipe: Pipeline, file: Path, frames: np.ndarray, one: Prepared) -> None:
+    """Writes the video of a job, with a record of what made it.
+
+    What the settings alone do not make again, the record says to be beyond them: the look of
+    another prompt, and a clip that goes on from another.
+    """
+    settings = one.job.settings
+    upload = file.with_name(UPLOAD)
+    files = {"image": file_record(upload)} if settings.picture else {}
+    record = clip_settings(pipe, one.request, files=files, fps=settings.fps, scale=settings.scale)
+    beyond = {} if settings.look is None else {"look": settings.look}
+    if one.source is not None:
+        beyond["source"] = {"frames": len(one.source)}
+    if beyond:
+        record["beyond"] = {**record.get("beyond", {}), **beyond}
+    text = settings_text(record)
+    if len(text) > MAX_BYTES:  # of a prompt that no file can carry
+        text = None
+    write_video(file, frames, settings.fps, metadata=text)
 
 
 def _common(settings: JobSettings) -> dict[str, Any]:
