@@ -4,11 +4,9 @@ import shutil
 
 _WITHOUT = ("background-networking", "component-update", "sync", "quic", "gpu", "dev-shm-usage")
 FLAGS = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in _WITHOUT)]
+MISSING = "the page is tried in Chromium: apt-get install chromium"
 
 
-def find_chromium() -> str:
-    """Its file. Raises FileNotFoundError, which says how to install it."""
-    found = shutil.which("chromium")
-    if found is None:
-        raise FileNotFoundError("the page is tried in Chromium: apt-get install chromium")
-    return found
+def find_chromium() -> str | None:
+    """Its file; None where it is not installed."""
+    return shutil.which("chromium")

@@ -6,17 +6,16 @@ from contextlib import contextmanager
 from urllib.parse import urlparse
 
 import pytest
-from chromium import FLAGS, find_chromium
+from chromium import FLAGS, MISSING, find_chromium
 from playwright.sync_api import expect, sync_playwright
 from scripted_api import scripted
 
 
 @pytest.fixture(scope="module")
 def browser():
-    try:
-        chromium = find_chromium()
-    except FileNotFoundError as error:
-        pytest.fail(str(error), pytrace=False)
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.fail(MISSING, pytrace=False)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chromium import FLAGS, find_chromium
+from chromium import FLAGS, MISSING, find_chromium
 from playwright.sync_api import Page, sync_playwright
 
 PROMPTS = (
@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="the .png file to write")
     parser.add_argument("--dark", action="store_true", help="as in the dark")
     arguments = parser.parse_args()
+    if find_chromium() is None:
+        parser.error(MISSING)
     with tempfile.TemporaryDirectory() as store, sync_playwright() as playwright:
         command = [sys.executable, "-m", "vfengine.serve", "--port", "0", "--store", store]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
