@@ -174,6 +174,10 @@ RULES = [
         "--prompt panda --label walk",
         "--prompt cannot go with --label: each says what to show",
     ),
+    *(
+        (None, None, f"--prompts p.txt {flags}", f"--prompts cannot go with {flags.split()[0]}: ")
+        for flags in ("--latents l.safetensors", "--save-latents s.safetensors", "--list-labels")
+    ),
 ]
 
 

@@ -99,8 +99,8 @@ CONFLICTS = (
     Conflict("overlap_phases", "trajectory", _OVERLAP, _GIVEN_ERROR),
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
-    *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
     *(Conflict("prompts", other, _LINES) for other in ("latents", "save_latents", "list_labels")),
+    *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
     Conflict("prompt", "label", _SHOWN, "a prompt cannot go with a label: each says what to show"),
 )
 # fields that have another name on the command line
