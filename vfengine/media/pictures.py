@@ -48,6 +48,13 @@ def to_network(image: Image.Image, channels: int, height: int, width: int) -> Te
     """
     import torch
 
+    image = fitted(image, channels, height, width)
+    pixels = np.array(image).reshape(height, width, channels)
+    return pixels_to_network(torch.from_numpy(pixels))[None].contiguous()
+
+
+def fitted(image: Image.Image, channels: int, height: int, width: int) -> Image.Image:
+    """The image as `to_network` reads it, which a second time changes nothing; raises as that."""
     modes = {1: "L", 3: "RGB"}
     if image.mode not in _MODES:
         raise ValueError(
@@ -62,8 +69,7 @@ def to_network(image: Image.Image, channels: int, height: int, width: int) -> Te
     image = image.convert(modes[channels])
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    pixels = np.array(image).reshape(height, width, channels)
-    return pixels_to_network(torch.from_numpy(pixels))[None].contiguous()
+    return image
 
 
 def pixels_to_network(pixels: Tensor) -> Tensor:
