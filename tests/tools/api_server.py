@@ -69,6 +69,10 @@ class FakeEngines:
                     self.begin(job)
                     self.finish(job)
 
+    def frames(self, job: Job) -> int:
+        old = self.store.get(job.settings.extends) if job.settings.extends else None
+        return job.settings.num_frames + (0 if old is None else self.frames(old))
+
     def claim(self) -> list[Job]:
         return self.store.claim("fake", self.info.max_batch)
 
@@ -76,7 +80,7 @@ class FakeEngines:
         """Makes the base frame."""
         self.store.folder_of(job.id).mkdir(exist_ok=True)
         self.store.file(job.id, "thumbnail.png").write_bytes(PICTURES["thumbnail.png"])
-        self.store.report(job.id, "residual", 40, has_base=True)
+        self.store.report(job.id, "fake", "residual", 40, has_base=True)
 
     def finish(self, job: Job) -> None:
         """Makes the clip."""
@@ -85,7 +89,8 @@ class FakeEngines:
             return
         self.store.file(job.id, f"video.{job.settings.format}").write_bytes(VIDEO)
         self.store.file(job.id, "spritesheet.png").write_bytes(PICTURES["spritesheet.png"])
-        self.store.finish(job.id, {"inference_time_s": 0.1}, None)
+        result = {"inference_time_s": 0.1, "num_frames": self.frames(job)}
+        self.store.finish(job.id, "fake", result, None)
 
 
 class RunningServer:

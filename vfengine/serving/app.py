@@ -6,14 +6,11 @@ process. Nothing here imports torch.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +28,7 @@ from . import request_forms, uploads, views
 from .bodies import Body, read_body
 from .errors import ApiError, bad, no_video, not_yet, queue_full, shown
 from .gate import Gate, GateOptions
-from .jobs import Job, new_id
+from .jobs import SOURCE, SPRITESHEET, THUMBNAIL, UPLOAD, Job, new_id
 from .metrics import CONTENT_TYPE, Metrics
 from .model_info import ModelInfo
 from .openapi import openapi
@@ -67,16 +64,11 @@ class Engines(Protocol):
 
 @dataclass(frozen=True)
 class AppOptions:
-    """gate: what is let in; bounds: of a request; max_queue: jobs that may wait.
-
-    unused_paths: seconds after which a base path that nobody used is removed
-    """
+    """gate: what is let in; bounds: of a request; max_queue: jobs that may wait."""
 
     gate: GateOptions = field(default_factory=GateOptions)
     bounds: Bounds = field(default_factory=Bounds)
     max_queue: int = 100
-    unused_paths: float = 24 * 3600.0
-    tidy_every: float = 60.0
 
 
 def create_app(
@@ -92,7 +84,6 @@ def create_app(
     api = _Api(store, info, workers, options, metrics)
     app = Starlette(
         routes=api.routes(),
-        lifespan=api.lifespan,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
@@ -151,22 +142,6 @@ class _Api:
             route("GET", "/static/{name}", self.static),
         ]
 
-    @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """While the server runs, what has expired is removed now and then."""
-        tidying = asyncio.create_task(self._tidy())
-        try:
-            yield
-        finally:
-            tidying.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await tidying
-
-    async def _tidy(self) -> None:
-        while True:
-            await run_in_threadpool(self._store.expire, time.time(), self._options.unused_paths)
-            await asyncio.sleep(self._options.tidy_every)
-
     # -- videos ------------------------------------------------------------------------------------
 
     async def create(self, request: Request) -> Response:
@@ -178,7 +153,7 @@ class _Api:
             draft = request_forms.create(body.values, picture is not None, *self._limits)
             writers = {}
             if picture is not None:
-                writers["upload"] = lambda file: uploads.store_picture(picture, self._info, file)
+                writers[UPLOAD] = lambda file: uploads.store_picture(picture, self._info, file)
             return self._accept(draft, request, writers)
 
         return await self._with_body(request, accept)
@@ -190,7 +165,7 @@ class _Api:
             _only_file(body, None)
             source = self._job(request)
             draft = request_forms.remix(body.values, source, *self._limits)
-            return self._accept(draft, request, self._copies(source, ("upload", "source")))
+            return self._accept(draft, request, self._copies(source, (UPLOAD, SOURCE)))
 
         return await self._with_body(request, accept)
 
@@ -206,10 +181,9 @@ class _Api:
             source = None if source_id is None else self._find(source_id)
             draft = request_forms.extend(body.values, source, *self._limits)
             if source is None:
-                writers = {"source": lambda file: uploads.store_video(upload.file, file)}
+                writers = {SOURCE: lambda file: uploads.store_video(upload.file, file)}
             else:
-                name = f"video.{source.settings.format}"
-                writers = self._copies(source, (name,), "source")
+                writers = self._copies(source, (SPRITESHEET,), SOURCE)  # its exact frames
             return self._accept(draft, request, writers)
 
         return await self._with_body(request, accept)
@@ -221,11 +195,14 @@ class _Api:
     async def _with_body(self, request: Request, accept: Callable[[Body], Job]) -> Response:
         body = await read_body(request, self._options.gate.max_body)
         try:
-            job = await run_in_threadpool(accept, body)
+            return await run_in_threadpool(self._accepted, accept, body)
         finally:
             await body.close()
+
+    def _accepted(self, accept: Callable[[Body], Job], body: Body) -> Response:
+        job = accept(body)
         self._workers.wake()
-        return await run_in_threadpool(self._video, job)
+        return self._video(job)
 
     def _accept(
         self, draft: Draft, request: Request, writers: dict[str, Callable[[Path], None]]
@@ -320,10 +297,10 @@ class _Api:
             )
         job = self._job(request)
         if variant == "thumbnail":
-            ready, name = job.has_base, "thumbnail.png"
+            ready, name = job.has_base, THUMBNAIL
         else:
             ready = job.status == "completed"
-            name = "spritesheet.png" if variant == "spritesheet" else f"video.{job.settings.format}"
+            name = SPRITESHEET if variant == "spritesheet" else job.settings.video_file
         if not ready:
             raise not_yet(f"the {variant} of {job.id} is not there: it is {_state(job)}")
         kind = "image/png" if variant != "video" else views.MEDIA_TYPES[job.settings.format]

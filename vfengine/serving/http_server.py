@@ -131,6 +131,11 @@ class Server(uvicorn.Server):
         self.stopped_by: int | None = None
         self._ready = ready
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C that ended it."""
+        return self.stopped_by == signal.SIGINT
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._ready is not None and not self.should_exit:

@@ -1,4 +1,4 @@
-"""The published description of the API (OpenAPI 3.1), with the bounds of the model that is served."""
+"""The published description of the API (OpenAPI 3.1), with the bounds of the served model."""
 
 from __future__ import annotations
 

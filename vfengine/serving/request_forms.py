@@ -106,18 +106,14 @@ def remix(values: dict[str, Any], source: Job, info: ModelInfo, bounds: Bounds) 
     new = replace(new, format=choice(values, "format", FORMATS) or old.format)
     seed = whole(values, "seed", 0, _MOST_SEED - 1)
     residual = whole(values, "residual_seed", 0, _MOST_SEED)
-    if residual is None:
-        residual = seed
     if info.has_base:
+        residual = seed if residual is None else residual
         residual = _other_seed(old.residual_seed) if residual is None else residual
         look = old.look or _look(old)
         same = look == _look(new)
         new = replace(new, residual_seed=residual, look=None if same else look)
-    elif residual is not None:
-        new = replace(new, base_seed=residual, residual_seed=residual)
-    elif _look(new) == _look(old):
-        seed = _other_seed(old.base_seed)
-        new = replace(new, base_seed=seed, residual_seed=seed + 1)
+    elif seed is not None or residual is not None or _look(new) == _look(old):
+        new = replace(new, **_seeds({"seed": seed, "residual_seed": residual}, info))
     return Draft(settings=new, seconds=seconds, size=_size(new), remixed_from=source.id)
 
 
@@ -163,7 +159,7 @@ def extend(values: dict[str, Any], source: Job | None, info: ModelInfo, bounds: 
         format=choice(values, "format", FORMATS) or start.format,
         picture=False,
         look=None,
-        extends="upload" if source is None else source.id,
+        extends="" if source is None else source.id,
     )
     if old is not None and settings.scale != old.scale:
         raise bad(f"{source.id} is {source.size}, and so is its extension", "size")
@@ -259,6 +255,8 @@ def _seeds(values: dict[str, Any], info: ModelInfo) -> dict[str, int]:
     if residual is not None and info.kind == "text":
         raise bad(f"{info.name} has one seed: it takes no residual_seed", "residual_seed")
     seed = secrets.randbits(32) if seed is None else seed
+    if info.kind == "text":
+        return {"base_seed": seed, "residual_seed": seed}
     return {
         "base_seed": seed if base is None else base,
         "residual_seed": seed + 1 if residual is None else residual,

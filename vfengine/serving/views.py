@@ -63,8 +63,8 @@ def _moment(seconds: float | None) -> int | None:
 
 def _seed(settings: JobSettings) -> int | None:
     """The one seed that is short for both, if there is such a one."""
-    base = settings.base_seed
-    return base if settings.residual_seed == base + 1 else None
+    base = settings.base_seed  # that of a text-to-video model is in both places
+    return base if settings.residual_seed in (base, base + 1) else None
 
 
 def model(info: ModelInfo, bounds: Bounds, created: float) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""`python -m vfengine.serve`: an HTTP API, a page and a queue over engines that make clips.
+
+This process imports no torch: engines, processes of their own, have the model. The exit status is 0
+when SIGTERM stops it, 130 for Ctrl-C, 2 for bad input (one line on stderr), 1 for a later failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from .flags import Failure, UsageError, one_line
+from .serve_settings import read_settings
+
+if TYPE_CHECKING:
+    import socket
+    from types import FrameType
+
+    from ..serving.model_info import ModelInfo
+    from ..serving.store import Store
+    from ..serving.workers import Workers
+
+
+class _Terminated(BaseException):
+    """SIGTERM, before requests are taken."""
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m vfengine.serve") -> int:
+    """Runs one command line; returns the exit status.
+
+    argv:    without the program's name; None is the process's own
+    program: how it was called, for help and errors
+    """
+    name = program.replace("python -m ", "")
+    try:
+        settings = read_settings(sys.argv[1:] if argv is None else argv, program)
+        return _serve(settings, name)
+    except (ValueError, OSError, Failure) as error:
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, Failure) else 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except _Terminated:
+        return 0
+
+
+def _serve(settings: argparse.Namespace, program: str) -> int:
+    _check_extra()
+    keys = _keys(settings)
+    if settings.model is not None and not settings.model.is_dir():
+        raise UsageError(f"--model {settings.model}: no such folder")
+    from ..serving.http_server import listen
+
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        address = f"{settings.host}:{settings.port}"
+        raise UsageError(f"cannot listen at {address}: {one_line(error)}") from error
+    with closing(listener), _store(settings.store) as store:
+        return _run(settings, program, keys, listener, store)
+
+
+def _run(
+    settings: argparse.Namespace,
+    program: str,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    store: Store,
+) -> int:
+    """Starts the engines, takes requests until a signal comes, and stops the engines."""
+    from ..serving.app import AppOptions, create_app
+    from ..serving.gate import GateOptions, is_loopback
+    from ..serving.http_server import Server
+    from ..serving.metrics import Metrics
+    from ..serving.request_forms import Bounds
+    from ..serving.workers import Workers
+
+    metrics = Metrics(store.count)
+    workers = Workers(
+        store,
+        _engine_flags(settings),
+        count=settings.workers,
+        keep=settings.keep * 3600 if settings.keep else None,
+        on_event=metrics.engine_event,
+    )
+    options = AppOptions(
+        gate=GateOptions(
+            keys=keys,
+            any_host=not is_loopback(settings.host),
+            max_body=settings.max_body * 2**20,
+            log=not settings.quiet,
+        ),
+        bounds=Bounds(settings.max_steps, settings.max_seconds, settings.max_scale),
+        max_queue=settings.max_queue,
+    )
+    signal.signal(signal.SIGTERM, _terminate)
+    if not settings.quiet:
+        print(f"{program}: reading {settings.model or 'the shipped model'}", file=sys.stderr)
+    try:
+        workers.start()
+        app = create_app(store, _model(workers), workers, options, metrics)
+        server = Server(app, ready=lambda: _say_address(listener, settings.host))
+        asyncio.run(server.serve(sockets=[listener]))
+    finally:
+        workers.stop()
+    if server.interrupted:
+        raise KeyboardInterrupt
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _model(workers: Workers) -> ModelInfo:
+    """What the engines say of the model once they have read it; UsageError if they cannot."""
+    while workers.error is None:
+        info = workers.wait_ready(0.5)  # not for ever: a signal must be able to end it
+        if info is not None:
+            return info
+    raise UsageError(workers.error)
+
+
+def _engine_flags(settings: argparse.Namespace) -> list[str]:
+    flags = ["--name", settings.served_model_name]
+    flags += ["--device", settings.device, "--dtype", settings.dtype]
+    for name in ("model", "base_unet", "batch_size"):
+        value = getattr(settings, name)
+        if value is not None:
+            flags += ["--" + name.replace("_", "-"), str(value)]
+    return [*flags, *(["--no-capture"] if settings.no_capture else [])]
+
+
+def _keys(settings: argparse.Namespace) -> tuple[str, ...]:
+    from ..serving.gate import is_loopback, read_keys
+
+    if settings.api_key_file is not None:
+        return read_keys(settings.api_key_file)
+    if not is_loopback(settings.host):
+        message = f"--host {settings.host} lets other machines in: --api-key-file must name keys"
+        raise UsageError(message)
+    return ()
+
+
+def _check_extra() -> None:
+    """UsageError without what the extra installs."""
+    for module in ("prometheus_client", "python_multipart", "starlette", "uvicorn"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            message = f"a server needs {module}, which pip install '.[serve]' brings"
+            raise UsageError(message) from error
+
+
+@contextmanager
+def _store(folder: Path) -> Iterator[Store]:
+    """The store, which no other server uses meanwhile."""
+    from ..serving.store import Store
+
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            uploads = folder / "uploads"  # bodies of requests that are too large for memory
+            uploads.mkdir(exist_ok=True)
+            lock = stack.enter_context(closing(sqlite3.connect(folder / "server.lock", timeout=0)))
+            lock.execute("BEGIN EXCLUSIVE")  # which ends with this process, however that ends
+            store = stack.enter_context(closing(Store(folder)))
+        except sqlite3.Error as error:
+            locked = "locked" in str(error)
+            why = "another server uses it" if locked else f"cannot be used ({error})"
+            raise UsageError(f"--store {folder}: {why}") from error
+        tempfile.tempdir = str(uploads.resolve())
+        yield store
+
+
+def _say_address(listener: socket.socket, host: str) -> None:
+    port = listener.getsockname()[1]
+    name = f"[{host}]" if ":" in host else host
+    print(f"listening on http://{name}:{port}", file=sys.stderr, flush=True)
