@@ -22,12 +22,13 @@ FLOORS = (
     ("pipelines", "training"),
     ("serving",),
     ("cli",),
-    ("generate", "train"),  # the doors
+    ("generate", "serve", "train"),  # the doors
 )
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
 WITHOUT_TORCH = (
     *("names", "files", "pipelines.request", "training.options", "cli.settings"),
     *("serving.model_info", "serving.store", "serving.workers", "serving.frames", "serving.watch"),
+    *("serving.app", "cli.serve"),
 )
 
 ROOT = Path(vfengine.__file__).parent
@@ -136,7 +137,7 @@ def test_module_loads_without_torch(name):
     assert run(f"import vfengine.{name}") == ""
 
 
-@pytest.mark.parametrize("door", ["generate", "train"])
+@pytest.mark.parametrize("door", ["generate", "serve", "train"])
 def test_help_needs_no_torch(door):
     said = run(
         f"import runpy, sys\n"

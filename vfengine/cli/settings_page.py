@@ -1,17 +1,18 @@
-"""docs/settings.md: the flags of both commands, from their tables of settings.
+"""docs/settings.md: the flags of the commands, from their tables of settings.
 
 python -m vfengine.cli.settings_page > docs/settings.md
 """
 
 from ..pipelines.request import CONFLICTS, VideoRequest
 from .flags import flag, markdown
+from .serve_settings import SETTINGS as SERVE_SETTINGS
 from .settings import DEFAULTS, SETTINGS
 from .train_settings import SETTINGS as TRAIN_SETTINGS
 
 _HEAD = """# Settings
 
-This page is generated: `make settings` writes it from `vfengine/cli/settings.py` and
-`vfengine/cli/train_settings.py`. `--help` of each command prints the same flags.
+This page is generated: `make settings` writes it from `vfengine/cli/settings.py`,
+`vfengine/cli/train_settings.py` and `vfengine/cli/serve_settings.py`. `--help` of each command prints the same flags.
 
 ## python -m vfengine.generate
 
@@ -27,7 +28,8 @@ def settings_page() -> str:
     return (
         f"{_HEAD}{markdown(SETTINGS)}\n"
         f"{_conflicts()}\n"
-        f"## python -m vfengine.train\n\n{markdown(TRAIN_SETTINGS)}"
+        f"## python -m vfengine.train\n\n{markdown(TRAIN_SETTINGS)}\n"
+        f"## python -m vfengine.serve\n\n{markdown(SERVE_SETTINGS)}"
     )
 
 
