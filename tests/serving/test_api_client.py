@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import urllib.request
+from contextlib import ExitStack
 
 import openai
 import pytest
@@ -35,6 +36,12 @@ def paused(store):
     """A server whose jobs stay in the queue."""
     with serving(store, paused=True) as running:
         yield running
+
+
+@pytest.fixture
+def stack():
+    with ExitStack() as stack:
+        yield stack
 
 
 def client_of(server, **options):
@@ -314,7 +321,7 @@ def test_a_failed_job_is_told_and_not_raised(paused):
 # -- nothing is done twice -------------------------------------------------------------------------
 
 
-def test_a_retry_after_a_full_queue_is_one_job(store):
+def test_a_retry_after_a_full_queue_is_one_job(store, stack):
     """The client waits as it is told, and asks again; then there is room."""
     tries = []
 
@@ -328,12 +335,12 @@ def test_a_retry_after_a_full_queue_is_one_job(store):
 
         return watch
 
-    with serving(store, paused=True, max_queue=1, wrap=watched) as server:
-        with client_of(server, max_retries=2) as client:
-            first = client.videos.create(prompt="jump")
-            second = client.videos.create(prompt="walk")
-            assert len(tries) == 3
-            assert [video.id for video in client.videos.list()] == [second.id]
+    server = stack.enter_context(serving(store, paused=True, max_queue=1, wrap=watched))
+    client = stack.enter_context(client_of(server, max_retries=2))
+    first = client.videos.create(prompt="jump")
+    second = client.videos.create(prompt="walk")
+    assert len(tries) == 3
+    assert [video.id for video in client.videos.list()] == [second.id]
 
 
 class CutAfterAnswer:
@@ -357,7 +364,7 @@ class CutAfterAnswer:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_connection_that_is_cut_after_acceptance(store, named):
+def test_a_connection_that_is_cut_after_acceptance(store, stack, named):
     """With an Idempotency-Key the retry finds the job; without one nobody can tell that it is."""
     apps = []
 
@@ -365,17 +372,15 @@ def test_a_connection_that_is_cut_after_acceptance(store, named):
         apps.append(CutAfterAnswer(app))
         return apps[0]
 
-    with serving(store, paused=True, wrap=cutting) as server:
-        with client_of(server, max_retries=2) as client:
-            headers = {"Idempotency-Key": "order 1"} if named else {}
-            picture = ("a.png", png(), "image/png")
-            video = client.videos.create(
-                prompt="jump", input_reference=picture, extra_headers=headers
-            )
-            assert apps[0].posts == 2
-            assert server.rows() == (1 if named else 2)
-            folders = [folder.name for folder in (store.folder / "jobs").iterdir()]
-            assert len(folders) == server.rows() and video.id in folders
+    server = stack.enter_context(serving(store, paused=True, wrap=cutting))
+    client = stack.enter_context(client_of(server, max_retries=2))
+    headers = {"Idempotency-Key": "order 1"} if named else {}
+    picture = ("a.png", png(), "image/png")
+    video = client.videos.create(prompt="jump", input_reference=picture, extra_headers=headers)
+    assert apps[0].posts == 2
+    assert server.rows() == (1 if named else 2)
+    folders = [folder.name for folder in (store.folder / "jobs").iterdir()]
+    assert len(folders) == server.rows() and video.id in folders
 
 
 def test_the_names_of_requests_belong_to_their_path_and_key(paused):

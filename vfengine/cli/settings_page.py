@@ -12,7 +12,8 @@ from .train_settings import SETTINGS as TRAIN_SETTINGS
 _HEAD = """# Settings
 
 This page is generated: `make settings` writes it from `vfengine/cli/settings.py`,
-`vfengine/cli/train_settings.py` and `vfengine/cli/serve_settings.py`. `--help` of each command prints the same flags.
+`vfengine/cli/train_settings.py` and `vfengine/cli/serve_settings.py`. `--help` of each command
+prints the same flags.
 
 ## python -m vfengine.generate
 

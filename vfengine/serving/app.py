@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from . import request_forms, uploads, views
@@ -310,7 +311,7 @@ class _Api:
         except FileNotFoundError as error:
             raise not_yet(f"the {variant} of {job.id} is not there any more") from error
         ending = name.rpartition(".")[2]
-        return FileResponse(
+        return _File(
             file,
             media_type=kind,
             filename=f"{job.id}.{ending}",
@@ -390,6 +391,24 @@ class _Api:
             raise ApiError(404, f"there is no page {shown(name)}", "not_found")
         headers = {"content-security-policy": _POLICY, "cache-control": "no-cache"}
         return Response(file.read_bytes(), media_type=kind, headers=headers)
+
+
+class _File(FileResponse):
+    """A file, whose errors have the form of the others."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def in_form(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                raise _bad_range(message["status"], message)
+            await send(message)
+
+        await super().__call__(scope, receive, in_form)
+
+
+def _bad_range(status: int, message: Message) -> ApiError:
+    length = Headers(raw=message["headers"]).get("content-range")
+    headers = {} if length is None else {"content-range": length}
+    return ApiError(status, "the range is not one of this file", "invalid_range", "Range", headers)
 
 
 def _only_file(body: Body, name: str | None) -> None:

@@ -1,0 +1,217 @@
+"""What other servers of /v1/videos get wrong, a test each, in raw HTTP."""
+
+import http.client
+import json
+
+import pytest
+from api_server import VIDEO, serving
+
+from vfengine.serving.store import Store
+
+
+@pytest.fixture
+def server(tmp_path):
+    with serving(Store(tmp_path / "store", durable=False), paused=True) as running:
+        yield running
+
+
+def ask(server, method, path, body=None, **headers):
+    """(status, headers, body) of one request; a body that is no bytes goes as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None and not isinstance(body, bytes):
+        body, headers = json.dumps(body), {"content-type": "application/json", **headers}
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    is_json = answer.headers["content-type"] == "application/json"
+    return answer.status, answer.headers, json.loads(data) if data and is_json else data
+
+
+def new_video(server, **fields) -> str:
+    status, _, video = ask(server, "POST", "/v1/videos", {"prompt": "jump", **fields})
+    assert status == 200
+    return video["id"]
+
+
+def finished(server, **fields) -> str:
+    """A completed video."""
+    video = new_video(server, **fields)
+    for job in server.engines.claim():
+        server.engines.begin(job)
+        server.engines.finish(job)
+    return video
+
+
+def test_variant_video_is_the_video(server):
+    path = f"/v1/videos/{finished(server)}/content"
+    for query in ("", "?variant=video"):
+        status, headers, data = ask(server, "GET", path + query)
+        assert (status, headers["content-type"], data) == (200, "video/mp4", VIDEO)
+    status, _, answer = ask(server, "GET", f"{path}?variant=0")
+    assert (status, answer["error"]["param"]) == (400, "variant")
+
+
+def test_delete_says_deleted(server):
+    video = new_video(server)
+    answer = ask(server, "DELETE", f"/v1/videos/{video}")[2]
+    assert answer == {"id": video, "object": "video.deleted", "deleted": True}
+
+
+def test_delete_of_a_running_job_is_no_conflict(server):
+    video = new_video(server)
+    (job,) = server.engines.claim()
+    assert ask(server, "DELETE", f"/v1/videos/{video}")[0] == 200
+    server.engines.finish(job)
+    assert server.store.get(video) is None and not server.store.folder_of(video).exists()
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        ("GET", "/v1/videos/video_0", 404),
+        ("GET", "/v2", 404),
+        ("GET", "/v1/videos/", 404),
+        ("PUT", "/v1/videos", 405),
+        ("PATCH", "/v1/videos/video_0", 405),
+        ("POST", "/v1/videos", 400),
+        ("GET", "/v1/videos?limit=0", 400),
+        ("GET", "/v1/videos?after=video_0", 400),
+        ("GET", "/static/nothing.js", 404),
+    ],
+)
+def test_errors_have_the_form_that_clients_read(server, method, path, status):
+    found, headers, answer = ask(server, method, path)
+    assert found == status and list(answer) == ["error"]
+    assert list(answer["error"]) == ["message", "type", "param", "code"]
+    assert answer["error"]["message"] and answer["error"]["code"]
+    assert headers["x-request-id"].startswith("req_")
+    assert status != 405 or headers["allow"]
+
+
+def test_a_list_has_its_last_id_and_more(server):
+    made = [new_video(server) for _ in range(3)]
+    page = ask(server, "GET", "/v1/videos?limit=2")[2]
+    assert (page["object"], page["first_id"], page["last_id"]) == ("list", made[2], made[1])
+    assert page["has_more"] is True and len(page["data"]) == 2
+    page = ask(server, "GET", f"/v1/videos?limit=2&after={made[1]}")[2]
+    assert (page["last_id"], page["has_more"]) == (made[0], False)
+
+
+def test_a_queued_job_has_progress_0(server):
+    video = ask(server, "GET", f"/v1/videos/{new_video(server)}")[2]
+    assert (video["status"], video["progress"]) == ("queued", 0)
+
+
+def test_progress_has_numbers(server):
+    video = new_video(server)
+    server.engines.claim()
+    for percent in (1, 50, 99):
+        server.store.report(video, "fake", "base", percent)
+        shown = ask(server, "GET", f"/v1/videos/{video}")[2]
+        assert (shown["status"], shown["progress"]) == ("in_progress", percent)
+        assert shown["phase"] == "base"
+
+
+def test_a_failed_job_is_no_http_error(server):
+    video = new_video(server)
+    server.engines.claim()
+    server.store.fail(video, "fake", "out_of_memory", "too large", None)
+    status, headers, shown = ask(server, "GET", f"/v1/videos/{video}")
+    assert (status, shown["status"]) == (200, "failed")
+    assert shown["error"] == {"code": "out_of_memory", "message": "too large"}
+    assert headers["openai-poll-after-ms"] is None
+
+
+def test_clients_are_told_how_soon_to_poll(server):
+    headers = ask(server, "GET", f"/v1/videos/{new_video(server)}")[1]
+    assert 0 < int(headers["openai-poll-after-ms"]) <= 1000
+
+
+@pytest.mark.parametrize("variant", ["video", "thumbnail", "spritesheet"])
+def test_not_ready_is_not_tried_again(server, variant):
+    path = f"/v1/videos/{new_video(server)}/content?variant={variant}"
+    status, headers, answer = ask(server, "GET", path)
+    assert (status, headers["x-should-retry"]) == (404, "false")
+    assert "queued" in answer["error"]["message"] and answer["error"]["code"] == "not_ready"
+
+
+def test_every_field_that_clients_read_is_there(server):
+    video = ask(server, "GET", f"/v1/videos/{finished(server)}")[2]
+    required = ("id", "object", "model", "status", "progress", "created_at", "seconds", "size")
+    optional = ("completed_at", "expires_at", "prompt", "remixed_from_video_id", "error")
+    assert all(name in video for name in (*required, *optional))
+    assert all(isinstance(video[name], int) for name in ("progress", "created_at", "completed_at"))
+    assert isinstance(video["seconds"], str)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "format, kind",
+    [
+        ("mp4", "video/mp4"),
+        ("webm", "video/webm"),
+        ("webp", "image/webp"),
+        ("gif", "image/gif"),
+    ],
+)
+def test_types_of_files(server, format, kind):
+    path = f"/v1/videos/{finished(server, format=format)}/content"
+    status, headers, data = ask(server, "GET", path)
+    assert (status, headers["content-type"], len(data)) == (200, kind, len(VIDEO))
+    assert headers["content-length"] == str(len(VIDEO)) and format in headers["content-disposition"]
+
+
+def test_ranges(server):
+    """Players of a page ask for parts."""
+    path = f"/v1/videos/{finished(server)}/content"
+    status, headers, data = ask(server, "GET", path, range="bytes=100-199")
+    assert (status, data) == (206, VIDEO[100:200])
+    assert headers["content-range"] == f"bytes 100-199/{len(VIDEO)}"
+    assert ask(server, "GET", path, range="bytes=-10")[2] == VIDEO[-10:]
+    assert ask(server, "GET", path, range="bytes=10000-")[2] == VIDEO[10000:]
+    status, headers, answer = ask(server, "GET", path, range="bytes=99999-")
+    assert (status, headers["content-range"]) == (416, f"bytes */{len(VIDEO)}")
+    assert answer["error"]["code"] == "invalid_range"
+    status, _, answer = ask(server, "GET", path, range="bytes=x-y")
+    assert (status, answer["error"]["code"]) == (400, "invalid_range")
+    etag = ask(server, "GET", path)[1]["etag"]
+    fresh = {"range": "bytes=0-9", "if_range": etag}
+    assert ask(server, "GET", path, **fresh)[0] == 206
+    assert ask(server, "GET", path, range="bytes=0-9", if_range='"other"')[0] == 200
+
+
+def test_head(server):
+    path = f"/v1/videos/{finished(server)}/content"
+    status, headers, data = ask(server, "HEAD", path)
+    assert (status, headers["content-length"], data) == (200, str(len(VIDEO)), b"")
+    assert headers["accept-ranges"] == "bytes"
+    assert ask(server, "HEAD", "/v1/videos")[0] == 200
+    assert ask(server, "HEAD", "/v1/videos/video_0")[0] == 404
+
+
+def test_a_file_that_has_gone_is_not_found(server):
+    video = finished(server)
+    server.store.file(video, "video.mp4").unlink()
+    status, headers, _ = ask(server, "GET", f"/v1/videos/{video}/content")
+    assert (status, headers["x-should-retry"]) == (404, "false")
+
+
+def test_health_and_metrics(server):
+    finished(server)
+    new_video(server)
+    health = ask(server, "GET", "/health")[2]
+    assert (health["status"], health["model"], health["engines"]) == ("ok", "tiny", 1)
+    assert (health["queued"], health["in_progress"]) == (1, 0)
+    server.engines.alive = 0
+    assert ask(server, "GET", "/health")[0] == 503
+    status, headers, page = ask(server, "GET", "/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain")
+    page = page.decode()
+    assert 'vfengine_jobs{status="queued"} 1.0' in page
+    assert 'vfengine_jobs{status="completed"} 1.0' in page
+    assert 'vfengine_http_requests_total{method="POST",route="create",status="200"} 2.0' in page
+    assert 'vfengine_memory_bytes{process="server"}' in page
