@@ -352,7 +352,9 @@ class _Api:
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     def model(self, request: Request) -> Response:
-        request_forms.check_model({"model": request.path_params["model"]}, self._info)
+        name = request.path_params["model"]
+        if name != self._info.name:
+            raise request_forms.no_model(name, self._info)
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import sys
 import time
@@ -22,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError, shown, too_large, too_slow
 from .metrics import Metrics
 
-_LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]", "::1"))
 _OPEN = ("/", "/health", "/openapi.json", "/favicon.ico")  # without a key, as are static files
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -33,7 +33,13 @@ _HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    return host in _LOOPBACK or host.startswith("127.")
+    """Whether a name or an address is this machine's own; [::1] as in URLs, too."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 def read_keys(file: str | Path) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Draft:
 def create(values: dict[str, Any], has_picture: bool, info: ModelInfo, bounds: Bounds) -> Draft:
     """A new clip; has_picture: whether an `input_reference` came."""
     _check_names(values, CREATE_FIELDS)
-    check_model(values, info)
+    _check_model(values, info)
     what = _what(values, info)
     if not has_picture and all(values.get(name) is None for name in ("prompt", "label")):
         names = "prompt or label" if info.labels else "prompt"
@@ -93,7 +93,7 @@ def remix(values: dict[str, Any], source: Job, info: ModelInfo, bounds: Bounds) 
     A model without base paths makes the clip of the new prompt from the old noise.
     """
     _check_names(values, REMIX_FIELDS)
-    check_model(values, info)
+    _check_model(values, info)
     _check_source(source, info)
     old = source.settings
     length, fps = old.num_frames, old.fps
@@ -120,7 +120,7 @@ def remix(values: dict[str, Any], source: Job, info: ModelInfo, bounds: Bounds) 
 def extend(values: dict[str, Any], source: Job | None, info: ModelInfo, bounds: Bounds) -> Draft:
     """A clip that goes on from the last frame of another; source: None for an uploaded one."""
     _check_names(values, EXTEND_FIELDS)
-    check_model(values, info)
+    _check_model(values, info)
     if not (info.has_base and info.animates_pictures):
         raise bad(
             f"{info.name} cannot extend a video: it cannot start from a picture",
@@ -176,12 +176,15 @@ def _check_names(values: dict[str, Any], known: tuple[str, ...]) -> None:
             raise bad(message, name[:80], "unknown_parameter")
 
 
-def check_model(values: dict[str, Any], info: ModelInfo) -> None:
-    """ApiError 404 for the name of a model that is not served."""
+def _check_model(values: dict[str, Any], info: ModelInfo) -> None:
     name = text(values, "model", 200)
     if name not in (None, "", info.name):
-        message = f"there is no model {shown(name)}: this server has {info.name}"
-        raise ApiError(404, message, "model_not_found", "model")
+        raise no_model(name, info)
+
+
+def no_model(name: str, info: ModelInfo) -> ApiError:
+    message = f"there is no model {shown(name)}: this server has {info.name}"
+    return ApiError(404, message, "model_not_found", "model")
 
 
 def _check_source(source: Job, info: ModelInfo) -> None:
