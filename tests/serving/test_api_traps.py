@@ -2,10 +2,12 @@
 
 import http.client
 import json
+import socket
 
 import pytest
 from api_server import VIDEO, serving
 
+from vfengine.serving.http_server import listen
 from vfengine.serving.store import Store
 
 
@@ -215,3 +217,9 @@ def test_health_and_metrics(server):
     assert 'vfengine_jobs{status="completed"} 1.0' in page
     assert 'vfengine_http_requests_total{method="POST",route="create",status="200"} 2.0' in page
     assert 'vfengine_memory_bytes{process="server"}' in page
+
+
+def test_answers_are_sent_without_delay():
+    """Of a socket that does not say so, each answer waits for the client's delayed ACK."""
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # what asyncio goes by

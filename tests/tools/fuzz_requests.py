@@ -17,7 +17,8 @@ NAMES = (
     *("prompt", "label", "negative_prompt", "model", "seconds", "size", "seed", "base_seed"),
     *("residual_seed", "num_inference_steps", "guidance_scale", "num_frames", "fps", "solver"),
     *("eta", "base_path", "format", "scale", "input_reference", "video"),
-    *("input_reference[image_url]", "input_reference[file_id]", "video[id]", "video[]", "a[b][c]", "[", "]", "", "__proto__"),
+    *("input_reference[image_url]", "input_reference[file_id]", "video[id]", "video[]"),
+    *("a[b][c]", "[", "]", "", "__proto__"),
 )  # fmt: skip
 PATHS = (
     *("/v1/videos", "/v1/videos", "/v1/videos", "/v1/videos/extensions", "/v1/videos/ID/remix"),
