@@ -145,7 +145,11 @@ def _keys(settings: argparse.Namespace) -> tuple[str, ...]:
     from ..serving.gate import is_loopback, read_keys
 
     if settings.api_key_file is not None:
-        return read_keys(settings.api_key_file)
+        try:
+            return read_keys(settings.api_key_file)
+        except OSError as error:
+            message = f"--api-key-file {settings.api_key_file}: {one_line(error)}"
+            raise UsageError(message) from error
     if not is_loopback(settings.host):
         message = f"--host {settings.host} lets other machines in: --api-key-file must name keys"
         raise UsageError(message)
@@ -175,6 +179,8 @@ def _store(folder: Path) -> Iterator[Store]:
             lock = stack.enter_context(closing(sqlite3.connect(folder / "server.lock", timeout=0)))
             lock.execute("BEGIN EXCLUSIVE")  # which ends with this process, however that ends
             store = stack.enter_context(closing(Store(folder)))
+        except OSError as error:
+            raise UsageError(f"--store {folder}: {one_line(error)}") from error
         except sqlite3.Error as error:
             locked = "locked" in str(error)
             why = "another server uses it" if locked else f"cannot be used ({error})"
