@@ -165,14 +165,17 @@ def test_a_port_in_use(run):
 def test_a_store_in_use(run, tmp_path):
     with serve._store(tmp_path / "store"):
         status, error = run("--store", "store", "--port", 0)
-    assert status == 2 and error == "vfengine.serve: error: --store store: another server uses it\n"
+    assert status == 2
+    assert error == "vfengine.serve: error: store: another server uses this folder\n"
 
 
 def test_a_store_of_something_else(run, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "jobs.sqlite3").write_text("hello, this is no database at all\n" * 9)
     status, error = run("--store", "store", "--port", 0)
-    assert status == 2 and "cannot be used" in error and error.count("\n") == 1
+    assert (
+        status == 2 and "--store store: file is not a database" in error and error.count("\n") == 1
+    )
 
 
 def test_a_model_that_cannot_be_read(run, monkeypatch):

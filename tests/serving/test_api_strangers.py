@@ -42,6 +42,16 @@ def serve(tmp_path):
             server.__exit__(None, None, None)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for tests whose requests are all refused, so that it stays as it is."""
+    store = Store(tmp_path_factory.mktemp("refusing") / "store", durable=False)
+    gate = GateOptions(max_body=MAX_BODY)
+    with serving(store, paused=True, gate=gate) as running:
+        yield running
+    assert not list((store.folder / "jobs").iterdir())
+
+
 def files_of(folder):
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
@@ -89,9 +99,8 @@ def test_key_files(tmp_path):
 # -- browsers --------------------------------------------------------------------------------------
 
 
-def test_foreign_names_are_refused(serve):
+def test_foreign_names_are_refused(server):
     """A page whose name is made to resolve to this machine gets no answer."""
-    server = serve()
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil", ""):
         status, _, answer = ask(server, "GET", "/v1/videos", host=host)
         assert (status, answer["error"]["code"]) == (403, "unknown_host")
@@ -110,8 +119,7 @@ def test_an_address_of_its_own_has_any_name(serve):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "OPTIONS"])
-def test_pages_of_others_are_refused(serve, method):
-    server = serve()
+def test_pages_of_others_are_refused(server, method):
     here = f"http://127.0.0.1:{server.port}"
     for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://localhost", ""):
         status, headers, answer = ask(server, method, "/v1/videos", origin=origin)
@@ -150,8 +158,7 @@ def answer_of(connection) -> tuple[int, bytes]:
     return answer.status, bytes(answer.headers) + answer.read()
 
 
-def test_a_body_that_announces_too_much_is_not_read(serve):
-    server = serve()
+def test_a_body_that_announces_too_much_is_not_read(server):
     with raw(server) as connection:
         head = "POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         connection.sendall(f"{head}content-length: 99999999999999999999\r\n\r\n".encode())
@@ -160,11 +167,10 @@ def test_a_body_that_announces_too_much_is_not_read(serve):
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_body_that_is_too_large_is_answered_once_it_is_sent(serve, announced):
+def test_a_body_that_is_too_large_is_answered_once_it_is_sent(server, announced):
     """As the official client sends it: all of it, before it looks for an answer."""
     body = json.dumps({"prompt": "x" * (MAX_BODY + 1000)}).encode()
     sent = body if announced else (body[i : i + 5000] for i in range(0, len(body), 5000))
-    server = serve()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("POST", "/v1/videos", sent, {"content-type": "application/json"})
     answer = connection.getresponse()
@@ -227,8 +233,7 @@ def test_a_slow_head_after_a_request(serve):
             pass
 
 
-def test_what_is_no_http(serve):
-    server = serve()
+def test_what_is_no_http(server):
     for junk in (b"\x16\x03\x01\x02\x00\x01\x00", b"hello\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n"):
         with raw(server) as connection:
             connection.sendall(junk + b"\r\n\r\n")
@@ -288,8 +293,7 @@ def test_many_idle_connections(serve):
         ("application/x-www-form-urlencoded", b"video[id]=1&video=2"),
     ],
 )
-def test_broken_bodies(serve, kind, body):
-    server = serve()
+def test_broken_bodies(server, kind, body):
     status, _, answer = ask(server, "POST", "/v1/videos", body, content_type=kind)
     assert status == 400 and answer["error"]["code"]
     assert server.rows() == 0 and not list((server.store.folder / "jobs").iterdir())
@@ -306,9 +310,8 @@ IDS = (
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_path_tricks_find_nothing(serve, tmp_path, name):
-    server = serve()
-    before = files_of(tmp_path)
+def test_path_tricks_find_nothing(server, name):
+    before = files_of(server.store.folder.parent)
     for method, path in (
         ("GET", f"/v1/videos/{name}"),
         ("DELETE", f"/v1/videos/{name}"),
@@ -323,7 +326,7 @@ def test_path_tricks_find_nothing(serve, tmp_path, name):
     body = {"prompt": "jump", "video": {"id": name}}
     assert ask(server, "POST", "/v1/videos/extensions", body)[0] == 404
     assert ask(server, "GET", f"/v1/videos?after={name}")[0] == 400
-    assert files_of(tmp_path) == before
+    assert files_of(server.store.folder.parent) == before
 
 
 @pytest.mark.parametrize("name", ["../../evil.png", "/etc/evil", "a\0b", "x" * 900, "nul", ".."])
@@ -400,8 +403,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_pictures_that_are_refused(serve, name):
-    server = serve()
+def test_pictures_that_are_refused(server, name):
     head = b'content-disposition: form-data; name="input_reference"; filename="a.png"'
     status, _, answer = ask(server, "POST", "/v1/videos", form(head, BOMBS[name]()), **FORM)
     assert (status, answer["error"]["param"]) == (400, "input_reference")
@@ -449,8 +451,7 @@ def test_pictures_are_bounded_by_their_pixels():
         {"url": "x"},
     ],
 )
-def test_urls_are_not_fetched(serve, url):
-    server = serve()
+def test_urls_are_not_fetched(server, url):
     body = {"prompt": "jump", "input_reference": {"image_url": url}}
     status, _, answer = ask(server, "POST", "/v1/videos", body)
     assert status == 400 and answer["error"]["param"].startswith("input_reference")
@@ -460,15 +461,14 @@ def test_urls_are_not_fetched(serve, url):
 @pytest.mark.parametrize(
     "reference", ["http://x", {}, {"file_id": "file-1"}, {"image_url": "x", "other": 1}, [], 1]
 )
-def test_other_references(serve, reference):
+def test_other_references(server, reference):
     body = {"prompt": "jump", "input_reference": reference}
-    assert ask(serve(), "POST", "/v1/videos", body)[0] == 400
+    assert ask(server, "POST", "/v1/videos", body)[0] == 400
 
 
 @pytest.mark.parametrize("data", [b"", b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\n"])
-def test_videos_that_are_refused(serve, data):
+def test_videos_that_are_refused(server, data):
     """A playlist names further files: only what begins as a video does gets as far as a job."""
-    server = serve()
     head = b'content-disposition: form-data; name="video"; filename="a.mp4"'
     status, _, answer = ask(server, "POST", "/v1/videos/extensions", form(head, data), **FORM)
     assert (status, answer["error"]["param"]) == (400, "video") and server.rows() == 0

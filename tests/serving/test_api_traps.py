@@ -219,6 +219,31 @@ def test_health_and_metrics(server):
     assert 'vfengine_memory_bytes{process="server"}' in page
 
 
+def test_an_error_of_the_servers_own(server, monkeypatch, capfd):
+    def broken(job_id):
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(server.store, "get", broken)
+    status, headers, answer = ask(server, "GET", "/v1/videos/video_0")
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+    assert headers["x-request-id"] and "fire" not in answer["error"]["message"]
+    error = ""
+    while "the disk is on fire" not in error:  # printed once the answer is sent
+        error += capfd.readouterr().err
+    assert error.count("Traceback") == 1
+    assert ask(server, "GET", "/health")[0] == 200
+
+
+def test_a_client_that_hangs_up(server, capfd):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head = "POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        connection.sendall(f'{head}content-length: 100\r\n\r\n{{"prompt": '.encode())
+    seen = 'vfengine_http_requests_total{method="POST",route="create",status="499"} 1.0'
+    while seen not in ask(server, "GET", "/metrics")[2].decode():
+        pass
+    assert server.rows() == 0 and capfd.readouterr().err == ""
+
+
 def test_answers_are_sent_without_delay():
     """Of a socket that does not say so, each answer waits for the client's delayed ACK."""
     with listen("127.0.0.1", 0) as listener:

@@ -173,18 +173,12 @@ def _store(folder: Path) -> Iterator[Store]:
 
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            store = stack.enter_context(closing(Store(folder)))
+            store.hold()
             uploads = folder / "uploads"  # bodies of requests that are too large for memory
             uploads.mkdir(exist_ok=True)
-            lock = stack.enter_context(closing(sqlite3.connect(folder / "server.lock", timeout=0)))
-            lock.execute("BEGIN EXCLUSIVE")  # which ends with this process, however that ends
-            store = stack.enter_context(closing(Store(folder)))
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             raise UsageError(f"--store {folder}: {one_line(error)}") from error
-        except sqlite3.Error as error:
-            locked = "locked" in str(error)
-            why = "another server uses it" if locked else f"cannot be used ({error})"
-            raise UsageError(f"--store {folder}: {why}") from error
         tempfile.tempdir = str(uploads.resolve())
         yield store
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, shown, too_large, too_slow
@@ -87,20 +86,15 @@ class Gate:
             return
         exchange = _Exchange(scope, receive, send, self._options)
         try:
-            try:
-                self._check(scope)
-                await self._app(scope, exchange.receive, exchange.send)
-            except ClientDisconnect:
-                return
-            except ApiError as error:
-                if not exchange.started:
-                    await error.response()(scope, exchange.receive, exchange.send)
-            except Exception:
-                traceback.print_exc(file=sys.stderr)
-                if exchange.started:
-                    raise  # so that the connection is cut
-                error = ApiError(500, "this server failed; its log says why", "server_error")
+            self._check(scope)
+            await self._app(scope, exchange.receive, exchange.send)
+        except ApiError as error:
+            if not exchange.started:
                 await error.response()(scope, exchange.receive, exchange.send)
+        except Exception:  # which was answered, unless a file broke off
+            traceback.print_exc(file=sys.stderr)
+            if not exchange.complete:
+                raise  # so that the connection is cut
         finally:
             self._note(scope, exchange)
 
@@ -155,6 +149,7 @@ class _Exchange:
         self.id = "req_" + secrets.token_hex(12)
         self.began = time.perf_counter()
         self.status = 0  # none was sent
+        self.complete = False  # whether all of the answer was sent
         self._scope, self._receive, self._send, self._options = scope, receive, send, options
         self._bytes = 0
         self._ended = False
@@ -194,6 +189,8 @@ class _Exchange:
             headers["x-request-id"] = self.id
             for name, value in _HEADERS.items():
                 headers.setdefault(name, value)
+        elif message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
         await self._send(message)
 
 
