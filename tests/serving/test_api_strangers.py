@@ -166,6 +166,14 @@ def test_a_body_that_announces_too_much_is_not_read(server):
     assert status == 413 and b"body_too_large" in data
 
 
+def test_a_client_that_asks_first_sends_no_body(server):
+    """As curl does before a large one."""
+    head = "POST /v1/videos HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n"
+    with raw(server) as connection:
+        connection.sendall(f"{head}content-length: {10 * MAX_BODY}\r\n\r\n".encode())
+        assert answer_of(connection)[0] == 413  # and no "100 Continue" before it
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_that_is_too_large_is_answered_once_it_is_sent(server, announced):
     """As the official client sends it: all of it, before it looks for an answer."""

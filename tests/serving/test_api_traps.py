@@ -8,6 +8,7 @@ import pytest
 from api_server import VIDEO, serving
 
 from vfengine.serving.http_server import listen
+from vfengine.serving.metrics import Metrics
 from vfengine.serving.store import Store
 
 
@@ -248,3 +249,43 @@ def test_answers_are_sent_without_delay():
     """Of a socket that does not say so, each answer waits for the client's delayed ACK."""
     with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # what asyncio goes by
+
+
+def test_what_engines_say_becomes_figures():
+    metrics = Metrics(lambda status: 2)
+    batch = {"event": "batch", "clips": 2, "seconds": {"base": 0.2, "residual": 1.5}}
+    memory = {"process_memory_mb": 100, "peak_memory_mb": None}
+    metrics.engine_event({**batch, **memory, "walked": 1, "found": 1})
+    metrics.engine_event({"event": "failed", "code": "out_of_memory"})
+    metrics.engine_event({"event": "ready", "model": {}})
+    page = metrics.page().decode()
+    for line in (
+        'vfengine_jobs{status="queued"} 2.0',
+        "vfengine_clips_total 2.0",
+        'vfengine_failures_total{code="out_of_memory"} 1.0',
+        'vfengine_phase_seconds_sum{phase="residual"} 1.5',
+        'vfengine_phase_seconds_bucket{le="0.3",phase="base"} 1.0',
+        'vfengine_base_paths_total{how="found"} 1.0',
+        'vfengine_memory_bytes{process="engine"} 1.048576e+08',
+    ):
+        assert f"{line}\n" in page
+
+
+def test_the_page_is_served_with_a_policy(tmp_path, monkeypatch):
+    folder = tmp_path / "page"
+    folder.mkdir()
+    (folder / "index.html").write_text("<!doctype html><title>clips</title>")
+    (folder / "app.js").write_text("1")
+    (folder / "notes.txt").write_text("not for the page")
+    (tmp_path / "secret.js").write_text("2")
+    monkeypatch.setattr("vfengine.serving.app._PAGE_FOLDER", folder)
+    with serving(Store(tmp_path / "store", durable=False)) as server:
+        status, headers, page = ask(server, "GET", "/")
+        assert (status, page) == (200, b"<!doctype html><title>clips</title>")
+        assert headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'self'" in headers["content-security-policy"]
+        status, headers, script = ask(server, "GET", "/static/app.js")
+        assert (status, script) == (200, b"1")
+        assert headers["content-type"] == "text/javascript; charset=utf-8"
+        for name in ("notes.txt", "..%2fsecret.js", "../secret.js", ""):
+            assert ask(server, "GET", f"/static/{name}")[0] == 404

@@ -64,7 +64,11 @@ class Metrics:
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
 
     def engine_event(self, event: dict, engine: str = "engine") -> None:
-        """Notes what an engine says: {"event": "batch" or "failed", ...}; others are left out."""
+        """Notes what an engine says: {"event": "batch" or "failed", ...}; others are left out.
+
+        Of a batch: clips, seconds by phase, process_memory_mb, peak_memory_mb and, where it has
+        them, walked and found, the numbers of base paths.
+        """
         if event.get("event") == "failed":
             self._failures.labels(str(event.get("code", "unknown"))[:60]).inc()
         if event.get("event") != "batch":
@@ -74,7 +78,8 @@ class Metrics:
         for phase, seconds in event.get("seconds", {}).items():
             self._seconds.labels(phase).observe(seconds)
         for how in ("walked", "found"):
-            self._paths.labels(how).inc(event.get(how, 0))
+            if how in event:
+                self._paths.labels(how).inc(event[how])
         for gauge, name in ((self._memory, "process_memory_mb"), (self._peak, "peak_memory_mb")):
             if event.get(name) is not None:
                 gauge.labels(engine).set(event[name] * 2**20)
