@@ -12,6 +12,7 @@ import pytest
 from api_server import INFO, PICTURES, PROMPTED, VIDEO, serving
 from PIL import Image
 
+from vfengine.serving.gate import GateOptions
 from vfengine.serving.jobs import SOURCE, UPLOAD
 from vfengine.serving.store import Store
 
@@ -316,6 +317,36 @@ def test_a_failed_job_is_told_and_not_raised(paused):
         assert (video.error.code, video.error.message) == ("out_of_memory", "try fewer frames")
         with pytest.raises(openai.NotFoundError, match="failed: try fewer frames"):
             client.videos.download_content(video.id)
+
+
+def test_keys_of_the_client(store):
+    with serving(store, paused=True, gate=GateOptions(keys=("right", "other"))) as server:
+        with client_of(server, api_key="wrong") as client:
+            for call in (client.videos.list, client.models.list):
+                with pytest.raises(openai.AuthenticationError) as caught:
+                    call()
+                assert caught.value.code == "invalid_api_key"
+            with pytest.raises(openai.AuthenticationError):  # whatever it would send
+                client.videos.create(prompt="jump", input_reference=("a.png", bytes(10**6)))
+        assert server.rows() == 0
+        with client_of(server, api_key="right") as client:
+            headers = {"extra_headers": {"Idempotency-Key": "a"}}
+            mine = client.videos.create(prompt="jump", **headers)
+        with client_of(server, api_key="other") as client:
+            assert client.videos.create(prompt="jump", **headers).id != mine.id
+
+
+def test_a_foreign_name_is_forbidden(client):
+    with pytest.raises(openai.PermissionDeniedError) as caught:
+        client.videos.list(extra_headers={"Host": "evil.example"})
+    assert caught.value.code == "unknown_host"
+
+
+def test_a_picture_that_is_too_large(store):
+    with serving(store, gate=GateOptions(max_body=100_000)) as server, client_of(server) as client:
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.videos.create(prompt="jump", input_reference=("a.png", bytes(3_000_000)))
+        assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
 
 
 # -- nothing is done twice -------------------------------------------------------------------------
