@@ -10,11 +10,13 @@ import threading
 import time
 import zlib
 
+import numpy as np
 import pytest
 from api_server import serving
 from PIL import Image
 from test_api_traps import ask
 
+from vfengine.media.pictures import fitted, read_picture
 from vfengine.serving.gate import GateOptions, is_loopback, read_keys
 from vfengine.serving.http_server import Limits
 from vfengine.serving.store import Store
@@ -437,8 +439,25 @@ def test_pictures_that_are_taken(serve, kind, mode):
     assert status == 200 or answer["error"]["code"] == "invalid_image"
 
 
-def test_pictures_are_bounded_by_their_pixels():
-    assert 30_000 * 30_000 > MAX_PIXELS
+def test_memory_of_pictures_goes_back_to_the_system():
+    """Of blocks below 32 MiB, malloc keeps as many as each thread ever had."""
+    assert MAX_PIXELS < 30_000 * 30_000
+    assert Image.core.get_block_size() > 32 * 2**20
+
+
+def test_a_turned_picture_is_the_one_that_generate_reads(serve, tmp_path):
+    """EXIF, transparency and size are dealt with here, and leave an engine nothing to change."""
+    image = Image.effect_noise((50, 30), 80).convert("RGBA")
+    image.putalpha(Image.effect_noise((50, 30), 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    file = tmp_path / "a.png"
+    image.save(file, exif=exif)
+    server = serve()
+    head = b'content-disposition: form-data; name="input_reference"; filename="a.png"'
+    video = ask(server, "POST", "/v1/videos", form(head, file.read_bytes()), **FORM)[2]
+    kept = read_picture(server.store.file(video["id"], "upload"))
+    assert np.array_equal(fitted(read_picture(file), 3, 16, 16), fitted(kept, 3, 16, 16))
 
 
 @pytest.mark.parametrize(
