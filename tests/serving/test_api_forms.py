@@ -182,6 +182,18 @@ def test_solvers():
     assert refusal(made, PLAIN, prompt="jump", base_path="clean").param == "base_path"
 
 
+def test_loops():
+    assert not made(prompt="jump").settings.loop
+    for on in (True, "true"):
+        assert made(prompt="jump", loop=on).settings.loop
+    assert not made(PLAIN, prompt="jump", loop="false").settings.loop
+    assert refusal(made, PLAIN, prompt="jump", loop=True).param == "loop"
+    for other in (1, "yes", [], 0.0):
+        assert refusal(made, prompt="jump", loop=other).param == "loop"
+    source = job_of(made(prompt="jump", loop=True))
+    assert remixed(source).settings.loop and not extended(source).settings.loop
+
+
 def test_equal_requests_have_equal_shapes():
     named = made(prompt="jump", base_path="clean", guidance_scale=2, num_frames="4")
     assert named.settings.shape == made(prompt="walk").settings.shape

@@ -1,24 +1,18 @@
 """Requests of strangers: keys, hosts and origins, sizes, times, paths and pictures."""
 
-import base64
 import http.client
-import io
 import json
 import socket
-import struct
 import threading
 import time
-import zlib
 
 import pytest
 from api_server import serving
-from PIL import Image
 from test_api_traps import ask
 
 from vfengine.serving.gate import GateOptions, is_loopback, read_keys
 from vfengine.serving.http_server import Limits
 from vfengine.serving.store import Store
-from vfengine.serving.uploads import MAX_PIXELS
 
 MAX_BODY = 200_000
 
@@ -335,148 +329,3 @@ def test_path_tricks_find_nothing(server, name):
     assert ask(server, "POST", "/v1/videos/extensions", body)[0] == 404
     assert ask(server, "GET", f"/v1/videos?after={name}")[0] == 400
     assert files_of(server.store.folder.parent) == before
-
-
-@pytest.mark.parametrize("name", ["../../evil.png", "/etc/evil", "a\0b", "x" * 900, "nul", ".."])
-def test_names_of_uploads_name_no_files(serve, tmp_path, name):
-    server = serve()
-    before = files_of(tmp_path)
-    shown = name.encode().replace(b"\0", b"%00")
-    head = b'content-disposition: form-data; name="input_reference"; filename="' + shown + b'"'
-    status, _, video = ask(server, "POST", "/v1/videos", form(head, png(4, 4)), **FORM)
-    assert status == 200
-    new = files_of(tmp_path) - before
-    assert {file for file in new if "jobs.sqlite3" not in file} == {
-        f"store/jobs/{video['id']}/upload"
-    }
-
-
-FORM = {"content_type": "multipart/form-data; boundary=b"}
-
-
-def form(head: bytes, data: bytes) -> bytes:
-    prompt = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\njump\r\n'
-    return prompt + b"--b\r\n" + head + b"\r\n\r\n" + data + b"\r\n--b--\r\n"
-
-
-# -- pictures --------------------------------------------------------------------------------------
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png(width: int, height: int) -> bytes:
-    return encoded(Image.new("RGB", (width, height), "red"), "PNG")
-
-
-def png_of(width: int, height: int, rows: bytes, text: bytes = b"") -> bytes:
-    """A PNG that says what size it has; rows, text: compressed."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
-    if text:
-        head += chunk(b"zTXt", b"a\0\0" + text)
-    return head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def many_frames() -> bytes:
-    frames = [Image.new("P", (8, 8), i % 250) for i in range(500)]
-    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-
-
-BOMBS = {
-    "huge": lambda: png_of(30_000, 30_000, zlib.compress(bytes(10_000_000), 9)),
-    "wide": lambda: png_of(2**31 - 1, 1, zlib.compress(b"")),
-    "nothing": lambda: png_of(0, 0, zlib.compress(b"")),
-    "lies": lambda: png_of(4000, 4000, zlib.compress(bytes(100))),
-    "cut off": lambda: encoded(Image.effect_noise((99, 99), 50), "PNG")[:2000],
-    "cut off jpeg": lambda: encoded(Image.effect_noise((99, 99), 50), "JPEG")[:1500],
-    "text": lambda: png_of(8, 8, zlib.compress(bytes(200)), zlib.compress(bytes(5_000_000))),
-    "empty": lambda: b"",
-    "svg": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-    "postscript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "tiff": lambda: encoded(Image.new("RGB", (8, 8)), "TIFF"),
-    "psd": lambda: b"8BPS\0\1" + bytes(100),
-    "ico": lambda: encoded(Image.new("RGB", (16, 16)), "ICO"),
-    "junk": lambda: bytes(range(256)) * 20,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_pictures_that_are_refused(server, name):
-    head = b'content-disposition: form-data; name="input_reference"; filename="a.png"'
-    status, _, answer = ask(server, "POST", "/v1/videos", form(head, BOMBS[name]()), **FORM)
-    assert (status, answer["error"]["param"]) == (400, "input_reference")
-    assert server.rows() == 0 and not list((server.store.folder / "jobs").iterdir())
-
-
-def test_the_first_of_many_frames_is_taken(serve):
-    server = serve()
-    head = b'content-disposition: form-data; name="input_reference"; filename="a.gif"'
-    assert ask(server, "POST", "/v1/videos", form(head, many_frames()), **FORM)[0] == 200
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "1"])
-def test_pictures_that_are_taken(serve, kind, mode):
-    """Whatever can be written in a format; of what cannot be shown, an error says so."""
-    try:
-        data = encoded(Image.new("RGB", (50, 40), "red").convert(mode), kind)
-    except (OSError, KeyError, ValueError):
-        data = encoded(Image.new("RGB", (50, 40), "red"), kind)
-    head = b'content-disposition: form-data; name="input_reference"; filename="a"'
-    status, _, answer = ask(serve(), "POST", "/v1/videos", form(head, data), **FORM)
-    assert status == 200 or answer["error"]["code"] == "invalid_image"
-
-
-def test_pictures_are_bounded_by_their_pixels():
-    assert 30_000 * 30_000 > MAX_PIXELS
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:1/a.png",
-        "https://example.com/a.png",
-        "file:///etc/passwd",
-        "ftp://example.com/a.png",
-        "data:text/html;base64,aGk=",
-        "data:image/png,raw",
-        "data:image/png;base64,***",
-        "data:image/png;base64,aGVsbG8=",
-        "data:image/png;base64," + base64.b64encode(png(2, 2)).decode()[:-3],
-        "",
-        None,
-        7,
-        {"url": "x"},
-    ],
-)
-def test_urls_are_not_fetched(server, url):
-    body = {"prompt": "jump", "input_reference": {"image_url": url}}
-    status, _, answer = ask(server, "POST", "/v1/videos", body)
-    assert status == 400 and answer["error"]["param"].startswith("input_reference")
-    assert server.rows() == 0
-
-
-@pytest.mark.parametrize(
-    "reference", ["http://x", {}, {"file_id": "file-1"}, {"image_url": "x", "other": 1}, [], 1]
-)
-def test_other_references(server, reference):
-    body = {"prompt": "jump", "input_reference": reference}
-    assert ask(server, "POST", "/v1/videos", body)[0] == 400
-
-
-@pytest.mark.parametrize("data", [b"", b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\n"])
-def test_videos_that_are_refused(server, data):
-    """A playlist names further files: only what begins as a video does gets as far as a job."""
-    head = b'content-disposition: form-data; name="video"; filename="a.mp4"'
-    status, _, answer = ask(server, "POST", "/v1/videos/extensions", form(head, data), **FORM)
-    assert (status, answer["error"]["param"]) == (400, "video") and server.rows() == 0

@@ -66,7 +66,8 @@ def fitted(image: Image.Image, channels: int, height: int, width: int) -> Image.
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(ground, image)
-    image = image.convert(modes[channels])
+    if image.mode != modes[channels]:
+        image = image.convert(modes[channels])
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return image

@@ -179,3 +179,13 @@ def choice(values: dict[str, Any], name: str, choices: tuple[str, ...]) -> str |
     if value is None or (isinstance(value, str) and value in choices):
         return value
     raise bad(f"{name} must be one of {', '.join(choices)}, got {shown(value)}", name)
+
+
+def switch(values: dict[str, Any], name: str) -> bool:
+    """Whether something is on, as a boolean or as text; off if it is not there."""
+    value = values.get(name)
+    if isinstance(value, str) and value in ("true", "false"):
+        return value == "true"
+    if value is not None and not isinstance(value, bool):
+        raise bad(f"{name} must be true or false, got {shown(value)}", name)
+    return bool(value)

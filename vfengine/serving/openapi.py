@@ -77,6 +77,7 @@ def _fields(info: ModelInfo, bounds: Bounds) -> dict[str, Schema]:
         "solver": {"type": "string", "enum": list(info.solvers)},
         "eta": _number(0, 1, "share of new noise in each step of ddim"),
         "base_path": {"type": "string", "enum": list(info.base_paths) or ["clean"]},
+        "loop": {"type": "boolean", "description": "the last and the first frame are neighbours"},
         "format": {"type": "string", "enum": list(FORMATS)},
         "scale": _integer(1, bounds.scale, "the pictures are enlarged so many times"),
         "input_reference": {

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .bodies import choice, real, text, whole
+from .bodies import choice, real, switch, text, whole
 from .errors import ApiError, bad, shown
 from .jobs import FORMATS, Job, JobSettings
 from .model_info import ModelInfo
@@ -22,7 +22,7 @@ _WHAT = ("prompt", "label", "negative_prompt")
 _HOW = ("num_inference_steps", "guidance_scale", "solver", "eta", "format", "scale", "size")
 CREATE_FIELDS = (
     *("model", *_WHAT, "seed", "base_seed", "residual_seed"),
-    *(*_LENGTH, *_HOW, "base_path", "input_reference"),
+    *(*_LENGTH, *_HOW, "base_path", "loop", "input_reference"),
 )
 REMIX_FIELDS = ("model", *_WHAT, "seed", "residual_seed", *_LENGTH, "format")
 EXTEND_FIELDS = ("model", *_WHAT, "seed", "residual_seed", *_LENGTH, *_HOW, "video")
@@ -76,6 +76,7 @@ def create(values: dict[str, Any], has_picture: bool, info: ModelInfo, bounds: B
         **_solver(values, info, bounds, None),
         num_frames=num_frames,
         fps=fps,
+        loop=_loop(values, info),
         base_path=None if has_picture else base_path,
         scale=scale,
         width=info.width,
@@ -157,6 +158,7 @@ def extend(values: dict[str, Any], source: Job | None, info: ModelInfo, bounds: 
         base_path=None,
         scale=_scale(values, info, bounds, start.scale),
         format=choice(values, "format", FORMATS) or start.format,
+        loop=False,
         picture=False,
         look=None,
         extends="" if source is None else source.id,
@@ -302,6 +304,13 @@ def _base_path(values: dict[str, Any], info: ModelInfo) -> str | None:
     if values.get("base_path") is not None:
         raise bad(f"{info.name} has no base path", "base_path")
     return None
+
+
+def _loop(values: dict[str, Any], info: ModelInfo) -> bool:
+    loop = switch(values, "loop")
+    if loop and info.kind == "plain":
+        raise bad(f"{info.name} is a plain video model, which makes no loops", "loop")
+    return loop
 
 
 def _length(

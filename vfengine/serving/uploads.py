@@ -25,12 +25,15 @@ from .bodies import Body
 from .errors import ApiError, bad, shown
 from .model_info import ModelInfo
 
-MAX_PIXELS = 50_000_000  # of a picture; some 200 MB while it is decoded
+MAX_PIXELS = 50_000_000  # of a picture; 4 bytes each while it is decoded, 16 if it is transparent
 MAX_SIDE = 30_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(;[a-z0-9=-]{1,40})*;base64,", re.IGNORECASE)
 _VIDEOS = (b"ftyp", b"\x1aE\xdf\xa3", b"RIFF", b"GIF8")  # mp4 and mov, webm and mkv, webp and avi
 _one_at_a_time = threading.Lock()  # so that decoded pictures do not fill the memory
+# Pillow's blocks of 16 MiB stay with malloc once they are free, in a pool of each thread's own.
+# Larger ones go back to the system.
+Image.core.set_block_size(64 * 2**20)
 
 
 def picture_source(body: Body) -> BinaryIO | None:
@@ -86,8 +89,8 @@ def _decoded(source: BinaryIO, info: ModelInfo) -> Image.Image:
                 if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                     message = f"a picture may have {MAX_PIXELS // 10**6} million pixels at most"
                     raise bad(f"{message}, this one is {width}x{height}", "input_reference")
-                image = ImageOps.exif_transpose(image)
-                return fitted(image, 3, info.height, info.width)
+                ImageOps.exif_transpose(image, in_place=True)
+                return fitted(image, 3, info.height, info.width).copy()
     except (ApiError, MemoryError):
         raise
     except Exception as error:  # Pillow raises of almost any kind for broken files

@@ -17,7 +17,7 @@ MEDIA_TYPES = {
 }
 _AS_THEY_ARE = (
     *("label", "negative_prompt", "base_seed", "residual_seed", "fps", "num_inference_steps"),
-    *("guidance_scale", "solver", "eta", "base_path", "format", "scale"),
+    *("guidance_scale", "solver", "eta", "base_path", "loop", "format", "scale"),
 )
 
 
