@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ..diffusion.base_path import BaseTrajectory
+from ..media.codecs import check_encoding
 from ..media.metadata import MAX_BYTES
 from ..media.pictures import enlarge, read_picture, to_uint8
 from ..media.video import write_video
@@ -364,7 +365,9 @@ def _write_clip(pipe: Pipeline, file: Path, frames: np.ndarray, one: Prepared) -
     settings = one.job.settings
     upload = file.with_name(UPLOAD)
     files = {"image": file_record(upload)} if settings.picture else {}
-    record = clip_settings(pipe, one.request, files=files, fps=settings.fps, scale=settings.scale)
+    written = {"fps": settings.fps, "scale": settings.scale}
+    encoding = check_encoding(file.suffix)
+    record = clip_settings(pipe, one.request, files=files, **written, **encoding._asdict())
     beyond = {} if settings.look is None else {"look": settings.look}
     if one.source is not None:
         beyond["source"] = {"frames": len(one.source)}
@@ -373,7 +376,7 @@ def _write_clip(pipe: Pipeline, file: Path, frames: np.ndarray, one: Prepared) -
     text = settings_text(record)
     if len(text) > MAX_BYTES:  # of a prompt that no file can carry
         text = None
-    write_video(file, frames, settings.fps, metadata=text)
+    write_video(file, frames, settings.fps, metadata=text, **encoding._asdict())
 
 
 def _common(settings: JobSettings) -> dict[str, Any]:
