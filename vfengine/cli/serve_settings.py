@@ -60,7 +60,7 @@ SETTINGS = (
         whole(1, 4096),
         "largest number of requests of equal shape that are made at a time",
         None,
-        "8 on CUDA, 1 on a CPU",
+        "4 on CUDA, 1 on a CPU",
     ),
     Setting("host", _ADDRESS, text("ADDRESS"), "address to listen at", "127.0.0.1"),
     Setting("port", _ADDRESS, whole(0, 65535), "port to listen at; 0 is any free one", 8000),
