@@ -137,6 +137,20 @@ def test_a_job_that_engines_die_of(store):
     assert ids(store.claim(ME)) == [late]
 
 
+def test_jobs_of_another_model_have_failed(store):
+    jobs = [job_of(model=name) for name in ("tiny", "old", "old", "old")]
+    old, claimed = [store.add(job, 9).id for job in jobs][1], jobs[0].id
+    assert [job.id for job in store.claim("a", 2)] == [claimed, old]
+    store.finish(old, "a", {}, None)
+    assert store.refuse_other_models("tiny", keep=60.0) == 2
+    assert [store.get(job.id).status for job in jobs] == ["in_progress", "completed"] + 2 * [
+        "failed"
+    ]
+    job = store.get(jobs[3].id)
+    assert job.error["code"] == "model_not_served" and "than tiny" in job.error["message"]
+    assert job.expires_at == pytest.approx(job.completed_at + 60.0)
+
+
 def test_what_has_expired_goes(store):
     old, young, running, waiting = add(store, *[settings_of(base_seed=k) for k in range(4)])
     for name in (old, young, running):

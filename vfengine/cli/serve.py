@@ -85,12 +85,12 @@ def _run(
     from ..serving.request_forms import Bounds
     from ..serving.workers import Workers
 
-    metrics = Metrics(store.count)
+    metrics, keep = Metrics(store.count), settings.keep * 3600 if settings.keep else None
     workers = Workers(
         store,
         _engine_flags(settings),
         count=settings.workers,
-        keep=settings.keep * 3600 if settings.keep else None,
+        keep=keep,
         on_event=metrics.engine_event,
     )
     options = AppOptions(
@@ -108,7 +108,10 @@ def _run(
         print(f"{program}: reading {settings.model or 'the shipped model'}", file=sys.stderr)
     try:
         workers.start()
-        app = create_app(store, _model(workers), workers, options, metrics)
+        info = _model(workers)
+        if refused := store.refuse_other_models(info.name, keep):
+            print(f"{program}: {refused} jobs of other models have failed", file=sys.stderr)
+        app = create_app(store, info, workers, options, metrics)
         server = Server(app, ready=lambda: _say_address(listener, settings.host))
         asyncio.run(server.serve(sockets=[listener]))
     finally:

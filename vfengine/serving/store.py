@@ -277,13 +277,18 @@ class Store:
                     )
                     continue
                 message = f"the engine ended {MAX_ATTEMPTS} times while it made this clip"
-                error, now = json.dumps({"code": "engine_died", "message": message}), time.time()
-                db.execute(
-                    "UPDATE jobs SET status = 'failed', worker = NULL, phase = '', error = ?, "
-                    "completed_at = ?, expires_at = ? WHERE id = ?",
-                    (error, now, None if keep is None else now + keep, row["id"]),
-                )
+                _give_up(db, "engine_died", message, keep, "id = ?", row["id"])
         return [row["id"] for row in rows]
+
+    def refuse_other_models(self, model: str, keep: float | None = None) -> int:
+        """Jobs that were asked of another model have failed; returns their number.
+
+        keep: seconds for which they are kept
+        """
+        message = f"it was asked of another model than {model}, which is served now"
+        others = "status IN ('queued', 'in_progress') AND model <> ?"
+        with self._writing() as db:
+            return _give_up(db, "model_not_served", message, keep, others, model)
 
     # -- what an engine does -----------------------------------------------------------------------
 
@@ -384,6 +389,19 @@ class Store:
                     f"started_at = NULL, attempts = attempts - 1 WHERE id = ? AND {_OWN}",
                     (job_id, worker),
                 )
+
+
+def _give_up(
+    db: sqlite3.Connection, code: str, message: str, keep: float | None, which: str, *values: object
+) -> int:
+    """The jobs that a condition of SQL names have failed; returns their number."""
+    error, now = json.dumps({"code": code, "message": message}), time.time()
+    ended = db.execute(
+        "UPDATE jobs SET status = 'failed', worker = NULL, phase = '', error = ?, "
+        f"completed_at = ?, expires_at = ? WHERE {which}",
+        (error, now, None if keep is None else now + keep, *values),
+    )
+    return ended.rowcount
 
 
 def _modified(path: Path, default: float) -> float:
