@@ -88,3 +88,9 @@ def dependent_launches() -> bool:
     if value not in ("on", "off"):
         raise ValueError(f"VFENGINE_PDL must be on or off, got {value!r}")
     return value == "on"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the machine's lack of memory, or a device's."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

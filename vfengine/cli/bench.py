@@ -109,7 +109,8 @@ def measure(settings: argparse.Namespace, started: float) -> dict[str, Any]:
 
     if settings.json is not None:
         check_writable(settings.json)
-    from .job import is_out_of_memory, open_pipeline
+    from ..devices import is_out_of_memory
+    from .job import open_pipeline
     from .settings import read_settings
 
     generate = argparse.Namespace(**{**vars(read_settings([])), **_model_settings(settings)})

@@ -341,6 +341,8 @@ def _explained(
     batches: Iterable[Batch], settings: argparse.Namespace, record: Record
 ) -> Iterator[Batch]:
     """The batches; raises Failure for errors that may occur once sampling has begun."""
+    from ..devices import is_out_of_memory
+
     try:
         yield from batches
     except (MemoryError, RuntimeError) as error:
@@ -357,8 +359,3 @@ def _explained(
         cache = isinstance(error, OSError) and settings.base_cache is not None
         where = f"--base-cache {settings.base_cache}: " if cache else ""
         raise Failure(where + one_line(error)) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

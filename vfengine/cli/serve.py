@@ -110,7 +110,7 @@ def _run(
         workers.start()
         info = _model(workers)
         if refused := store.refuse_other_models(info.name, keep):
-            print(f"{program}: {refused} jobs of other models have failed", file=sys.stderr)
+            print(f"{program}: jobs of other models, now failed: {refused}", file=sys.stderr)
         app = create_app(store, info, workers, options, metrics)
         server = Server(app, ready=lambda: _say_address(listener, settings.host))
         asyncio.run(server.serve(sockets=[listener]))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..devices import is_out_of_memory
 from ..diffusion.base_path import BaseTrajectory
 from ..media.codecs import check_encoding
 from ..media.metadata import MAX_BYTES
@@ -320,11 +321,6 @@ def explained(error: Exception) -> tuple[str, str]:
     if isinstance(error, (ValueError, TypeError)):
         return "invalid_request", " ".join(str(error).split())
     return "server_error", f"the clip could not be made ({type(error).__name__})"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 class Memory:

@@ -172,10 +172,8 @@ class Store:
 
     # -- what the server does ----------------------------------------------------------------------
 
-    def add(
-        self, job: Job, max_queue: int, request_key: str | None = None, files: Iterable[str] = ()
-    ) -> Job:
-        """Takes a job in, whose files (by name, in its folder) are complete; returns it.
+    def add(self, job: Job, max_queue: int, request_key: str | None = None) -> Job:
+        """Takes a job in, whose files are complete in its folder; returns it.
 
         request_key: a name of the request by its sender; a second one with it is not taken in, and
                      the first's job is returned

@@ -161,7 +161,7 @@ class Videos:
                 folder.mkdir()
             for file, write in writers.items():
                 write(folder / file)
-            kept = self.store.add(job, self.max_queue, name, tuple(writers))
+            kept = self.store.add(job, self.max_queue, name)
         except QueueFull as error:
             raise queue_full(self.max_queue) from error
         finally:
