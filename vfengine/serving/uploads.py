@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..files import replacing
 from ..media.pictures import fitted
@@ -94,7 +94,10 @@ def _decoded(source: BinaryIO, info: ModelInfo) -> Image.Image:
     except (ApiError, MemoryError):
         raise
     except Exception as error:  # Pillow raises of almost any kind for broken files
-        message = f"input_reference is no picture that can be read ({shown(str(error))})"
+        reason = shown(str(error))
+        if isinstance(error, UnidentifiedImageError):  # which says where in memory the file is
+            reason = f"it is no {', '.join(_FORMATS)}"
+        message = f"input_reference is no picture that can be read ({reason})"
         raise bad(message, "input_reference", "invalid_image") from error
 
 
