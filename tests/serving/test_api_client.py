@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import urllib.request
+from dataclasses import replace
 
 import openai
 import pytest
@@ -226,6 +227,12 @@ def test_models(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("sora-2")
     assert caught.value.code == "model_not_found"
+
+
+def test_a_model_whose_name_has_a_slash(store):
+    with serving(store, replace(INFO, name="lab/tiny")) as server, client_of(server) as client:
+        assert client.models.retrieve("lab/tiny").id == "lab/tiny"
+        assert client.videos.create(prompt="jump", model="lab/tiny").model == "lab/tiny"
 
 
 def test_all_of_it_async(server):

@@ -121,7 +121,7 @@ class _Api:
         return [
             *self._videos.routes(),
             route("GET", "/v1/models", self.models),
-            route("GET", "/v1/models/{model}", self.model),
+            route("GET", "/v1/models/{model:path}", self.model),
             route("GET", "/health", self.health),
             route("GET", "/metrics", self.metrics),
             route("GET", "/openapi.json", self.openapi),
