@@ -100,6 +100,20 @@ def test_colours_of_every_pixel(tmp_path, suffix, codec):
     assert np.array_equal(read_video(tmp_path / "a.mkv").frames, frames)
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_hevc_of_small_noise_has_the_same_bytes(tmp_path, size):
+    """x265 takes decisions on frames of one block out of memory that it has not written."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (5, size, size, 3), dtype=np.uint8)
+    found = set()
+    for _ in range(4):
+        used = [random.bytes(random.integers(1000, 400_000)) for _ in range(30)]
+        used.clear()  # the memory that the encoder gets next is not zero
+        write_video(tmp_path / "a.mp4", noise, 8, codec="hevc")
+        found.add((tmp_path / "a.mp4").read_bytes())
+    assert len(found) == 1
+
+
 def test_ffv1_keeps_noise_bit_for_bit(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (7, 31, 45, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mkv", noise, 8)

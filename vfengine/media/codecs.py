@@ -49,6 +49,7 @@ class _Codec(NamedTuple):
 # differ from run to run, and that of x265 writes past them. It shifts bits between long-lived and
 # short-lived blocks; at a crf of 17 and a few dozen frames nothing is lost.
 _X265 = "pools=none:frame-threads=1:wpp=0:info=0:cutree=0:log-level=none"
+_X265_BLOCK = 64  # pixels of a side
 _CODECS = {
     "h264": _Codec("libx264", range(52), 17, CHROMAS, {"preset": "medium", "mbtree": "0"}),
     "hevc": _Codec(
@@ -210,6 +211,9 @@ def _encode(
     if encoding.codec == "hevc" and len(frames) <= 2:
         # x265 takes the decoding times of so few frames out of memory that it has never written
         options["x265-params"] += ":bframes=0"
+    if encoding.codec == "hevc" and max(frames.shape[1:3]) <= _X265_BLOCK:
+        # nor does it always write what predicts frames of one block: here each stands for itself
+        options["x265-params"] += ":keyint=1"
     if encoding.codec == "av1":
         os.environ.setdefault("SVT_LOG", "1")  # errors alone; it prints its settings otherwise
     rate = Fraction(fps).limit_denominator(1001)
