@@ -198,7 +198,11 @@ def test_other_references(server, reference):
     assert ask(server, "POST", "/v1/videos", body)[0] == 400
 
 
-@pytest.mark.parametrize("data", [b"", b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\n"])
+PLAYLISTS = (b"#EXTM3U\nfile:///etc/passwd\n", b"ffconcat version 1.0\n")
+AVI = b"RIFF\0\0\0\0AVI LIST"  # which no engine reads
+
+
+@pytest.mark.parametrize("data", [b"", *PLAYLISTS, AVI])
 def test_videos_that_are_refused(server, data):
     """A playlist names further files: only what begins as a video does gets as far as a job."""
     head = b'content-disposition: form-data; name="video"; filename="a.mp4"'

@@ -29,7 +29,7 @@ MAX_PIXELS = 50_000_000  # of a picture; 4 bytes each while it is decoded, 16 if
 MAX_SIDE = 30_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40}(;[a-z0-9=-]{1,40})*;base64,", re.IGNORECASE)
-_VIDEOS = (b"ftyp", b"\x1aE\xdf\xa3", b"RIFF", b"GIF8")  # mp4 and mov, webm and mkv, webp and avi
+_VIDEOS = (b"ftyp", b"\x1aE\xdf\xa3", b"WEBP", b"GIF8")  # mp4 and mov, webm and mkv, webp, gif
 _one_at_a_time = threading.Lock()  # so that decoded pictures do not fill the memory
 # Pillow's blocks of 16 MiB stay with malloc once they are free, in a pool of each thread's own.
 # Larger ones go back to the system.
