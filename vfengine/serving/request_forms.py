@@ -135,7 +135,7 @@ def extend(values: dict[str, Any], source: Job | None, info: ModelInfo, bounds: 
             message = f"{source.id} is {source.status}: only a completed video can be extended"
             raise bad(message, "video", "video_not_ready")
     start = _blank(info) if old is None else old
-    most = max(bounds.frames(info) // 2, 1)  # the clip is made from its middle frame
+    most = bounds.frames(info)  # of what is added: as much again is made and left out
     default = min(max(info.num_frames // 2, 1), most)
     fps, num_frames, seconds = _length(values, info, bounds, start.fps, default, most)
     if old is not None and fps != old.fps:
