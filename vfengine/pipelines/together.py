@@ -43,6 +43,7 @@ def sample_together(
     looks: Sequence[SamplingRequest] | None = None,
     base_cache: str | Path | None = None,
     on_base: Callable[[int, BaseTrajectory], bool] | None = None,
+    on_paths: Callable[[int, int], None] | None = None,
     callback: Callback | None = None,
 ) -> list[VideoFusionOutput | None]:
     """The clips of requests of one clip each, [1, N, H, W, C] each, in the order of the requests.
@@ -54,6 +55,8 @@ def sample_together(
     on_base:    called as on_base(index of the request, its base path) once all paths are there. A
                 clip for which it returns False is no longer wanted: it is not made, and is None in
                 the result
+    on_paths:   called before that as on_paths(paths walked, clips that needed no walk as theirs was
+                in the folder or another's); pictures' own paths are not counted
     callback:   as in `VideoFusionPipeline.__call__`, with the steps of the batch; a phase that has
                 nothing to do is not reported
 
@@ -68,7 +71,9 @@ def sample_together(
     run, table = pipe._run(callback), pipe._table(requests[0])
     pipe._session.check_complete(*pipe._later_files(requests[0]))
     conditions = _conditions(pipe, requests, run)
-    paths = _paths(pipe, requests, looks, table, base_cache, run)
+    paths, walked, found = _paths(pipe, requests, looks, table, base_cache, run)
+    if on_paths is not None:
+        on_paths(walked, found)
     wanted = range(len(requests))
     if on_base is not None:
         wanted = [k for k in wanted if on_base(k, paths[k])]
@@ -175,8 +180,11 @@ def _paths(
     table: SolverTable,
     folder: str | Path | None,
     run: Run,
-) -> list[BaseTrajectory]:
-    """The base path of each clip: given, found, or walked together with the others."""
+) -> tuple[list[BaseTrajectory], int, int]:
+    """The base path of each clip: given, found, or walked together with the others.
+
+    Also how many were walked, and for how many clips one was found.
+    """
     paths = [pipe._given_path(request, table, run) for request in requests]
     own = [k for k, path in enumerate(paths) if path is None]
     if folder is not None and own and not pipe.config.fingerprint():
@@ -205,7 +213,7 @@ def _paths(
             known[path_file(folder or "", keys[k])] = kept
     for k in own:
         paths[k] = known[path_file(folder or "", keys[k])]
-    return paths
+    return paths, len(missing), len(own) - len(missing)
 
 
 def _found(

@@ -5,7 +5,7 @@ that there may be work; the end of stdin, that it is to stop, as does SIGTERM. I
 what it was at. Its stdout is one JSON object a line:
 
     {"event": "ready", "model": …}      once: a `ModelInfo`
-    {"event": "batch", "clips": 2, "seconds": {"base": …}, "peak_memory_mb": …, …}
+    {"event": "batch", "clips": 2, "walked": 1, "found": 1, "seconds": {"base": …}, …}
     {"event": "failed", "code": …}      a job that could not be made
     {"event": "error", "message": …}    before "ready": the model cannot be used; exit status 2
 """

@@ -63,6 +63,7 @@ class Maker:
         self.pipe, self.store, self.worker = pipe, store, worker
         self.keep, self.stop = keep, stop
         self.rates = Rates()
+        self._paths: dict[str, int] = {}  # of the batch, by how they were had
         recorded = isinstance(pipe, CheckpointPipeline) and bool(pipe.fingerprint)
         self.base_cache: Path | None = store.base_paths if recorded else None
 
@@ -167,6 +168,7 @@ class Maker:
             self.store.folder_of(job_id).mkdir(parents=True, exist_ok=True)
         watch = Watch(self.store, self.worker, ids, self.rates.seconds(units), self.stop)
         memory = Memory(self.pipe)
+        self._paths = {"walked": 0, "found": 0}
         sample = self._sampled_together if self.together([b.job for b in batch]) else self._sampled
         clips, timings = sample(batch, watch)
         writing = time.perf_counter()
@@ -198,6 +200,7 @@ class Maker:
         return {
             "event": "batch",
             "clips": len(finished),
+            **self._paths,
             "seconds": {name: round(value, 4) for name, value in timings.items()},
             "total_seconds": round(time.perf_counter() - started, 4),
             "peak_memory_mb": memory.peak(),
@@ -239,6 +242,7 @@ class Maker:
             looks=[one.look or one.request for one in batch],
             base_cache=self.base_cache,
             on_base=on_base,
+            on_paths=self._count_paths,
             callback=watch,
         )
         for output in outputs:
@@ -267,7 +271,7 @@ class Maker:
         settings = {name: getattr(request, name) for name in names}
         if request.image is not None:
             return self.pipe.image_path(request.image, **settings)
-        return self.pipe.walk_base(
+        path = self.pipe.walk_base(
             request.label,
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -278,6 +282,12 @@ class Maker:
             timings=timings,
             **settings,
         )
+        walked = timings.get("base", 0.0) > 0.0
+        self._count_paths(int(walked), int(not walked))
+        return path
+
+    def _count_paths(self, walked: int, found: int) -> None:
+        self._paths = {"walked": walked, "found": found}
 
     def _show_base(self, one: Prepared, path: BaseTrajectory, watch: Watch) -> bool:
         """Writes the base frame; False: nobody wants the clip."""
