@@ -8,7 +8,7 @@ request to its answer, while the engine makes clips, on the same cores.
 
 The checks come first: none lost, none done twice, all decode, all frames are the pipeline's own.
 
-Memory     of both processes, when the 20th clip was done and at the end, and by how much that differs
+Memory     of both processes after the 20th clip and at the end, and by how much that differs
 Throughput clips a second from the first request to the last file that was fetched
 Alone      the same requests by one pipeline in one process, each clip written as a video
 Overhead   seconds a clip through the server, over seconds a clip alone, less one; in few steps
@@ -126,7 +126,9 @@ class Watched:
     engine: list[float] = field(default_factory=list)
     done: list[int] = field(default_factory=list)
 
-    def watch(self, server: ServerProcess, engine: int, store: Store, over: threading.Event) -> None:
+    def watch(
+        self, server: ServerProcess, engine: int, store: Store, over: threading.Event
+    ) -> None:
         while not over.wait(0.1):
             self.done.append(store.count("completed"))
             self.server.append(resident(server.process.pid))
@@ -162,7 +164,9 @@ def measure(plan: Plan = FULL) -> list[Row]:
 def under_load(server: ServerProcess, store: Store, plan: Plan) -> tuple[list[Row], Load]:
     (engine,), load, watched, over = server.engines(), Load(), Watched(), threading.Event()
     pids = {"server": server.process.pid, "engine": engine}
-    before = {name: cpu_seconds(pid) for name, pid in pids.items()} | {"clients": time.process_time()}
+    before = {name: cpu_seconds(pid) for name, pid in pids.items()} | {
+        "clients": time.process_time()
+    }
     watcher = threading.Thread(target=watched.watch, args=(server, engine, store, over))
     watcher.start()
     clients = [
@@ -179,7 +183,9 @@ def under_load(server: ServerProcess, store: Store, plan: Plan) -> tuple[list[Ro
     watcher.join()
     if load.errors:
         raise RuntimeError(f"{len(load.errors)} clients failed") from load.errors[0]
-    after = {name: cpu_seconds(pid) for name, pid in pids.items()} | {"clients": time.process_time()}
+    after = {name: cpu_seconds(pid) for name, pid in pids.items()} | {
+        "clients": time.process_time()
+    }
 
     def row(metric: str, value: float, unit: str) -> Row:
         return Row(plan.case, SERVER, metric, value, unit)

@@ -76,6 +76,8 @@ def test_a_clip_from_a_model_to_a_file(clean_checkpoint, tmp_path):
         assert bases[0] == bases[1]
         page = urllib.request.urlopen(f"{process.url}/metrics").read().decode()
         assert "vfengine_clips_total 3.0" in page
+        assert 'vfengine_base_paths_total{how="walked"} 1.0' in page  # a picture's is not counted
+        assert 'vfengine_base_paths_total{how="found"} 1.0' in page
         assert 'vfengine_phase_seconds_count{phase="residual"} 3.0' in page
         with urllib.request.urlopen(f"{process.url}/health") as answer:
             assert json.load(answer)["model"] == clean_checkpoint.name

@@ -251,7 +251,10 @@ def test_many_idle_connections(serve):
     server = serve(Limits(connections=8, stop_seconds=1))
     idle = [raw(server) for _ in range(12)]
     time.sleep(0.05)
-    assert ask(server, "GET", "/health")[0] == 503
+    status, headers, answer = ask(server, "GET", "/health")
+    assert (status, answer["error"]["code"]) == (503, "too_many_connections")
+    assert (headers["retry-after-ms"], headers["connection"]) == ("1000", "close")
+    assert headers["x-request-id"].startswith("req_")
     for connection in idle:
         connection.close()
     while ask(server, "GET", "/health")[0] == 503:

@@ -128,8 +128,13 @@ def test_a_failed_job_is_no_http_error(server):
 
 
 def test_clients_are_told_how_soon_to_poll(server):
-    headers = ask(server, "GET", f"/v1/videos/{new_video(server)}")[1]
-    assert 0 < int(headers["openai-poll-after-ms"]) <= 1000
+    video = new_video(server)
+    for path in (f"/v1/videos/{video}", "/v1/videos"):
+        assert 0 < int(ask(server, "GET", path)[1]["openai-poll-after-ms"]) <= 1000
+    (job,) = server.engines.claim()
+    server.engines.begin(job)
+    server.engines.finish(job)
+    assert ask(server, "GET", "/v1/videos")[1]["openai-poll-after-ms"] is None
 
 
 @pytest.mark.parametrize("variant", ["video", "thumbnail", "spritesheet"])

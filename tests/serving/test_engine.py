@@ -203,6 +203,14 @@ def test_a_base_path_is_walked_once(engine, store, monkeypatch):
         ("base", done, STEPS) for done in (1, 2, 3)
     ]
     assert len(list(store.base_paths.iterdir())) == 1
+    assert [(event["walked"], event["found"]) for event in engine.events] == [
+        (1, 1),
+        (0, 2),
+        (0, 1),
+    ]
+    add(store, *[settings_of(eta=0.5, residual_seed=seed) for seed in (1, 2)])
+    run_all(engine)
+    assert [(event["walked"], event["found"]) for event in engine.events[3:]] == [(1, 0), (0, 1)]
 
 
 # -- what starts from something --------------------------------------------------------------------

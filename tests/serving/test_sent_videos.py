@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import av
 import numpy as np
 import pytest
 from conftest import save_tiny
@@ -43,6 +44,43 @@ def test_a_clip_that_was_sent_goes_on(engine, store, tmp_path, suffix):
     run_all(engine)
     made = frames_of(store, name)
     assert len(made) == 10 and np.array_equal(made[:8], decoded)
+
+
+@pytest.mark.parametrize("name, codec", [("a.mov", "png"), ("a.mkv", "rawvideo")])
+def test_seldom_codecs_are_not_read(tmp_path, name, codec):
+    with av.open(str(tmp_path / name), "w") as file:
+        stream = file.add_stream(codec, rate=8)
+        stream.width, stream.height = 16, 16
+        stream.pix_fmt = "rgb24" if codec == "png" else "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        file.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(ValueError, match=f"a video in {codec} is not read"):
+        frames.read_source(tmp_path / name, 16, 16, 8.0)
+
+
+def test_sound_is_left_out(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream, sound = file.add_stream("libx264", rate=8), file.add_stream("aac", rate=48000)
+        stream.width, stream.height = 16, 16
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+            file.mux(stream.encode(frame))
+        silence = np.zeros((1, 48000 * 3 // 8), np.float32)
+        heard = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        heard.rate = 48000
+        file.mux([*stream.encode(), *sound.encode(heard), *sound.encode()])
+    assert frames.read_source(tmp_path / "a.mp4", 16, 16, 8.0).shape == (3, 16, 16, 3)
+
+
+def test_a_file_that_names_others_is_not_followed(tmp_path):
+    """What FFmpeg would take for a playlist, under the first bytes of a video too."""
+    write_video(tmp_path / "other.webm", np.zeros((3, 16, 16, 3), np.uint8), 8.0)
+    lists = (b"ffconcat version 1.0\nfile other.webm\n", b"#EXTM3U\nother.webm\n")
+    for text in lists:
+        for start in (b"", b"\0\0\0\x18ftyp", b"\x1a\x45\xdf\xa3"):
+            (tmp_path / "sent").write_bytes(start + text)
+            with pytest.raises(ValueError):
+                frames.read_source(tmp_path / "sent", 16, 16, 8.0)
 
 
 def test_a_clip_of_another_size_and_rate(engine, store, tmp_path):

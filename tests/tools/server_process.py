@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,15 @@ class Answer(NamedTuple):
 class ServerProcess:
     """`python -m vfengine.serve` at a free port of loopback; takes requests once `start` is over.
 
-    log: a file, to which what the processes print is appended
+    log:       a file, to which what the processes print is appended
+    variables: of their environment, beside those of this process
     """
 
-    def __init__(self, store: Path, log: Path, *flags: object) -> None:
+    def __init__(
+        self, store: Path, log: Path, *flags: object, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.store, self.log = store, log
+        self._variables = {**os.environ, **(variables or {})}
         self._flags = [*map(str, flags), "--store", str(store), "--port", "0"]
         self.process: subprocess.Popen | None = None
         self.port = self._before = 0
@@ -47,7 +51,7 @@ class ServerProcess:
         self._before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("a") as log:
             command = [sys.executable, "-m", "vfengine.serve", *self._flags]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._variables)
 
     def start(self) -> None:
         """Starts it; RuntimeError, with what was printed, where it takes no requests."""

@@ -58,6 +58,13 @@ def queue_full(waiting: int) -> ApiError:
     return ApiError(429, f"{waiting} videos are waiting already", "queue_full", headers=headers)
 
 
+def too_busy() -> ApiError:
+    """503 that a client may try again, however its request is meant: none of it was read."""
+    headers = {"retry-after-ms": "1000", "retry-after": "1", "connection": "close"}
+    message = "too many connections are open: try again"
+    return ApiError(503, message, "too_many_connections", headers=headers)
+
+
 def too_large(limit: int) -> ApiError:
     message = f"the body may have {limit:,} bytes at most".replace(",", " ")
     return ApiError(413, message, "body_too_large")

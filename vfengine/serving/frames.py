@@ -1,7 +1,8 @@
 """Frames of jobs on disk: exact ones on a sheet, and clips that were sent, read within limits.
 
 A file that was sent is named by its first bytes, and is read as that alone: FFmpeg must never take
-one for a playlist, which names further files. Nothing here imports torch.
+one for a playlist, which names further files. Nor may it use the decoders of seldom formats, or
+open anything but the file that it is given. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MAX_ALL_PIXELS = 2**31  # of all frames: those of 1000 in full HD
 _LEVEL = 2  # of PNG's 9: a third of the usual one's time, for files that are a sixth larger
 _NOTE = "vfengine sheet"  # of a PNG: "frames width height fps"
 _VIDEOS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))  # place, bytes, FFmpeg's name
+_DECODERS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "ffv1", "mpeg4", "mjpeg")
 _PICTURES = ((0, b"GIF8", "GIF"), (8, b"WEBP", "WEBP"), (0, b"\x89PNG", "PNG"))  # and Pillow's
 
 
@@ -129,11 +131,18 @@ def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
     if kind is None:
         raise ValueError("expected a video: mp4, webm, gif or animated webp")
     try:
-        with file.open("rb") as opened, av.open(opened, format=kind) as container:
+        decoders = {"codec_whitelist": ",".join(_DECODERS)}
+        options = {**decoders, "format_whitelist": kind, "protocol_whitelist": ""}
+        with (
+            file.open("rb") as opened,
+            av.open(opened, format=kind, options=options) as container,
+        ):
             if not container.streams.video:
                 raise ValueError("the file holds no video")
             stream = container.streams.video[0]
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            if stream.codec_context.name not in _DECODERS:
+                raise ValueError(f"a video in {stream.codec_context.name} is not read")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), **decoders}
             _check_size(stream.width, stream.height)
             size = {"width": stream.width, "height": stream.height}
             for k, frame in enumerate(container.decode(stream)):

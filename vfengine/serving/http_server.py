@@ -14,8 +14,11 @@ from types import FrameType
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from .errors import too_busy
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Protocol(H11Protocol):
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+            (b"x-request-id", _new_id().encode()),
             (b"connection", b"close"),
         ]
         with contextlib.suppress(h11.LocalProtocolError):  # an answer was begun already
@@ -114,7 +117,8 @@ class Server(uvicorn.Server):
         limits = limits or Limits()
         protocol = type("Protocol", (Protocol,), {"limits": limits})
         config = uvicorn.Config(
-            app,
+            self._unless_crowded,
+            interface="asgi3",
             http=protocol,
             ws="none",
             loop="asyncio",
@@ -123,13 +127,24 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=limits.connections,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=int(limits.stop_seconds),
         )
         super().__init__(config)
+        self._app, self._most = app, limits.connections
         self.stopped_by: int | None = None
         self._ready = ready
+
+    async def _unless_crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app, unless too many connections are open. uvicorn's own answer has no form."""
+        state: ServerState = self.server_state
+        crowded = max(len(state.connections), len(state.tasks)) >= self._most
+        if scope["type"] != "http" or not crowded:
+            await self._app(scope, receive, send)
+            return
+        answer = too_busy().response()
+        answer.headers["x-request-id"] = _new_id()
+        await answer(scope, receive, send)
 
     @property
     def interrupted(self) -> bool:
@@ -161,6 +176,10 @@ class ThreadServer(Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _new_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -211,7 +211,7 @@ class Videos:
             "last_id": jobs[-1].id if jobs else None,
             "has_more": more,
         }
-        return JSONResponse(page)
+        return JSONResponse(page, headers=_poll(*jobs))
 
     def delete(self, request: Request) -> Response:
         """DELETE /v1/videos/{id}: a running job stops."""
@@ -273,10 +273,7 @@ class Videos:
         return self._find(request.path_params["video_id"])
 
     def _video(self, job: Job) -> Response:
-        headers = {}
-        if job.status in ("queued", "in_progress"):
-            headers["openai-poll-after-ms"] = str(POLL_MS)
-        return JSONResponse(views.video(job, self.store), headers=headers)
+        return JSONResponse(views.video(job, self.store), headers=_poll(job))
 
 
 class _File(FileResponse):
@@ -289,6 +286,12 @@ class _File(FileResponse):
             await send(message)
 
         await super().__call__(scope, receive, in_form)
+
+
+def _poll(*jobs: Job) -> dict[str, str]:
+    """Headers that say when to ask again, where one of the jobs is not done."""
+    waiting = any(job.status in ("queued", "in_progress") for job in jobs)
+    return {"openai-poll-after-ms": str(POLL_MS)} if waiting else {}
 
 
 def _bad_range(status: int, message: Message) -> ApiError:
