@@ -59,8 +59,9 @@ def _serve(settings: argparse.Namespace, program: str) -> int:
     keys = _keys(settings)
     if settings.model is not None and not settings.model.is_dir():
         raise UsageError(f"--model {settings.model}: no such folder")
-    from ..serving.http_server import listen
+    from ..serving.http_server import listen, share_heap
 
+    share_heap()
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:

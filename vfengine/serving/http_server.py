@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -176,6 +178,17 @@ class ThreadServer(Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def share_heap() -> None:
+    """Has all threads of this process share one heap, where glibc would give each its own.
+
+    None of these would be given back: a server's memory would grow with its threads' largest needs.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def _new_id() -> str:
