@@ -9,13 +9,16 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 from api_server import INFO
 
 from vfengine.cli import serve
 from vfengine.cli.serve_settings import SETTINGS, read_settings
+from vfengine.serving.engine import default_batch_size
 from vfengine.serving.store import Store
 from vfengine.serving.workers import Workers
 
@@ -228,3 +231,37 @@ def test_uploads_go_to_the_store(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     with serve._store(tmp_path / "store"):
         assert tempfile.gettempdir() == os.fspath(tmp_path / "store" / "uploads")
+
+
+def test_help_says_how_large_batches_are():
+    (said,) = [setting.otherwise for setting in SETTINGS if setting.name == "batch_size"]
+    sizes = [default_batch_size(SimpleNamespace(device=torch.device(d))) for d in ("cuda", "cpu")]
+    assert said == "{} on CUDA, {} on a CPU".format(*sizes)
+
+
+HEAPS = """
+import ctypes, threading
+from vfengine.serving.http_server import share_heap
+share_heap()
+held, all_there = [], threading.Barrier(9)
+def hold():
+    held.append([bytes(5000) for _ in range(100)])
+    all_there.wait()
+for _ in range(8):
+    threading.Thread(target=hold).start()
+all_there.wait()
+libc = ctypes.CDLL(None)
+libc.fopen.restype, libc.malloc_info.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+libc.fclose.argtypes = (ctypes.c_void_p,)
+file = libc.fopen(b"heaps.xml", b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+print(open("heaps.xml").read().count("<heap nr="))
+"""
+
+
+def test_threads_share_a_heap(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HEAPS], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1\n"
