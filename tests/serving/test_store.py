@@ -10,7 +10,7 @@ import pytest
 from serving_jobs import add, job_of, send, settings_of, work
 
 from vfengine.serving.jobs import THUMBNAIL, JobSettings, new_id
-from vfengine.serving.store import MAX_ATTEMPTS, QueueFull, Store
+from vfengine.serving.store import MAX_ATTEMPTS, MAX_OUTAGES, QueueFull, Store
 
 ME = "engine-1"
 
@@ -149,6 +149,17 @@ def test_jobs_of_another_model_have_failed(store):
     job = store.get(jobs[3].id)
     assert job.error["code"] == "model_not_served" and "than tiny" in job.error["message"]
     assert job.expires_at == pytest.approx(job.completed_at + 60.0)
+
+
+def test_the_end_of_a_server_is_not_its_jobs_fault(store):
+    (name,) = add(store, settings_of())
+    for _ in range(MAX_OUTAGES - 1):
+        store.claim(ME)
+        assert store.recover(keep=60, outage=True) == [name]
+        assert (store.get(name).status, store.get(name).attempts) == ("queued", 0)
+    store.claim(ME)
+    store.recover(keep=60, outage=True)  # unless it never ends well
+    assert store.get(name).error["code"] == "engine_died"
 
 
 def test_what_has_expired_goes(store):

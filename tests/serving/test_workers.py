@@ -98,7 +98,7 @@ def test_engines_of_a_server(folder, store, monkeypatch):
     assert info.name == "tiny" and info.device == "cpu" and workers.alive == 1
     wait_for(lambda: store.get(first).status == "completed")
     job = store.get(first)
-    assert job.attempts == 2 and job.expires_at - job.completed_at == pytest.approx(60, abs=5)
+    assert job.attempts == 1 and job.expires_at - job.completed_at == pytest.approx(60, abs=5)
     (pid,) = workers.pids
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: workers.alive == 0)

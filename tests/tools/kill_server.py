@@ -214,7 +214,7 @@ def _examine(
     killed: ServerProcess, wanted: list[Wanted], calm: ServerProcess, ids: list[str], out: Outcome
 ) -> None:
     """Looks at the stores of both, whose servers have stopped."""
-    rows = _rows(killed.store, "SELECT id, status, attempts, error FROM jobs")
+    rows = _rows(killed.store, "SELECT id, status, attempts + outages, error FROM jobs")
     known = {row[0] for row in rows}
     accepted = [one.id for one in wanted]
     out.made_again = sum(row[2] > 1 for row in rows)

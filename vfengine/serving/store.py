@@ -28,6 +28,7 @@ from .jobs import Job, JobSettings
 
 _PATIENCE = 30.0  # seconds that one process waits for another's writing
 MAX_ATTEMPTS = 3  # engines that may die of one job before it has failed
+MAX_OUTAGES = 10  # ends of server and engine at once, of which the job is hardly the cause
 _ID = frozenset("0123456789abcdef_video")
 _OWN = "status = 'in_progress' AND worker = ?"  # no worker touches what has become another's
 _SCHEMA = """
@@ -45,6 +46,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     progress     INTEGER NOT NULL DEFAULT 0,
     has_base     INTEGER NOT NULL DEFAULT 0,
     attempts     INTEGER NOT NULL DEFAULT 0,
+    outages      INTEGER NOT NULL DEFAULT 0,
     worker       TEXT,
     created_at   REAL NOT NULL,
     started_at   REAL,
@@ -256,25 +258,35 @@ class Store:
                     file.unlink(missing_ok=True)
         return len(expired)
 
-    def recover(self, alive: Iterable[str] = (), keep: float | None = None) -> list[str]:
+    def recover(
+        self, alive: Iterable[str] = (), keep: float | None = None, outage: bool = False
+    ) -> list[str]:
         """Queues again what engines other than these were at; returns the ids.
 
-        keep: seconds for which a job is kept that MAX_ATTEMPTS engines have died of: it has failed
+        keep:   seconds for which a job is kept that has failed: MAX_ATTEMPTS engines died of it
+        outage: whether the server ended as well. Jobs are then queued again MAX_OUTAGES times,
+                unblamed
         """
         names = list(alive)
         others = "" if not names else f" AND worker NOT IN ({','.join('?' * len(names))})"
         running = f"status = 'in_progress'{others}"
         with self._writing() as db:
-            rows = db.execute(f"SELECT id, attempts FROM jobs WHERE {running}", names).fetchall()
+            rows = db.execute(
+                f"SELECT id, attempts, outages FROM jobs WHERE {running}", names
+            ).fetchall()
             for row in rows:
-                if row["attempts"] < MAX_ATTEMPTS:
+                ends, most = row["attempts"], MAX_ATTEMPTS
+                if outage:
+                    ends, most = row["outages"] + 1, MAX_OUTAGES
+                if ends < most:
                     db.execute(
                         "UPDATE jobs SET status = 'queued', worker = NULL, phase = '', "
-                        "progress = 0, started_at = NULL WHERE id = ?",
-                        (row["id"],),
+                        "progress = 0, started_at = NULL, attempts = attempts - ?, "
+                        "outages = outages + ? WHERE id = ?",
+                        (outage, outage, row["id"]),
                     )
                     continue
-                message = f"the engine ended {MAX_ATTEMPTS} times while it made this clip"
+                message = f"the engine ended {most} times while it made this clip"
                 _give_up(db, "engine_died", message, keep, "id = ?", row["id"])
         return [row["id"] for row in rows]
 

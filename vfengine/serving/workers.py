@@ -104,7 +104,7 @@ class Workers:
         Raises ValueError where another server uses the store.
         """
         self.store.hold()
-        self.store.recover((), self.keep)
+        self.store.recover((), self.keep, outage=True)
         watchers = [
             threading.Thread(target=self._watch, args=(place,), name=f"engine {place.number}")
             for place in self._places
