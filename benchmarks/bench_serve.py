@@ -15,7 +15,7 @@ Over alone seconds a clip through the server, over seconds a clip alone. In so f
            is far more of a clip than in the usual 50
 CPU        seconds of cores a clip, by process; those of the clients slow the server as well
 
-Under pytest it is 24 clips of 4 clients; with --short, 4 of 2.
+Under pytest it is 24 clips of 4 clients; with --short, 2 of 1.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Plan:
         return f"{self.clips} clips, {self.clients} clients, {self.steps} steps"
 
 
-FULL, REDUCED, LEAST = Plan(), Plan(24, 4), Plan(4, 2)
+FULL, REDUCED, LEAST = Plan(), Plan(24, 4), Plan(2, 1)
 TARGETS = [
     Target(FULL.case, SERVER, "GET p95", 50, at_most=True),
     Target(FULL.case, SERVER, "server changed", 5, at_most=True),
