@@ -1,5 +1,6 @@
 """The command line makes an engine's clips again from their own files, byte for byte."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,15 @@ from serving_engines import engine_of, run_all
 from serving_jobs import add, settings_of
 
 from vfengine.cli.generate import main
+from vfengine.media.metadata import read_metadata
+from vfengine.serving.jobs import SPRITESHEET, THUMBNAIL
 from vfengine.serving.store import Store
+
+
+def told_by(file):
+    """The settings that a file says of its clip, but for those of the file itself."""
+    record = json.loads(read_metadata(file))
+    return {k: v for k, v in record["settings"].items() if k not in ("codec", "crf", "chroma")}
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["latents", "published"])
@@ -26,4 +35,6 @@ def test_clips_of_an_engine_are_made_again(text, tmp_path):
         words = ["--config", str(made), "--output", str(again), "--device", "cpu"]
         assert main([*words, "--model", str(folder), "--quiet"]) == 0
         assert again.read_bytes() == made.read_bytes()
+        for picture in (THUMBNAIL, SPRITESHEET):
+            assert told_by(store.file(name, picture)) == told_by(made)
     store.close()

@@ -39,19 +39,27 @@ class Source(NamedTuple):
 # -- exact frames ----------------------------------------------------------------------------------
 
 
-def write_png(file: Path, pixels: np.ndarray, note: str | None = None) -> None:
-    """Writes uint8 [H, W, 3], whole or not at all."""
+def write_png(file: Path, pixels: np.ndarray, record: str | None, note: str | None = None) -> None:
+    """Writes uint8 [H, W, 3], whole or not at all.
+
+    record: of what made it, where `media.metadata` looks for it; note: for `read_sheet`
+    """
     info = PngInfo()
+    if record is not None:
+        info.add_itxt("Comment", record)
     if note is not None:
         info.add_text(_NOTE, note)
     with replacing(file) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info, compress_level=_LEVEL)
 
 
-def write_sheet(file: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes frames uint8 [N, H, W, 3] as one picture, of which `read_sheet` makes them again."""
+def write_sheet(file: Path, frames: np.ndarray, fps: float, record: str | None = None) -> None:
+    """Writes frames uint8 [N, H, W, 3] as one picture, of which `read_sheet` makes them again.
+
+    record: as in `write_png`
+    """
     count, height, width, _ = frames.shape
-    write_png(file, sheet(frames), f"{count} {width} {height} {fps!r}")
+    write_png(file, sheet(frames), record, f"{count} {width} {height} {fps!r}")
 
 
 def read_sheet(file: Path) -> Source:

@@ -300,7 +300,8 @@ class Maker:
     def _write_thumbnail(self, one: Prepared, frame: np.ndarray) -> None:
         """frame: uint8 [1, H, W, 3]"""
         pixels = enlarge(frame, one.job.settings.scale)[0]
-        write_png(self.store.file(one.job.id, THUMBNAIL), pixels)
+        file = self.store.file(one.job.id, THUMBNAIL)
+        write_png(file, pixels, _record(self.pipe, file, one))
 
     def _written(self, one: Prepared, frames: np.ndarray) -> dict[str, Any]:
         """Writes a clip and its sheet, frames uint8 [N, H, W, 3]; what is to be said of them."""
@@ -314,9 +315,11 @@ class Maker:
         frames = enlarge(frames, settings.scale)
         if one.source is not None:
             frames = np.concatenate([one.source, frames])
-        write_sheet(self.store.file(job.id, SPRITESHEET), frames, settings.fps)
+        file = self.store.file(job.id, SPRITESHEET)
+        write_sheet(file, frames, settings.fps, _record(self.pipe, file, one))
         file = self.store.file(job.id, settings.video_file)
-        _write_clip(self.pipe, file, frames, one)
+        record, encoding = _record(self.pipe, file, one), check_encoding(file.suffix)
+        write_video(file, frames, settings.fps, metadata=record, **encoding._asdict())
         return {
             "num_frames": len(frames),
             "seconds": round(len(frames) / settings.fps, 3),
@@ -362,8 +365,8 @@ class Memory:
         return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
-def _write_clip(pipe: Pipeline, file: Path, frames: np.ndarray, one: Prepared) -> None:
-    """Writes the video of a job, with a record of what made it.
+def _record(pipe: Pipeline, file: Path, one: Prepared) -> str | None:
+    """What a file of a job says of how its clip was made; None of a prompt that no file can carry.
 
     What the settings alone do not make again, the record says to be beyond them: the look of
     another prompt, and a clip that goes on from another.
@@ -372,17 +375,15 @@ def _write_clip(pipe: Pipeline, file: Path, frames: np.ndarray, one: Prepared) -
     upload = file.with_name(UPLOAD)
     files = {"image": file_record(upload)} if settings.picture else {}
     written = {"fps": settings.fps, "scale": settings.scale}
-    encoding = check_encoding(file.suffix)
-    record = clip_settings(pipe, one.request, files=files, **written, **encoding._asdict())
+    encoding = check_encoding(file.suffix)._asdict()
+    record = clip_settings(pipe, one.request, files=files, **written, **encoding)
     beyond = {} if settings.look is None else {"look": settings.look}
     if one.source is not None:
         beyond["source"] = {"frames": len(one.source)}
     if beyond:
         record["beyond"] = {**record.get("beyond", {}), **beyond}
     text = settings_text(record)
-    if len(text) > MAX_BYTES:  # of a prompt that no file can carry
-        text = None
-    write_video(file, frames, settings.fps, metadata=text, **encoding._asdict())
+    return text if len(text) <= MAX_BYTES else None
 
 
 def _common(settings: JobSettings) -> dict[str, Any]:
