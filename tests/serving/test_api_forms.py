@@ -11,9 +11,15 @@ from vfengine.serving.request_forms import Bounds, create, extend, remix
 
 BOUNDS = Bounds(steps=50, seconds=2.0, scale=3)  # 16 frames of the tiny model
 PLAIN = replace(
-    INFO, kind="plain", base_paths=(), base_path=None, animates_pictures=False, has_base=False
+    INFO,
+    kind="plain",
+    base_paths=(),
+    base_path=None,
+    animates_pictures=False,
+    has_base=False,
+    least_loop=None,
 )
-TEXT = replace(PLAIN, kind="text", labels=(), takes_prompts=True, guidance_scale=9.0)
+TEXT = replace(PLAIN, kind="text", labels=(), takes_prompts=True, guidance_scale=9.0, least_loop=3)
 BOTH = replace(PROMPTED, labels=("jump", "walk"))
 
 
@@ -192,6 +198,12 @@ def test_loops():
         assert refusal(made, prompt="jump", loop=other).param == "loop"
     source = job_of(made(prompt="jump", loop=True))
     assert remixed(source).settings.loop and not extended(source).settings.loop
+    for short in (
+        refusal(made, prompt="jump", loop=True, num_frames=3),
+        refusal(remixed, source, num_frames=3),
+    ):
+        assert short.param == "num_frames" and "4 frames at least" in short.message
+    assert made(TEXT, prompt="a panda", loop=True, num_frames=3).settings.loop
 
 
 def test_equal_requests_have_equal_shapes():

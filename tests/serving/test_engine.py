@@ -106,6 +106,7 @@ def test_what_the_engine_says(engine, store, folders):
     assert (info.kind, info.width, info.height, info.num_frames) == ("decomposed", 16, 16, 4)
     assert info.labels == ("cartwheel", "jump", "walk") and not info.takes_prompts
     assert info.animates_pictures and info.base_path == "stepwise" and info.max_batch == 4
+    assert info.least_loop == 4
     latent = model_info(engine_of(folders["latents"], store).maker.pipe, "tiny", 4)
     assert latent.takes_prompts and (latent.width, latent.height) == (32, 32)
 
@@ -120,6 +121,7 @@ def test_a_plain_model(tiny_video_checkpoint, store):
         assert store.get(name).has_base
     info = model_info(engine.maker.pipe, "plain", 4)
     assert (info.kind, info.base_paths, info.has_base, info.max_batch) == ("plain", (), False, 1)
+    assert info.least_loop is None
 
 
 def test_a_clip_says_what_made_it(folders, store):

@@ -30,6 +30,7 @@ INFO = ModelInfo(
     base_path="clean",
     animates_pictures=True,
     has_base=True,
+    least_loop=4,
     max_batch=4,
     fingerprint="0" * 64,
     device="cpu",

@@ -134,6 +134,7 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
     """What a server must know of a pipeline; ValueError for one whose clips are no RGB pictures."""
     from ..names import BASE_PATHS, SOLVERS
     from ..pipelines.request import SamplingRequest, TextRequest
+    from ..sampling.cycle import least_cycle
 
     config, request = pipe.config, pipe.request_type
     decomposed, text = issubclass(request, SamplingRequest), issubclass(request, TextRequest)
@@ -161,6 +162,7 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
         base_path=config.base_path if decomposed else None,
         animates_pictures=decomposed and config.animates_pictures,
         has_base=decomposed,
+        least_loop=least_cycle(base=decomposed) if decomposed or text else None,
         max_batch=batch_size if decomposed else 1,
         fingerprint=pipe.fingerprint or "",
         device=str(pipe.device),
@@ -219,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         info = model_info(pipe, options.name, batch_size)
         store = Store(options.store, durable=False)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, (ValueError, OSError)):  # which say what is wrong in one line
+            traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
         say({"event": "error", "message": message})
         return 2

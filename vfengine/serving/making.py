@@ -301,7 +301,7 @@ class Maker:
         """frame: uint8 [1, H, W, 3]"""
         pixels = enlarge(frame, one.job.settings.scale)[0]
         file = self.store.file(one.job.id, THUMBNAIL)
-        write_png(file, pixels, _record(self.pipe, file, one))
+        write_png(file, pixels, _look_record(self.pipe, file, one))
 
     def _written(self, one: Prepared, frames: np.ndarray) -> dict[str, Any]:
         """Writes a clip and its sheet, frames uint8 [N, H, W, 3]; what is to be said of them."""
@@ -383,6 +383,23 @@ def _record(pipe: Pipeline, file: Path, one: Prepared) -> str | None:
     if beyond:
         record["beyond"] = {**record.get("beyond", {}), **beyond}
     text = settings_text(record)
+    return text if len(text) <= MAX_BYTES else None
+
+
+def _look_record(pipe: Pipeline, file: Path, one: Prepared) -> str | None:
+    """What a thumbnail says of how it was made: equal for clips of one base frame.
+
+    None where the base frame is a picture that was sent, or the last frame of a clip.
+    """
+    request = one.request if one.look is None else one.look
+    if not isinstance(request, SamplingRequest):
+        return _record(pipe, file, one)
+    if request.image is not None:
+        return None
+    names = ("label", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
+    values = {name: getattr(request, name) for name in (*names, "solver", "eta", "base_seed")}
+    preview = SamplingRequest(**values, preview=True)
+    text = settings_text(clip_settings(pipe, preview, scale=one.job.settings.scale))
     return text if len(text) <= MAX_BYTES else None
 
 

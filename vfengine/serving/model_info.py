@@ -25,6 +25,7 @@ class ModelInfo:
     base_path:        its default; None for a model without one
     animates_pictures: whether a picture can be the first thing that is there: its base frame
     has_base:         whether clips have a base frame (thumbnail, remix, extension)
+    least_loop:       frames of a loop, at least; None for a model that makes none
     max_batch:        clips that an engine makes at once, at most
     fingerprint:      SHA-256 of the model's files, as `generate --json` says it
     device, dtype:    where it runs, and what its weights are
@@ -46,6 +47,7 @@ class ModelInfo:
     base_path: str | None
     animates_pictures: bool
     has_base: bool
+    least_loop: int | None
     max_batch: int
     fingerprint: str
     device: str

@@ -76,7 +76,7 @@ def create(values: dict[str, Any], has_picture: bool, info: ModelInfo, bounds: B
         **_solver(values, info, bounds, None),
         num_frames=num_frames,
         fps=fps,
-        loop=_loop(values, info),
+        loop=_loop(values, info, num_frames),
         base_path=None if has_picture else base_path,
         scale=scale,
         width=info.width,
@@ -101,6 +101,7 @@ def remix(values: dict[str, Any], source: Job, info: ModelInfo, bounds: Bounds) 
     if old.extends is not None and any(values.get(name) is not None for name in _LENGTH):
         raise bad("a remix of an extension keeps its length", "seconds")
     fps, num_frames, seconds = _length(values, info, bounds, fps, length)
+    _check_loop(old.loop, num_frames, info)
     if num_frames == length and fps == old.fps:
         seconds = source.seconds
     new = replace(old, num_frames=num_frames, fps=fps, **_changed(values, old, info))
@@ -306,11 +307,18 @@ def _base_path(values: dict[str, Any], info: ModelInfo) -> str | None:
     return None
 
 
-def _loop(values: dict[str, Any], info: ModelInfo) -> bool:
+def _loop(values: dict[str, Any], info: ModelInfo, num_frames: int) -> bool:
     loop = switch(values, "loop")
-    if loop and info.kind == "plain":
+    if loop and info.least_loop is None:
         raise bad(f"{info.name} is a plain video model, which makes no loops", "loop")
+    _check_loop(loop, num_frames, info)
     return loop
+
+
+def _check_loop(loop: bool, num_frames: int, info: ModelInfo) -> None:
+    if loop and info.least_loop is not None and num_frames < info.least_loop:
+        message = f"a loop has {info.least_loop} frames at least, this one would have {num_frames}"
+        raise bad(message, "num_frames")
 
 
 def _length(
