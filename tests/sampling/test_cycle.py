@@ -28,7 +28,7 @@ from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.diffusion.noise import NoisePlace
 from vfengine.diffusion.solvers import solver_table
 from vfengine.sampling.api import sample_residual, sample_video
-from vfengine.sampling.cycle import cycle_windows, cyclic, largest_cycle_stride, plan_cycle
+from vfengine.sampling.cycle import cycle_windows, largest_cycle_stride, plan_cycle
 from vfengine.sampling.driver import Driver
 from vfengine.sampling.guidance import ModelSpec
 from vfengine.sampling.reuse import KeptLoops
@@ -133,7 +133,10 @@ def test_examples_by_hand():
     ],
 )
 def test_plan_of_a_cycle_rejects(arguments, base, message):
-    for refuse in (plan_cycle, lambda *given, base: cyclic(mixing_model, *given, base=base)):
+    for refuse in (
+        plan_cycle,
+        lambda *given, base: windowed(mixing_model, *given, base=base, loop=True),
+    ):
         with pytest.raises(ValueError, match=message):
             refuse(*arguments, base=base)
 
@@ -166,7 +169,10 @@ def test_windows_of_a_loop(arguments, base, chosen):
 def test_network_sees_windows_around_the_cycle(frames, window, base):
     z, seen = clip_of(frames, batch=2), []
     before = z.clone()
-    cyclic(lambda part, t: seen.append(part.clone()) or part, frames, window, base=base)(z, T)
+    model = windowed(
+        lambda part, t: seen.append(part.clone()) or part, frames, window, base=base, loop=True
+    )
+    model(z, T)
     assert torch.equal(z, before)
     plan = plan_cycle(frames, window, base=base)
     assert len(seen) == len(plan.starts) > 1
@@ -211,7 +217,7 @@ def test_frames_away_from_the_seam_are_those_of_plain_windows(frames, window, ov
 def test_no_frame_of_a_cycle_is_the_first():
     """A cycle turned by a stride, of a network that knows places in a window, stays itself."""
     z = clip_of(12, FP64)
-    model = cyclic(mixing_model, 12, 6, 3, base=False)
+    model = windowed(mixing_model, 12, 6, 3, base=False, loop=True)
     torch.testing.assert_close(model(z.roll(3, 1), T), model(z, T).roll(3, 1))
 
 

@@ -5,30 +5,19 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from small_autoencoder import OPTIONS, SMALL, few_frames
 
 from vfengine.cli.flags import UsageError
 from vfengine.cli.train import main
 from vfengine.cli.train_settings import read_settings
-from vfengine.models.autoencoder import AutoencoderConfig
 from vfengine.training.adversary import Adversary, Discriminator, hinge, scaled
-from vfengine.training.autoencoder import AutoencoderTraining, frame_pool
+from vfengine.training.autoencoder import AutoencoderTraining
 from vfengine.training.options import TrainingOptions
-
-SMALL = AutoencoderConfig(
-    latent_channels=4,
-    block_out_channels=(8, 16, 16),
-    layers_per_block=1,
-    norm_groups=4,
-    patch_size=2,
-    quant_conv=False,
-    post_quant_conv=False,
-)
-OPTIONS = {"batch_size": 2, "learning_rate": 3e-3, "warmup": 5, "ema": 0.9, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
 def frames():
-    return frame_pool(6, seed=3, size=32, device=torch.device("cpu"))
+    return few_frames()
 
 
 def training_of(frames, steps, adversary, **options):

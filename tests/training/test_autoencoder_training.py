@@ -5,28 +5,18 @@ import os
 import numpy as np
 import pytest
 import torch
+from small_autoencoder import OPTIONS, SMALL, few_frames
 
 from vfengine.formats.parts import read_autoencoder
 from vfengine.media.pictures import network_to_pixels, pixels_to_network
-from vfengine.models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
+from vfengine.models.autoencoder import Autoencoder, Decoder, Encoder
 from vfengine.training.autoencoder import CONFIG, AutoencoderTraining, _error, frame_pool, psnr
 from vfengine.training.options import TrainingOptions
-
-SMALL = AutoencoderConfig(
-    latent_channels=4,
-    block_out_channels=(8, 16, 16),
-    layers_per_block=1,
-    norm_groups=4,
-    patch_size=2,
-    quant_conv=False,
-    post_quant_conv=False,
-)
-OPTIONS = {"batch_size": 2, "learning_rate": 3e-3, "warmup": 5, "ema": 0.9, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
 def frames():
-    return frame_pool(6, seed=3, size=32, device=torch.device("cpu"))
+    return few_frames()
 
 
 def trained(frames, steps, take=None, **options):

@@ -12,31 +12,13 @@ and damps its motion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from ..diffusion.decompose import Lam, Model, base_index
-from .in_loop import LoopModel, Steps, in_loop
+from ..diffusion.decompose import Lam
+from .blended import Windows, triangle
 
 LEAST_WINDOWS = 3  # of two halves a cycle each, the seam of one would be the middle of the other
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """Where the windows of a cycle begin, and the weight of each of their frames.
-
-    starts:  first frame of each window; frame s + j of a window is (s + j) mod num_frames
-    weights: fp32 [number of windows, W]; every frame's weights sum to 1
-    base:    whether the clip's base frame takes the middle of every window
-    """
-
-    num_frames: int
-    window: int
-    starts: tuple[int, ...]
-    weights: Tensor
-    base: bool = True
 
 
 def largest_cycle_stride(window: int, base: bool = True) -> int:
@@ -91,7 +73,7 @@ def plan_cycle(
     *,
     lam: Lam = 0.5,
     base: bool = True,
-) -> Cycle:
+) -> Windows:
     """Windows of `window` frames, at most num_frames, evenly around a cycle of num_frames frames.
 
     overlap: the least frames that two neighbouring windows share; None is `default_cycle_overlap`.
@@ -127,71 +109,9 @@ def plan_cycle(
     for start in starts:
         total.index_add_(0, _around(start, window, num_frames), shape)
     weights = torch.stack([shape / total[_around(s, window, num_frames)] for s in starts])
-    return Cycle(num_frames, window, starts, weights, base)
-
-
-def triangle(window: int, base: bool = True) -> Tensor:
-    """What the frames of a window count, fp32 [W]; nothing the middle one under a base frame."""
-    frames = torch.arange(window)
-    weights = torch.minimum(frames + 1, window - frames).float()
-    if base:
-        weights[base_index(window)] = 0.0
-    return weights
+    return Windows(num_frames, window, starts, weights, base, loop=True)
 
 
 def _around(start: int, count: int, num_frames: int) -> Tensor:
     """The frames from `start` on around the cycle, int64 [count]."""
     return (start + torch.arange(count)) % num_frames
-
-
-def cyclic(
-    model: Model,
-    num_frames: int,
-    window: int | None,
-    overlap: int | None = None,
-    *,
-    lam: Lam = 0.5,
-    base: bool = True,
-    device: torch.device | str = "cpu",
-) -> Model:
-    """A network of cycles, called window by window: (z [B, N, C, H, W], t) -> its estimate.
-
-    window: W; None is all frames of the clip
-    lam, base: as in `plan_cycle`
-    device: of the clips
-
-    Raises ValueError as `plan_cycle`.
-    """
-    window = num_frames if window is None else window
-    return _Cyclic(model, plan_cycle(num_frames, window, overlap, lam=lam, base=base), device)
-
-
-class _Cyclic:
-    """The model that `cyclic` returns; its weights are on the device before the first call."""
-
-    def __init__(self, model: Model, plan: Cycle, device: torch.device | str) -> None:
-        self.model, self.plan = model, plan
-        self.weights = plan.weights.view(*plan.weights.shape, 1, 1, 1).to(device)
-
-    def in_loop(self, steps: Steps) -> LoopModel:
-        """Its model in a loop, called window by window."""
-        batch, _, *image = steps.shape
-        of_window = replace(steps, shape=torch.Size((batch, self.plan.window, *image)))
-        return _Cyclic(in_loop(self.model, of_window), self.plan, self.weights.device)
-
-    def start(self) -> None:
-        self.model.start()
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        frames, window, starts = self.plan.num_frames, self.plan.window, self.plan.starts
-        m, middle = base_index(frames), base_index(window)
-        around = torch.cat((z, z[:, : window - 1]), 1)  # no window is cut at the last frame
-        blended = torch.zeros_like(around, dtype=torch.promote_types(z.dtype, torch.float32))
-        part = torch.empty_like(z[:, :window])
-        for start, weights in zip(starts, self.weights.unbind(), strict=True):
-            part.copy_(around[:, start : start + window])
-            if self.plan.base:
-                part[:, middle].copy_(z[:, m])  # the base path's state, the same in all windows
-            blended[:, start : start + window] += weights * self.model(part, t)
-        blended[:, : window - 1] += blended[:, frames:]
-        return blended[:, :frames].to(z.dtype)

@@ -12,30 +12,11 @@ A plain video network sees the window as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
-from torch import Tensor
 
-from ..diffusion.decompose import Lam, Model, base_index
-from .cycle import cycle_windows, cyclic, triangle
-from .in_loop import LoopModel, Steps, in_loop
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Where the windows of a clip begin, and the weight of each of their frames.
-
-    starts:  first frame of each window
-    weights: fp32 [number of windows, W]; every frame's weights sum to 1
-    base:    whether the clip's base frame takes the middle of every window
-    """
-
-    num_frames: int
-    window: int
-    starts: tuple[int, ...]
-    weights: Tensor
-    base: bool = True
+from ..diffusion.decompose import Lam, Model
+from .blended import Blended, Windows, triangle
+from .cycle import cycle_windows, plan_cycle
 
 
 def largest_stride(window: int) -> int:
@@ -145,45 +126,18 @@ def windowed(
     window: W; None is refused, as it means that an overlap was given alone. For a clip of at most
             W frames the result is the model itself
     lam, base: as in `plan_windows`
-    loop:   whether the clip is a cycle: the result is that of `cyclic`, for which window=None is N
+    loop:   whether the clip is a cycle: always in windows, and window=None is N
     device: of the clips
 
-    Raises ValueError as `plan_windows`.
+    Raises ValueError as `plan_windows` or `plan_cycle`.
     """
     if loop:
-        return cyclic(model, num_frames, window, overlap, lam=lam, base=base, device=device)
+        window = num_frames if window is None else window
+        plan = plan_cycle(num_frames, window, overlap, lam=lam, base=base)
+        return Blended(model, plan, device)
     if window is None:
         raise ValueError("window_overlap was given without a window")
     plan = plan_windows(num_frames, window, overlap, lam=lam, base=base)
     if len(plan.starts) == 1:
         return model
-    return _Windowed(model, plan, device)
-
-
-class _Windowed:
-    """The model that `windowed` returns; its weights are on the device before the first call."""
-
-    def __init__(self, model: Model, plan: Windows, device: torch.device | str) -> None:
-        self.model, self.plan = model, plan
-        self.weights = plan.weights.view(*plan.weights.shape, 1, 1, 1).to(device)
-
-    def in_loop(self, steps: Steps) -> LoopModel:
-        """Its model in a loop, called window by window."""
-        batch, _, *image = steps.shape
-        of_window = replace(steps, shape=torch.Size((batch, self.plan.window, *image)))
-        return _Windowed(in_loop(self.model, of_window), self.plan, self.weights.device)
-
-    def start(self) -> None:
-        self.model.start()
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        window, starts = self.plan.window, self.plan.starts
-        m, middle = base_index(z.shape[1]), base_index(window)
-        blended = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
-        part = torch.empty_like(z[:, :window])
-        for start, weights in zip(starts, self.weights.unbind(), strict=True):
-            part.copy_(z[:, start : start + window])
-            if self.plan.base:
-                part[:, middle].copy_(z[:, m])  # the base path's state, the same in all windows
-            blended[:, start : start + window] += weights * self.model(part, t)
-        return blended.to(z.dtype)
+    return Blended(model, plan, device)
