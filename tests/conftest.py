@@ -167,6 +167,16 @@ def cli(tiny_checkpoint, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def store(tmp_path):
+    """A server's jobs, in a folder of their own."""
+    from vfengine.serving.store import Store
+
+    store = Store(tmp_path / "store", durable=False)
+    yield store
+    store.close()
+
+
+@pytest.fixture
 def picture(tmp_path):
     """A picture of the model's size, outside the folder that tests list; its file and pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

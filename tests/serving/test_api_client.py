@@ -14,16 +14,8 @@ from PIL import Image
 
 from vfengine.serving.gate import GateOptions
 from vfengine.serving.jobs import SOURCE, UPLOAD
-from vfengine.serving.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Sora API.*:DeprecationWarning")
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "store", durable=False)
-    yield store
-    store.close()
 
 
 @pytest.fixture

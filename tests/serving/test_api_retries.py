@@ -6,16 +6,7 @@ import pytest
 from api_server import serving
 from test_api_client import client_of, png
 
-from vfengine.serving.store import Store
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*Sora API.*:DeprecationWarning")
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "store", durable=False)
-    yield store
-    store.close()
 
 
 @pytest.fixture

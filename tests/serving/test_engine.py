@@ -35,13 +35,6 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "store", durable=False)
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def engine(folders, store):
     return engine_of(folders["pixels"], store)
 

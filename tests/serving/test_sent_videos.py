@@ -12,20 +12,12 @@ from serving_jobs import add, frames_of, put, settings_of
 from vfengine.media.video import read_video, write_video
 from vfengine.serving import frames
 from vfengine.serving.jobs import SOURCE
-from vfengine.serving.store import Store
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model that animates pictures."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny", clean_share=0.5)
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "store", durable=False)
-    yield store
-    store.close()
 
 
 @pytest.fixture
