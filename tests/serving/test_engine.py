@@ -1,7 +1,7 @@
 """Engines: what they make of jobs, alone and in batches; cancelling, stopping, failing."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_what_the_engine_says(engine, store, folders):
     assert {"base", "residual", "write"} <= event["seconds"].keys()
     assert event["peak_memory_mb"] > 0 and event["process_memory_mb"] > 0
     info = model_info(engine.maker.pipe, "tiny", 4)
-    assert ModelInfo.from_json(info.to_json()) == info
+    assert ModelInfo.of(json.loads(json.dumps(asdict(info)))) == info
     assert (info.kind, info.width, info.height, info.num_frames) == ("decomposed", 16, 16, 4)
     assert info.labels == ("cartwheel", "jump", "walk") and not info.takes_prompts
     assert info.animates_pictures and info.base_path == "stepwise" and info.max_batch == 4

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 KINDS = ("decomposed", "plain", "text")
 
@@ -53,12 +53,8 @@ class ModelInfo:
     device: str
     dtype: str
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
-    def from_json(cls, text: str) -> ModelInfo:
-        """What `to_json` wrote. Raises ValueError or TypeError for anything else."""
-        values = json.loads(text)
+    def of(cls, values: dict[str, Any]) -> ModelInfo:
+        """Of its fields, as they come out of JSON. Raises KeyError or TypeError for others."""
         lists = ("labels", "solvers", "base_paths")
         return cls(**{**values, **{name: tuple(values[name]) for name in lists}})

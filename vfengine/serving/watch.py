@@ -89,8 +89,6 @@ class Watch:
 
     def has_base(self, job_id: str) -> bool:
         """Tells that a job's thumbnail is there; False: the clip is no longer wanted."""
-        shown, phase = (
-            max(self._shown, 0),
-            self._phase or "base",
-        )  # a path that is found is no phase
+        phase = self._phase or "base"  # a path that is found is no phase
+        shown = max(self._shown, 0)
         return self.store.report(job_id, self.worker, phase, shown, has_base=True)

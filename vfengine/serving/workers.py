@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .model_info import ModelInfo
@@ -37,24 +37,6 @@ class _Place:
     ready: bool = False
 
 
-@dataclass
-class Counters:
-    """What engines have said since the server began; for metrics.
-
-    seconds:  by phase
-    failed:   jobs that could not be made, by code
-    restarts: engines that had to be started again
-    """
-
-    batches: int = 0
-    clips: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-    restarts: int = 0
-    peak_memory_mb: float | None = None
-    process_memory_mb: float | None = None
-
-
 class Workers:
     """The engines of a server.
 
@@ -66,6 +48,7 @@ class Workers:
 
     info:     the model, once an engine has read it; `wait_ready` waits for it
     error:    why no engine can run. If the model cannot be used, none is tried again
+    restarts: engines that had to be started again
     """
 
     def __init__(
@@ -82,7 +65,7 @@ class Workers:
         self.store, self.keep, self.unused_paths = store, keep, unused_paths
         self.info: ModelInfo | None = None
         self.error: str | None = None
-        self.counters = Counters()
+        self.restarts = 0
         self._on_event = on_event
         self._command = [*command, *options, "--store", str(store.folder)]
         if keep is not None:
@@ -172,7 +155,7 @@ class Workers:
                 self._known.set()
                 return
             failures = 1 if time.monotonic() - started > _STEADY else failures + 1
-            self.counters.restarts += 1
+            self.restarts += 1
             print(f"vfengine: an engine ended with status {status}", file=sys.stderr)
             if failures >= len(_BACKOFF) and self.info is None:
                 self.error = f"no engine starts: they end with status {status}"
@@ -212,22 +195,12 @@ class Workers:
         except (ValueError, TypeError, KeyError):
             print(f"vfengine: an engine said {line.rstrip()[:200]!r}", file=sys.stderr)
             return
-        counters = self.counters
         if kind == "ready":
-            self.info, self.error = ModelInfo.from_json(json.dumps(event["model"])), None
+            self.info, self.error = ModelInfo.of(event["model"]), None
             place.ready = True
             self._known.set()
         elif kind == "error":
             self.error = event["message"]
-        elif kind == "failed":
-            counters.failed[event["code"]] = counters.failed.get(event["code"], 0) + 1
-        elif kind == "batch":
-            counters.batches += 1
-            counters.clips += event["clips"]
-            for phase, seconds in event["seconds"].items():
-                counters.seconds[phase] = counters.seconds.get(phase, 0.0) + seconds
-            counters.peak_memory_mb = event["peak_memory_mb"]
-            counters.process_memory_mb = event["process_memory_mb"]
         if self._on_event is not None:
             try:
                 self._on_event(event)
