@@ -174,17 +174,28 @@ def test_an_interrupt_names_what_is_complete(prompts, monkeypatch):
     ("file", "content", "words"),
     [
         ("lines.txt", "# nothing\n\n", "no prompts"),
-        ("lines.jsonl", '{"label": "walk"}\n\n{"label": \n', "line 3: no JSON"),
-        ("lines.jsonl", '{"label": "walk"}\n["jump"]', "line 2: expected an object"),
-        ("lines.jsonl", "walk", "line 1: no JSON"),
+        ("lines.jsonl", "\nwalk\n{", "line 2: no JSON"),
+        ("lines.jsonl", '["jump"]', "line 1: expected an object"),
         ("lines", '{"a": ' + "[" * 5000, "line 1: no JSON"),
-        ("lines.txt", b"walk\n\xff\n", "line 2: not UTF-8"),
+        ("lines.txt", b"\xff\n", "line 1: not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_before_the_model_is(cli, file, content, words):
     Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(cli("--prompts", file, model="no model"), f"--prompts {file}", words)
     assert clips_here() == []
+
+
+def test_a_line_that_cannot_be_read_stops_no_other(cli):
+    content = b'{"label": \n\n["jump"]\n\xff\n{"label": "walk"}\n'
+    Path("lines.jsonl").write_bytes(content)
+    status, out, err = cli("--prompts", "lines.jsonl")
+    told = [json.loads(line) for line in out.splitlines()]
+    for line, words in zip(told, ("no JSON", "expected an object", "not UTF-8"), strict=False):
+        assert words in line["error"] and line["files"] == []
+    assert [line["line"] for line in told] == [1, 3, 4, 5]
+    assert (status, told[-1]["files"]) == (1, ["0003-walk.mp4"])
+    assert err.splitlines()[-1] == "vfengine.generate: error: 3 of 4 lines failed: 1, 3, 4"
 
 
 def test_a_missing_file_of_prompts_is_refused(cli):
@@ -307,7 +318,10 @@ def test_lines_of_a_stream_are_made_as_they_come(cli, tiny_checkpoint):
 def test_a_stream_needs_names_that_differ(cli, monkeypatch):
     refused(cli_stream(cli, monkeypatch, b"walk\n", "--output", "a.mp4"), "needs {index}")
     refused(cli_stream(cli, monkeypatch, b"\n#\n"), "--prompts -: no prompts")
-    refused(cli_stream(cli, monkeypatch, b'{"label"\n'), "--prompts -: line 1: no JSON")
+    status, out, err = cli_stream(cli, monkeypatch, b'{"label"\n{"label": "walk"}\n')
+    first, second = map(json.loads, out.splitlines())
+    assert (status, second["files"]) == (1, ["0001-walk.mp4"]) and "no JSON" in first["error"]
+    assert err.splitlines()[-1] == "vfengine.generate: error: 1 of 2 lines failed: 1"
     content = b'\xef\xbb\xbf{"label": "walk"}\n{"label": "walk"}\nwalk\n'
     status, out, _ = cli_stream(cli, monkeypatch, content, "--output", "{label}.mp4")
     first, second, third = map(json.loads, out.splitlines())

@@ -53,8 +53,8 @@ class Lines(NamedTuple):
 def open_lines(name: str) -> Iterator[Lines]:
     """The lines of a file, all of them read, or of a stream: stdin ("-"), or a pipe.
 
-    Raises UsageError for a file that cannot be read, holds no lines, or a line that is no JSON
-    object where others are; of a stream, before its first line only. Later lines have an `error`.
+    A line that cannot be read has an `error`. Raises UsageError where there are no lines, and for a
+    file that cannot be read, or none of whose lines can.
     """
     file = Path(name)
     if name == "-":
@@ -64,11 +64,10 @@ def open_lines(name: str) -> Iterator[Lines]:
         with file.open("rb") as opened:
             if file.is_file():
                 lines = _of_stream(opened, f"--prompts {file}", _OBJECTS.get(file.suffix.lower()))
-                found = []
-                for line in lines.lines:
-                    if line.error:
-                        raise UsageError(f"--prompts {file}: line {line.number}: {line.error}")
-                    found.append(line)
+                found = list(lines.lines)
+                if all(line.error for line in found):
+                    number, error = found[0].number, found[0].error
+                    raise UsageError(f"--prompts {file}: line {number}: {error}")
                 lines = Lines(found, lines.objects, len(found))
             else:
                 lines = _of_stream(opened, f"--prompts {file}")
@@ -86,14 +85,11 @@ def _of_stream(stream: Iterable[bytes], where: str, objects: bool | None = None)
     if not number:
         raise UsageError(f"{where}: no prompts")
     objects = text.startswith("{") if objects is None else objects
-    first = _line(number, 0, text, error, objects)
-    if first.error:
-        raise UsageError(f"{where}: line {number}: {first.error}")
 
     def lines() -> Iterator[Line]:
-        yield first
-        for index, (number, text, error) in enumerate(found, 1):
-            yield _line(number, index, text, error, objects)
+        yield _line(number, 0, text, error, objects)
+        for index, (later, words, problem) in enumerate(found, 1):
+            yield _line(later, index, words, problem, objects)
 
     return Lines(lines(), objects, None)
 

@@ -30,7 +30,8 @@ have none of their own. Another file, or `-` for stdin, holds objects if its fir
   Missing folders are made.
 - `--resume` passes over lines whose files all exist. Files only ever appear whole.
 - A line that fails stops no other. Its line of JSON has `error`, and the exit status is 1 in the
-  end. A file that cannot be read, or is no JSON, is refused before the model is: status 2.
+  end. A file that cannot be read, or none of whose lines can, is refused before the model is read:
+  status 2.
 - `--dry-run` tells of each line what would be made.
 
 """
