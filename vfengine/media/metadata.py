@@ -45,11 +45,10 @@ def check_metadata(text: str) -> bytes:
 def gif_with_comment(gif: bytes, comment: bytes) -> bytes:
     """The file with a comment extension; behind that of the loop, whose place is the first."""
     at = _after_palette(gif)
-    for label, start, end in _gif_extensions(gif, at):
+    for label, _, end in _gif_extensions(gif, at):
         if label != 0xFF:
             break
         at = end
-        del start
     pieces = [comment[i : i + 255] for i in range(0, len(comment), 255)]
     blocks = b"".join(bytes([len(piece)]) + piece for piece in pieces)
     return gif[:at] + b"\x21\xfe" + blocks + b"\0" + gif[at:]
