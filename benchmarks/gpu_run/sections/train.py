@@ -66,6 +66,7 @@ class Work:
 
     def __init__(self, folder: Path):
         self.folder, self.end = folder, time.monotonic() + SECONDS
+        self.merged: list[str] = []  # jobs whose weights are in the merged checkpoint
 
     @property
     def left(self) -> float:
@@ -142,7 +143,7 @@ def main() -> None:
         except Unavailable as missing:
             emit("default model", status="unavailable", note=str(missing))
         finally:
-            _keep(work.folder)
+            _keep(work)
 
 
 def train(work: Work) -> None:
@@ -172,11 +173,15 @@ def train(work: Work) -> None:
     }
     if source is not None:
         jobs["decoder"] = (*DECODER, *start, *cache)
-    made = dict.fromkeys(NETWORKS, source) | work.train(jobs, work.left)
+    trained = work.train(jobs, work.left)
+    made = dict.fromkeys(NETWORKS, source) | trained
+    if None in made.values():  # of a model from the start, which has failed in part
+        return
     merge = ("--init-from", str(made["base"]), "--residual-from", str(made["residual"]))
     if "decoder" in made:  # the last of two flags counts
         merge = (*merge, "--autoencoder", str(made["decoder"]))
     work.run({"merged": (*common, *FEW_CLIPS, *merge)}, *QUIET, "--max-minutes", "0")
+    work.merged = list(trained)
 
 
 def _source() -> Path | None:
@@ -214,16 +219,14 @@ def _tiny_parts(folder: Path) -> list[Path]:
     return [folder / "autoencoder", folder / "text"]
 
 
-def _keep(folder: Path) -> None:
-    """Logs, samples and checkpoints, to the folder of gpu.jsonl."""
+def _keep(work: Work) -> None:
+    """Logs, samples and checkpoints, to the folder of gpu.jsonl: also of what failed later on."""
     out = Path(os.environ["VFENGINE_GPU_OUT"]) / "train"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    whole = folder / "model.tar"
-    runs = [path for path in sorted(folder.iterdir()) if (path / "log.jsonl").is_file()]
-    weights = [run for run in runs if not run.name.startswith("trial")]
-    if (folder / "merged" / "checkpoint").is_dir():  # it holds all others
-        weights = [folder / "merged"]
+    whole = work.folder / "model.tar"
+    runs = [path for path in sorted(work.folder.iterdir()) if (path / "log.jsonl").is_file()]
+    weights = [r for r in runs if not r.name.startswith("trial") and r.name not in work.merged]
     with tarfile.open(whole, "w") as archive:
         for run in runs:
             kept = ("log.jsonl", "samples", *(("checkpoint",) if run in weights else ()))

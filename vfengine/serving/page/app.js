@@ -60,10 +60,8 @@ async function look() {
   const began = changes;
   const depth = videos.findLastIndex((video) => !isOver(video)) + 1;
   const limit = Math.min(MOST, Math.max(PAGE, depth));
-  const { value } = await ask(`v1/videos?limit=${limit}&order=desc`);
-  // an answer about one clip says how soon to ask, the list does not
-  const active = value.data.find((video) => !isOver(video));
-  if (pollAfter === null && active) await lookAt(active.id);
+  const { value, pollAfter: after } = await ask(`v1/videos?limit=${limit}&order=desc`);
+  pollAfter = after ?? pollAfter;
   const edge = videos.findIndex(({ id }) => id === value.last_id);
   const older = value.has_more && edge >= 0 ? videos.slice(edge + 1) : [];
   const list = [...value.data, ...older];
@@ -83,9 +81,7 @@ async function look() {
 /** A clip as it is now; null once it is gone. */
 async function lookAt(id) {
   try {
-    const { value, pollAfter: after } = await ask(`v1/videos/${encodeURIComponent(id)}`);
-    pollAfter = after ?? pollAfter;
-    return value;
+    return (await ask(`v1/videos/${encodeURIComponent(id)}`)).value;
   } catch (error) {
     if (error instanceof ApiError && error.status < 500) return null;
     throw error;
