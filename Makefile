@@ -6,7 +6,7 @@ install:
 	pip install -c constraints.txt -e '.[train,test]'
 
 test:
-	pytest
+	pytest -n 2 --dist worksteal
 
 # Writes docs/settings.md from the tables of settings.
 settings:

@@ -1,9 +1,13 @@
 """Shared fixtures: a model that samples in milliseconds, and files of benchmarks/."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: more threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

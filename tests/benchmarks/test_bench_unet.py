@@ -1,6 +1,7 @@
 """benchmarks/bench_unet.py: what it counts, how it judges, what it says when it cannot measure."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -239,8 +240,11 @@ def test_missing_diffusers_leaves_networks_out_and_no_ops(monkeypatch):
 
 def test_short_form_has_every_bench_once():
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--short"]
+    # pytest-benchmark measures nothing in a worker of xdist, and this test may run in one.
+    env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     done = subprocess.run(
-        [*command, "--collect-only", "-q"], cwd=BENCHMARKS.parent, capture_output=True, text=True
+        [*command, "--collect-only", "-q"],
+        **{"cwd": BENCHMARKS.parent, "env": env, "capture_output": True, "text": True},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = [line.split("[")[0] for line in done.stdout.splitlines() if "::" in line]
