@@ -292,6 +292,28 @@ def test_resume_makes_what_is_missing(prompts):
     assert prompts(text.rpartition("\n")[0], "--resume", "--quiet") == (0, [], "")
 
 
+def test_resume_writes_a_base_path_that_an_interrupt_left_out(prompts, monkeypatch):
+    text = '{"label": "walk"}\n{"label": "walk"}'
+    argv = ["--base-trajectory", "t.safetensors", "--output", "{index}.webp"]
+    prompts(text, *argv)
+    expected = {name: Path(name).read_bytes() for name in ("0.webp", "1.webp", "t.safetensors")}
+    for name in expected:
+        os.remove(name)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(job, "write_trajectory", interrupted)
+        assert prompts(text, *argv)[0] == 130
+    assert clips_here() == ["0.webp"]
+    status, lines, _ = prompts(text, *argv, "--resume")
+    assert (status, ["skipped" in line for line in lines]) == (0, [False, False])
+    assert {name: Path(name).read_bytes() for name in expected} == expected
+    _, lines, _ = prompts(text, *argv, "--resume")
+    assert ["skipped" in line for line in lines] == [True, True]
+
+
 # -- streams ---------------------------------------------------------------------------------------
 
 

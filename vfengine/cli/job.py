@@ -76,6 +76,13 @@ class Task(NamedTuple):
     request: VideoRequest | TextRequest
     targets: list[Path]
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all that it writes is there: the base paths too, which later lines may follow."""
+        path = self.settings.base_trajectory
+        files = self.targets if path is None else [*self.targets, Path(path)]
+        return all(file.is_file() for file in files)
+
 
 def check_files(settings: argparse.Namespace) -> None:
     """ValueError or OSError for files that cannot be written, before torch is imported."""

@@ -145,7 +145,7 @@ class _Run:
         self._claim(line, settings)
         check_base_files(settings)
         task = prepare(settings, self.pipe, makes_folders=True)
-        if self.settings.resume and all(target.is_file() for target in task.targets):
+        if self.settings.resume and task.is_done:
             bar.passed_over()
             return {"files": list(map(str, task.targets)), "skipped": True}
         if self.settings.dry_run:
