@@ -170,19 +170,28 @@ def test_what_has_expired_goes(store):
     now = time.time()
     store.finish(old, ME, {}, now - 1)
     store.finish(young, ME, {}, now + 60)
-    rubbish, upload = store.folder_of(new_id()), store.folder_of(new_id())
     store.base_paths.mkdir()
-    used, unused = store.base_paths / "used", store.base_paths / "unused"
-    for place in (rubbish, upload):
-        place.mkdir()
+    used, unused = (store.base_paths / f"{name}.safetensors" for name in ("used", "unused"))
     for file in (used, unused):
         file.touch()
-    for place in (rubbish, unused):
-        os.utime(place, (now - 4000, now - 4000))
+    os.utime(unused, (now - 4000, now - 4000))
+    (store.base_paths / ".being-written.part").mkdir()
     assert store.expire(now, unused_paths=3600) == 1
     assert store.get(old) is None and not store.folder_of(old).exists()
     assert all(store.get(name) for name in (young, running, waiting))
-    assert [place.exists() for place in (rubbish, upload, used, unused)] == [0, 1, 1, 0]
+    assert [file.exists() for file in (used, unused)] == [True, False]
+
+
+def test_folders_without_a_job_go_after_an_hour_by_no_clock_on_the_wall(store, monkeypatch):
+    rubbish, upload = store.folder_of(new_id()), store.folder_of(new_id())
+    rubbish.mkdir()
+    began = time.monotonic()
+    store.expire(time.time(), unused_paths=3600)
+    upload.mkdir()
+    for seconds, there in ((3500, [True, True]), (3700, [False, True]), (7400, [False, False])):
+        monkeypatch.setattr(time, "monotonic", lambda: began + seconds)  # noqa: B023
+        store.expire(time.time() + 1e9, unused_paths=3600)  # a clock that was set forward
+        assert [place.exists() for place in (rubbish, upload)] == there
 
 
 def test_deleted_files_do_not_come_back(store):

@@ -29,6 +29,7 @@ from .jobs import Job, JobSettings
 _PATIENCE = 30.0  # seconds that one process waits for another's writing
 MAX_ATTEMPTS = 3  # engines that may die of one job before it has failed
 MAX_OUTAGES = 10  # ends of server and engine at once, of which the job is hardly the cause
+_RUBBISH = 3600.0  # seconds that a folder without a row is left, for its upload may go on
 _ID = frozenset("0123456789abcdef_video")
 _OWN = "status = 'in_progress' AND worker = ?"  # no worker touches what has become another's
 _SCHEMA = """
@@ -82,6 +83,7 @@ class Store:
         self._jobs.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
         self._held: sqlite3.Connection | None = None
+        self._rubbish: dict[Path, float] = {}  # when a folder was first seen without a row
         self._db = sqlite3.connect(
             self.folder / "jobs.sqlite3",
             timeout=_PATIENCE,
@@ -243,20 +245,32 @@ class Store:
     def expire(self, now: float, unused_paths: float) -> int:
         """Removes finished jobs whose time is over, and rubbish; returns the number of jobs.
 
+        now:          by the clock on the wall, as the jobs' times are
         unused_paths: base paths that were not used for so many seconds go as well
         """
         done = "status IN ('completed', 'failed') AND expires_at <= ?"
         expired = self._rows(f"SELECT id FROM jobs WHERE {done}", now)
         for row in expired:
             self.delete(row["id"])
-        for folder in self._jobs.iterdir():  # of jobs whose upload was broken off, or deleted ones
-            if now - _modified(folder, now) > 3600 and not self.exists(folder.name):
-                shutil.rmtree(folder, ignore_errors=True)
-        if self.base_paths.is_dir():
-            for file in self.base_paths.iterdir():
-                if now - _modified(file, now) > unused_paths:
-                    file.unlink(missing_ok=True)
+        self._remove_rubbish()
+        for file in self.base_paths.glob("*.safetensors"):  # what is being written ends in .part
+            if now - _modified(file, now) > unused_paths:
+                file.unlink(missing_ok=True)
         return len(expired)
+
+    def _remove_rubbish(self) -> None:
+        """Removes folders of jobs that were deleted, or whose upload was broken off.
+
+        Their age is measured here, so that a clock that is set forward ends no upload.
+        """
+        now, seen = time.monotonic(), {}
+        for folder in self._jobs.iterdir():
+            if self.exists(folder.name):
+                continue
+            seen[folder] = self._rubbish.get(folder, now)
+            if now - seen[folder] > _RUBBISH:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._rubbish = seen
 
     def recover(
         self, alive: Iterable[str] = (), keep: float | None = None, outage: bool = False
