@@ -78,9 +78,10 @@ def find_path(folder: str | Path, key: Mapping[str, object]) -> BaseTrajectory |
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"base cache {folder} is not a folder")
     file = path_file(folder, key)
-    if not file.exists():
+    try:
+        path = BaseTrajectory.load(file)
+    except FileNotFoundError:  # also where another process has just removed it
         return None
-    path = BaseTrajectory.load(file)
     if path.metadata.get("cache_key") != text:
         raise ValueError(f"{file}: a base trajectory under another's name; remove it")
     return path
