@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def kept(
             there
     row:    the shape of a row that is expected; None: any
 
-    A failure leaves no file. The rows are mapped privately: what is written to them stays in
+    A failure leaves no file; OSError at once where the disk has no place for it. The rows are mapped privately: what is written to them stays in
     memory. Raises ValueError for a file that is cut off or holds something else.
     """
     if not file.exists():
@@ -36,7 +37,10 @@ def kept(
         with replacing(file) as unfinished:
 
             def new(shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-                return np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
+                rows = np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
+                with unfinished.open("r+b") as opened:  # else a full disk ends the process: SIGBUS
+                    os.posix_fallocate(opened.fileno(), 0, unfinished.stat().st_size)
+                return rows
 
             _fill(chunks, count, new).flush()
     try:

@@ -26,16 +26,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ..formats.parts import read_autoencoder, save_autoencoder
-from ..media.pictures import network_to_pixels, pixels_to_network, sheet
+from ..media.pictures import network_to_pixels, pixels_to_network
 from ..models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
 from .adversary import Adversary
 from .arrays import kept
 from .options import TrainingOptions
 from .report import StepReport
+from .samples import write_sheet
 from .updates import Updates
 
 CONFIG = AutoencoderConfig(
@@ -265,8 +265,8 @@ class AutoencoderTraining:
         """Eight frames of the pool, and below each what the autoencoder makes of it."""
         frames = self.frames[:: max(1, len(self.frames) // 8)][:8]
         decoded = self.averaged["decoder"](self._encoded(frames)).float()
-        pictures = torch.cat([frames[..., :3].to(self.device), network_to_pixels(decoded)])
-        Image.fromarray(sheet(pictures.cpu().numpy(), columns=len(frames))).save(file)
+        pictures = torch.stack([frames[..., :3].to(self.device), network_to_pixels(decoded)])
+        write_sheet(pictures, file)
 
     def save(self, file: Path) -> None:
         """Writes everything that a run continues from to one .safetensors file, atomically."""

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusion.decompose import base_index
+from ..files import replacing
 from ..media.pictures import network_to_pixels, sheet
 from .latents import CaptionedMocap
 from .objectives import Decomposed
@@ -62,8 +63,9 @@ def write_prompts(
         rows = torch.stack([made[:, 0], real[:, 0]])
     else:
         rows = torch.stack([made, real], 1).flatten(0, 1)
-    Image.fromarray(sheet(rows.numpy(), columns=rows.shape[1])).save(file)
-    file.with_name("prompts.txt").write_text("\n".join(showcase.prompts) + "\n", encoding="utf-8")
+    write_sheet(rows, file)
+    with replacing(file.with_name("prompts.txt")) as temporary:
+        temporary.write_text("\n".join(showcase.prompts) + "\n", encoding="utf-8")
 
 
 def write_labels(objective, networks: dict, precision: str, file: Path) -> None:
@@ -72,8 +74,13 @@ def write_labels(objective, networks: dict, precision: str, file: Path) -> None:
     labels = torch.arange(min(_ROWS, len(config.labels)), device=objective.device)
     with _autocast(objective.device, precision):
         video = objective.sample(networks, labels, _STEPS)
-    pixels = network_to_pixels(video).cpu().numpy()
-    Image.fromarray(sheet(pixels, columns=config.num_frames)).save(file)
+    write_sheet(network_to_pixels(video), file)
+
+
+def write_sheet(frames: Tensor, file: Path) -> None:
+    """Clips uint8 [B, N, H, W, 3] as a picture, one a row; whole or not at all."""
+    with replacing(file) as temporary:
+        Image.fromarray(sheet(frames.cpu().numpy(), columns=frames.shape[1])).save(temporary, "PNG")
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
