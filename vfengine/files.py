@@ -1,17 +1,24 @@
 """Atomic writes, and .safetensors files.
 
 A file is written under a temporary name in its own folder and renamed when it is complete. An error
-or an interrupt leaves the old file, and nothing else. Torch is imported only where tensors are
-written or read.
+or an interrupt leaves the old file, and nothing else. A process that is killed leaves a hidden
+folder, which the next process that writes beside it removes. Torch is imported only where tensors
+are written or read.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import functools
+import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,41 +33,109 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside path; renames it to path on success, removes it otherwise."""
+    """Yields a temporary path; renames it to path on success, removes it otherwise."""
     path = Path(path)
-    temporary = _beside(path, "part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _folder_beside(path) as temporary:
+        file = temporary / "new"
+        yield file
+        os.replace(file, path)
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a new folder beside path; it takes path's place on success, and is removed otherwise.
+    """Yields a new folder; it takes path's place on success, and is removed otherwise.
 
-    A folder cannot be replaced in one step. The old one is moved aside first, and moved back if
-    the second step fails.
+    At no moment is path missing. Only where the file system cannot exchange two names is the old
+    folder moved aside first, and moved back if the second step fails.
     """
     path = Path(path)
-    fresh, old = _beside(path, "new"), _beside(path, "old")
-    try:
+    with _folder_beside(path) as temporary:
+        fresh = temporary / "new"
         fresh.mkdir()
         yield fresh
         if path.exists():
-            os.replace(path, old)
+            if _exchanged(fresh, path):
+                return
+            (temporary / "old").mkdir()
+            os.replace(path, temporary / "old" / path.name)
         os.replace(fresh, path)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+# -- temporary folders -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder in path's own that no other process or thread uses, locked until it goes."""
+    _sweep(os.path.abspath(path.parent))
+    temporary = lock = None
+    while lock is None:  # a process that sweeps may be faster than the lock
+        temporary = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
+        temporary.mkdir()
+        lock = _locked(temporary, without=True)
+    try:
+        yield temporary
     finally:
-        if old.exists() and not path.exists():
+        _remove(temporary)
+        os.close(lock)
+
+
+@functools.lru_cache(64)
+def _sweep(folder: str) -> None:
+    """Removes what killed processes have left in a folder; the next calls do nothing."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", entry.name):
+                lock = _locked(Path(entry.path))
+                if lock is not None:
+                    _remove(Path(entry.path))
+                    os.close(lock)
+
+
+def _locked(folder: Path, without: bool = False) -> int | None:
+    """A descriptor that locks a folder for as long as it is open; None if another's does.
+
+    The system releases it when its process ends, however it ends.
+
+    without: whether a file system that knows no locks is good enough
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):  # just removed, or a file of earlier releases
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or not without:
+            os.close(descriptor)
+            return None
+    if folder.exists():
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _remove(temporary: Path) -> None:
+    """Removes a temporary folder; what was moved aside into it, and not replaced, goes back."""
+    for old in temporary.glob("old/*"):
+        path = temporary.parent / old.name
+        if not path.exists():
             os.replace(old, path)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(path: Path, ending: str) -> Path:
-    """A hidden path in the same folder that no other process or thread uses."""
-    return path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.{ending}")
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_writable(path: str | Path) -> Path:
@@ -92,6 +167,8 @@ def write_tensors(
 
     tensors: by name, on any device; memory formats such as channels_last are not kept
 
+    The same content makes the same bytes.
+
     Raises OSError where the file cannot be written.
     """
     from safetensors.torch import save_file
@@ -104,7 +181,25 @@ def write_tensors(
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
+        _sort_metadata(temporary)
         temporary.chmod(mode)  # save_file makes it 0600
+
+
+def _sort_metadata(path: Path) -> None:
+    """Orders the metadata in a file's header, where save_file leaves them in any order.
+
+    So the same content has the same bytes, and the same SHA-256.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        notes = header.get("__metadata__", {})
+        header = {**header, "__metadata__": dict(sorted(notes.items()))} if notes else header
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise OSError(f"{path.name}: a header of {length} bytes became one of {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from conftest import TINY_LABELS, save_tiny, tiny_config
 from safetensors.torch import load_file
 
+from vfengine import files
 from vfengine.formats import checkpoint
 from vfengine.formats.checkpoint import (
     CheckpointConfig,
@@ -126,12 +127,21 @@ def test_saving_again_replaces_the_checkpoint(folder):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize(
     ("module", "failing", "number"),
-    [(safetensors.torch, "save_file", 2), *((os, "replace", number) for number in range(1, 5))],
+    [
+        (safetensors.torch, "save_file", 2),
+        (files, "_exchanged", 1),
+        *((os, "replace", number) for number in range(1, 5)),
+    ],
 )
 def test_interrupted_save_leaves_the_old_checkpoint(
     folder, monkeypatch, module, failing, number, error
 ):
-    """replace: of the two files of weights, of the old folder, of the new one."""
+    """replace: of the two files of weights, of the old folder, of the new one.
+
+    The folders are replaced one after the other where they cannot be exchanged.
+    """
+    if failing == "replace":
+        monkeypatch.setattr(files, "_exchanged", lambda *_: False)
     real, calls = getattr(module, failing), []
 
     def one_call_fails(*args):
