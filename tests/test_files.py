@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -208,15 +209,26 @@ def test_the_same_tensors_and_notes_make_the_same_bytes(tmp_path):
         assert file.metadata() == notes
 
 
+def test_files_of_tensors_are_those_of_safetensors(tmp_path):
+    """Of every dtype, a scalar, nothing, and names in any order."""
+    tensors = {f"z {name}": torch.arange(3).to(getattr(torch, name)) for name in files._DTYPES}
+    one = torch.ones(1)
+    tensors |= {"b": TENSORS["a"], "a": TENSORS["b"], "none": torch.ones(0, 3), "ü": one}
+    for notes in (None, {}, {"note": 'y"\n'}):
+        safetensors.torch.save_file(tensors, tmp_path / "theirs", notes)
+        write_tensors(tmp_path / "ours", tensors, notes)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    with pytest.raises(ValueError, match="x: c is complex64, expected one of: int64"):
+        write_tensors(tmp_path / "x", {"c": torch.zeros(1, dtype=torch.complex64)})
+
+
 def test_tensors_that_cannot_be_written_are_an_os_error(tmp_path, monkeypatch):
-
-    def full_disk(*_):
-        raise safetensors.SafetensorError("no space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError, match=r"x: cannot be written \(no space"):
+    os.symlink("/dev/full", tmp_path / "new")
+    monkeypatch.setattr(files, "_folder_beside", lambda path: nullcontext(tmp_path))
+    with pytest.raises(OSError, match=r"x: cannot be written \(No space left") as caught:
         write_tensors(tmp_path / "x", TENSORS)
-    assert os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
     with pytest.raises(OSError):
         write_tensors(tmp_path / "none" / "x", TENSORS)
 

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +25,11 @@ from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_DTYPES = {  # torch's names: those in files, in the order in which they lie there
+    **{"int64": "I64", "float64": "F64", "float32": "F32", "int32": "I32", "bfloat16": "BF16"},
+    **{"float16": "F16", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
+}
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -167,39 +171,39 @@ def write_tensors(
 
     tensors: by name, on any device; memory formats such as channels_last are not kept
 
-    The same content makes the same bytes.
+    The same content makes the same bytes: those of safetensors, with the metadata in order. Its own
+    writer leaves that in any order, and ends the process where memory is short.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError where the file cannot be written, ValueError for another dtype.
     """
-    from safetensors.torch import save_file
+    import torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name} is {dtype}, expected one of: {', '.join(_DTYPES)}")
+    order = sorted(tensors, key=lambda name: (list(_DTYPES).index(dtypes[name]), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPES[dtypes[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
     with replacing(path) as temporary:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written ({error})") from error
-        _sort_metadata(temporary)
-        temporary.chmod(mode)  # save_file makes it 0600
-
-
-def _sort_metadata(path: Path) -> None:
-    """Orders the metadata in a file's header, where save_file leaves them in any order.
-
-    So the same content has the same bytes, and the same SHA-256.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        notes = header.get("__metadata__", {})
-        header = {**header, "__metadata__": dict(sorted(notes.items()))} if notes else header
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > length:
-            raise OSError(f"{path.name}: a header of {length} bytes became one of {len(text)}")
-        file.seek(8)
-        file.write(text.ljust(length))
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in order:
+                    file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(error.errno, f"{path}: cannot be written ({reason})") from error
 
 
 @contextmanager

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import TINY_LABELS, save_tiny, tiny_config
 from safetensors.torch import load_file
 
 from vfengine import files
-from vfengine.formats import checkpoint
+from vfengine.formats import checkpoint, folders
 from vfengine.formats.checkpoint import (
     CheckpointConfig,
     build_network,
@@ -128,7 +127,7 @@ def test_saving_again_replaces_the_checkpoint(folder):
 @pytest.mark.parametrize(
     ("module", "failing", "number"),
     [
-        (safetensors.torch, "save_file", 2),
+        (folders, "write_tensors", 2),
         (files, "_exchanged", 1),
         *((os, "replace", number) for number in range(1, 5)),
     ],

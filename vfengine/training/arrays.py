@@ -29,8 +29,9 @@ def kept(
             there
     row:    the shape of a row that is expected; None: any
 
-    A failure leaves no file; OSError at once where the disk has no place for it. The rows are mapped privately: what is written to them stays in
-    memory. Raises ValueError for a file that is cut off or holds something else.
+    A failure leaves no file. The rows are mapped privately: what is written to them stays in
+    memory. Raises ValueError for a file that is cut off or holds something else, and OSError at
+    once where the disk has no place for it.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
