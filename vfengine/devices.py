@@ -92,5 +92,6 @@ def dependent_launches() -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is the machine's lack of memory, or a device's."""
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    signs = ("out of memory", "not enough memory", "bad_alloc", "alloc_failed")
+    signs += ("can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)

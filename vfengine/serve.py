@@ -3,6 +3,8 @@
 import sys
 
 from vfengine.cli.serve import main
+from vfengine.cli.start import begin
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main())

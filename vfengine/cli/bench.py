@@ -1,8 +1,7 @@
 """`vfengine bench`: measures a model on this machine, and prints a table.
 
 Networks stay in memory between clips, as in a server; `generate` of one clip frees the base network
-on a CPU. Every clip has seeds of its own. The exit status is 0, 2 for bad input, 1 for a failure
-later on, 130 when interrupted.
+on a CPU. Every clip has seeds of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from .ending import begun, ended
 from .flags import Failure, Kind, Parser, Setting, add_flags, one_line, text, whole
 from .settings import SETTINGS as GENERATE_SETTINGS
 from .start import short_name
+from .streams import say
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline import Pipeline, VideoFusionOutput
@@ -82,19 +82,15 @@ def main(
     program: how the command was called, for help and errors
     """
     started = time.perf_counter() if started is None else started
-    try:
+
+    def run() -> None:
         settings = bench_parser(program).parse_args(argv)
         result = measure(settings, started)
-        print(table(result))
         if settings.json is not None:
             _write_json(Path(settings.json), result)
-    except (ValueError, TypeError, OSError, Failure) as error:
-        print(f"{short_name(program)}: error: {one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, Failure) else 2
-    except KeyboardInterrupt:
-        print(f"{short_name(program)}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        say(table(result))
+
+    return ended(run, short_name(program), less_memory="fewer frames or --dtype bf16")
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -120,12 +116,7 @@ def measure(settings: argparse.Namespace, started: float) -> dict[str, Any]:
     opening = time.perf_counter() - loading
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(settings, pipe, Path(folder))
-        try:
-            first = bench.clip(1)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise Failure("not enough memory for one clip") from error
+        first = bench.clip(1)
         seconds = {
             "start": loading - started,
             "load": opening + first["phases"].pop("load", 0.0),
@@ -228,7 +219,8 @@ class _Bench:
         from ..media.video import write_video
 
         for number, frames in enumerate(to_uint8(output.frames)):
-            write_video(self.folder / f"{number}.mp4", frames, self.pipe.config.fps)
+            with begun():
+                write_video(self.folder / f"{number}.mp4", frames, self.pipe.config.fps)
 
 
 def _peak_memory(pipe: Pipeline) -> dict[str, int | None]:

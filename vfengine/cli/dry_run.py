@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .flags import UsageError
 from .job import Task, check_files, open_pipeline, prepare, teller, try_encoder
 from .output import Job, peak_process_memory
+from .streams import say
 
 if TYPE_CHECKING:
     from ..pipelines.forecast import Forecast
@@ -23,9 +24,9 @@ def dry_run(settings: argparse.Namespace) -> None:
         raise UsageError("--dry-run cannot go with --list-labels, which makes nothing")
     told = describe(prepare(settings, pipe))
     if settings.json:
-        print(json.dumps(told))
+        say(json.dumps(told))
     elif not settings.quiet:
-        print(words(told))
+        say(words(told))
 
 
 def describe(task: Task, base_needed_again: bool = False) -> dict[str, Any]:

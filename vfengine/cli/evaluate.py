@@ -4,20 +4,21 @@
     vfengine eval is --generated probabilities.npy --splits 10
 
 Features are [n, D] in .npy or .safetensors files, read without executing code. The arithmetic is
-vfengine/metrics.py's. The exit status is 0, or 2 for bad input, told in one line on stderr.
+vfengine/metrics.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .ending import ended
 from .flags import SWITCH, Parser, Setting, UsageError, add_flags, one_line, text, whole
 from .start import short_name
+from .streams import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,17 +78,13 @@ def main(argv: Sequence[str] | None = None, program: str = EVAL) -> int:
 
     program: how the command was called, for help and errors
     """
-    try:
+
+    def run() -> None:
         settings = eval_parser(program).parse_args(argv)
         result = _evaluate(settings)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"{short_name(program)}: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{short_name(program)}: interrupted", file=sys.stderr)
-        return 130
-    print(json.dumps(result) if settings.json else _words(result))
-    return 0
+        say(json.dumps(result) if settings.json else _words(result))
+
+    return ended(run, short_name(program), less_memory="fewer features")
 
 
 def _evaluate(settings: argparse.Namespace) -> dict[str, Any]:

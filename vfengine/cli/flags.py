@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+from .streams import say
+
 
 class UsageError(ValueError):
     """Bad input, in one line."""
@@ -24,10 +26,16 @@ def one_line(thing: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError, where argparse prints its usage and exits."""
+    """A parser that raises UsageError, where argparse prints its usage and exits.
+
+    Help that cannot be printed raises Unsaid.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def print_help(self, file: None = None) -> None:
+        say(self.format_help(), end="")
 
 
 # -- kinds of values -------------------------------------------------------------------------------

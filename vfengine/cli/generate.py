@@ -1,8 +1,8 @@
 """`python -m vfengine.generate`: its command line and its exit status.
 
-Settings come from flags, then from --config FILE, then from the checkpoint. The exit status is 0, 2
-for bad input (one line on stderr, nothing written), 1 for a failure later on, 130 when interrupted;
-files that were complete by then are named, and nothing is left half-written.
+Settings come from flags, then from --config FILE, then from the checkpoint. The exit status is that
+of ending.py. Bad input writes nothing. Files that were complete before a failure or an interrupt
+are named, and nothing is left half-written.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .flags import Failure, one_line
+from .ending import ended
+from .flags import one_line
+from .output import LESS_MEMORY
 from .settings import GENERATE, read_settings
 from .start import short_name
+from .streams import tell
 
 
 def main(
@@ -32,21 +35,13 @@ def main(
     started = time.perf_counter() if started is None else started
     name = short_name(program)
     files: list[Path] = []
-    try:
+
+    def run() -> None:
         settings = read_settings(sys.argv[1:] if argv is None else argv, program)
         with _warnings_in_one_line(settings.quiet, name):
             _run(settings, started, files, name)
-    except (ValueError, OSError, Failure) as error:
-        status = 1 if isinstance(error, Failure) else 2
-        message = f"error: {one_line(error)}"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    else:
-        return 0
-    if files:
-        message += f" (complete: {', '.join(map(str, files))})"
-    print(f"{name}: {message}", file=sys.stderr)
-    return status
+
+    return ended(run, name, files, LESS_MEMORY)
 
 
 def _run(settings: argparse.Namespace, started: float, files: list[Path], name: str) -> None:
@@ -72,7 +67,8 @@ def _warnings_in_one_line(quiet: bool, name: str) -> Iterator[None]:
     def show(message: Warning, *_: object) -> None:
         from tqdm import tqdm
 
-        tqdm.write(f"{name}: warning: {one_line(message)}", file=sys.stderr)
+        with tqdm.external_write_mode(sys.stderr):
+            tell(f"{name}: warning: {one_line(message)}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -32,6 +32,7 @@ from .output import (
 from .prompt_lines import slug
 from .replay import check_clip, input_files
 from .settings import written_settings
+from .streams import say
 
 if TYPE_CHECKING:
     from ..diffusion.base_path import BaseTrajectory
@@ -53,13 +54,13 @@ def generate(settings: argparse.Namespace, started: float, files: list[Path]) ->
     if settings.list_labels:
         if _takes_text(pipe):
             raise UsageError(f"{pipe.folder}: {pipe.lacks}: --prompt says what to show")
-        print(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
+        say(json.dumps({"labels": pipe.labels}) if settings.json else "\n".join(pipe.labels))
         return
     job = make_clips(prepare(settings, pipe), record)
     if settings.json:
-        print(json.dumps(json_line(job, record)))
+        say(json.dumps(json_line(job, record)))
     elif not settings.quiet:
-        print(summary(job, record))
+        say(summary(job, record))
 
 
 # -- from settings to a request --------------------------------------------------------------------
@@ -348,15 +349,9 @@ def _explained(
     batches: Iterable[Batch], settings: argparse.Namespace, record: Record
 ) -> Iterator[Batch]:
     """The batches; raises Failure for errors that may occur once sampling has begun."""
-    from ..devices import is_out_of_memory
-
     try:
         yield from batches
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise Failure(
-                "not enough memory: try fewer frames, a smaller --batch-size or --dtype bf16"
-            ) from error
+    except RuntimeError as error:
         if "cannot be captured" in str(error):
             raise Failure(f"{one_line(error)}: try --no-capture") from error
         raise

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .ending import ended
 from .start import begin, short_name
+from .streams import open_streams, say, tell
 
 # name: what it does, and the module of its `main(argv, …, program=…)`
 VERBS = {
@@ -30,18 +32,17 @@ def main(argv: Sequence[str] | None = None, program: str = "vfengine") -> int:
     argv:    without the program's name; None is the process's own
     program: how it was called, for help and errors
     """
+    open_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     verb = argv[0] if argv else ""
     if verb in ("-h", "--help"):
-        print(_help(program))
-        return 0
+        return ended(lambda: say(_help(program)), short_name(program))
     if verb == "--version":
-        print(f"vfengine {__version__}")
-        return 0
+        return ended(lambda: say(f"vfengine {__version__}"), short_name(program))
     if verb not in VERBS:
         problem = f"unknown verb {verb!r}" if verb else "no verb"
         expected = f"expected one of: {', '.join(VERBS)}"
-        print(f"{short_name(program)}: error: {problem}, {expected}", file=sys.stderr)
+        tell(f"{short_name(program)}: error: {problem}, {expected}")
         return 2
     started = begin(briefly=verb != "train")
     run = importlib.import_module(f".{VERBS[verb][1]}", __package__).main

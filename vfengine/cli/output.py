@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ..pipelines.request import TextRequest, VideoRequest
 
 
+LESS_MEMORY = "fewer frames, a smaller --batch-size or --dtype bf16"
+
+
 class Job(NamedTuple):
     """One command line on its model: the settings, complete, and the request made of them."""
 

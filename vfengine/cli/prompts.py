@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..pipelines.request import TextRequest
 from .dry_run import describe, words
+from .ending import verdict
 from .flags import Failure, UsageError, one_line
 from .job import make_clips, open_pipeline, prepare
 from .output import (
+    LESS_MEMORY,
     Progress,
     Record,
     check_base_files,
@@ -31,6 +33,7 @@ from .output import (
 )
 from .prompt_lines import Line, Lines, check_template, open_lines, output_name
 from .settings import line_settings
+from .streams import Unsaid, say, tell
 
 if TYPE_CHECKING:
     from ..pipelines.batches import Steps
@@ -91,6 +94,7 @@ class _Run:
         self.settings, self.pipe, self.lines = settings, pipe, lines
         self.started, self.files, self.name = started, files, name
         self.failed: list[int] = []
+        self.unsaid: Unsaid | None = None  # the first line of JSON that could not be printed
         self.count = 0
         self.owners: dict[Path, int] = {}  # the line that each file is of
 
@@ -108,7 +112,7 @@ class _Run:
         self.owners.clear()
 
     def all(self) -> None:
-        """Makes every line; Failure in the end if some have failed."""
+        """Makes every line; in the end Failure if some have failed, Unsaid if one was not told."""
         with _Bar(self.lines.count, self.settings.quiet) as bar:
             for line in self.lines.lines:
                 self._line(line, bar)
@@ -117,6 +121,8 @@ class _Run:
             self.files.clear()  # their lines have named them
             numbers = ", ".join(map(str, self.failed))
             raise Failure(f"{len(self.failed)} of {self.count} lines failed: {numbers}")
+        if self.unsaid is not None:
+            raise self.unsaid
 
     # -- one line ----------------------------------------------------------------------------------
 
@@ -127,11 +133,12 @@ class _Run:
         try:
             told = self._made(line, record, bar)
         except Exception as error:  # the other lines may go well
-            known = isinstance(error, (ValueError, TypeError, OSError, Failure))
-            reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+            found = verdict(error, LESS_MEMORY)
+            reason = found.reason if found else f"{type(error).__name__}: {one_line(error)}"
             self.failed.append(line.number)
             bar.passed_over()
-            bar.write(f"{self.name}: error: line {line.number}: {reason}", sys.stderr)
+            with bar.aside(sys.stderr):
+                tell(f"{self.name}: error: line {line.number}: {reason}")
             told = {"error": reason, "files": list(map(str, record.files))}
         finally:
             self.files += record.files
@@ -191,11 +198,12 @@ class _Run:
         if settings.quiet and not settings.json:
             return
         try:
-            bar.write(text, sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing at exit either
-            raise Failure("nobody reads stdout any more") from error
+            with bar.aside(sys.stdout):
+                say(text)
+        except Unsaid as error:
+            self.unsaid = error
+            if error.unread and self.lines.count is None:
+                raise  # lines of a stream might never end
 
 
 class _Shared(UsageError):
@@ -234,9 +242,9 @@ class _Bar:
             self.bar.total -= 1
         self.bar.update(self.lines - self.bar.n)
 
-    def write(self, text: str, file: TextIO) -> None:
-        """A line of text, above the bar where both are on a terminal."""
-        self.bar.write(text, file=file)
+    def aside(self, stream: TextIO) -> AbstractContextManager[None]:
+        """Out of the way of a line of text, where both are on a terminal."""
+        return self.bar.external_write_mode(stream)
 
 
 class _LineProgress(Progress):

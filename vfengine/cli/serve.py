@@ -1,7 +1,7 @@
 """`python -m vfengine.serve`: an HTTP API, a page and a queue over engines that make clips.
 
 This process imports no torch: engines, processes of their own, have the model. The exit status is 0
-when SIGTERM stops it, 130 for Ctrl-C, 2 for bad input (one line on stderr), 1 for a later failure.
+when SIGTERM or SIGHUP stops it, and else that of ending.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import signal
 import sqlite3
 import sys
 import tempfile
@@ -18,8 +17,11 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from .ending import ended
 from .flags import Failure, UsageError, one_line
 from .serve_settings import read_settings
+from .start import on_stop, short_name
+from .streams import tell
 
 if TYPE_CHECKING:
     import socket
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, before requests are taken."""
+    """SIGTERM or SIGHUP, before requests are taken."""
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m vfengine.serve") -> int:
@@ -40,16 +42,14 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m vfengine.s
     argv:    without the program's name; None is the process's own
     program: how it was called, for help and errors
     """
-    name = program.replace("python -m ", "")
-    try:
+    name = short_name(program)
+
+    def run() -> int:
         settings = read_settings(sys.argv[1:] if argv is None else argv, program)
         return _serve(settings, name)
-    except (ValueError, OSError, Failure) as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, Failure) else 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
+
+    try:
+        return ended(run, name)
     except _Terminated:
         return 0
 
@@ -104,17 +104,19 @@ def _run(
         bounds=Bounds(settings.max_steps, settings.max_seconds, settings.max_scale),
         max_queue=settings.max_queue,
     )
-    signal.signal(signal.SIGTERM, _terminate)
+    on_stop(_terminate)
     if not settings.quiet:
-        print(f"{program}: reading {settings.model or 'the shipped model'}", file=sys.stderr)
+        tell(f"{program}: reading {settings.model or 'the shipped model'}")
     try:
         workers.start()
         info = _model(workers)
         if refused := store.refuse_other_models(info.name, keep):
-            print(f"{program}: jobs of other models, now failed: {refused}", file=sys.stderr)
+            tell(f"{program}: jobs of other models, now failed: {refused}")
         app = create_app(store, info, workers, options, metrics)
         server = Server(app, ready=lambda: _say_address(listener, settings.host))
         asyncio.run(server.serve(sockets=[listener]))
+    except sqlite3.Error as error:
+        raise Failure(f"--store {settings.store}: {one_line(error)}") from error
     finally:
         workers.stop()
     if server.interrupted:
@@ -190,4 +192,4 @@ def _store(folder: Path) -> Iterator[Store]:
 def _say_address(listener: socket.socket, host: str) -> None:
     port = listener.getsockname()[1]
     name = f"[{host}]" if ":" in host else host
-    print(f"listening on http://{name}:{port}", file=sys.stderr, flush=True)
+    tell(f"listening on http://{name}:{port}")

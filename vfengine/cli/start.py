@@ -1,4 +1,4 @@
-"""How every command's process begins: its clock, its signals, how its threads wait, its name.
+"""How every command's process begins: clock, streams and signals, how threads wait, its name.
 
 A door calls `begin` before anything heavy is imported. Nothing here imports torch.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
+
+from .streams import open_streams
 
 
 def begin(briefly: bool = True) -> float:
@@ -18,9 +21,10 @@ def begin(briefly: bool = True) -> float:
 
     briefly: whether OpenMP's threads soon sleep when there is no work; training leaves them as is
     """
+    open_streams()
     if briefly:
         wait_briefly(os.environ)
-    signal.signal(signal.SIGTERM, _terminate)
+    on_stop(_terminate)
     return time.perf_counter() - _seconds_since_process_start()
 
 
@@ -40,6 +44,17 @@ def short_name(program: str) -> str:
     program: how it was called, as its help states it
     """
     return program.removeprefix("python -m ")
+
+
+def on_stop(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+    """Handles the wishes of the system that a process stop: SIGTERM and SIGHUP.
+
+    A SIGHUP that is ignored, as by nohup, stays so. Returns the former handlers by signal.
+    """
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

@@ -162,7 +162,10 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Notes signals, which end the server, where uvicorn raises them again afterwards."""
         with contextlib.ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is by nohup
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 stack.callback(signal.signal, number, signal.signal(number, self._note_signal))
             yield
 
