@@ -8,7 +8,6 @@ trains a part of models on latents.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -16,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..names import AUTO, OBJECTIVES
+from .ending import ended
 from .flags import flag
 from .start import short_name
-from .train_loop import CHECKPOINT, STATE, Limit, run, tell_end
+from .streams import say, tell
+from .train_loop import Limit, run, tell_end
+from .train_output import CHECKPOINT, Output, open_output
 from .train_settings import TRAIN, read_settings
 
 if TYPE_CHECKING:
@@ -29,54 +31,45 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, program: str = TRAIN) -> int:
-    """Runs one command line; returns the exit status.
+    """Runs one command line; returns the exit status: that of ending.py, or 128 and the number of
+    the signal that stopped a run, which is saved.
 
     program: how the command was called, for help and errors
-
-    2 for bad input, 1 for a loss gone to NaN, 143 for a run that SIGTERM stopped.
     """
-    name = short_name(program)
-    try:
-        return _train(read_settings(argv, program))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt:
-        message = "interrupted; --resume goes on from the last saved state"
-        print(f"{name}: {message}", file=sys.stderr)
-        return 130
+    return ended(
+        lambda: _train(read_settings(argv, program)),
+        short_name(program),
+        less_memory="a smaller --batch-size or smaller networks",
+        interrupted="interrupted; --resume goes on from the last saved state",
+    )
 
 
 def _train(settings: argparse.Namespace) -> int:
     limit = Limit(settings, time.perf_counter())
+    with open_output(settings.output, settings.resume) as output:
+        _run(settings, output, limit)
+    generates = settings.objective in OBJECTIVES
+    say(f"{output.checkpoint}" + f": generate with --model {output.checkpoint}" * generates)
+    return 0 if limit.signal is None else 128 + limit.signal
+
+
+def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
     from ..devices import usable_device
     from ..training.options import TrainingOptions
 
-    state_file = settings.output / STATE
-    if state_file.exists() and not settings.resume:
-        raise ValueError(
-            f"{state_file} exists: pass --resume to go on from it, or another --output"
-        )
-    if settings.resume and not state_file.exists():
-        raise FileNotFoundError(f"nothing to resume: there is no {state_file}")
     usable_device(settings.device)
     values = {field.name: getattr(settings, field.name) for field in fields(TrainingOptions)}
     options = TrainingOptions(**{**values, "precision": _precision(settings)})
     _check(settings)
     training = _TRAININGS[settings.objective](settings, options)
     if settings.resume:
-        training.restore(state_file)
+        training.restore(output.state)
     else:
         _start(training, settings)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    print(training.describe(), file=sys.stderr)
-    with (settings.output / "log.jsonl").open("a", encoding="utf-8") as log:
-        run(training, settings, log, limit)
-    tell_end(training, settings)
-    checkpoint = settings.output / CHECKPOINT
-    generates = settings.objective in OBJECTIVES
-    print(f"{checkpoint}: generate with --model {checkpoint}" if generates else checkpoint)
-    return 143 if limit.terminated else 0
+    tell(training.describe())
+    first = training.steps_done
+    run(training, settings, output, limit)
+    tell_end(training, first)
 
 
 def _start(training, settings: argparse.Namespace) -> None:
@@ -87,7 +80,7 @@ def _start(training, settings: argparse.Namespace) -> None:
     for folder, which in sources:
         if folder:
             fresh = training.warm_start(folder, **which)
-            print(f"not in {folder}: {', '.join(fresh) or 'nothing'}", file=sys.stderr)
+            tell(f"not in {folder}: {', '.join(fresh) or 'nothing'}")
 
 
 # -- trainings -------------------------------------------------------------------------------------
@@ -150,8 +143,9 @@ def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
     from ..formats.checkpoint import read_config
     from ..training.latents import residual_std
 
-    if settings.resume:
-        return read_config(settings.output / CHECKPOINT).residual_std
+    checkpoint = settings.output / CHECKPOINT
+    if settings.resume and checkpoint.exists():  # else as the run began
+        return read_config(checkpoint).residual_std
     folders = [folder for folder in (settings.init_from, settings.residual_from) if folder]
     configs = [read_config(folder) for folder in folders]
     if len({(config.latent_mean, config.latent_std) for config in configs}) > 1:
@@ -274,7 +268,7 @@ def _pixels(settings: argparse.Namespace):
             on_file=lambda _: progress.update(),
         )
     for path, reason in found.skipped:
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        tell(f"skipped {path}: {reason}")
     for path in found.truncated:
-        print(f"truncated, read up to the fault: {path}", file=sys.stderr)
+        tell(f"truncated, read up to the fault: {path}")
     return found.clips, found.labels, found.label_names

@@ -5,7 +5,8 @@ A training is any object with this surface:
     options, steps_done, device     TrainingOptions; a count; where it trains
     step() -> StepReport            takes one step
     describe() -> str               data and networks, in one line
-    save(file), restore(file)       everything that a run goes on from, to the bit
+    save(file, checkpoint)          everything that a run goes on from, to the bit; and the name of
+    restore(file)                   the checkpoint that was exported of it
     export(folder)                  the averaged weights, as what others read
     warm_start(folder) -> list      starts from such a folder; returns what stays fresh
     write_samples(file)             a picture of what it makes by now
@@ -15,112 +16,126 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import signal
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TextIO
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .ending import begun
+from .start import on_stop
+from .streams import tell
+
 if TYPE_CHECKING:
     from ..training.report import StepReport
-
-STATE, CHECKPOINT = "training.safetensors", "checkpoint"  # in --output
+    from .train_output import Output
 
 
 class Limit:
-    """When a run stops before its last step: by the clock, or by a SIGTERM. Both save first."""
+    """When a run stops before its last step: by the clock, or by a signal. Both save first.
+
+    signal: SIGTERM or SIGHUP, once it has come
+    """
 
     def __init__(self, settings: argparse.Namespace, start: float):
         """start: of the command, by time.perf_counter"""
         hours, minutes = settings.max_hours, settings.max_minutes
         given = [x for x in (hours and hours * 3600, minutes and minutes * 60) if x is not None]
         self._end = start + min(given, default=math.inf)
-        self.terminated = False
+        self.signal: int | None = None
 
     @property
     def reached(self) -> bool:
-        return self.terminated or time.perf_counter() >= self._end
+        return self.signal is not None or time.perf_counter() >= self._end
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Takes SIGTERM for a wish to stop, in the main thread; elsewhere signals are not ours."""
+        """Takes a signal for a wish to stop, in the main thread; elsewhere signals are not ours."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def stop(*_: object) -> None:
-            self.terminated = True
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.signal = number
 
-        former = signal.signal(signal.SIGTERM, stop)
+        former = on_stop(stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, former)
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
 
-def run(training, settings: argparse.Namespace, log: TextIO, limit: Limit) -> None:
+@begun()
+def run(training, settings: argparse.Namespace, output: Output, limit: Limit) -> None:
     """The steps that are left, or those until the limit is reached; the last is saved.
 
-    Raises FloatingPointError for a loss that is not finite; what was saved before stays.
+    What an earlier run was to leave behind at the step that it came to is made up for: its
+    checkpoint, and its samples.
+
+    Raises FloatingPointError for a loss that is not finite, Failure for files that cannot be
+    written; what was saved before stays.
     """
     import torch
     from tqdm import tqdm
 
-    options, output = training.options, settings.output
+    options = training.options
     record = {
         **vars(settings),
         **asdict(options),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    log.write(json.dumps({"start": training.steps_done, **record}, default=str) + "\n")
+    output.log({"start": training.steps_done, **record})
     progress = tqdm(total=options.steps, initial=training.steps_done, unit="step", disable=None)
     reports, since = [], time.perf_counter()
     with limit.watching(), progress:
-        if limit.reached:  # no time for a step, but for what a step would end in
-            _save(training, settings)
+        if (settings.resume or limit.reached) and not output.is_current():
+            output.save(training)
+            if settings.resume:
+                tell(f"{output.checkpoint} was not that of the state, and has been written anew")
+        if settings.resume and not limit.reached and _shows(training, settings):
+            if not output.samples(training.steps_done).exists():
+                output.write_samples(training)
         while training.steps_done < options.steps and not limit.reached:
             reports.append(training.step())
             progress.update()
             step = training.steps_done
-            last = step == options.steps
-            saves = last or step % settings.save_every == 0 or limit.reached
+            saves = step == options.steps or step % settings.save_every == 0 or limit.reached
             if saves or step % settings.log_every == 0:
                 line = _summary(step, reports, options.batch_size, time.perf_counter() - since)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                output.log(line)
                 progress.set_postfix({k: v for k, v in line.items() if isinstance(v, float)})
                 reports, since = [], time.perf_counter()
             if saves:
-                _save(training, settings)
-            if settings.sample_every and (last or step % settings.sample_every == 0):
-                file = output / "samples" / f"step-{step:07d}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                training.write_samples(file)
+                output.save(training)
+            if _shows(training, settings):
+                output.write_samples(training)
                 since = time.perf_counter()
 
 
-def _save(training, settings: argparse.Namespace) -> None:
-    training.export(settings.output / CHECKPOINT)  # before the state: a run with a state has one
-    training.save(settings.output / STATE)
+def _shows(training, settings: argparse.Namespace) -> bool:
+    """Whether samples are due at the step that a training has come to."""
+    step, every = training.steps_done, settings.sample_every
+    return bool(every and step) and (step == training.options.steps or step % every == 0)
 
 
-def tell_end(training, settings: argparse.Namespace) -> None:
-    """One line about a run that stopped before its last step."""
-    steps = training.options.steps
-    if training.steps_done < steps:
-        print(
-            f"stopped after {training.steps_done} of {steps} steps: the same command with --resume "
-            "goes on",
-            file=sys.stderr,
-        )
+def tell_end(training, first: int) -> None:
+    """One line about a run that stopped before its last step, or that had none to take.
+
+    first: the step that it began at
+    """
+    done, steps = training.steps_done, training.options.steps
+    if done < steps:
+        tell(f"stopped after {done} of {steps} steps: the same command with --resume goes on")
+    elif first == done:
+        tell(f"no step to take: {done} of {steps} are done")
 
 
 def _summary(step: int, reports: Sequence[StepReport], batch_size: int, seconds: float) -> dict:

@@ -34,10 +34,7 @@ def write_folder(
     Raises ValueError rather than replace a folder or file that is no model.
     """
     folder = Path(folder)
-    if folder.is_file() or (
-        folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
-    ):
-        raise ValueError(f"{folder} exists and is no checkpoint: it is not overwritten")
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(folder) as fresh:
         digests = {}
@@ -52,6 +49,24 @@ def write_folder(
         text = config_text(digests) + "\n"
         (fresh / "config.json").write_text(text, encoding="utf-8")
     return digests
+
+
+def check_replaceable(folder: Path) -> None:
+    """ValueError for a folder or file that is no model, and would be lost."""
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    ):
+        raise ValueError(f"{folder} exists and is no checkpoint: it is not overwritten")
+
+
+def folder_digest(folder: Path) -> str:
+    """A hash of the files in a model's folder, their names included; of none where there is none.
+
+    Hidden files do not count.
+    """
+    files = sorted(file for file in folder.glob("[!.]*") if file.is_file())
+    digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return hashlib.sha256(repr(digests).encode()).hexdigest()[:32]
 
 
 def read_tensors(folder: Path, name: str, sha256: Mapping[str, str]) -> dict[str, Tensor]:

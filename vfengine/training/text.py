@@ -265,9 +265,12 @@ class TextTraining:
         state = self.updates.averaged["text_encoder"].state_dict()
         save_text_encoder(folder, self.config, state, self.tokenizer_json)
 
-    def save(self, file: Path) -> None:
-        """Writes everything that a run continues from to one .safetensors file, atomically."""
-        self.updates.save(file, self._identity(), self.steps_done)
+    def save(self, file: Path, checkpoint: str = "") -> None:
+        """Writes everything that a run continues from to one .safetensors file, atomically.
+
+        checkpoint: names the checkpoint that was exported of this state
+        """
+        self.updates.save(file, self._identity(), self.steps_done, checkpoint)
 
     def restore(self, file: Path) -> None:
         """Continue from `save`. Raises ValueError for a damaged file or another training's."""

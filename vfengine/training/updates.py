@@ -57,10 +57,11 @@ class Updates:
                 self.averages, self.parameters, 1 - min(options.ema, (step + 1) / (step + 10))
             )
 
-    def save(self, file: Path, identity: str, steps_done: int) -> None:
+    def save(self, file: Path, identity: str, steps_done: int, checkpoint: str = "") -> None:
         """Writes everything that a run continues from to one .safetensors file, atomically.
 
-        identity: names the model and the data
+        identity:   names the model and the data
+        checkpoint: names the checkpoint that was exported of this state
         """
         tensors = {
             f"{kind}.{i}": value
@@ -69,6 +70,8 @@ class Updates:
         }
         metadata = {"steps_done": str(steps_done), "model": identity}
         metadata["options"] = json.dumps(asdict(self.options))
+        if checkpoint:
+            metadata["checkpoint"] = checkpoint
         write_tensors(file, tensors, metadata)
 
     def restore(self, file: Path, identity: str) -> int:

@@ -1,0 +1,143 @@
+"""What a training has in its --output: a log, a state, the state's checkpoint, and samples.
+
+The folder is one training's at a time. A lock on its log says so, which ends with the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..files import open_tensors, replacing
+from .ending import verdict
+from .flags import UsageError, one_line
+from .streams import tell
+
+STATE, CHECKPOINT, LOG = "training.safetensors", "checkpoint", "log.jsonl"
+
+
+class Output:
+    """An --output folder that is this training's alone (`open_output`)."""
+
+    def __init__(self, folder: Path, log: int) -> None:
+        """log: the descriptor of the log, opened to append"""
+        self.state, self.checkpoint = folder / STATE, folder / CHECKPOINT
+        self._samples, self._log = folder / "samples", log
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Adds a line of JSON; an OSError leaves no part of it."""
+        line, end = (json.dumps(values, default=str) + "\n").encode(), os.fstat(self._log).st_size
+        try:
+            while line:
+                line = line[os.write(self._log, line) :]
+        except OSError:
+            os.ftruncate(self._log, end)
+            raise
+
+    def save(self, training) -> None:
+        """Writes the checkpoint, then the state, which names the checkpoint that is its own.
+
+        Where the second fails, a state of fewer steps stays beside a checkpoint of more.
+        """
+        from ..formats.folders import folder_digest
+
+        training.export(self.checkpoint)
+        training.save(self.state, folder_digest(self.checkpoint))
+
+    def is_current(self) -> bool:
+        """Whether there is a state, and its own checkpoint, whole."""
+        from ..formats.folders import folder_digest
+
+        if not self.state.exists():
+            return False
+        with open_tensors(self.state, "training state") as stored:
+            named = (stored.metadata() or {}).get("checkpoint")
+        return named is not None and named == folder_digest(self.checkpoint)
+
+    def samples(self, step: int) -> Path:
+        """The file of the samples of a step."""
+        return self._samples / f"step-{step:07d}.png"
+
+    def write_samples(self, training) -> None:
+        """Writes the samples of this step whole, or not at all."""
+        self._samples.mkdir(exist_ok=True)
+        with replacing(self.samples(training.steps_done)) as temporary:
+            training.write_samples(temporary)
+
+
+@contextmanager
+def open_output(folder: Path, resume: bool) -> Iterator[Output]:
+    """The folder of --output, made if need be, which no other training has meanwhile.
+
+    resume: whether it must hold a state, or must not
+
+    Where nothing has been logged in the end, what was made here is removed again. Raises UsageError
+    for a folder that cannot be used; OSError of the machine, such as a full disk.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    log = None
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            log = _locked(folder / LOG)
+        except OSError as error:
+            if verdict(error).status != 2:
+                raise
+            raise UsageError(f"--output {folder}: cannot be used ({one_line(error)})") from error
+        output = Output(folder, log)
+        _check(output, resume)
+        yield output
+    finally:
+        if log is not None:
+            if not os.fstat(log).st_size:
+                (folder / LOG).unlink(missing_ok=True)
+            os.close(log)
+        with suppress(OSError):  # up to the first that is not empty
+            for path in made:
+                path.rmdir()
+
+
+def _locked(file: Path) -> int:
+    """A descriptor of a file, to append to, locked until it is closed or the process ends."""
+    while True:
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(opened, file.parent)
+            if file.exists() and os.path.samestat(os.fstat(opened), os.stat(file)):
+                return opened
+        except BaseException:
+            os.close(opened)
+            raise
+        os.close(opened)  # a training that ended just now has removed it
+
+
+def _lock(opened: int, folder: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UsageError(f"--output {folder}: another training writes there") from error
+        problem = f"--output {folder} cannot be locked ({one_line(error)})"
+        tell(f"warning: {problem}: no other training must write there")
+
+
+def _check(output: Output, resume: bool) -> None:
+    """UsageError for a folder without the state to resume, or with one that would be lost."""
+    from ..formats.folders import check_replaceable
+
+    if output.state.exists() and not resume:
+        raise UsageError(
+            f"{output.state} exists: pass --resume to go on from it, or another --output"
+        )
+    if resume and not output.state.exists():
+        raise UsageError(f"nothing to resume: there is no {output.state}")
+    check_replaceable(output.checkpoint)
+    samples = output.samples(0).parent
+    if samples.exists() and not samples.is_dir():
+        raise UsageError(f"{samples} exists and is no folder")
