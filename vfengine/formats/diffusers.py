@@ -1,87 +1,39 @@
-"""UNets as diffusers publishes them: UNet2DConditionModel and UNet3DConditionModel.
+"""UNets as diffusers publishes them: UNet2DConditionModel, UNet3DConditionModel, UNet2DModel.
 
 A setting that would change the result, and that has no counterpart here, is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..models.config import UNetConfig
 from ..models.topology import topology
-from .published import COMMON, COMMON_VIDEO, PublishedUNet, Unsupported, read_json
-
-
-def _files(safetensors: str, pickle: str) -> tuple[str, ...]:
-    """Names of weight files by their stems; a half-precision variant counts where it is alone."""
-    own = (f"{safetensors}.safetensors", f"{safetensors}.safetensors.index.json")
-    own += (f"{pickle}.bin", f"{pickle}.bin.index.json")
-    return (*own, f"{safetensors}.fp16.safetensors", f"{pickle}.fp16.bin")
-
-
-FILES = _files("diffusion_pytorch_model", "diffusion_pytorch_model")
-TRANSFORMERS_FILES = _files("model", "pytorch_model")
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def locate(
-    folder: Path, chosen: Path | None, names: Sequence[str] = FILES
-) -> tuple[Path, list[Path]]:
-    """The configuration and the weight files in a folder; chosen: one of them, or None.
-
-    names: of weight files, the first that is there counts
-
-    Raises FileNotFoundError where there is none, ValueError for an index that points elsewhere.
-    """
-    config = folder / "config.json"
-    if chosen is None or chosen == config:
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
-        chosen = found[0]
-    if not chosen.name.endswith(".index.json"):
-        return config, [chosen]
-    shards = read_json(chosen).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in shards.values()
-    ):
-        raise ValueError(f"{chosen}: its weight_map must name files beside it")
-    files = [folder / name for name in sorted(set(shards.values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{chosen} names {file.name}, which is not there")
-    return config, files
-
-
-def read_scheduler(source: str | Path) -> dict[str, Any]:
-    """The scheduler's configuration in a diffusers pipeline; {} for a network by itself.
-
-    Looked for in scheduler/ in the network's folder, or beside it.
-    """
-    source = Path(source)
-    folder = source.parent if source.is_file() else source
-    for place in (folder, folder.parent):
-        file = place / "scheduler" / "scheduler_config.json"
-        if file.is_file():
-            return read_json(file)
-    return {}
-
+from .published import (
+    AVERAGING,
+    COMMON,
+    COMMON_VIDEO,
+    PublishedUNet,
+    Unsupported,
+    pixel_attention,
+)
 
 # -- names -----------------------------------------------------------------------------------------
 
 
-def diffusers_unet(values: Mapping[str, Any]) -> PublishedUNet:
-    """The UNet of a config.json; ValueError, naming it, for an entry that is not supported."""
+def diffusers_unet(values: Mapping[str, Any], names: Iterable[str] = ()) -> PublishedUNet:
+    """The UNet of a config.json; names: of the weights in its files.
+
+    Raises ValueError, naming it, for an entry that is not supported.
+    """
     config = diffusers_config(values)
-    return PublishedUNet(config, _layer_names(config))
+    return PublishedUNet(config, _layer_names(config, pixel_attention(names)))
 
 
-def _layer_names(config: UNetConfig) -> dict[str, str]:
-    """The names of our layers in diffusers' files."""
+def _layer_names(config: UNetConfig, attention: Mapping[str, str]) -> dict[str, str]:
+    """The names of our layers in diffusers' files; attention: those in an attention of pixels."""
     layers = {name: name for name in ("conv_in", "transformer_in", "conv_norm_out", "conv_out")}
     for name in ("time_embedding", "class_embedding"):
         layers |= {name: name, f"{name}.0": f"{name}.linear_1", f"{name}.2": f"{name}.linear_2"}
@@ -93,6 +45,8 @@ def _layer_names(config: UNetConfig) -> dict[str, str]:
             block = "mid_block" if side == "mid" else f"{side}_blocks.{numbers[0]}"
             for part, theirs in parts.items():
                 layers[f"{step.name}.{part}"] = f"{block}.{theirs}.{numbers[-1]}"
+            for part, theirs in attention.items():
+                layers[f"{step.name}.pixels.{part}"] = f"{block}.attentions.{numbers[-1]}.{theirs}"
         else:
             block = side.removesuffix("samplers") + "_blocks"
             layers[step.name] = f"{block}.{numbers[0]}.{side}.0.conv"
@@ -101,35 +55,57 @@ def _layer_names(config: UNetConfig) -> dict[str, str]:
 
 # -- configurations --------------------------------------------------------------------------------
 
-# Entries that are read, and their defaults; below, those that UNet3DConditionModel has different.
-_DEFAULTS = {
+# Entries that all classes have and that are read, with their defaults.
+_SHARED = {
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+}
+# Entries of both classes of images, with their defaults.
+_IMAGES = {
+    "resnet_time_scale_shift": "default",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+}
+_DEFAULTS_2D = {
+    **_SHARED,
+    **_IMAGES,
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
     "attention_head_dim": 8,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "class_embed_type": None,
-    "num_class_embeds": None,
     "projection_class_embeddings_input_dim": None,
 }
 _DEFAULTS_3D = {
+    **_SHARED,
     "down_block_types": (*("CrossAttnDownBlock3D",) * 3, "DownBlock3D"),
     "mid_block_type": "UNetMidBlock3DCrossAttn",  # it has no such entry
     "up_block_types": ("UpBlock3D", *("CrossAttnUpBlock3D",) * 3),
     "attention_head_dim": 64,
     "cross_attention_dim": 1024,
 }
-# Entries that may only have one of these values.
+_DEFAULTS_UNCONDITIONAL = {
+    **_SHARED,
+    **_IMAGES,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (224, 448, 672, 896),
+    "down_block_types": ("DownBlock2D", *("AttnDownBlock2D",) * 3),
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": (*("AttnUpBlock2D",) * 3, "UpBlock2D"),
+    "attention_head_dim": 8,
+    "attn_norm_num_groups": None,
+    "add_attention": True,
+    "downsample_padding": 1,
+}
+# Entries that may only have one of these values, where a class does not read them.
 _ONLY_THESE_VALUES = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
@@ -141,6 +117,7 @@ _ONLY_THESE_VALUES = {
     "conv_out_kernel": (3,),
     "cross_attention_norm": (None,),
     "downsample_padding": (1,),
+    "downsample_type": ("conv",),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -156,47 +133,40 @@ _ONLY_THESE_VALUES = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
+    "transformer_layers_per_block": (1,),
+    "projection_class_embeddings_input_dim": (None,),
+    "upsample_type": ("conv",),
+    **{entry: (default,) for entry, default in _IMAGES.items()},
 }
 # Entries that change no result: of training, of linear layers stored as 1x1 convolutions, and of
 # fp32 attention, which diffusers' fused attention ignores too.
 _IGNORED = (
     *("sample_size", "dropout", "use_linear_projection", "upcast_attention"),
-    "addition_embed_type_num_heads",
+    *("addition_embed_type_num_heads", "num_train_timesteps", *AVERAGING),
 )
-_ATTENTION = {"CrossAttnDownBlock": True, "DownBlock": False}
-_ATTENTION |= {"CrossAttnUpBlock": True, "UpBlock": False}
-_MIDDLE = {  # mid_block_type: residual blocks, and whether attention follows the first
-    "UNetMidBlock2DCrossAttn": (2, True),
-    "UNetMidBlock2D": (1, False),
-    "UNetMidBlock3DCrossAttn": (2, True),
-    None: (0, False),
-}
-_CLASSES = {"UNet2DConditionModel": "2D", "UNet3DConditionModel": "3D"}
 
 
 def diffusers_config(values: Mapping[str, Any]) -> UNetConfig:
     """The configuration of a config.json; ValueError, naming it, for an unsupported entry."""
-    kind = _CLASSES.get(values.get("_class_name"))
-    if kind is None:
-        why = f"is not one of {', '.join(_CLASSES)}"
-        raise Unsupported("_class_name", values.get("_class_name"), why)
-    defaults = {**_DEFAULTS, **(_DEFAULTS_3D if kind == "3D" else {})}
+    name = values.get("_class_name")
+    form = _CLASSES.get(name) if isinstance(name, str) else None
+    if form is None:
+        raise Unsupported("_class_name", name, f"is not one of {', '.join(_CLASSES)}")
     for entry, value in values.items():
-        if entry in _ONLY_THESE_VALUES:
-            if any(one not in _ONLY_THESE_VALUES[entry] for one in _as_sequence(value)):
-                raise Unsupported(entry, value)
-        elif entry not in defaults and entry not in _IGNORED and not entry.startswith("_"):
+        if entry in form.defaults or entry in _IGNORED or entry.startswith("_"):
+            continue
+        if entry not in _ONLY_THESE_VALUES:
             raise Unsupported(entry, value, "is an unknown entry")
-    entries = {entry: values.get(entry, default) for entry, default in defaults.items()}
+        if any(one not in _ONLY_THESE_VALUES[entry] for one in _as_sequence(value) or (value,)):
+            raise Unsupported(entry, value)
+    entries = {entry: values.get(entry, default) for entry, default in form.defaults.items()}
 
     widths = tuple(_as_sequence(entries["block_out_channels"]))
-    levels = len(widths)
-    if type(widths[0]) is not int or widths[0] % 2:
+    if not widths or type(widths[0]) is not int or widths[0] % 2:
         raise Unsupported("block_out_channels", widths, "must begin with an even number")
-    attention = tuple(_attends(entries, "down_block_types", kind))
-    if (
-        tuple(_attends(entries, "up_block_types", kind))[::-1] != attention
-        or len(attention) != levels
+    attention = tuple(_attends(entries, "down_block_types", form))
+    if tuple(_attends(entries, "up_block_types", form))[::-1] != attention or len(attention) != len(
+        widths
     ):
         raise Unsupported(
             "up_block_types",
@@ -204,102 +174,193 @@ def diffusers_config(values: Mapping[str, Any]) -> UNetConfig:
             "must mirror down_block_types, level by level",
         )
     middle = entries["mid_block_type"]
-    if middle not in _MIDDLE or kind not in str(middle or "2D"):
+    if not isinstance(middle, str | None) or middle not in form.middles:
         raise Unsupported("mid_block_type", middle)
-    mid_blocks, mid_attention = _MIDDLE[middle]
-    context_dims = set(_per_level(entries, "cross_attention_dim", levels))
-    if len(context_dims) > 1:
-        raise Unsupported("cross_attention_dim", entries["cross_attention_dim"])
-    context_dim = context_dims.pop() if mid_attention or any(attention) else None
-    if context_dim is None and any(attention):
-        raise Unsupported("cross_attention_dim", None, "cannot go with cross-attention blocks")
-    used = (*attention[:-1], attention[-1] or mid_attention)
+    mid_blocks, mid_attention = form.middles[middle]
     shape = {
         "in_channels": entries["in_channels"],
         "out_channels": entries["out_channels"],
         "block_out_channels": widths,
-        "layers_per_block": _per_level(entries, "layers_per_block", levels),
+        "layers_per_block": _per_level(entries, "layers_per_block", len(widths)),
         "spatial_attention": attention,
-        "head_dims": _head_dims(entries, kind, widths, used),
         "mid_blocks": mid_blocks,
         "mid_spatial_attention": mid_attention,
-        "context_dim": context_dim,
-        "needs_context": context_dim is not None,
         "norm_groups": entries["norm_num_groups"],
         "norm_eps": entries["norm_eps"],
     }
-    variants = (_of_3d if kind == "3D" else _of_2d)(entries, attention)
-    return UNetConfig(**COMMON, **shape, **variants)
+    return UNetConfig(**{**COMMON, **shape, **form.variants(entries, shape)})
 
 
-def _of_2d(entries: dict[str, Any], attention: tuple[bool, ...]) -> dict[str, Any]:
-    """The entries that UNet2DConditionModel alone has."""
-    levels = len(attention)
+def _of_2d(entries: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+    """The entries that UNet2DConditionModel alone has.
+
+    Its attention_head_dim is by mistake the number of heads, and published configurations depend
+    on that.
+    """
+    levels = len(shape["block_out_channels"])
+    features = entries["projection_class_embeddings_input_dim"]
+    images = _of_images(entries, levels, ("timestep", "projection"))
+    return {
+        **images,
+        **_context(entries, shape),
+        "head_dims": _head_dims(
+            entries, shape, lambda width, heads: width // heads if width % heads == 0 else 0
+        ),
+        "transformer_depths": _per_level(entries, "transformer_layers_per_block", levels),
+        "class_features": features if images["class_embedding"] == "projection" else None,
+    }
+
+
+def _of_3d(entries: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+    """The entries that UNet3DConditionModel adds."""
+    attention, head_dim = shape["spatial_attention"], entries["attention_head_dim"]
+    _one_number(entries, "UNet3DConditionModel")
+    return {
+        **COMMON_VIDEO,
+        **_context(entries, shape),
+        "head_dims": _head_dims(entries, shape, lambda width, dim: dim),
+        "temporal_attention": attention,
+        "mid_temporal_attention": True,
+        "temporal_conv": (True,) * len(attention),
+        "head_dim": head_dim,
+        "transformer_in_heads": 8,
+    }
+
+
+def _of_unconditional(entries: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+    """The entries that UNet2DModel adds: no context, and attention of the pixels alone."""
+    images = _of_images(entries, len(shape["block_out_channels"]), ("timestep",))
+    padding, add, scaled = (
+        entries[name] for name in ("downsample_padding", "add_attention", "resnet_time_scale_shift")
+    )
+    if padding not in (0, 1):
+        raise Unsupported("downsample_padding", padding, "is not 0 or 1")
+    if not isinstance(add, bool):
+        raise Unsupported("add_attention", add, "is not true or false")
+    groups = entries["attn_norm_num_groups"]
+    middle = {"mid_spatial_attention": shape["mid_spatial_attention"] and add}
+    # without a number of its own, the attention of a middle that is scaled has no norm
+    if middle["mid_spatial_attention"] and groups != shape["norm_groups"]:
+        if groups is not None or scaled != "default":
+            raise Unsupported("attn_norm_num_groups", groups, "is not norm_num_groups")
+    if entries["attention_head_dim"] is not None:
+        _one_number(entries, "UNet2DModel")
+    used = {**shape, **middle}
+    return {
+        **images,
+        **middle,
+        "head_dims": _head_dims(entries, used, lambda width, dim: dim or width),
+        "pixel_attention": True,
+        "padded_after": padding == 0,
+        "any_size": False,
+    }
+
+
+@dataclass(frozen=True)
+class _Class:
+    """A class of diffusers.
+
+    suffix:   of the names of its blocks
+    defaults: the entries that are read
+    blocks:   stems of its blocks' names, and whether they have attention
+    middles:  residual blocks by mid_block_type, and whether attention follows the first
+    variants: what it adds to a UNetConfig
+    """
+
+    suffix: str
+    defaults: Mapping[str, Any]
+    blocks: Mapping[str, bool]
+    middles: Mapping[str | None, tuple[int, bool]]
+    variants: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+
+_PLAIN = {"DownBlock": False, "UpBlock": False}
+_CROSSED = {**_PLAIN, "CrossAttnDownBlock": True, "CrossAttnUpBlock": True}
+_CLASSES = {
+    "UNet2DConditionModel": _Class(
+        "2D",
+        _DEFAULTS_2D,
+        _CROSSED,
+        {"UNetMidBlock2DCrossAttn": (2, True), "UNetMidBlock2D": (1, False), None: (0, False)},
+        _of_2d,
+    ),
+    "UNet3DConditionModel": _Class(
+        "3D", _DEFAULTS_3D, _CROSSED, {"UNetMidBlock3DCrossAttn": (2, True)}, _of_3d
+    ),
+    "UNet2DModel": _Class(
+        "2D",
+        _DEFAULTS_UNCONDITIONAL,
+        {**_PLAIN, "AttnDownBlock": True, "AttnUpBlock": True},
+        {"UNetMidBlock2D": (2, True), None: (0, False)},
+        _of_unconditional,
+    ),
+}
+
+
+def _of_images(entries: dict[str, Any], levels: int, embeddings: tuple[str, ...]) -> dict[str, Any]:
+    """The entries of both classes of images; embeddings: its values of class_embed_type."""
     embedding, classes = entries["class_embed_type"], entries["num_class_embeds"]
-    if embedding not in (None, "timestep", "projection"):
+    if embedding not in (None, *embeddings):
         raise Unsupported("class_embed_type", embedding)
     if entries["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         raise Unsupported("resnet_time_scale_shift", entries["resnet_time_scale_shift"])
-    features = entries["projection_class_embeddings_input_dim"]
+    if not isinstance(entries["flip_sin_to_cos"], bool):
+        raise Unsupported("flip_sin_to_cos", entries["flip_sin_to_cos"], "is not true or false")
     return {
         "temporal_attention": (False,) * levels,
         "temporal_conv": (False,) * levels,
-        "transformer_depths": _per_level(entries, "transformer_layers_per_block", levels),
         "scale_shift": entries["resnet_time_scale_shift"] == "scale_shift",
         "sin_first": not entries["flip_sin_to_cos"],
         "frequency_shift": entries["freq_shift"],
         "class_embedding": embedding or ("null" if classes is None else "table"),
         "num_classes": classes if embedding is None else None,
-        "class_features": features if embedding == "projection" else None,
     }
 
 
-def _of_3d(entries: dict[str, Any], attention: tuple[bool, ...]) -> dict[str, Any]:
-    """The entries that UNet3DConditionModel adds; those of UNet2DConditionModel are refused."""
-    read = ("in_channels", "out_channels", "block_out_channels", "layers_per_block")
-    read += ("norm_num_groups", "norm_eps", *_DEFAULTS_3D)
-    for entry in set(_DEFAULTS) - set(read):
-        if entries[entry] != _DEFAULTS[entry]:
-            raise Unsupported(entry, entries[entry])
-    return {
-        **COMMON_VIDEO,
-        "temporal_attention": attention,
-        "mid_temporal_attention": True,
-        "temporal_conv": (True,) * len(attention),
-        "head_dim": entries["attention_head_dim"],
-        "transformer_in_heads": 8,
-    }
+def _context(entries: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+    """Width of the context that the spatial transformers need, if they attend to one."""
+    entry, attention = "cross_attention_dim", shape["spatial_attention"]
+    widths = _per_level(entries, entry, len(attention))
+    if any(width != widths[0] for width in widths):
+        raise Unsupported(entry, entries[entry])
+    width = widths[0] if shape["mid_spatial_attention"] or any(attention) else None
+    if width is None and any(attention):
+        raise Unsupported(entry, None, "cannot go with cross-attention blocks")
+    return {"context_dim": width, "needs_context": width is not None}
 
 
-def _attends(entries: dict[str, Any], entry: str, kind: str) -> Iterable[bool]:
+def _attends(entries: dict[str, Any], entry: str, form: _Class) -> Iterable[bool]:
     """Which blocks have attention, of names such as "CrossAttnDownBlock2D"."""
     side = "Down" if "down" in entry else "Up"
     for name in _as_sequence(entries[entry]):
-        stem = str(name).removesuffix(kind)
-        if stem == name or side not in stem or stem not in _ATTENTION:
+        stem = str(name).removesuffix(form.suffix).removeprefix("UNetRes")
+        if not str(name).endswith(form.suffix) or side not in stem or stem not in form.blocks:
             raise Unsupported(entry, entries[entry], f"has the unknown block {name}")
-        yield _ATTENTION[stem]
+        yield form.blocks[stem]
 
 
 def _head_dims(
-    entries: dict[str, Any], kind: str, widths, used: tuple[bool, ...]
+    entries: dict[str, Any], shape: dict[str, Any], dim: Callable[[int, Any], int]
 ) -> tuple[int, ...]:
-    """Channels of a head, per level.
-
-    In UNet2DConditionModel, attention_head_dim is by mistake the number of heads, and published
-    configurations depend on that. In UNet3DConditionModel it is the dimension of a head.
-    """
-    entry = "attention_head_dim"
+    """Channels of a head, per level; dim: those of (channels, attention_head_dim)."""
+    entry, widths = "attention_head_dim", shape["block_out_channels"]
+    *used, last = shape["spatial_attention"]
+    used.append(last or shape["mid_spatial_attention"])
     given = _per_level(entries, entry, len(widths))
-    if kind == "3D" and not isinstance(entries[entry], int):
-        raise Unsupported(entry, entries[entry], "must be one number in a UNet3DConditionModel")
+    found = []
     for width, value, has in zip(widths, given, used, strict=True):
-        if has and (type(value) is not int or value < 1 or width % value):
+        fits = value is None or (type(value) is int and value > 0)
+        heads = dim(width, value) if has and fits else width
+        if has and (not fits or not heads or width % heads):
             raise Unsupported(entry, entries[entry], f"does not divide {width} channels")
-    return tuple(
-        width if not has else value if kind == "3D" else width // value
-        for width, value, has in zip(widths, given, used, strict=True)
-    )
+        found.append(heads)
+    return tuple(found)
+
+
+def _one_number(entries: dict[str, Any], name: str) -> None:
+    value = entries["attention_head_dim"]
+    if type(value) is not int:
+        raise Unsupported("attention_head_dim", value, f"must be one number in a {name}")
 
 
 def _as_sequence(value: Any) -> Iterable[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..models.autoencoder import AutoencoderConfig, Step, decoder_steps, encoder_steps
-from .published import Unsupported
+from .published import AVERAGING, Unsupported, pixel_attention
 
 # Entries that are read: our names of them, and their defaults.
 _DEFAULTS = {
@@ -27,16 +27,13 @@ _DEFAULTS = {
 _IGNORED = ("sample_size", "force_upcast", "scaling_factor", "shift_factor")
 _IGNORED += ("latents_mean", "latents_std")
 _BLOCKS = {"up_block_types": "UpDecoderBlock2D", "down_block_types": "DownEncoderBlock2D"}
-_ATTENTION = {"norm": "group_norm", "attention.to_q": "to_q", "attention.to_k": "to_k"}
-_ATTENTION |= {"attention.to_v": "to_v", "attention.to_out": "to_out.0"}
-_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def diffusers_autoencoder_config(values: Mapping[str, Any]) -> AutoencoderConfig:
     """The configuration of a config.json; ValueError, naming it, for an unsupported entry."""
     if values.get("_class_name") != "AutoencoderKL":
         raise Unsupported("_class_name", values.get("_class_name"), "is not AutoencoderKL")
-    known = {*_DEFAULTS, *_IGNORED, *_BLOCKS, "act_fn"}
+    known = {*_DEFAULTS, *_IGNORED, *_BLOCKS, *AVERAGING, "act_fn"}
     for entry, value in values.items():
         if entry not in known and not entry.startswith("_"):
             raise Unsupported(entry, value, "is an unknown entry")
@@ -53,10 +50,7 @@ def diffusers_autoencoder_config(values: Mapping[str, Any]) -> AutoencoderConfig
 
 
 def decoder_layers(config: AutoencoderConfig, names: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of a decoder's layers, by ours; names: those in the file.
-
-    Attention may have old names, which diffusers reads too: Stable Diffusion's have them.
-    """
+    """diffusers' names of a decoder's layers, by ours; names: those in the file."""
     layers = _layers("decoder", decoder_steps(config), "up_blocks", names)
     return {**layers, "post_quant_conv": "post_quant_conv"}
 
@@ -68,9 +62,7 @@ def encoder_layers(config: AutoencoderConfig, names: Iterable[str]) -> dict[str,
 
 
 def _layers(part: str, steps: Iterable[Step], blocks: str, names: Iterable[str]) -> dict[str, str]:
-    attention = _ATTENTION
-    if any(name.endswith(".proj_attn.weight") for name in names):
-        attention = {ours: _OLD_ATTENTION.get(now, now) for ours, now in _ATTENTION.items()}
+    attention = pixel_attention(names)
     layers = {name: f"{part}.{name}" for name in ("conv_in", "conv_norm_out", "conv_out")}
     for index, step in enumerate(steps):
         block = "mid_block" if step.block is None else f"{blocks}.{step.block}"

@@ -23,9 +23,9 @@ from ..plan.decoder import PlannedDecoder, PlannedEncoder
 from ..plan.network import InferenceUNet, PlannedUNet, for_inference, inference_dtype
 from ..plan.text import PlannedTextEncoder
 from ..sampling.captured_call import CapturedCall
-from . import diffusers, diffusers_autoencoder, ldm_autoencoder, modelscope
+from . import diffusers, diffusers_autoencoder, diffusers_files, ldm_autoencoder, modelscope
 from . import text_encoder as text
-from .diffusers import read_scheduler
+from .diffusers_files import read_scheduler
 from .published import MODELSCOPE_PIPELINE, PublishedUNet, read_json
 from .stored import StoredNetwork
 from .tokenizer import ClipTokenizer, open_clip_tokenizer, read_tokenizer
@@ -201,7 +201,7 @@ def _published_unet(
     try:
         values = None if config is None else read_json(config)
         if config is not None and config.name == "config.json":
-            return diffusers.diffusers_unet(values)
+            return diffusers.diffusers_unet(values, weights.shapes)
         return modelscope.modelscope_unet(values, weights.shapes)
     except (ValueError, TypeError) as error:  # TypeError: a string where a number belongs
         raise ValueError(f"{config or files[0]}: {error}") from error
@@ -239,7 +239,7 @@ def _autoencoder(
     folder, chosen = _folder(source, "vae")
     ldm = chosen is not None and chosen.suffix in (".pth", ".ckpt", ".pt")
     if not ldm and (folder / "config.json").is_file():
-        file, files = diffusers.locate(folder, chosen)
+        file, files = diffusers_files.locate(folder, chosen)
         weights = open_weights(files)
         try:
             config = diffusers_autoencoder.diffusers_autoencoder_config(read_json(file))
@@ -261,7 +261,7 @@ def find_text_encoder(source: str | Path) -> StoredNetwork:
     """The text encoder that `load_text_encoder` reads; raises what that does."""
     folder, chosen = _folder(source, "text_encoder")
     if (folder / "config.json").is_file():
-        file, files = diffusers.locate(folder, chosen, diffusers.TRANSFORMERS_FILES)
+        file, files = diffusers_files.locate(folder, chosen, diffusers_files.TRANSFORMERS_FILES)
         weights = open_weights(files)
         try:
             config = text.clip_config(read_json(file))
@@ -322,7 +322,7 @@ def locate(source: str | Path) -> tuple[Path | None, list[Path]]:
         raise FileNotFoundError(
             f"no UNet in {source}: neither config.json, of diffusers, nor {modelscope.WEIGHTS}"
         )
-    return diffusers.locate(folder, chosen)
+    return diffusers_files.locate(folder, chosen)
 
 
 def fingerprint(source: str | Path | UNet | InferenceUNet, *notes: str) -> str:

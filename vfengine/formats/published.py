@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,14 @@ COMMON_VIDEO = {
     "scale_shift": False,
 }
 
+# entries of a network whose weights are averages over training, of that averaging
+AVERAGING = ("decay", "inv_gamma", "min_decay", "optimization_step", "power")
+AVERAGING += ("update_after_step", "use_ema_warmup")
+
+# in an attention of pixels: diffusers' names by ours, and its names of old for them
+_PIXEL_ATTENTION = {"norm": "group_norm", "attention.to_q": "to_q", "attention.to_k": "to_k"}
+_PIXEL_ATTENTION |= {"attention.to_v": "to_v", "attention.to_out": "to_out.0"}
+_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _BLOCK = {"attn1.to_out": "attn1.to_out.0", "attn2.to_out": "attn2.to_out.0"}
 _BLOCK |= {"ff.proj": "ff.net.0.proj", "ff.out": "ff.net.2"}
 _TRANSFORMERS = ("spatial", "temporal", "transformer_in")
@@ -71,6 +79,16 @@ class PublishedUNet:
             block = 0 if number is None else int(number) + 1
             inner = [f"transformer_blocks.{block}", _BLOCK.get(layer, layer), parameter]
         return ".".join([prefix, *inner])
+
+
+def pixel_attention(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of the layers in an attention of pixels, by ours; names: in the file.
+
+    They may be old ones, which diffusers reads too: Stable Diffusion's autoencoder has them.
+    """
+    if any(name.endswith(".proj_attn.weight") for name in names):
+        return {ours: _OLD.get(now, now) for ours, now in _PIXEL_ATTENTION.items()}
+    return _PIXEL_ATTENTION
 
 
 def holds_pipeline(folder: str | Path) -> bool:

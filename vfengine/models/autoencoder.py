@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .empty import without_weights
-from .layers import Attention, GroupNorm, ResBlock, Upsample, images, rows
+from .layers import GroupNorm, PaddedDownsample, PixelAttention, ResBlock, Upsample, images, rows
 
 _EPS = 1e-6  # of every norm
 
@@ -134,34 +134,6 @@ def _levels(widths: Sequence[int], channels: int, depth: int, resample: str) -> 
             yield Step(resample, block, 0, width, width)
 
 
-class PixelAttention(nn.Module):
-    """x + attention(norm(x)): the pixels of an image attend to each other, in one head."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.norm = GroupNorm(groups, channels, _EPS)
-        self.attention = Attention(channels, channels, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + images(self.attention(rows(self.norm(x))), *x.shape[-2:])
-
-    def plan(self, build, x):
-        return build.attention(x, self.norm, self.attention)
-
-
-class PaddedDownsample(nn.Conv2d):
-    """3x3 of stride 2 with zeros below and to the right alone; of even sizes."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
-
-    def plan(self, build, x):
-        return build.conv(x, self)
-
-
 class Decoder(nn.Module):
     """forward(z [B, C, h, w]) -> images [B, 3, H, W], nominally in -1 .. 1.
 
@@ -245,7 +217,7 @@ class Encoder(nn.Module):
 
 def _layer(step: Step, config: AutoencoderConfig) -> nn.Module:
     if step.kind == "attention":
-        return PixelAttention(step.out_channels, config.norm_groups)
+        return PixelAttention(step.out_channels, config.norm_groups, step.out_channels, _EPS)
     if step.kind == "upsample":
         return Upsample(step.out_channels, any_size=False)
     if step.kind == "downsample":

@@ -125,6 +125,9 @@ class UNetConfig:
                       as t is; "projection" of class_features numbers
     needs_context     whether a call without a context is refused
     any_size          whether height and width need not be multiples of 2^(levels - 1)
+    pixel_attention   whether an attention of the pixels alone stands in place of each spatial
+                      transformer
+    padded_after      whether downsampling pads below and to the right alone
     """
 
     in_channels: int = _count(3)
@@ -161,6 +164,8 @@ class UNetConfig:
     class_features: int | None = _count(None, later=True)
     needs_context: bool = _switch(False, later=True)
     any_size: bool = _switch(False, later=True)
+    pixel_attention: bool = _switch(False, later=True)
+    padded_after: bool = _switch(False, later=True)
 
     def __post_init__(self):
         levels = None
@@ -189,6 +194,10 @@ class UNetConfig:
             raise ValueError("UNetConfig: a table of classes needs num_classes")
         if (self.class_embedding == "projection") != (self.class_features is not None):
             raise ValueError("UNetConfig: class_features go with class_embedding='projection'")
+        if self.pixel_attention and (self.context_dim or self.transformer_depths):
+            raise ValueError("UNetConfig: pixel_attention has neither a context nor a depth")
+        if self.padded_after and self.any_size:
+            raise ValueError("UNetConfig: padded_after needs even sizes, which any_size gives up")
         if self.position_buckets and self.position_buckets < 4:
             raise ValueError("UNetConfig: position_buckets must be 0, or 4 and more")
         for channels, head_dim in zip(self.block_out_channels, self.level_head_dims, strict=True):

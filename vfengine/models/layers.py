@@ -69,6 +69,19 @@ class Downsample(nn.Conv2d):
         return build.conv(x, self)
 
 
+class PaddedDownsample(nn.Conv2d):
+    """3x3 of stride 2 with zeros below and to the right alone; of even sizes."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+    def plan(self, build, x, skip=None):
+        return build.conv(x, self)
+
+
 class Upsample(nn.Conv2d):
     """3x3 after nearest-neighbour upsampling.
 
@@ -200,6 +213,21 @@ class Attention(nn.Module):
         )
         out = self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
         return out.view_as(x)
+
+
+class PixelAttention(nn.Module):
+    """x + attention(norm(x)): the pixels of an image attend to each other."""
+
+    def __init__(self, channels: int, groups: int, head_dim: int, eps: float):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps)
+        self.attention = Attention(channels, head_dim, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + images(self.attention(rows(self.norm(x))), *x.shape[-2:])
+
+    def plan(self, build, x):
+        return build.attention(x, self.norm, self.attention)
 
 
 class FeedForward(nn.Module):

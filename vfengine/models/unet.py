@@ -22,6 +22,8 @@ from .empty import without_weights
 from .layers import (
     Downsample,
     GroupNorm,
+    PaddedDownsample,
+    PixelAttention,
     ResBlock,
     TemporalConv,
     Transformer,
@@ -33,7 +35,10 @@ from .topology import Step, topology
 
 
 class Stage(nn.Module):
-    """A residual block, then temporal convolution, spatial and temporal transformer, if any."""
+    """A residual block, then temporal convolution, spatial and temporal transformer, if any.
+
+    With pixel_attention, that stands in the place of the spatial transformer.
+    """
 
     def __init__(self, step: Step, config: UNetConfig):
         super().__init__()
@@ -43,12 +48,14 @@ class Stage(nn.Module):
         self.resnet = ResBlock(
             step.in_channels, channels, embed_dim, groups, config.scale_shift, config.norm_eps
         )
-        self.temp_conv = self.spatial = self.temporal = None
+        self.temp_conv = self.spatial = self.temporal = self.pixels = None
         if config.temporal_conv[level]:
             self.temp_conv = TemporalConv(channels, groups, config.temporal_conv_depth)
         spatial, temporal = step.attends
         head_dim = config.level_head_dims[level]
-        if spatial:
+        if spatial and config.pixel_attention:
+            self.pixels = PixelAttention(channels, groups, head_dim, config.norm_eps)
+        elif spatial:
             depth = config.transformer_depths[level] if config.transformer_depths else 1
             self.spatial = Transformer(channels, "space", config, head_dim, depth=depth)
         if temporal:
@@ -62,6 +69,8 @@ class Stage(nn.Module):
         x = self.resnet(x, embedding)
         if self.temp_conv is not None:
             x = self.temp_conv(x, num_frames)
+        if self.pixels is not None:
+            x = self.pixels(x)
         if self.spatial is not None:
             x = self.spatial(x, num_frames, context)
         if self.temporal is not None:
@@ -72,6 +81,8 @@ class Stage(nn.Module):
         x = self.resnet.plan(build, x)
         if self.temp_conv is not None:
             x = self.temp_conv.plan(build, x)
+        if self.pixels is not None:
+            x = self.pixels.plan(build, x)
         if self.spatial is not None:
             x = self.spatial.plan(build, x, context)
         if self.temporal is not None:
@@ -289,7 +300,7 @@ def _layer(step: Step, config: UNetConfig) -> nn.Module:
     if step.kind == "stage":
         return Stage(step, config)
     if step.kind == "downsample":
-        return Downsample(step.in_channels)
+        return (PaddedDownsample if config.padded_after else Downsample)(step.in_channels)
     return Upsample(step.in_channels, config.any_size)
 
 
