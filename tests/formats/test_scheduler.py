@@ -3,6 +3,7 @@
 import json
 import math
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -21,6 +22,7 @@ from vfengine.formats.published import Unsupported
 from vfengine.formats.scheduler import (
     MODELSCOPE_SCHEDULE,
     PublishedSchedule,
+    base_schedule,
     diffusers_schedule,
     noise_schedule,
 )
@@ -148,6 +150,58 @@ def test_modelscope_takes_one_step_more_where_they_do_not(steps):
     assert timesteps[-steps:] == ours
 
 
+# -- what a base network takes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "others"),
+    [
+        ({"steps_offset": 0, "set_alpha_to_one": True}, {}),
+        ({}, {"steps_offset": 1, "set_alpha_to_one": False}),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
+            {"timestep_spacing": "linspace", "use_karras_sigmas": True, "steps_offset": 1},
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "clip_sample": True, "thresholding": True},
+            {"clip_sample": True, "thresholding": True, "steps_offset": 1},
+        ),
+        (
+            {"_class_name": "SASolverScheduler", "steps_offset": 0, "timestep_spacing": "leading"},
+            {"_class_name": "SASolverScheduler"},
+        ),
+        ({"a_new_way": 3}, {"a_new_way": 3, "steps_offset": 1, "set_alpha_to_one": False}),
+    ],
+)
+def test_a_base_network_leaves_the_way_of_sampling_by_name(changes, others):
+    schedule, prediction_type, found = base_schedule({**PUBLISHED, **changes})
+    assert (schedule, prediction_type) == (MODELSCOPE_SCHEDULE.schedule, "epsilon")
+    assert found == others
+
+
+def test_every_class_of_diffusers_is_decided():
+    """Its noise levels are read, or it is refused by a reason; none is taken for another."""
+    names = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    read = set()
+    for name in sorted(names):
+        values = {"_class_name": name}
+        if name != "DPMSolverSDEScheduler":  # needs a package of its own to be made
+            try:
+                base_schedule(values)
+            except Unsupported as error:
+                assert error.entry == "_class_name"
+                assert not str(error).startswith(f'_class_name = "{name}" is not one of')
+                continue
+            scheduler = getattr(diffusers, name)(20)
+            values = saved(scheduler)
+        schedule, _, _ = base_schedule(values)
+        diffusers_schedule({**values, "clip_sample": False})
+        if name != "DPMSolverSDEScheduler":
+            torch.testing.assert_close(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod)
+        read.add(name)
+    assert len(read) == 17 < len(names)
+
+
 # -- what else a configuration says ----------------------------------------------------------------
 
 
@@ -162,6 +216,11 @@ def test_modelscope_takes_one_step_more_where_they_do_not(steps):
         (EulerAncestralDiscreteScheduler(timestep_spacing="leading"), ("leading", 0, True)),
         (DPMSolverMultistepScheduler(steps_offset=1), ("linspace", 1, True)),
         (UniPCMultistepScheduler(final_sigmas_type="sigma_min"), ("linspace", 0, False)),
+        (diffusers.DDPMParallelScheduler(clip_sample=False), ("leading", 0, True)),
+        (diffusers.DEISMultistepScheduler(), ("linspace", 0, False)),
+        (diffusers.SASolverScheduler(timestep_spacing="leading"), ("leading", 0, False)),
+        (diffusers.DPMSolverSinglestepScheduler(), ("linspace", 0, True)),
+        (diffusers.LMSDiscreteScheduler(timestep_spacing="trailing"), ("trailing", 0, True)),
     ],
 )
 def test_classes_that_share_the_entries(scheduler, expected):
@@ -200,7 +259,10 @@ def test_trained_betas_are_the_schedule():
     [
         ({"_class_name": None}, "_class_name = null is not one of DDIMScheduler"),
         ({"_class_name": ["DDIMScheduler"]}, "_class_name = "),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is not one of DDIMScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching.* is not one of DDIM"),
+        ({"_class_name": "EDMEulerScheduler"}, "noise levels σ"),
+        ({"_class_name": "LCMScheduler"}, "distilled networks"),
+        ({"_class_name": "NextYearsScheduler"}, "is not one of DDIMScheduler"),
         ({"clip_sample": True}, "clip_sample = true is not supported"),
         ({"thresholding": True}, "thresholding = true is not supported"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = true is not supported"),
@@ -209,7 +271,16 @@ def test_trained_betas_are_the_schedule():
         ({"beta_schedule": "sigmoid"}, 'beta_schedule = "sigmoid" is not supported'),
         ({"steps_offset": -1}, "steps_offset = -1 must be an int from 0 on"),
         ({"steps_offset": "1"}, 'steps_offset = "1" must be an int from 0 on'),
+        ({"beta_schedule": ["linear"]}, "beta_schedule = .*linear.* is not supported"),
+        ({"beta_schedule": None}, "beta_schedule = null is not supported"),
         ({"beta_start": "0.1"}, 'beta_start = "0.1" must be a number'),
+        ({"beta_start": None}, "beta_start = null must be a number"),
+        ({"beta_end": True}, "beta_end = true must be a number"),
+        ({"beta_end": math.nan}, "expected 0 < beta_start <= beta_end < 1"),
+        ({"num_train_timesteps": None}, "num_train_timesteps must be an int"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps must be an int"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas = true is not supported"),
+        ({"timestep_type": "continuous"}, 'timestep_type = "continuous" is not supported'),
         ({"num_train_timesteps": 1e3}, "num_train_timesteps must be an int"),
         ({"trained_betas": [0.1, 0.2]}, "num_train_timesteps = 1000 does not fit trained_betas"),
         ({"trained_betas": 0.1}, "does not fit trained_betas"),

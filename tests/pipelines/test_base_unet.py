@@ -1,6 +1,7 @@
 """A published image UNet as the base network of a decomposed model."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -108,6 +109,41 @@ def test_v_prediction_is_read_from_the_scheduler(tiny_checkpoint, tmp_path):
     assert asked.config.fingerprint() != other.config.fingerprint()
 
 
+def test_names_what_of_a_scheduler_is_not_taken(tiny_checkpoint, tmp_path):
+    """How it samples is the model's business; a scheduler that samples as we do needs no word."""
+    quiet = {"_class_name": "DDIMScheduler", "clip_sample": False}
+    save_peer(tmp_path, quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = open_with(tiny_checkpoint, tmp_path).walk_base(num_inference_steps=2)
+    save_peer(tmp_path, {**quiet, "clip_sample": True, "timestep_spacing": "trailing"})
+    named = r'not taken .*: clip_sample = true, timestep_spacing = "trailing"$|timestep.*clip'
+    with pytest.warns(UserWarning, match=named):
+        found = open_with(tiny_checkpoint, tmp_path)
+    assert torch.equal(found.walk_base(num_inference_steps=2).states, expected.states)
+
+
+def test_an_unconditional_network_is_a_base_network(tiny_checkpoint, tmp_path):
+    """As such models are published: all files in one folder, its scheduler's among them."""
+    from diffusers import UNet2DModel
+
+    attention = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    shape = {**SHAPE, **dict(zip(("down_block_types", "up_block_types"), attention, strict=True))}
+    torch.manual_seed(0)
+    UNet2DModel(**shape, downsample_padding=0).save_pretrained(tmp_path)
+    scheduler = tmp_path / "scheduler_config.json"
+    scheduler.write_text('{"_class_name": "DDPMScheduler", "clip_sample": true}')
+    with pytest.warns(UserWarning, match="clip_sample = true"):
+        pipe = open_with(tiny_checkpoint, tmp_path)
+    noise = vf.decomposed_noise((1, 4, 3, 16, 16), base_seed=0, residual_seed=1).base
+    unet = load_unet(tmp_path, torch.float32)
+    expected = vf.sample_base(unet, noise, schedule=SCHEDULE, num_inference_steps=3)
+    assert torch.equal(pipe("jump", **CALL).trajectory.states, expected.states)
+    scheduler.write_text('{"_class_name": "ScoreSdeVeScheduler"}')
+    with pytest.raises(ValueError, match="noise levels σ"):
+        open_with(tiny_checkpoint, tmp_path)
+
+
 def test_v_prediction_becomes_noise():
     class Velocity(UNet):
         def forward(self, z, t, **conditions):
@@ -153,7 +189,15 @@ def test_paths_and_caches_do_not_mistake_base_networks(tiny_checkpoint, tmp_path
         ({}, {"beta_schedule": "scaled_linear"}, "another noise schedule"),
         ({}, {"num_train_timesteps": 500}, "another noise schedule"),
         ({}, {"beta_schedule": "squaredcos_cap_v2"}, "another noise schedule"),
-        ({}, {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
+        ({}, {"beta_schedule": "sigmoid"}, 'beta_schedule = "sigmoid"'),
+        ({}, {"beta_start": None}, "beta_start = null must be a number"),
+        ({}, {"num_train_timesteps": None}, "num_train_timesteps must be an int"),
+        ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = true"),
+        ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({}, {"_class_name": "EDMEulerScheduler"}, "noise levels σ"),
+        ({}, {"_class_name": "ScoreSdeVeScheduler", "sigma_max": 1348.0}, "noise levels σ"),
+        ({}, {"_class_name": "HeunDiscreteScheduler"}, "another noise schedule"),
+        ({}, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sig"),
     ],
 )
 def test_refuses_what_does_not_fit(changes, scheduler, message, tiny_checkpoint, tmp_path):

@@ -55,12 +55,11 @@ def locate(
 def read_scheduler(source: str | Path) -> dict[str, Any]:
     """The scheduler's configuration in a diffusers pipeline; {} for a network by itself.
 
-    Looked for in scheduler/ in the network's folder, or beside it.
+    Looked for in the network's folder, in scheduler/ there, and in scheduler/ beside it.
     """
     source = Path(source)
     folder = source.parent if source.is_file() else source
-    for place in (folder, folder.parent):
-        file = place / "scheduler" / "scheduler_config.json"
-        if file.is_file():
+    for place in (folder, folder / "scheduler", folder.parent / "scheduler"):
+        if (file := place / "scheduler_config.json").is_file():
             return read_json(file)
     return {}

@@ -8,6 +8,8 @@ conditions its motion alone, unless the network has the labels as its own classe
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,7 @@ import torch
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig
 from ..formats.load import fingerprint, read_scheduler, read_unet, read_unet_config
-from ..formats.published import Unsupported
-from ..formats.scheduler import noise_schedule
+from ..formats.scheduler import base_schedule
 from ..models.config import UNetConfig
 from ..models.denoisers import PREDICTION_TYPES, PretrainedGenerator
 from ..models.unet import UNet
@@ -75,13 +76,13 @@ def pretrained_base(
         unet, scheduler = read_unet_config(source), read_scheduler(source)
     else:
         raise TypeError(f"base_unet must be a folder or a UNet, got {type(source).__name__}")
-    prediction_type = prediction_type or scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"base_unet: predicts {prediction_type!r}, expected one of {PREDICTION_TYPES}"
-        )
+    if prediction_type is not None:
+        scheduler = scheduler and {**scheduler, "prediction_type": prediction_type}
+    said = scheduler.get("prediction_type", prediction_type or "epsilon")
+    if said not in PREDICTION_TYPES:
+        raise ValueError(f"base_unet: predicts {said!r}, expected one of {PREDICTION_TYPES}")
     _check_fits(unet, config)
-    _check_schedule(scheduler, config.noise_schedule())
+    prediction_type = _trained_on(scheduler, config.noise_schedule()) if scheduler else said
     return PretrainedBase(source, prediction_type, fingerprint(source, prediction_type))
 
 
@@ -122,20 +123,28 @@ def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
             raise ValueError(f"base_unet: {problem}")
 
 
-def _check_schedule(scheduler: dict, schedule: NoiseSchedule) -> None:
-    """ValueError where a scheduler's configuration names other noise levels than the model's."""
-    if not scheduler:
-        return
+def _trained_on(scheduler: dict, ours: NoiseSchedule) -> str:
+    """What the network predicts, of its scheduler's configuration.
+
+    A UserWarning names the entries that ask for another way of sampling than the model's. Raises
+    ValueError where they name other noise levels than the model's, or what cannot be sampled.
+    """
     try:
-        theirs = noise_schedule(scheduler)
-    except Unsupported as error:
-        entry = f"{error.entry} = {error.value!r}"
-        raise ValueError(f"base_unet: unknown noise schedule, {entry}") from error
-    ours = schedule.alphas_cumprod
-    if theirs.alphas_cumprod.shape != ours.shape or not torch.allclose(
-        theirs.alphas_cumprod, ours, rtol=1e-4, atol=1e-6
+        theirs, prediction_type, others = base_schedule(scheduler)
+    except ValueError as error:
+        raise ValueError(f"base_unet: its scheduler's {error}") from error
+    if theirs.alphas_cumprod.shape != ours.alphas_cumprod.shape or not torch.allclose(
+        theirs.alphas_cumprod, ours.alphas_cumprod, rtol=1e-4, atol=1e-6
     ):
         raise ValueError(
             f"base_unet: was trained on another noise schedule, {theirs.recipe}, than this model's "
-            f"{schedule.recipe}"
+            f"{ours.recipe}"
         )
+    if others:
+        named = ", ".join(f"{entry} = {json.dumps(value)}" for entry, value in others.items())
+        warnings.warn(
+            f"base_unet: not taken from its scheduler, as base frames are sampled in the model's "
+            f"own way: {named}",
+            stacklevel=3,
+        )
+    return prediction_type
