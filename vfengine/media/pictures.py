@@ -6,8 +6,11 @@ becomes a network's input.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,38 +20,128 @@ from ..names import FILTERS
 if TYPE_CHECKING:
     from torch import Tensor
 
+Picture: TypeAlias = "Image.Image | str | Path | np.ndarray | Tensor"  # see `as_picture`
+
 SHEET_COLUMNS = 16
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_BROKEN = "not an image that can be read"
 
 
 # -- in --------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def decoding(failure: str) -> Iterator[None]:
+    """ValueError, one line that begins with `failure`, for all that Pillow raises of broken files.
+
+    That is of almost any kind. A MemoryError is passed on.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:  # which names the file, or where in memory it is
+        raise ValueError(f"{failure} (it is of no known format)") from error
+    except Exception as error:
+        raise ValueError(f"{failure} ({' '.join(str(error).split())})") from error
+
+
 def read_picture(file: str | Path) -> Image.Image:
     """An image file, turned as its EXIF says, decoded to the end.
 
-    Raises FileNotFoundError; ValueError, one line, for what is no image or is cut off.
+    Raises FileNotFoundError; ValueError, one line, for what is no image, is cut off, or is not of
+    8 bits a channel.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such image")
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not an image that can be read ({error})") from error
+    with decoding(f"{file}: {_BROKEN}"), Image.open(file) as image:
+        return _of_8_bits(upright(image))
 
 
-def to_network(image: Image.Image, channels: int, height: int, width: int) -> Tensor:
-    """The image, cropped in the middle and resized: fp32 [1, C, H, W] in -1..1.
+def as_picture(image: Picture) -> Image.Image:
+    """What a caller may give as a picture, turned as its EXIF says.
 
+    a path      is read by `read_picture`
+    a PIL image may be of any mode of 8 bits a channel, or of 1 bit
+    an array    is [H, W, C], as the frames of output type "np": floating point in 0..1, or uint8
+    a tensor    is [C, H, W], as those of "pt": the same dtypes
+
+    C is 1, 3, or 4 with opacity; an array of one channel may be [H, W]. Raises TypeError for
+    anything else and for other dtypes, ValueError for shapes and values, and as `read_picture`.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_picture(image)
+    if isinstance(image, Image.Image):
+        with decoding(f"{getattr(image, 'filename', '') or 'image'}: {_BROKEN}"):
+            return _of_8_bits(upright(image))
+    return Image.fromarray(_pixels(image))
+
+
+def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
+    """uint8 [H, W] or [H, W, C] of an array or a tensor; raises as `as_picture`."""
+    shape = getattr(image, "shape", ())
+    if hasattr(image, "detach"):  # a tensor; torch need not be loaded to tell
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+        image, form = image.transpose(1, 2, 0) if image.ndim == 3 else image, "a tensor [C, H, W]"
+    elif isinstance(image, np.ndarray):
+        image, form = image[..., None] if image.ndim == 2 else image, "an array [H, W, C]"
+    else:
+        raise TypeError(
+            "image must be a path, a PIL image, an array [H, W, C] or a tensor [C, H, W], got "
+            f"{type(image).__name__}"
+        )
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
+        raise ValueError(f"image must be {form} with C = 1, 3 or 4, got {list(shape)}")
+    if np.issubdtype(image.dtype, np.floating):
+        low, high = image.min(), image.max()
+        if not 0 <= low <= high <= 1:  # NaN neither
+            raise ValueError(f"image must be in 0..1 in floating point, got {low:g}..{high:g}")
+        image = to_uint8(image)
+    if image.dtype != np.uint8:
+        raise TypeError(f"image must be of floating point or uint8, got {image.dtype}")
+    return np.ascontiguousarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy, turned and mirrored as its EXIF says, which a second time changes nothing."""
+    return ImageOps.exif_transpose(image)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """The image itself. ValueError for a mode that Pillow would turn white, black or wrong."""
+    if image.mode not in _MODES:
+        raise ValueError(
+            f"expected a picture of 8 bits a channel in grey or colour, its mode is {image.mode}"
+        )
+    return image
+
+
+def opaque(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """The image in another mode, "RGB" or "L", with what is transparent over black.
+
+    Raises ValueError for an image whose mode is not one of _MODES.
+    """
+    _of_8_bits(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(ground, image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_network(image: Picture, channels: int, height: int, width: int) -> Tensor:
+    """The picture, cropped in the middle and resized: fp32 [1, C, H, W] in -1..1.
+
+    image:    as `as_picture` takes it
     channels: 3 for RGB (transparent parts on black), 1 for grey
 
-    Raises ValueError for other channels, and for an image whose mode is not one of _MODES.
+    Raises ValueError for other channels, and what `as_picture` does.
     """
     import torch
 
-    image = fitted(image, channels, height, width)
+    image = fitted(as_picture(image), channels, height, width)
     pixels = np.array(image).reshape(height, width, channels)
     return pixels_to_network(torch.from_numpy(pixels))[None].contiguous()
 
@@ -56,18 +149,9 @@ def to_network(image: Image.Image, channels: int, height: int, width: int) -> Te
 def fitted(image: Image.Image, channels: int, height: int, width: int) -> Image.Image:
     """The image as `to_network` reads it, which a second time changes nothing; raises as that."""
     modes = {1: "L", 3: "RGB"}
-    if image.mode not in _MODES:
-        raise ValueError(
-            f"expected a picture of 8 bits a channel in grey or colour, its mode is {image.mode}"
-        )
     if channels not in modes:
         raise ValueError(f"a picture has 1 or 3 channels, the model's clips have {channels}")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(ground, image)
-    if image.mode != modes[channels]:
-        image = image.convert(modes[channels])
+    image = opaque(image, modes[channels])
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return image

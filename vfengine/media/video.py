@@ -18,24 +18,35 @@ carry a text (metadata.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from io import BytesIO
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
 from av.filter import Graph
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..files import check_writable, replacing
 from .codecs import SUFFIXES as ENCODED
 from .codecs import check_encoding, encode
+from .decoding import (
+    MAX_PIXELS,
+    animation,
+    animation_kind,
+    displayed,
+    square_size,
+    video_decoder,
+    video_stream,
+)
 from .metadata import check_metadata, exif_with_description, gif_with_comment
-from .pictures import check_clip, sheet
+from .pictures import check_clip, decoding, sheet
 
 __all__ = [
     "SUFFIXES",
@@ -46,7 +57,7 @@ __all__ = [
     "write_video",
 ]
 
-MAX_FPS = 1000.0
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -90,19 +101,22 @@ def write_video(
     """Writes a clip in the format that the suffix of path names (see the module's table).
 
     frames:   uint8 [N, H, W, 3], N >= 1
-    fps:      frames per second, in (0, 1000]; gif keeps 1/100 s, webm, mkv and webp 1/1000 s (a png
-              none)
+    fps:      frames per second, a real number in [0.01, 1000]; gif keeps 1/100 s, webm, mkv and
+              webp 1/1000 s (a png none)
     metadata: a text for the file to carry, of 64 KiB at most; `metadata.read_metadata` returns it
     codec, crf, chroma: how mp4, webm and mkv are encoded (`codecs.check_encoding`); None is the
               default of the format
 
-    Raises TypeError for another dtype, ValueError for a shape, suffix, fps or encoding, OSError
-    when the file cannot be written. Only a complete file ever appears under path.
+    Raises TypeError for another dtype or an fps that is no number, ValueError for a shape, suffix,
+    fps or encoding, OSError when the file cannot be written. Only a complete file ever appears
+    under path.
     """
     path = check_target(path, codec, crf, chroma)
     check_clip("write_video", frames)
-    if not 0.0 < fps <= MAX_FPS:
-        raise ValueError(f"write_video: fps must be in (0, {MAX_FPS:g}], got {fps!r}")
+    if isinstance(fps, bool) or not isinstance(fps, Real):
+        raise TypeError(f"write_video: fps must be a number, got {fps!r}")
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"write_video: fps must be in [{MIN_FPS:g}, {MAX_FPS:g}], got {fps!r}")
     text = None if metadata is None else check_metadata(metadata)
     suffix, frames, fps = path.suffix.lower(), np.ascontiguousarray(frames), float(fps)
     with replacing(path) as temporary:
@@ -216,16 +230,17 @@ def read_video(path: str | Path) -> Video:
 
 
 class VideoReader:
-    """Iterates over the frames of a video file, uint8 [H, W, 3], upright, up to the first fault.
+    """Iterates over the frames of a video file, uint8 [H, W, 3], up to the first fault.
 
-    Frames are counted by decoding, whatever the header says. All have the size of the first.
-    During and after the iteration:
+    They are upright and opaque, in square pixels (decoding.py). Frames are counted by decoding,
+    whatever the header says. All have the size of the first. During and after the iteration:
 
-        fps        frames per second as the file states them, or None
+        fps        frames per second as the file states them, or None; after the iteration, the mean
+                   of their times where that is far from it
         truncated  the data ended in a fault, or before the end that the header announces
 
     Iterating raises FileNotFoundError for a missing file, ValueError for a file that is no video or
-    in which no frame decodes.
+    in which no frame decodes. A file that names other files is not followed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -237,44 +252,45 @@ class VideoReader:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file")
         self.fps, self.truncated = None, False
-        # FFmpeg does not decode animated webp, and passes off half a gif frame as a whole one.
-        by_pillow = self.path.suffix.lower() in (".gif", ".webp", ".png", ".apng")
-        frames = self._images() if by_pillow else self._video()
-        count = 0
-        for frame in frames:
-            count += 1
-            yield frame
+        with self.path.open("rb") as file:
+            kind = animation_kind(file.read(16))
+            file.seek(0)
+            # FFmpeg does not decode animated webp, and passes off half a gif frame as a whole one.
+            frames = self._images(file, kind) if kind else self._video(file)
+            count = 0
+            for frame in frames:
+                count += 1
+                yield frame
         if count == 0:
             raise ValueError(f"{self.path}: no frame could be decoded")
 
-    def _video(self) -> Iterator[np.ndarray]:
+    def _video(self, opened: BinaryIO) -> Iterator[np.ndarray]:
         try:
-            file = av.open(str(self.path))
-        except (av.FFmpegError, OSError) as error:
+            with av.open(opened, options={"protocol_whitelist": ""}) as file:
+                stream = video_stream(file)
+                self.fps = _rate(stream.average_rate)
+                size, times = None, []
+                for frame in self._decoded(file, stream):
+                    size = size or square_size(frame, stream)
+                    yield displayed(frame, size)
+                    times.append(frame.time)
+                end = next((time for time in reversed(times) if time is not None), 0.0)
+                last_expected = _announced_seconds(stream) - 2.0 / (self.fps or 1.0)
+                self.truncated |= len(times) < stream.frames or end < last_expected
+                self.fps = _likely_rate(self.fps, times)
+        except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{self.path}: not a readable video ({reason})") from error
-        with file:
-            if not file.streams.video:
-                raise ValueError(f"{self.path}: holds no video stream")
-            stream = file.streams.video[0]
-            self.fps = float(stream.average_rate) if stream.average_rate else None
-            size: dict[str, int] = {}
-            count, end = 0, 0.0
-            for frame in self._decoded(file, stream):
-                size = size or {"width": frame.width, "height": frame.height}
-                pixels = frame.to_ndarray(format="rgb24", **size)
-                yield np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
-                count, end = count + 1, frame.time or 0.0
-            last_expected = _announced_seconds(stream) - 2.0 / (self.fps or 1.0)
-            self.truncated |= count < stream.frames or end < last_expected
 
     def _decoded(
         self, file: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[av.VideoFrame]:
         """Frames up to the first fault in the data, the decoder's delayed ones included."""
+        decoder = video_decoder(stream)
+        decoder.options = {"max_pixels": str(MAX_PIXELS)}
         try:
             for packet in file.demux(stream):
-                for frame in packet.decode():
+                for frame in decoder.decode(packet):
                     if frame.is_corrupt:
                         self.truncated = True
                         return
@@ -282,26 +298,43 @@ class VideoReader:
         except av.FFmpegError:
             self.truncated = True
             try:
-                yield from stream.decode(None)
+                yield from decoder.decode(None)
             except av.FFmpegError:
                 return
 
-    def _images(self) -> Iterator[np.ndarray]:
+    def _images(self, opened: BinaryIO, kind: str) -> Iterator[np.ndarray]:
+        milliseconds: list[float] = []
         try:
-            file = Image.open(self.path)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{self.path}: not a readable picture or animation") from error
-        with file:
-            milliseconds: list[float] = []
-            try:
-                for image in ImageSequence.Iterator(file):
-                    pixels = np.array(image.convert("RGB"))
-                    milliseconds.append(image.info.get("duration", 0))
-                    self.fps = 1000.0 * len(milliseconds) / (sum(milliseconds) or float("inf"))
+            with (
+                decoding(f"{self.path}: not a readable picture or animation"),
+                Image.open(opened, formats=[kind]) as image,
+            ):
+                for pixels, shown in animation(image):
+                    milliseconds.append(shown)
+                    self.fps = _rate(1000.0 * len(milliseconds) / (sum(milliseconds) or math.inf))
                     yield pixels
-            except OSError:
-                self.truncated = True
-            self.fps = self.fps or None
+        except ValueError:
+            if not milliseconds:
+                raise
+            self.truncated = True
+
+
+def _rate(stated: Fraction | float | None) -> float | None:
+    """Frames a second as a file states them; None for what no video has."""
+    return float(stated) if stated and MIN_FPS <= stated <= MAX_FPS else None
+
+
+def _likely_rate(stated: float | None, times: Sequence[float | None]) -> float | None:
+    """The rate of frames at these times: the stated one, unless their mean is far from it.
+
+    Headers are wrong of videos whose rate varies, and of fields that are counted as frames.
+    """
+    known = [(index, time) for index, time in enumerate(times) if time is not None]
+    if len(known) < 2 or known[-1][1] <= known[0][1]:
+        return stated
+    (first, start), (last, end) = known[0], known[-1]
+    mean = (last - first) / (end - start)
+    return stated if stated and abs(mean / stated - 1) < 0.1 else _rate(mean)
 
 
 def _announced_seconds(stream: av.VideoStream) -> float:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..names import BASE_PATHS, OUTPUT_TYPES, TEXT_OUTPUT_TYPES
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
     from ..diffusion.base_path import BaseTrajectory
     from ..diffusion.decompose import Lam
+    from ..media.pictures import Picture
     from .latents import LatentsFile
 
 MAX_GUIDANCE_SCALE = 100.0
@@ -217,7 +217,7 @@ class SamplingRequest(VideoRequest):
     num_residuals: int = 1
     lam: Lam | None = None
     trajectory: BaseTrajectory | None = None
-    image: Image.Image | None = None
+    image: Picture | None = None
     base_cache: str | Path | None = None
     window: int | None = None
     window_overlap: int | None = None

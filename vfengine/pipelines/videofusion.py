@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..devices import chosen_device, chosen_dtype, usable_device
@@ -33,7 +32,7 @@ from ..diffusion.decompose import Lam, frame_weights
 from ..diffusion.noise import NoisePlace, base_noise, check_seed
 from ..diffusion.solvers import SolverTable, solver_table
 from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
-from ..media.pictures import to_network, to_uint8
+from ..media.pictures import Picture, to_network, to_uint8
 from ..models import UNet
 from ..names import AUTO
 from ..plan.network import InferenceUNet
@@ -129,7 +128,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         eta: float = 0.0,
         lam: Lam | None = None,
         trajectory: BaseTrajectory | None = None,
-        image: Image.Image | None = None,
+        image: Picture | None = None,
         base_cache: str | Path | None = None,
         window: int | None = None,
         window_overlap: int | None = None,
@@ -158,8 +157,8 @@ class VideoFusionPipeline(CheckpointPipeline):
         lam:            λ, a number or [N]; None is the λ of training
         trajectory:     a base path of 1 or B clips, in place of the base phase; see
                         `check_trajectory`
-        image:          an image to animate: cropped and resized to the model's size, it becomes the
-                        base frame. Only for models with `config.animates_pictures`
+        image:          what `media.pictures.as_picture` takes, to animate: cropped and resized, it
+                        becomes the base frame. Only for models with `config.animates_pictures`
         base_cache:     a folder in which base paths are looked up and kept (base_cache.py)
         window, window_overlap: frames that the residual network sees at a time, and how many of
                         them two neighbouring windows share (sampling/windows.py). None: windows of
@@ -318,7 +317,7 @@ class VideoFusionPipeline(CheckpointPipeline):
 
     def image_path(
         self,
-        image: Image.Image,
+        image: Picture,
         *,
         num_inference_steps: int = 50,
         solver: str = "ddim",
@@ -374,7 +373,7 @@ class VideoFusionPipeline(CheckpointPipeline):
         return path
 
     def _image_path(
-        self, image: Image.Image, table: SolverTable, run: Run, keep: bool = False
+        self, image: Picture, table: SolverTable, run: Run, keep: bool = False
     ) -> BaseTrajectory:
         """`image_path`; keep: whether the autoencoder stays in memory on a CPU."""
         config = self.config

@@ -13,11 +13,19 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ..files import replacing
-from ..media.pictures import SHEET_COLUMNS, sheet
+from ..media.decoding import (
+    animation,
+    animation_kind,
+    displayed,
+    square_size,
+    video_decoder,
+    video_stream,
+)
+from ..media.pictures import SHEET_COLUMNS, decoding, sheet
 
 MAX_PIXELS = 2**24  # of a frame that was sent
 MAX_FRAMES = 1000
@@ -25,8 +33,10 @@ MAX_ALL_PIXELS = 2**31  # of all frames: those of 1000 in full HD
 _LEVEL = 2  # of PNG's 9: a third of the usual one's time, for files that are a sixth larger
 _NOTE = "vfengine sheet"  # of a PNG: "frames width height fps"
 _VIDEOS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))  # place, bytes, FFmpeg's name
-_DECODERS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "ffv1", "mpeg4", "mjpeg")
-_PICTURES = ((0, b"GIF8", "GIF"), (8, b"WEBP", "WEBP"), (0, b"\x89PNG", "PNG"))  # and Pillow's
+_DECODERS = (
+    *("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "ffv1", "mpeg4", "mjpeg"),
+    *("libvpx", "libvpx-vp9"),  # of what is transparent
+)
 
 
 class Source(NamedTuple):
@@ -64,11 +74,9 @@ def write_sheet(file: Path, frames: np.ndarray, fps: float, record: str | None =
 
 def read_sheet(file: Path) -> Source:
     """The frames of a sheet. ValueError for another file."""
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            note = image.text.get(_NOTE)
-            pixels = None if note is None else np.array(image.convert("RGB"))
-        count, width, height, fps = str(note).split()
+    with decoding("not a sheet of frames"), Image.open(file, formats=["PNG"]) as image:
+        count, width, height, fps = image.text[_NOTE].split()
+        pixels = np.array(image.convert("RGB"))
         count, width, height = int(count), int(width), int(height)
         columns = min(count, SHEET_COLUMNS)
         places = (divmod(k, columns) for k in range(count))
@@ -80,8 +88,6 @@ def read_sheet(file: Path) -> Source:
             for row, column in places
         ]
         return Source(np.stack(cuts), float(fps))
-    except (UnidentifiedImageError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError("not a sheet of frames") from error
 
 
 # -- clips that were sent --------------------------------------------------------------------------
@@ -101,11 +107,11 @@ def read_source(
     """
     with file.open("rb") as opened:
         start = opened.read(16)
-    if _kind(start, _PICTURES) == "PNG":
+    if animation_kind(start) == "PNG":
         source = read_sheet(file)
         frames = [_fitted(frame, width, height) for frame in source.frames]
         return _at_rate(frames, source.fps, fps)
-    read = _animation if _kind(start, _PICTURES) else _video
+    read = _animation if animation_kind(start) else _video
     frames, times, left = [], [], MAX_ALL_PIXELS
     for pixels, seconds in read(file, start):
         check()
@@ -121,13 +127,6 @@ def read_source(
     return _at_rate(frames, rate, fps)
 
 
-def _kind(start: bytes, kinds: tuple[tuple[int, bytes, str], ...]) -> str | None:
-    for place, magic, name in kinds:
-        if start[place : place + len(magic)] == magic:
-            return name
-    return None
-
-
 def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"a frame of the video may have {MAX_PIXELS} pixels, got {width}x{height}")
@@ -135,7 +134,8 @@ def _check_size(width: int, height: int) -> None:
 
 def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
     """Frames of a file of one of _VIDEOS, and their seconds; broken data is an error."""
-    kind = _kind(start, _VIDEOS)
+    names = (n for place, magic, n in _VIDEOS if start[place : place + len(magic)] == magic)
+    kind = next(names, None)
     if kind is None:
         raise ValueError("expected a video: mp4, webm, gif or animated webp")
     try:
@@ -145,19 +145,20 @@ def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
             file.open("rb") as opened,
             av.open(opened, format=kind, options=options) as container,
         ):
-            if not container.streams.video:
-                raise ValueError("the file holds no video")
-            stream = container.streams.video[0]
+            stream = video_stream(container)
+            decoder = video_decoder(stream)
             if stream.codec_context.name not in _DECODERS:
                 raise ValueError(f"a video in {stream.codec_context.name} is not read")
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), **decoders}
+            decoder.options = {"max_pixels": str(MAX_PIXELS), **decoders}
             _check_size(stream.width, stream.height)
-            size = {"width": stream.width, "height": stream.height}
-            for k, frame in enumerate(container.decode(stream)):
-                _check_size(frame.width, frame.height)
-                pixels = frame.to_ndarray(format="rgb24", **size)
-                turned = np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
-                yield turned, k if frame.time is None else frame.time
+            size, k = None, 0
+            for packet in container.demux(stream):
+                for frame in decoder.decode(packet):
+                    _check_size(frame.width, frame.height)
+                    size = size or square_size(frame, stream)
+                    _check_size(*size)
+                    yield displayed(frame, size), k if frame.time is None else frame.time
+                    k += 1
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"the video cannot be decoded ({reason})") from error
@@ -165,15 +166,15 @@ def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
 
 def _animation(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
     """Frames of a gif or webp, and their seconds."""
-    try:
-        with Image.open(file, formats=[_kind(start, _PICTURES)]) as image:
-            _check_size(*image.size)
-            seconds = 0.0
-            for frame in ImageSequence.Iterator(image):
-                yield np.array(frame.convert("RGB")), seconds
-                seconds += frame.info.get("duration", 0) / 1000
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError("the animation cannot be decoded") from error
+    with (
+        decoding("the animation cannot be decoded"),
+        Image.open(file, formats=[animation_kind(start)]) as image,
+    ):
+        _check_size(*image.size)
+        seconds = 0.0
+        for pixels, milliseconds in animation(image):
+            yield pixels, seconds
+            seconds += milliseconds / 1000
 
 
 # -- size and rate ---------------------------------------------------------------------------------
