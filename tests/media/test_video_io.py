@@ -96,12 +96,28 @@ def test_write_rejects_what_it_cannot_write(tmp_path):
         write_video(tmp_path / "a.mp4", clip[..., 0])
     with pytest.raises(ValueError, match=r"\[0, 64, 64, 3\]"):
         write_video(tmp_path / "a.gif", clip[:0])
-    for fps in (0, -1, float("nan"), 2000):
-        with pytest.raises(ValueError, match="fps must be in"):
+    for fps in (0, -1, float("nan"), float("inf"), 2000, 0.0004, 1e-9, Fraction(1, 101)):
+        for suffix in SUFFIXES:
+            with pytest.raises(ValueError, match=r"fps must be in \[0\.01, 1000\], got"):
+                write_video(tmp_path / f"a{suffix}", clip, fps=fps)
+    for fps in ("8", None, True, 8j, [8]):
+        with pytest.raises(TypeError, match="fps must be a number, got"):
             write_video(tmp_path / "a.mp4", clip, fps=fps)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         write_video(tmp_path / "missing" / "a.mp4", clip)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rates_of_any_kind_and_at_the_ends_are_written(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    for fps in (Fraction(25, 2), np.float32(12.5), np.float64(12.5), np.int64(5), 0.01, 1000):
+        write_video(path, moving_clip(3, 16, 16), fps=fps)
+        video = read_video(path)
+        if suffix != ".png":
+            assert len(video.frames) == 3
+            fastest = 100 if suffix == ".gif" else 1000
+            assert video.fps == pytest.approx(min(fps, fastest), rel=0.01)
 
 
 def test_target_is_checked(tmp_path):

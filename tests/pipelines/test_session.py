@@ -81,6 +81,19 @@ def test_a_picture_is_animated_and_comes_out_as_it_was(clean_checkpoint):
     assert np.array_equal(again.frames, out.frames)
 
 
+def test_a_photo_is_animated_alike_however_it_is_given(clean_checkpoint, tmp_path):
+    pipe = VideoFusionPipeline.from_pretrained(clean_checkpoint, **ON_CPU)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file, exif = tmp_path / "photo.png", Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    Image.fromarray(np.rot90(pixels)).save(file, exif=exif)
+    frames = torch.from_numpy(pixels).movedim(-1, 0) / 255
+    for image in (str(file), file, Image.open(file), pixels, pixels / 255, frames):
+        assert np.array_equal(to_uint8(call(pipe, image=image).frames)[0, 2], pixels)
+    with pytest.raises(TypeError, match=r"image must be a path, a PIL image.*got int"):
+        call(pipe, image=3)
+
+
 @pytest.mark.parametrize(("clean_share", "animates"), [(0.5, True), (0.0, False)])
 def test_the_checkpoint_says_whether_it_animates_pictures(tmp_path, clean_share, animates):
     folder = save_tiny(tmp_path / "m", clean_share=clean_share)
