@@ -278,6 +278,7 @@ def test_foreign_config_is_refused(folder, text, reason):
         ({"residual": None}, "of another version"),
         ({"base": {"head_dim": 7}}, "multiple of"),
         ({"schedule": {"name": "sudden"}}, "name must be one of"),
+        ({"labels": ["a", "b", "a"]}, "labels must differ, got 'a' more than once"),
         ({"clean_share": 1.5}, "clean_share is out of range"),
         ({"clean_share": True}, "clean_share must be a number"),
         ({"base_path": "clean", "clean_share": 0}, "needs a clean_share above 0"),

@@ -88,6 +88,9 @@ class CheckpointConfig(ABC):
         _check_number("fps", self.fps, _positive)
         if not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"labels must be strings, got {self.labels!r}")
+        twice = [label for k, label in enumerate(self.labels) if label in self.labels[:k]]
+        if twice:
+            raise ValueError(f"labels must differ, got {twice[0]!r} more than once")
         if not isinstance(self.schedule, dict):
             raise ValueError(f"schedule must be an object, got {self.schedule!r}")
         if not isinstance(self.sha256, dict) or not all(
