@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_training import assert_equal_states
 
 from vfengine.cli import train
+from vfengine.cli.train_settings import read_settings
 from vfengine.formats.checkpoint import read_config
 from vfengine.media.video import write_video
 from vfengine.pipelines.videofusion import VideoFusionPipeline
@@ -83,7 +84,7 @@ def test_command_writes_checkpoint_state_log_and_samples(trained):
         "training.safetensors",
     ]
     config = read_config(trained / "checkpoint")
-    assert config.labels == ("left", "right")
+    assert (config.labels, config.fps) == (("left", "right"), 8.0)  # the rate of the videos
     assert (config.num_frames, config.height, config.width) == (4, 16, 16)
     sheet = Image.open(trained / "samples" / "step-0000004.png")
     assert sheet.size == (4 * 17 - 1, 2 * 17 - 1)  # a clip a row, a class a row
@@ -94,6 +95,8 @@ def test_command_logs_one_json_object_a_line(trained):
     start, *logged = map(json.loads, lines)
     assert start["start"] == 0
     assert (start["steps"], start["batch_size"], start["precision"]) == (4, 2, "fp32")
+    rates = "the clips have 8 frames a second; generated clips play at 8"
+    assert (start["fps"], start["rates"]) == (8.0, rates)
     assert [line["step"] for line in logged] == [2, 4]
     for line in logged:
         assert line["base"] > 0 and line["residual"] > 0 and line["clips_per_second"] > 0
@@ -123,6 +126,29 @@ def test_interrupted_command_resumes_to_the_same_weights(
     assert [start for start in starts if start is not None] == [0, 2]
     first, second = (load_file(run / "training.safetensors") for run in (trained, tmp_path))
     assert_equal_states(first, second)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates", "fps", "said"),
+    [
+        ([], (24.0, 24.0), 24.0, "the clips have 24 frames a second; generated clips play at 24"),
+        (["--fps", "12"], (24.0,), 12.0, "24 frames a second; generated clips play at 12"),
+        ([], (None,), 10.0, "the videos state no frame rate; generated clips play at 10"),
+        (["--resume"], (24.0,), 8.0, "24 frames a second; generated clips play at 8"),
+        ([], (8.0, 24.0, 24.0), 24.0, "8 (1 of 3), 24 (2 of 3); their median is 24; generated"),
+    ],
+)
+def test_clips_play_at_the_rate_of_the_videos(trained, flags, rates, fps, said):
+    settings = read_settings(["--data", "videos", "--output", str(trained), *flags])
+    train._choose_fps(settings, rates)
+    assert settings.fps == fps
+    assert said in settings.rates
+
+
+def test_rendered_clips_play_at_10_frames_a_second():
+    assert read_settings(["--output", "new"]).fps == 10.0
+    assert read_settings(["--output", "new", "--objective", "vdm"]).fps == 10.0
+    assert read_settings(["--output", "new", "--objective", "text"]).fps is None
 
 
 def test_resume_goes_on_for_more_steps(videos, trained, tmp_path):

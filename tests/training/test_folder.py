@@ -1,13 +1,17 @@
 """A user's own folder: classes, cutting, and everything a real folder contains that is no video."""
 
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from odd_media import corners
+from PIL import Image
 
 from vfengine.media.video import write_video
-from vfengine.training.folder import read_folder
+from vfengine.training.folder import VIDEO_SUFFIXES, rate_of, read_folder
 
 
 def numbered(num_frames, height=16, width=16):
@@ -139,3 +143,170 @@ def test_folder_is_checked(tmp_path):
     for wrong in ({"num_frames": 0}, {"size": 0}, {"stride": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             read_folder(tmp_path, **wrong)
+
+
+# -- links, and what nobody put there as data ------------------------------------------------------
+
+
+def classes(folder, *names):
+    """Folders with a video of four frames each."""
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        write_video(folder / name / "a.webp", numbered(4))
+
+
+def reasons_of(data, folder):
+    return {path.relative_to(folder).as_posix(): reason for path, reason in data.skipped}
+
+
+def test_a_class_has_the_name_of_its_entry(tmp_path):
+    data, videos = tmp_path / "data", tmp_path / "videos"
+    classes(videos, "monday/raw", "tuesday/raw", "c")
+    data.mkdir()
+    for name, target in (("run", "monday/raw"), ("walk", "tuesday/raw"), ("again", "c")):
+        (data / name).symlink_to(videos / target, target_is_directory=True)
+    assert read_folder(data, 4, 16).label_names == ("again", "run", "walk")
+    (tmp_path / "link").symlink_to(videos / "c")
+    assert read_folder(tmp_path / "link", 4, 16).label_names == ("link",)
+
+
+def test_the_folder_itself_may_be_named_by_dots(tmp_path, monkeypatch):
+    classes(tmp_path, "waves/deep")
+    write_video(tmp_path / "waves" / "b.webp", numbered(4))
+    monkeypatch.chdir(tmp_path / "waves" / "deep")
+    assert read_folder(".", 4, 16).label_names == ("deep",)
+    assert read_folder("..", 4, 16).label_names == ("deep",)
+    (tmp_path / "waves" / "deep" / "a.webp").unlink()
+    (tmp_path / "waves" / "deep").rmdir()
+    monkeypatch.chdir(tmp_path / "waves")
+    assert read_folder(".", 4, 16).label_names == ("waves",)
+
+
+LEFT_BEHIND = ("__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints", ".git", "$RECYCLE.BIN")
+
+
+def test_what_systems_leave_behind_is_passed_over_at_any_depth(tmp_path):
+    classes(tmp_path, "walk", "walk/deeper", *LEFT_BEHIND, *(f"walk/{n}/x" for n in LEFT_BEHIND))
+    for place in (tmp_path, tmp_path / "walk", tmp_path / "walk" / "deeper"):
+        for name in ("Thumbs.db", ".DS_Store", "._a.webp", "desktop.ini", "Icon\r", "._clip.mp4"):
+            (place / name).write_bytes(b"no video")
+    data = read_folder(tmp_path, 4, 16)
+    assert (data.label_names, data.skipped) == (("walk",), ())
+    assert len(data.clips) == 2
+    (tmp_path / "b.webp").write_bytes((tmp_path / "walk" / "a.webp").read_bytes())
+    assert reasons_of(read_folder(tmp_path, 4, 16), tmp_path).keys() == {"b.webp"}
+
+
+def test_a_folder_with_no_class_but_remains_is_one_class(tmp_path):
+    classes(tmp_path, "waves", "waves/__MACOSX", "waves/.hidden")
+    data = read_folder(tmp_path / "waves", 4, 16)
+    assert (data.label_names, len(data.clips)) == (("waves",), 1)
+
+
+def test_names_that_only_look_like_remains_are_data(tmp_path):
+    names = ("MACOSX", "a.b", "eaDir", "lost", "thumbs")
+    classes(tmp_path, *names)
+    assert read_folder(tmp_path, 4, 16).label_names == tuple(sorted(names))
+
+
+def test_links_inside_a_class_are_followed_once(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    classes(data, "walk/z")
+    classes(elsewhere, "more")
+    walk = data / "walk"
+    for name, target in {
+        **{"a": walk / "z", "more": elsewhere / "more", "more2": elsewhere / "more"},
+        **{"up": walk, "top": data, "self": walk / "self", "gone": walk / "none"},
+    }.items():
+        (walk / name).symlink_to(target)
+    (walk / "b.webp").symlink_to(elsewhere / "more" / "a.webp")
+    (walk / "lost.webp").symlink_to(elsewhere / "none.webp")
+    found = read_folder(data, 4, 16)
+    assert (found.label_names, len(found.clips)) == (("walk",), 3)  # z/a, more/a and b
+    already = "leads to a folder that was already read"
+    assert reasons_of(found, data) == {
+        **{f"walk/{name}": already for name in ("a", "more2", "up", "top/walk")},
+        **{f"walk/{name}": "suffix '' is not one of a video" for name in ("gone", "self")},
+        "walk/lost.webp": "leads to no file",
+    }
+
+
+def test_what_is_no_regular_file_is_named(tmp_path):
+    classes(tmp_path, "walk")
+    os.mkfifo(tmp_path / "walk" / "pipe.mp4")  # which a reader would wait for
+    data = read_folder(tmp_path, 4, 16)
+    assert reasons_of(data, tmp_path) == {"walk/pipe.mp4": "no regular file"}
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    classes(tmp_path, "run", "walk/locked")
+    listed = Path.iterdir
+
+    def refuse(path):  # root may read anywhere
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    reasons = reasons_of(read_folder(tmp_path, 4, 16), tmp_path)
+    assert reasons["walk/locked"] == "cannot be read (Permission denied)"
+
+
+# -- pictures of all kinds, and rates --------------------------------------------------------------
+
+
+def test_training_sees_what_a_player_shows(tmp_path):
+    classes(tmp_path, "a")
+    pixels = corners(16, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.rot90(pixels))
+    (tmp_path / "a" / "a.webp").unlink()
+    turned.save(tmp_path / "a" / "a.webp", lossless=True, exif=exif)
+    glass = np.dstack([pixels, np.full((16, 16), 255, np.uint8)])
+    glass[:8, :, 3] = 0
+    Image.fromarray(glass).save(tmp_path / "a" / "b.webp", lossless=True, exact=True)
+    clips = read_folder(tmp_path, 1, 16).clips[:, 0]
+    assert np.array_equal(clips[0], pixels)
+    assert not clips[1, :8].any() and np.array_equal(clips[1, 8:], pixels[8:])
+
+
+def test_bombs_and_broken_files_of_every_suffix_are_named(tmp_path):
+    size = (30_000).to_bytes(2, "little") * 2
+    for suffix in VIDEO_SUFFIXES:
+        (tmp_path / f"bomb{suffix}").write_bytes(b"GIF89a" + size + b"\x80\0\0" + bytes(99))
+        (tmp_path / f"text{suffix}").write_text("#EXTM3U\nother.mp4\n")
+    write_video(tmp_path / "other.mp4", numbered(4))
+    data = read_folder(tmp_path, 4, 16)
+    assert len(data.clips) == 1
+    assert len(data.skipped) == 2 * len(VIDEO_SUFFIXES)
+    said = ("not a readable ", "no frame could be decoded")
+    assert all(reason.startswith(said) for _, reason in data.skipped)
+
+
+def test_rates_of_the_clips(tmp_path):
+    for name, fps in (("a", 30), ("b", 15), ("c", 15)):
+        write_video(tmp_path / f"{name}.webp", numbered(12), fps)
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "d.webp")
+    assert read_folder(tmp_path, 4, 16).rates == pytest.approx((30, 15, 15), rel=0.01)
+    assert read_folder(tmp_path, 4, 16, 3).rates == pytest.approx((10, 5, 5), rel=0.01)
+    assert read_folder(tmp_path, 1, 16).rates[3] is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "rate", "said"),
+    [
+        ((25.0, 25.0), 25.0, "the clips have 25 frames a second"),
+        ((29.97, 30.0, None, 29.97), 29.97, "the clips have 29.97 frames a second"),
+        (
+            (10.0, 25.0, None, 10.0),
+            10.0,
+            "the clips differ in frames a second: 10 (2 of 4), 25 (1 of 4); their median is 10",
+        ),
+        ((24.0, 25.0), 24.0, "the clips differ in frames a second: 24 (1 of 2), 25 (1 of 2); "
+         "their median is 24"),
+        ((None, None), None, "the videos state no frame rate"),
+    ],
+)  # fmt: skip
+def test_one_rate_of_many(rates, rate, said):
+    assert rate_of(rates) == (rate, said)

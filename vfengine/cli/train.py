@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from .start import short_name
 from .streams import say, tell
 from .train_loop import Limit, run, tell_end
 from .train_output import CHECKPOINT, Output, open_output
-from .train_settings import TRAIN, read_settings
+from .train_settings import FPS, TRAIN, read_settings
 
 if TYPE_CHECKING:
     from ..training.batch import Latents
@@ -61,12 +61,15 @@ def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
     values = {field.name: getattr(settings, field.name) for field in fields(TrainingOptions)}
     options = TrainingOptions(**{**values, "precision": _precision(settings)})
     _check(settings)
+    settings.rates = None  # of videos: what is said and logged of them
     training = _TRAININGS[settings.objective](settings, options)
     if settings.resume:
         training.restore(output.state)
     else:
         _start(training, settings)
     tell(training.describe())
+    if settings.rates is not None:
+        tell(settings.rates)
     first = training.steps_done
     run(training, settings, output, limit)
     tell_end(training, first)
@@ -216,7 +219,8 @@ def _check(settings: argparse.Namespace) -> None:
     if settings.objective in OBJECTIVES and settings.autoencoder is None:
         from ..training.recipes import Shape, pixel_model
 
-        config = pixel_model(Shape.of(settings), ("any",), settings.objective)
+        shape = replace(Shape.of(settings), fps=FPS)  # that of videos is not known yet
+        config = pixel_model(shape, ("any",), settings.objective)
         multiple = getattr(config, config.networks[0]).size_multiple
         if settings.size % multiple:
             raise ValueError(f"--size must be a multiple of {multiple}, got {settings.size}")
@@ -271,4 +275,22 @@ def _pixels(settings: argparse.Namespace):
         tell(f"skipped {path}: {reason}")
     for path in found.truncated:
         tell(f"truncated, read up to the fault: {path}")
+    _choose_fps(settings, found.rates)
     return found.clips, found.labels, found.label_names
+
+
+def _choose_fps(settings: argparse.Namespace, rates: Sequence[float | None]) -> None:
+    """Fills in --fps with the rate of the videos' clips, and settings.rates with what to say of it.
+
+    A run that goes on keeps the rate that it began with.
+    """
+    from ..formats.checkpoint import read_config
+    from ..training.folder import rate_of
+
+    rate, found = rate_of(rates)
+    checkpoint = settings.output / CHECKPOINT
+    if settings.fps is None and settings.resume and checkpoint.exists():
+        settings.fps = read_config(checkpoint).fps
+    elif settings.fps is None:
+        settings.fps = rate or FPS
+    settings.rates = f"{found}; generated clips play at {settings.fps:g}"

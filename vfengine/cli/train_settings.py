@@ -11,11 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..names import AUTO, BASE_PATHS, NETWORKS_TRAINED, PRECISIONS, TRAININGS
+from ..names import AUTO, BASE_PATHS, NETWORKS_TRAINED, OBJECTIVES, PRECISIONS, TRAININGS
 from ..training.options import OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
 
 TRAIN = "python -m vfengine.train"
+FPS = 10.0  # of rendered clips, and of videos that state no rate
 
 
 def _ints(text: str) -> tuple[int, ...]:
@@ -116,7 +117,14 @@ SETTINGS = (
     Setting("num_frames", _CLIPS, _WHOLE, "frames of a clip", 16),
     _other_on_latents("size", _CLIPS, _WHOLE, "height and width in pixels", 64),
     Setting("frame_stride", _CLIPS, _WHOLE, "use every N-th frame of a folder's videos", 1),
-    Setting("fps", _CLIPS, _NUMBER, "frames a second at which generated clips play", 10.0),
+    Setting(
+        "fps",
+        _CLIPS,
+        _NUMBER,
+        "frames a second at which generated clips play",
+        None,
+        f"that of the videos; of mocap {FPS:g}",
+    ),
     Setting(
         "lam",
         _DECOMPOSED,
@@ -260,6 +268,8 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
             settings[name] = _OF_VDM.get(name, setting.default) if name in options else None
         elif not given:
             settings[name] = defaults.get(name, setting.default)
+    if objective in OBJECTIVES and settings["data"] == "mocap" and settings["fps"] is None:
+        settings["fps"] = FPS
     if objective == "decomposed" and settings["base_path"] is None:
         settings["base_path"] = "clean" if settings["clean_share"] > 0 else "stepwise"
     _check_parts(settings)

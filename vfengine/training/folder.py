@@ -3,15 +3,22 @@
     DIR/walk/a.mp4  DIR/walk/b.webm  DIR/run/c.gif     sub-folders are the classes
     DIR/a.mp4  DIR/b.avi                               no sub-folders: one class, named after DIR
 
-Frames are counted by decoding. The centre of each frame is cropped to the wanted shape and resized
-with antialiasing. The video is then cut into as many clips as fit one after the other. Files that
-cannot be used are skipped and named.
+A class has the name of its entry, which may be a link. What is hidden, and what systems leave
+behind (_LEFT_BEHIND), is passed over. Links to folders are followed, but no folder is read twice in
+a class.
+
+Frames are decoded as a player shows them (media/decoding.py), and counted by that. The centre of
+each is cropped to the wanted shape and resized with antialiasing. The video is then cut into as
+many clips as fit one after the other. What cannot be used is skipped and named.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +31,12 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".apng", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
     *(".mpg", ".mts", ".ogv", ".ts", ".webm", ".webp", ".wmv"),
 )
+# beside all names that begin with a dot
+_LEFT_BEHIND = (
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "lost+found", "thumbs.db", "ehthumbs.db"),
+    *("desktop.ini", "icon\r", "$recycle.bin", "system volume information"),
+)
+_ALIKE = 0.02  # of a rate: a file keeps times in hundredths or thousandths of a second
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +48,7 @@ class FolderClips:
     label_names: the classes, sorted
     skipped:     (path, reason) of every file and every class left out
     truncated:   files that end in a fault or early; the frames before that are used
+    rates:       frames a second of the clips of each video, None where it states none
     """
 
     clips: np.ndarray
@@ -42,6 +56,7 @@ class FolderClips:
     label_names: tuple[str, ...]
     skipped: tuple[tuple[Path, str], ...]
     truncated: tuple[Path, ...]
+    rates: tuple[float | None, ...]
 
 
 def read_folder(
@@ -61,8 +76,8 @@ def read_folder(
                 never so late that a clip is lost
     on_file:    called with each file before it is read, for a progress bar
 
-    Hidden files are passed over. Raises FileNotFoundError or NotADirectoryError for the folder,
-    ValueError for numbers below 1 and when there is no usable video at all.
+    Raises FileNotFoundError or NotADirectoryError for the folder, ValueError for numbers below 1
+    and when there is no usable video at all.
     """
     folder = Path(folder)
     height, width = (size, size) if isinstance(size, int) else size
@@ -76,6 +91,7 @@ def read_folder(
     names: list[str] = []
     clips: list[np.ndarray] = []
     labels: list[int] = []
+    rates: list[float | None] = []
     for class_folder, files in _classes(folder, skipped):
         clips_before = len(clips)
         for file in files:
@@ -92,10 +108,11 @@ def read_folder(
                 continue
             clips.append(cut)
             labels += [len(names)] * len(cut)
+            rates.append(reader.fps and round(reader.fps / stride, 3))
             if reader.truncated:
                 truncated.append(file)
         if len(clips) > clips_before:
-            names.append(class_folder.resolve().name)
+            names.append(Path(os.path.abspath(class_folder)).name)  # which follows no link
         else:
             skipped.append((class_folder, "no usable video in this class"))
     if not clips:
@@ -107,7 +124,24 @@ def read_folder(
         label_names=tuple(names),
         skipped=tuple(skipped),
         truncated=tuple(truncated),
+        rates=tuple(rates),
     )
+
+
+def rate_of(rates: Sequence[float | None]) -> tuple[float | None, str]:
+    """The frames a second of clips of `FolderClips.rates`, and one line about what was found.
+
+    That is the rate of all, or the median of those that there are. None: no video states one.
+    """
+    counts = Counter(f"{rate:g}" for rate in sorted(filter(None, rates)))
+    if not counts:
+        return None, "the videos state no frame rate"
+    known = [rate for rate in rates if rate]
+    median = statistics.median_low(known)
+    if all(abs(rate / median - 1) < _ALIKE for rate in known):
+        return median, f"the clips have {median:g} frames a second"
+    found = ", ".join(f"{rate} ({count} of {len(rates)})" for rate, count in counts.items())
+    return median, f"the clips differ in frames a second: {found}; their median is {median:g}"
 
 
 def _classes(folder: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, list[Path]]]:
@@ -116,24 +150,54 @@ def _classes(folder: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, 
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder")
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = _entries(folder)
     class_folders = [path for path in entries if path.is_dir()]
     if not class_folders:
         return [(folder, _videos(entries, skipped))]
     outside = "lies beside the class folders, not in one"
     skipped.extend((path, outside) for path in entries if not path.is_dir())
-    return [(path, _videos(sorted(path.rglob("*")), skipped)) for path in class_folders]
+    return [(path, _videos(_below(path, skipped), skipped)) for path in class_folders]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, but for what nobody put there as data."""
+    names = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in names if path.name.lower() not in _LEFT_BEHIND)
+
+
+def _below(folder: Path, skipped: list[tuple[Path, str]]) -> list[Path]:
+    """All that are no folders, at any depth, sorted; folders that are left out go to skipped.
+
+    Links come last, so that of a folder and a link to it the link is left out.
+    """
+    files, folders, links = [], [folder], []
+    seen: set[tuple[int, int]] = set()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        try:
+            identity = here.stat().st_dev, here.stat().st_ino
+            if identity in seen:
+                skipped.append((here, "leads to a folder that was already read"))
+                continue
+            seen.add(identity)
+            for path in _entries(here):
+                to = files if not path.is_dir() else links if path.is_symlink() else folders
+                to.append(path)
+        except OSError as error:
+            skipped.append((here, f"cannot be read ({error.strerror})"))
+    return sorted(files)
 
 
 def _videos(paths: list[Path], skipped: list[tuple[Path, str]]) -> list[Path]:
     videos = []
     for path in paths:
-        if path.is_dir() or path.name.startswith("."):
-            continue
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            videos.append(path)
-        else:
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
             skipped.append((path, f"suffix {path.suffix!r} is not one of a video"))
+        elif not path.is_file():
+            reason = "no regular file" if path.exists() else "leads to no file"
+            skipped.append((path, reason))
+        else:
+            videos.append(path)
     return videos
 
 
