@@ -1,4 +1,4 @@
-"""Atomic writes, and .safetensors files.
+"""Atomic writes, JSON, and .safetensors files.
 
 A file is written under a temporary name in its own folder and renamed when it is complete. An error
 or an interrupt leaves the old file, and nothing else. A process that is killed leaves a hidden
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -159,6 +159,17 @@ def check_writable(path: str | Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: folder is not writable")
     return path
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError for any other text, however deep it is nested."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 # -- tensors ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -78,31 +79,43 @@ def watched(
     while left:
         read, write = os.pipe()
         child = os.fork()
+        trace = folder / f"{child or os.getpid()}.trace"
         if child == 0:
             os.close(read)
-            _child(case, seed, left, folder, write)
+            _child(case, seed, left, folder, trace, write)
         os.close(write)
+        done, word = 0, "crash"
         try:
-            done, text = 0, ""
             for outcome in _received(read, limit):
                 done += 1
                 yield outcome
-        except TimeoutError as error:
-            text = str(error)
+        except TimeoutError:
+            word = "hang"
         finally:
             os.close(read)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+            # one that hangs writes where it is, and all end
+            for end in (signal.SIGABRT, signal.SIGKILL) if word == "hang" else (signal.SIGKILL,):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, end)
+                time.sleep(0.1 if end == signal.SIGABRT else 0)
             status = os.waitpid(child, 0)[1]
+        trace = folder / f"{child}.trace"
         if done < len(left):
-            word = "hang" if text else "crash"
-            yield Outcome(left[done], word, text or f"wait status {status}")
+            yield Outcome(
+                left[done],
+                word,
+                f"wait status {status}\n{trace.read_text() if trace.exists() else ''}",
+            )
             done += 1
+        trace.unlink(missing_ok=True)
         left = left[done:]
 
 
-def _child(case: Case, seed: int, numbers: list[int], folder: Path, write: int) -> None:
+def _child(
+    case: Case, seed: int, numbers: list[int], folder: Path, trace: Path, write: int
+) -> None:
     """Never returns."""
+    faulthandler.enable(trace.open("w"))
     with os.fdopen(write, "w", buffering=1) as pipe:
         for number in numbers:
             place = folder / f"{os.getpid()}-{number}"
@@ -121,7 +134,7 @@ def _received(pipe: int, limit: float) -> Iterator[Outcome]:
         deadline = time.monotonic() + limit
         while b"\n" not in rest:
             if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError(f"no end after {limit:g} s")
+                raise TimeoutError
             block = os.read(pipe, 65536)
             if not block:
                 return

@@ -368,15 +368,17 @@ def _with_hyphens(token: str) -> str:
 
 def _read_config_file(parser: Parser, file: Path) -> tuple[dict[str, Any], set[str]]:
     """The settings and names in the file, checked as flags are; as `_parse`."""
-    import json
-
     import yaml
+
+    from ..files import parse_json
 
     try:
         content = file.read_text(encoding="utf-8")
-        entries = json.loads(content) if file.suffix.lower() == ".json" else yaml.safe_load(content)
+        entries = parse_json(content) if file.suffix.lower() == ".json" else yaml.safe_load(content)
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
+    except RecursionError as error:
+        raise UsageError(f"--config {file}: nested too deeply") from error
     except (ValueError, yaml.YAMLError) as error:  # ValueError: of JSON, or text that is not UTF-8
         raise UsageError(f"--config {file}: cannot be read ({one_line(error)})") from error
     if entries is None:

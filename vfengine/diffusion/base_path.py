@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import open_tensors, write_tensors
+from ..files import open_tensors, parse_json, write_tensors
 from ..names import BASE_PATHS, SOLVERS
 from .schedule import NoiseSchedule
 from .solvers import NUM_HISTORY, SolverTable, extrapolation_mixing, no_mixing, solver_table
@@ -202,7 +202,7 @@ def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Base
             raise ValueError(f"{name} is {found.dtype} {list(found.shape)}")
     if not bool(tensors["states"].isfinite().all()):
         raise ValueError("states are not finite")
-    metadata = json.loads(header["metadata"])
+    metadata = parse_json(header["metadata"])
     if not isinstance(metadata, dict):
         raise ValueError("metadata is not a mapping")
     table = SolverTable(

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import ClassVar
 
 from ..diffusion.schedule import NoiseSchedule
+from ..files import parse_json
 from ..models import (
     AutoencoderConfig,
     BaseGenerator,
@@ -223,8 +224,8 @@ class CheckpointConfig(ABC):
     def from_json(cls, text: str) -> CheckpointConfig:
         """The configuration in a JSON text; ValueError if the text is none."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not JSON ({error})") from error
         form = values.pop("format", None) if isinstance(values, dict) else None
         kind = next((kind for kind in KINDS.values() if kind._format == form), None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
 from ..models.config import UNetConfig
 
 # what describes a whole pipeline, in its folder
@@ -100,7 +101,7 @@ def holds_pipeline(folder: str | Path) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError for a file that is not JSON, or holds no object."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, or text that is not UTF-8
         raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -200,6 +200,12 @@ class UNetConfig:
             raise ValueError("UNetConfig: padded_after needs even sizes, which any_size gives up")
         if self.position_buckets and self.position_buckets < 4:
             raise ValueError("UNetConfig: position_buckets must be 0, or 4 and more")
+        finest = self.block_out_channels[0]  # as wide as the embedding of the timestep
+        if finest % 2 or finest / 2 == self.frequency_shift:
+            raise ValueError(
+                f"UNetConfig: the finest level must have an even number of channels, and not twice "
+                f"frequency_shift={self.frequency_shift}: no timestep has {finest} numbers"
+            )
         for channels, head_dim in zip(self.block_out_channels, self.level_head_dims, strict=True):
             if channels % self.norm_groups or channels % head_dim:
                 raise ValueError(

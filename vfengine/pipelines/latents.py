@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import check_writable, open_tensors, write_tensors
+from ..files import check_writable, open_tensors, parse_json, write_tensors
 
 FORMAT = "vfengine-latents-1"
 
@@ -63,6 +63,6 @@ def read_latents(file: str | Path) -> tuple[Tensor, dict[str, object]]:
         found = f"{latents.dtype} {list(latents.shape)}"
         raise ValueError(f"{file}: latents must be float32 [B, N, C, h, w], got {found}")
     try:
-        return latents, {name: json.loads(value) for name, value in metadata.items()}
+        return latents, {name: parse_json(value) for name, value in metadata.items()}
     except ValueError as error:
         raise ValueError(f"{file}: its metadata is not JSON ({error})") from error
