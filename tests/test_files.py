@@ -17,6 +17,7 @@ from vfengine import files
 from vfengine.files import (
     check_writable,
     open_tensors,
+    parse_json,
     parse_tensors,
     replacing,
     replacing_folder,
@@ -245,3 +246,11 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
             parse_tensors(file.read_bytes(), file)
     with pytest.raises(FileNotFoundError), open_tensors(tmp_path / "none"):
         pass
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[1", "", "nan"])
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+    assert parse_json('{"a": [1, null]}') == {"a": [1, None]}
+    assert parse_json("[" * 100 + "]" * 100)

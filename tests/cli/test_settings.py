@@ -96,6 +96,7 @@ def test_seed_flags():
         ("seed: 1\nnum_frames: 4\nnum-frames: 4", ["num_frames is there twice"]),
         ("- walk", ["expected names and values"]),
         ("a: b: c", ["cannot be read"]),
+        ("[" * 5000, ["nested too deeply"]),
     ],
 )
 def test_bad_config_files(cli, tmp_path, text, words):

@@ -166,6 +166,16 @@ def test_file_of_format_1_is_read(tmp_path, solver):
     assert torch.equal(BaseTrajectory.load(tmp_path / "y").table.mixing, again.table.mixing)
 
 
+def spoilt(name: str, value: float):
+    """A change of one number."""
+
+    def change(tensors, header):
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[2] = value
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -190,6 +200,18 @@ def test_file_of_format_1_is_read(tmp_path, solver):
         lambda tensors, header: tensors.update(mixing=torch.ones(6, 2, 2).double()),
         lambda tensors, header: tensors.update(mixing=torch.ones(6).double()),
         lambda tensors, header: tensors.update(mixing=torch.ones(()).double()),
+        lambda tensors, header: header.update(eta="nan"),
+        lambda tensors, header: header.update(eta="-0.5"),
+        lambda tensors, header: header.update(metadata='{"seed": 7}'),
+        lambda tensors, header: header.update(metadata="[" * 100_000),
+        spoilt("states", torch.inf),
+        spoilt("coeffs", torch.nan),
+        spoilt("mixing", torch.inf),
+        spoilt("alphas_cumprod", torch.nan),
+        spoilt("alphas_cumprod", 0),
+        spoilt("alphas_cumprod", 1.5),
+        lambda tensors, header: tensors.update(timesteps=tensors["timesteps"].flip(0)),
+        lambda tensors, header: tensors.update(timesteps=tensors["timesteps"] - 999),
         format_1(None),
         format_1(torch.zeros(6)),
         format_1(torch.zeros(5).double()),

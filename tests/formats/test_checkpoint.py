@@ -257,6 +257,7 @@ def test_weights_of_another_architecture_are_refused(folder, name):
     ("text", "reason"),
     [
         (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON .nested too deeply"),
         (b'{"format": "vfengine-deco', "not JSON"),
         (b"\xff\xfe\x00", "utf-8"),
         (b"[1, 2]", '"format" is not'),

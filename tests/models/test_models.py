@@ -1,5 +1,6 @@
 """The UNet family: shapes, memory layout, what sees what, and that published blocks map onto it."""
 
+import functools
 import weakref
 from dataclasses import replace
 
@@ -383,3 +384,24 @@ def test_casting_a_generator_keeps_the_schedule_exact():
     assert generator.unet.dtype == torch.bfloat16
     out = generator(normal(1, 3, 16, 16), torch.tensor([10]))
     assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"block_out_channels": (27, 24)}, False),
+        ({"block_out_channels": (24, 27)}, True),
+        ({"block_out_channels": (2, 24), "frequency_shift": 1.0}, False),
+        ({"block_out_channels": (4, 24), "frequency_shift": 1.0}, True),
+        ({"block_out_channels": (2, 24), "frequency_shift": 0}, True),
+    ],
+)
+def test_the_finest_level_is_as_wide_as_an_embedding_of_timesteps(changes, fits):
+    made = functools.partial(replace, IMAGE, head_dim=1, norm_groups=1, **changes)
+    if not fits:
+        with pytest.raises(ValueError, match="finest level must have an even number of channels"):
+            made()
+        return
+    with torch.no_grad():
+        out = UNet(made()).eval()(torch.ones(1, 3, 16, 16), torch.tensor([7]))
+    assert out.isfinite().all()

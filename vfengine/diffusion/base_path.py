@@ -200,15 +200,20 @@ def _from_file(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Base
         found = tensors[name]
         if found.shape != shape or found.dtype != dtype:
             raise ValueError(f"{name} is {found.dtype} {list(found.shape)}")
-    if not bool(tensors["states"].isfinite().all()):
-        raise ValueError("states are not finite")
-    metadata = parse_json(header["metadata"])
-    if not isinstance(metadata, dict):
-        raise ValueError("metadata is not a mapping")
+    for name in ("states", *expected):
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"{name} are not finite")
+    if bool((tensors["timesteps"].diff() > 0).any()) or bool((tensors["timesteps"] < 0).any()):
+        raise ValueError(f"timesteps {tensors['timesteps'].tolist()} do not descend to 0 or more")
+    if bool(((tensors["alphas_cumprod"] <= 0) | (tensors["alphas_cumprod"] > 1)).any()):
+        raise ValueError("alphas_cumprod do not lie in (0, 1]")
+    metadata, eta = parse_json(header["metadata"]), float(header["eta"])
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("metadata is not a mapping of texts to texts")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}")
     table = SolverTable(
-        solver=header["solver"],
-        eta=float(header["eta"]),
-        **{name: tensors[name] for name in expected},
+        solver=header["solver"], eta=eta, **{name: tensors[name] for name in expected}
     )
     return BaseTrajectory(
         states=tensors["states"],
