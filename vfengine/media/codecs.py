@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.filter import Graph
+from av.video.reformatter import ColorRange
 
 from ..names import CHROMAS
 
@@ -204,7 +205,10 @@ def _encode(
     if encoding.chroma == "420":
         height, width = frames.shape[1:3]
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    conversion = _conversion(encoding)
+    height, width = frames.shape[1:3]
+    rate = Fraction(fps).limit_denominator(1001)
+    pixels = _RGB if encoding.chroma is None else f"yuv{encoding.chroma}p"
+    conversion = _conversion(pixels, height, width, 1 / rate)
     options = dict(codec.options)
     if encoding.crf is not None:
         options["crf"] = str(encoding.crf)
@@ -216,14 +220,12 @@ def _encode(
         options["x265-params"] += ":keyint=1"
     if encoding.codec == "av1":
         os.environ.setdefault("SVT_LOG", "1")  # errors alone; it prints its settings otherwise
-    rate = Fraction(fps).limit_denominator(1001)
     mux = {"fflags": "+bitexact", **container.options}
     with av.open(place, "w", format=container.format, options=mux) as file:
         if text is not None:
             file.metadata["comment"] = text.decode()
         stream = file.add_stream(codec.encoder, rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = conversion["format"]
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
         context = stream.codec_context
         context.thread_count = 1
         context.flags |= Flags.bitexact
@@ -235,22 +237,26 @@ def _encode(
             context.colorspace = 1
             context.color_range = ColorRange.MPEG
         for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(**conversion)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = i, 1 / rate
-            file.mux(stream.encode(frame))
+            conversion.push(frame)
+            file.mux(stream.encode(conversion.pull()))
         file.mux(stream.encode())
 
 
-def _conversion(encoding: Encoding) -> dict[str, Any]:
-    """How a frame in RGB becomes one of the encoder's."""
-    if encoding.chroma is None:
-        return {"format": _RGB, "threads": 1}
-    return {
-        "format": f"yuv{encoding.chroma}p",
-        "dst_colorspace": Colorspace.ITU709,
-        "dst_color_range": ColorRange.MPEG,
-        "interpolation": Interpolation.BICUBIC
-        | Interpolation.ACCURATE_RND
-        | Interpolation.BITEXACT,
-        "threads": 1,
-    }
+def _conversion(pixels: str, height: int, width: int, tick: Fraction) -> Graph:
+    """Turns frames in RGB into the encoder's pixels, one at a time.
+
+    FFmpeg's filter, because what PyAV's `reformat` can be told differs from release to release.
+    """
+    graph = Graph()
+    scale = "threads=1"
+    if pixels != _RGB:
+        scale += ":flags=bicubic+accurate_rnd+bitexact:out_color_matrix=bt709:out_range=tv"
+    graph.link_nodes(
+        graph.add_buffer(width=width, height=height, format="rgb24", time_base=tick),
+        graph.add("scale", scale),
+        graph.add("format", f"pix_fmts={pixels}"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
