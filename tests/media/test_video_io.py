@@ -1,13 +1,15 @@
 """Clips to files and back: counts, pixels, bytes, and what happens when things break off."""
 
 import os
+import sys
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
+from vfengine import media
 from vfengine.media import video as video_io
 from vfengine.media.codecs import SUFFIXES as ENCODED
 from vfengine.media.pictures import enlarge, sheet
@@ -295,3 +297,28 @@ def test_reader_can_be_used_twice(tmp_path):
     write_video(tmp_path / "a.mp4", moving_clip(5))
     reader = VideoReader(tmp_path / "a.mp4")
     assert len(list(reader)) == len(list(reader)) == 5
+
+
+def test_a_missing_encoder_is_told_before_a_file_is_written(tmp_path, monkeypatch, cli):
+    monkeypatch.setattr(video_io, "has_encoder", lambda name: name != "gif")
+    monkeypatch.setattr(features, "check", lambda name: name != "webp")
+    for name, package in (("a.gif", "PyAV"), ("a.webp", "Pillow")):
+        with pytest.raises(ValueError, match=rf"{name}: {package} [\d.]+ has no encoder for it"):
+            check_target(tmp_path / name)
+        status, out, err = cli("--label", "jump", "--output", name)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+    assert check_target(tmp_path / "a.png") and check_target(tmp_path / "a.mp4")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "status"), [("16.1.0", 2), ("17.0.0", 0), ("100.0.0rc1", 0)])
+def test_a_pyav_that_is_too_old_is_told_before_sampling(version, status, monkeypatch, cli):
+    monkeypatch.setattr(av, "__version__", version)
+    for module in ("codecs", "video"):  # imported anew, and put back
+        monkeypatch.setattr(media, module, getattr(media, module))
+        monkeypatch.delitem(sys.modules, f"vfengine.media.{module}")
+    found, _, err = cli("--label", "jump", "--output", "a.png", steps="1")
+    assert found == status
+    if status:
+        expected = f"vfengine.generate: error: videos need PyAV 17 or newer, got {version}\n"
+        assert err == expected

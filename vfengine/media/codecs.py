@@ -28,6 +28,10 @@ from av.video.reformatter import ColorRange
 
 from ..names import CHROMAS
 
+OLDEST = 17  # those before it decode the colours of HD video as if they were SD's
+if int(av.__version__.partition(".")[0]) < OLDEST:
+    raise ImportError(f"videos need PyAV {OLDEST} or newer, got {av.__version__}")
+
 
 class _Codec(NamedTuple):
     """An encoder of FFmpeg.
@@ -101,7 +105,8 @@ class Encoding(NamedTuple):
 def available_codecs(suffix: str) -> tuple[str, ...]:
     """The codecs that a file of this suffix may have and that this PyAV can encode."""
     container = _CONTAINERS.get(suffix.lower())
-    return tuple(name for name in container.codecs if _is_there(name)) if container else ()
+    names = container.codecs if container else ()
+    return tuple(name for name in names if has_encoder(_CODECS[name].encoder))
 
 
 def check_encoding(
@@ -157,10 +162,10 @@ def check_encoding(
     return encoding
 
 
-def _is_there(name: str) -> bool:
-    """Whether this PyAV has the encoder of a codec."""
+def has_encoder(name: str) -> bool:
+    """Whether this PyAV has an encoder of FFmpeg's."""
     try:
-        av.Codec(_CODECS[name].encoder, "w")
+        av.Codec(name, "w")
     except av.codec.codec.UnknownCodecError:
         return False
     return True

@@ -29,13 +29,14 @@ from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
+import PIL
 from av.filter import Graph
-from PIL import Image
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from ..files import check_writable, replacing
 from .codecs import SUFFIXES as ENCODED
-from .codecs import check_encoding, encode
+from .codecs import check_encoding, encode, has_encoder
 from .decoding import (
     MAX_PIXELS,
     animation,
@@ -73,16 +74,21 @@ def check_target(
 
     codec, crf, chroma: of `codecs.check_encoding`
 
-    Raises ValueError for an unknown suffix or what `check_encoding` refuses, else what
-    `check_writable` raises.
+    Raises ValueError for an unknown suffix, one whose encoder is missing or what `check_encoding`
+    refuses, else what `check_writable` raises.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(
             f"{path}: unknown suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
         )
+    if suffix == ".gif" and not has_encoder("gif"):
+        raise ValueError(f"{path}: PyAV {av.__version__} has no encoder for it")
+    if suffix == ".webp" and not features.check("webp"):
+        raise ValueError(f"{path}: Pillow {PIL.__version__} has no encoder for it")
     try:
-        check_encoding(path.suffix, codec, crf, chroma)
+        check_encoding(suffix, codec, crf, chroma)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return check_writable(path)
