@@ -243,4 +243,13 @@ def _complete(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
+        told = _of_system(error, path)
+        if told is not None and told.errno in (errno.EIO, errno.ENOMEM):  # not the file's fault
+            raise told from error
         raise ValueError(f"{path} is not a complete {what}: {error}") from error
+
+
+def _of_system(error: SafetensorError, path: str | Path) -> OSError | None:
+    """The system's error that safetensors tells in words; None for one of its own."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None

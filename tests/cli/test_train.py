@@ -160,6 +160,18 @@ def test_resume_goes_on_for_more_steps(videos, trained, tmp_path):
     assert len(list((output / "samples").iterdir())) == 1
 
 
+def test_resume_of_a_finished_run_makes_its_checkpoint_again(videos, trained, tmp_path, capsys):
+    output = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(output / "checkpoint")
+    command = ["--data", str(videos), "--output", str(output), *SHAPE, *SCHEDULE]
+    assert train.main([*command, "--resume"]) == 0
+    assert weights_of(output) == weights_of(trained)
+    said = capsys.readouterr()
+    assert "checkpoint was not that of the state, and has been written anew" in said.err
+    assert "no step to take: 4 of 4 are done" in said.err
+    assert said.out.endswith(f"generate with --model {output / 'checkpoint'}\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

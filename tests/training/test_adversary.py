@@ -1,6 +1,7 @@
 """vfengine/training/adversary.py: it learns, pushes as hard as asked, and resumes to the bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small_autoencoder import OPTIONS, SMALL, few_frames
 from vfengine.cli.flags import UsageError
 from vfengine.cli.train import main
 from vfengine.cli.train_settings import read_settings
+from vfengine.formats.folders import folder_digest
 from vfengine.training.adversary import Adversary, Discriminator, hinge, scaled
 from vfengine.training.autoencoder import AutoencoderTraining
 from vfengine.training.options import TrainingOptions
@@ -193,3 +195,8 @@ def test_command_logs_the_losses_of_both(tmp_path):
     assert lines[0]["adversary"] == 0.1
     assert [line["step"] for line in lines[1:]] == [1, 2]
     assert all({"adversary", "discriminator"} <= set(line) for line in lines[1:])
+    checkpoint = tmp_path / "checkpoint"
+    digest = folder_digest(checkpoint)
+    shutil.rmtree(checkpoint)  # as if the run had been interrupted between it and the state
+    assert main([*arguments, "--steps", "2", "--resume"]) == 0
+    assert folder_digest(checkpoint) == digest

@@ -1,6 +1,7 @@
 """Training of the text encoder: what it learns from, what it learns, and its state."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from small_teacher import small_teacher_folder
 
 from vfengine.cli.train import main
+from vfengine.formats.folders import folder_digest
 from vfengine.formats.parts import read_text_encoder
 from vfengine.formats.word_tokenizer import WordTokenizer
 from vfengine.models import TextEncoder
@@ -226,6 +228,11 @@ def test_command_trains_and_resumes(folder, tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "step" in line] == [1, 2, 3]
     assert lines[1].keys() >= {"words", "sentence"}
+    checkpoint = tmp_path / "checkpoint"
+    digest = folder_digest(checkpoint)
+    shutil.rmtree(checkpoint)  # as if the run had been interrupted between it and the state
+    assert main([*arguments, "--steps", "3", "--resume"]) == 0
+    assert folder_digest(checkpoint) == digest
 
 
 @pytest.mark.parametrize("flags", [["--size", "64"], ["--sample-every", "5"], ["--lam", "0.5"]])
