@@ -40,16 +40,14 @@ def same_weights(a: UNet, b: UNet) -> bool:
         {"max_shard_size": "40KB"},
         {"safe_serialization": False},
         {"safe_serialization": False, "max_shard_size": "40KB"},
-        {"variant": "fp16"},
     ],
-    ids=["shards", "bin", "bin shards", "variant"],
+    ids=["shards", "bin", "bin shards"],
 )
 def test_every_way_of_saving_gives_the_same_weights(how, cross, tmp_path):
     peer_of("cross").save_pretrained(tmp_path, **how)
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) > 3 if "max_shard_size" in how else len(files) == 2
-    source = tmp_path / files[-1] if "variant" in how else tmp_path
-    assert same_weights(read_unet(source, torch.float32), read_unet(cross, torch.float32))
+    assert same_weights(read_unet(tmp_path, torch.float32), read_unet(cross, torch.float32))
 
 
 def test_pipeline_folders_hold_it_in_unet(cross, tmp_path):
@@ -154,6 +152,8 @@ def test_entries_of_no_effect_are_taken(cross, tmp_path):
         "act_fn": "swish",
         "mid_block_only_cross_attention": False,
         "only_cross_attention": [False, False],
+        **{"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 120000},
+        **{"power": 0.75, "update_after_step": 0, "use_ema_warmup": True},
     }
     assert same_weights(read_unet(copied(cross, tmp_path, **entries)), read_unet(cross))
 
@@ -202,7 +202,7 @@ def test_refuses_files_that_are_no_weights(cross, tmp_path):
     with pytest.raises(FileNotFoundError, match="has none of diffusion"):
         read_unet(folder)
     torch.save({"conv_in.weight": _Trap()}, folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="not a file of weights alone"):
+    with pytest.raises(ValueError, match=r"it names _sitebuiltins\.Quitter, and code is not run$"):
         read_unet(folder)
     index = {"weight_map": {"conv_in.weight": "../elsewhere.bin"}}
     (folder / "diffusion_pytorch_model.bin").rename(

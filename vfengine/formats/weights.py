@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..files import open_tensors
 
 _MAPPED_BYTES = 64 * 2**20
+_POINTER = b"version https://git-lfs"
 # Linear layers that files may hold as 1x1 convolutions.
 _PROJECTIONS = ("proj_in.weight", "proj_out.weight", "quant_conv.weight")
 _PROJECTIONS += tuple(f"attention.to_{part}.weight" for part in ("q", "k", "v", "out"))
@@ -38,6 +39,9 @@ def open_weights(files: Iterable[Path]) -> StoredWeights:
     shapes: dict[str, tuple[int, ...]] = {}
     readers: dict[str, Callable[[str], Tensor]] = {}
     for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{file} is not downloaded yet: it is a pointer of Git LFS")
         opened = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
         shapes.update(opened.shapes)
         readers.update(dict.fromkeys(opened.shapes, opened.read))
@@ -68,13 +72,23 @@ def _pickle(file: Path) -> StoredWeights:
         state = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file} is not a file of weights alone: {reason}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        # torch's own words give the advice to run the file's code
+        code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        why = f"it names {code[1]}, and code is not run" if code else "it is damaged, or no pickle"
+        raise ValueError(f"{file} is not a file of weights alone: {why}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{file} is not a dict of tensors")
+    for name, value in state.items():
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            kind = "no values" if value.is_meta else value.layout
+            raise ValueError(f"{file} has weights that are no dense tensors: {name} of {kind}")
     return StoredWeights({name: tuple(value.shape) for name, value in state.items()}, state.pop)
 
 
