@@ -14,7 +14,7 @@ from vfengine._moved import MOVED, SPLIT
 
 # from the bottom: a folder or file may import those of lower floors and of its own
 FLOORS = (
-    ("names", "files", "devices", "native", "kernels", "_moved"),
+    ("names", "files", "devices", "forks", "native", "kernels", "_moved"),
     ("ops",),
     ("diffusion", "media", "metrics"),
     ("sampling", "models", "plan"),

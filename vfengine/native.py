@@ -10,6 +10,7 @@ import warnings
 import torch  # noqa: F401  first, so that the extension shares torch's OpenMP threads
 
 from vfengine import __version__
+from vfengine.forks import survive_forks
 
 try:
     import vfengine_native
@@ -35,3 +36,5 @@ if _isa := os.environ.get("VFENGINE_CPU_ISA"):
         vfengine_native.set_cpu_isa(_isa)
     except ValueError as error:
         raise ValueError(f"VFENGINE_CPU_ISA: {error}") from error
+
+survive_forks(vfengine_native.__file__)

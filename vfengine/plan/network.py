@@ -8,7 +8,6 @@ which rows a matrix product reads (csrc/row_matmul.h). Statistics, sums and soft
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfengine.forks import Lock
 from vfengine.native import vfengine_native
 
 from ..ops._dispatch import DTYPE_NUMBERS
@@ -77,8 +77,9 @@ class PlannedNetwork(nn.Module):
         self.config = network.config
         self.dtype = inference_dtype(dtype)
         self._isa = vfengine_native.cpu_isa()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._programs: OrderedDict[tuple, PlannedForward] = OrderedDict()
+        self._address = 0  # of the weights that the programs read
         packer = Packer(self.dtype)
         with torch.no_grad():
             network.plan(packer, packer.any, **inputs)
@@ -90,6 +91,10 @@ class PlannedNetwork(nn.Module):
         self.eval()
         return_memory()
 
+    def __getstate__(self) -> dict:
+        """Of a copy or a pickle, which makes its own programs: they hold addresses."""
+        return {**self.__dict__, "_programs": OrderedDict()}
+
     def _check_isa(self) -> None:
         """RuntimeError where the instruction set was changed since the weights were packed."""
         name, isa = type(self).__name__, vfengine_native.cpu_isa()
@@ -97,7 +102,14 @@ class PlannedNetwork(nn.Module):
             raise RuntimeError(f"{name}: weights are packed for {self._isa}, not {isa}")
 
     def _forward(self, *key: tuple[int, ...] | None) -> PlannedForward:
-        """The program for shapes of inputs, made by `_planned` if there is none."""
+        """The program for shapes of inputs, made by `_planned` if there is none.
+
+        All are made anew once the weights have moved, as they do to memory that processes share
+        when they are sent to another process.
+        """
+        if self._address != self.packed_0.data_ptr():
+            self._programs.clear()
+            self._address = self.packed_0.data_ptr()
         if key not in self._programs:
             while len(self._programs) >= _PROGRAMS:
                 self._programs.popitem(last=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..forks import Lock
 from .cuda_graph import CapturedStepper, captured, process_settings_key, weights_key
 
 
@@ -39,8 +39,12 @@ class CapturedCall(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._kept: _Graph | None = None
+
+    def __getstate__(self) -> dict:
+        """Of a copy or a pickle, which captures its own graph."""
+        return {**self.__dict__, "_kept": None}
 
     def forward(self, x: Tensor) -> Tensor:
         with self._lock:

@@ -35,6 +35,10 @@ class KeptLoops:
     def __init__(self) -> None:
         self.kept: dict[str, KeptLoop] = {}
 
+    def __reduce__(self) -> tuple:
+        """A copy or a pickle begins with none: loops hold addresses and graphs."""
+        return KeptLoops, ()
+
     @contextmanager
     def borrow(self, spec: BaseSpec | ResidualSpec, model: ModelSpec) -> Iterator[Any]:
         """The phase's loop for one run: the kept one if it was made from the same, or a new one.
