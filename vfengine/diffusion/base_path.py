@@ -105,6 +105,8 @@ class BaseTrajectory:
             raise ValueError(f"from_image: expected x [B, C, H, W], got {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"from_image: expected a floating point image, got {x.dtype}")
+        if not bool(x.isfinite().all()):
+            raise ValueError("from_image: x must be finite, got NaN or infinity")
         table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
         states = _clean_states(x.to(torch.promote_types(x.dtype, torch.float32)), table)
         return cls(states, table, schedule.fingerprint(), "clean", dict(metadata or {}))

@@ -8,6 +8,7 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import DecomposedConfig
+from ..sampling.finite import check_given
 
 
 def check_path(
@@ -47,6 +48,7 @@ def check_path(
         raise ValueError(
             f"the base trajectory's frames are [C, H, W] = {theirs}, this model's are {ours}"
         )
+    check_given(trajectory=trajectory.states)
     if clips not in (1, num_clips):
         wanted = "not the 1" if num_clips == 1 else f"neither 1 nor the {num_clips}"
         raise ValueError(f"the base trajectory holds {clips} clips, {wanted} asked for")

@@ -6,7 +6,6 @@ Text encoders and autoencoders run here, before and after what a session samples
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..plan.memory import return_memory
 from ..sampling.cuda_graph import empty_cache
 from ..sampling.driver import Driver
+from ..sampling.finite import check_finite
 from ..sampling.reuse import KeptLoops
 from ..sampling.run import Run
 
@@ -36,8 +36,8 @@ class Networks:
         self.device, self.dtype, self.stays = device, dtype, False
         self.networks: dict[str, nn.Module] = {}
         self.loops = KeptLoops()
-        self.driver = Driver(capture, loops=self.loops)
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self.driver = Driver(capture, loops=self.loops, dtype=dtype)
+        self._texts: dict[str, Tensor] = {}  # replaced, never changed: threads may read it
 
     # -- texts and pictures ------------------------------------------------------------------------
 
@@ -46,25 +46,25 @@ class Networks:
 
         Rows of the last texts are kept: a further call with them needs no text encoder. A
         UserWarning names words that it does not know, and texts that are longer than it reads.
+        Raises `NotFinite`, as `decoded` does.
         """
-        unknown = [text for text in dict.fromkeys(texts) if text not in self._texts]
 
         def encode(encoder: nn.Module) -> Tensor:
             run.report("text", 0, 1)
             _warn(encoder.tokenize, unknown)
             with run.timed("text", self.device), torch.inference_mode():
-                return encoder(encoder.tokenize(unknown).to(self.device))
+                rows = encoder(encoder.tokenize(unknown).to(self.device))
+                return check_finite(rows, "text phase", self.dtype)
 
-        if unknown:
+        # a call on another thread may drop rows from those kept, but none from these
+        known = {text: rows for text in texts if (rows := self._texts.get(text)) is not None}
+        if unknown := [text for text in dict.fromkeys(texts) if text not in known]:
             rows = self.with_network("text", run, encode)
-            self._texts.update(zip(unknown, rows.unbind(), strict=True))
+            known.update(zip(unknown, rows.unbind(), strict=True))
             run.report("text", 1, 1)
-        found = torch.stack([self._texts[text] for text in texts])
-        for text in texts:
-            self._texts.move_to_end(text)
-        while len(self._texts) > _TEXTS:
-            self._texts.popitem(last=False)
-        return found
+        others = [(text, rows) for text, rows in self._texts.items() if text not in known]
+        self._texts = dict([*others, *known.items()][-_TEXTS:])
+        return torch.stack([known[text] for text in texts])
 
     def decoded(self, latents: Tensor, run: Run, keep: bool = False) -> Tensor:
         """Clips [B, N, 3, H, W], nominally in -1..1, of latents as the autoencoder takes them."""
@@ -76,7 +76,10 @@ class Networks:
         def decode(autoencoder: nn.Module) -> Tensor:
             report(0, total)
             with run.timed("decode", self.device), torch.inference_mode():
-                return autoencoder.decode(latents, callback=report)
+                video = autoencoder.decode(latents, callback=report)
+                for done, frame in enumerate(video.flatten(0, 1), 1):
+                    check_finite(frame, f"decode phase, frame {done} of {total}", self.dtype)
+                return video
 
         return self.with_network("decode", run, decode, keep)
 

@@ -19,6 +19,7 @@ from ..diffusion.solvers import SolverTable
 from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
+from ..sampling.finite import check_finite
 from ..sampling.guidance import Condition, ModelSpec, Prompts, guided, prompted
 from ..sampling.run import Run
 from ..sampling.two_phase import Motion
@@ -147,7 +148,7 @@ class Session(Networks):
 
         def encode(autoencoder: nn.Module) -> Tensor:
             with run.timed("base", self.device), torch.inference_mode():
-                return autoencoder.encode(pictures)
+                return check_finite(autoencoder.encode(pictures), "encoder", self.dtype)
 
         return self.with_network("decode", run, encode, keep)
 

@@ -26,6 +26,7 @@ from ..diffusion.solvers import SolverTable
 from ..formats.text_to_video import TextToVideoModel, read_text_to_video
 from ..media.pictures import to_frames
 from ..names import AUTO
+from ..sampling.finite import check_given
 from ..sampling.guidance import Prompts
 from ..sampling.run import Callback, Run
 from ..sampling.windows import choose_windows
@@ -279,6 +280,7 @@ class TextToVideoPipeline(Pipeline):
         if latents.dim() != 5 or latents.shape[2] != channels or not latents.numel():
             found = list(latents.shape)
             raise ValueError(f"{name} must be [B, N, {channels}, h, w], not empty, got {found}")
+        check_given(**{name: latents})
         return tuple(latents.shape)
 
 

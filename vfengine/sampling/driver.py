@@ -6,7 +6,7 @@ its own, and keeps their loops between calls (reuse.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,12 +18,13 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Model
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
+from .finite import NotFinite, check_given
 from .guidance import ModelSpec
 from .interleaved import InterleavedLoop, InterleavedSpec
 from .loop import Loop, LoopSpec
 from .overlap import run_overlapped
 from .reuse import KeptLoops
-from .run import Run
+from .run import Callback, Run
 from .two_phase import BaseSpec, Motion, PathSpec, ResidualSpec
 
 
@@ -34,15 +35,23 @@ class Driver:
     backend: backend of the step's ops (vfengine/ops)
     loops:   keeps loops between calls: models are then given as `ModelSpec`s, and results are
              copies of the loops' buffers. None: every call makes its loops
+    dtype:   of the networks, for errors; None: that of the noise
 
     In pairs, the base phase's comes first. Raises what the networks raise; ValueError for λ,
-    windows or estimates that do not fit; RuntimeError for a step that cannot be captured.
+    windows or estimates that do not fit, and for noise or a base path that is not finite;
+    RuntimeError for a step that cannot be captured, and `NotFinite`, which is one, for a phase
+    whose numbers are not finite. A CPU's phase ends at that step. CUDA's is taken to its end, so
+    that nothing waits for the device before.
     """
 
     def __init__(
-        self, capture: bool = False, backend: str = "auto", loops: KeptLoops | None = None
+        self,
+        capture: bool = False,
+        backend: str = "auto",
+        loops: KeptLoops | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.capture, self.backend, self.loops = capture, backend, loops
+        self.capture, self.backend, self.loops, self.dtype = capture, backend, loops, dtype
 
     def base(
         self,
@@ -55,7 +64,7 @@ class Driver:
         """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
         spec = BaseSpec.of(noise, table, place, self.backend)
         with self._loop(spec, model) as loop:
-            self._run(loop, run, noise)
+            self._run(loop, run, base_noise=noise)
             return self._result(loop.states)
 
     def residual(
@@ -81,7 +90,7 @@ class Driver:
             if loop.states is not states:
                 with torch.inference_mode():
                     loop.states.copy_(states)
-            self._run(loop, run, noise)
+            self._run(loop, run, {"base path": states}, residual_noise=noise)
             return self._result(loop.u)
 
     def overlapped(
@@ -103,7 +112,9 @@ class Driver:
             with self._loop(spec, models[1]) as residual:
                 with run.phase(residual.phase, residual.device), torch.inference_mode():
                     run.report("base", 0, len(table))
-                    run_overlapped(base, residual, *noises, self.capture, run.report)
+                    given = {"base_noise": noises[0], "residual_noise": noises[1]}
+                    with self._watched(run, (base, residual), **given) as report:
+                        run_overlapped(base, residual, *noises, self.capture, report)
                 return self._result(residual.u), self._result(base.states)
 
     def interleaved(
@@ -125,7 +136,7 @@ class Driver:
             lam=motion.lam,
         )
         loop = InterleavedLoop(*models, spec)
-        self._run(loop, run, *noises)
+        self._run(loop, run, base_noise=noises[0], residual_noise=noises[1])
         return loop.z.to(spec.dtype)
 
     def video(
@@ -145,7 +156,7 @@ class Driver:
         motion = Motion(lam=0.0, windows=windows, loop=loop)
         spec = ResidualSpec.of(noise, table, place, self.backend, motion=motion)
         with self._loop(spec, model) as loop:
-            self._run(loop, run, noise)
+            self._run(loop, run, noise=noise)
             return self._result(loop.u)
 
     @contextmanager
@@ -159,13 +170,41 @@ class Driver:
             loop = spec.build(model)
         yield loop
 
-    def _run(self, loop: Loop, run: Run, *noise: Tensor) -> None:
-        """All steps of a loop, from its noise."""
+    def _run(
+        self, loop: Loop, run: Run, path: dict[str, Tensor] | None = None, **noise: Tensor
+    ) -> None:
+        """All steps of a loop, from its noise; path: what else it reads, by name."""
         with run.phase(loop.phase, loop.device), torch.inference_mode():
             stepper = loop.stepper(self.capture)
-            loop.start(*noise)
+            loop.start(*noise.values())
             run.report(loop.phase, 0, len(loop))
-            loop.run(stepper, run.report)
+            with self._watched(run, (loop,), **(path or {}), **noise) as report:
+                loop.run(stepper, report)
+
+    @contextmanager
+    def _watched(self, run: Run, loops: tuple[Loop, ...], **given: Tensor) -> Iterator[Callback]:
+        """What tells of the loops' steps, for the `with` block that takes them all.
+
+        given: what the loops begin with, to be named if it was not finite itself
+        """
+        on_cpu = [loop for loop in loops if loop.device.type == "cpu"]
+
+        def report(phase: str, done: int, total: int) -> None:
+            self._check(on_cpu, given)
+            run.report(phase, done, total)
+
+        yield report
+        for loop in loops:
+            loop.look(len(loop))
+        self._check(loops, given)
+
+    def _check(self, loops: Sequence[Loop], given: dict[str, Tensor]) -> None:
+        """`NotFinite` for the first loop that is not; ValueError if it began so."""
+        for loop in loops:
+            if (step := loop.first_not_finite()) is not None:
+                check_given(**given)
+                where = f"{loop.phase} phase, step {step} of {len(loop)}"
+                raise NotFinite(where, self.dtype or loop.dtype)
 
     def _result(self, buffer: Tensor) -> Tensor:
         """The buffer, or a copy of it if the loop is kept: its next run would overwrite it."""

@@ -68,6 +68,9 @@ class InterleavedLoop(Loop):
         parts = base_noise.to(self.state_dtype), residual_noise.to(self.state_dtype)
         self.z.copy_(combine(*parts, self.lam))
 
+    def sample(self, done: int) -> Tensor:
+        return self.z
+
     def step(self) -> None:
         # for t = T to 1 do
         row, z = self.counter, self.z

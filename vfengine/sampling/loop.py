@@ -83,6 +83,8 @@ class Loop:
         self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)  # steps done
         self.ticket = torch.zeros_like(self.counter)
         self.t = self.timesteps[:1].repeat(spec.shape[0])
+        # The least and the largest number of `sample` after a step, 0 where nothing was looked at.
+        self.extremes = torch.zeros(2, len(spec.table), dtype=self.state_dtype, device=self.device)
         self._captured: dict[int, CapturedStepper] = {}  # by the steps in a graph
         # Of its steps beside another loop's (overlap.py); gone when that loop is.
         self.beside: WeakKeyDictionary[Loop, CapturedStepper] = WeakKeyDictionary()
@@ -124,14 +126,30 @@ class Loop:
             stepper()
             self.report(callback, done, stepper.count)
 
+    def sample(self, done: int) -> Tensor:
+        """What `done` steps have made; once it is not finite, it stays so."""
+        raise NotImplementedError
+
+    def look(self, done: int) -> None:
+        """Notes the extremes of `sample(done)`, without waiting for the device."""
+        found = torch.stack(torch.aminmax(self.sample(done)))
+        self.extremes[:, done - 1] = found
+
+    def first_not_finite(self) -> int | None:
+        """The first step looked at after which `sample` was not finite; waits for the device."""
+        bad = (~self.extremes.isfinite()).any(0)
+        return int(bad.int().argmax()) + 1 if bool(bad.any()) else None
+
     def report(self, callback: Callback | None, done: int, count: int) -> None:
-        """Tells the callback, if there is one, of each of `count` steps after `done`."""
+        """Looks at what `count` steps after `done` made, and tells the callback of each."""
+        self.look(done + count)
         if callback is not None:
             for k in range(done, done + count):
                 callback(self.phase, k + 1, len(self))
 
     def _rewind(self) -> None:
         self.clock.rewind()
+        self.extremes.zero_()
 
 
 def steps_in_a_graph(total: int) -> int:

@@ -67,6 +67,9 @@ class BaseLoop(Loop):
         self.mix.clear()
         self.z.copy_(noise)  # z_m <- b
 
+    def sample(self, done: int) -> Tensor:
+        return self.states[done - 1 : None if done == len(self) else done]
+
     def step(self) -> None:
         z = self.z
         b = estimate("base_model", self.model, z.to(self.dtype), self.t)
@@ -197,6 +200,9 @@ class ResidualLoop(Loop):
         # z'_i at z_i = √λ_i b + √(1-λ_i) r_i is √λ_i d + √(1-λ_i) r_i
         d = self.states[0].expand(noise.shape[0], -1, -1, -1)
         self.u.copy_(combine(d, noise.to(d.dtype), self.lam))
+
+    def sample(self, done: int) -> Tensor:
+        return self.u
 
     def step(self) -> None:
         u = self.u

@@ -29,6 +29,7 @@ from ..pipelines.clip_settings import clip_settings, file_record, settings_text
 from ..pipelines.pipeline import CheckpointPipeline, Pipeline
 from ..pipelines.request import SamplingRequest, TextRequest, VideoRequest
 from ..pipelines.together import base_frame, sample_together
+from ..sampling.finite import NotFinite
 from .frames import read_source, reduced, write_png, write_sheet
 from .jobs import SOURCE, SPRITESHEET, THUMBNAIL, UPLOAD, Job, JobSettings
 from .store import Store
@@ -333,6 +334,8 @@ def explained(error: Exception) -> tuple[str, str]:
         return "out_of_memory", "not enough memory: try fewer frames"
     if isinstance(error, (ValueError, TypeError)):
         return "invalid_request", " ".join(str(error).split())
+    if isinstance(error, NotFinite):
+        return "server_error", str(error)
     return "server_error", f"the clip could not be made ({type(error).__name__})"
 
 
