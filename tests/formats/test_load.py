@@ -233,3 +233,24 @@ def test_calls_need_what_the_network_was_trained_with(case, without, message, tm
 def test_refuses_dtypes(cross):
     with pytest.raises(ValueError, match="dtype must be one of"):
         read_unet(cross, torch.int8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {**state, 7: torch.zeros(1)},
+        lambda state: {**state, "conv_in.bias": state["conv_in.bias"].to_sparse()},
+        lambda state: {**state, "conv_in.bias": state["conv_in.bias"].to("meta")},
+        lambda state: {**state, "conv_in.bias": [1.0]},
+        lambda state: {**state, "conv_in.bias": None},
+        lambda state: [*state.values()],
+    ],
+)
+def test_pickles_of_other_things_are_refused(change, tmp_path):
+    peer = peer_of("plain")
+    peer.save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "diffusion_pytorch_model.bin"
+    assert read_unet(tmp_path)
+    torch.save(change(peer.state_dict()), file)
+    with pytest.raises(ValueError, match=r"model\.bin (is not a dict of|has .* no dense) tensors"):
+        read_unet(tmp_path)

@@ -204,6 +204,16 @@ def test_rejects_texts_that_are_none():
             ours()(texts)
 
 
+VOCABULARY = '{"a": 1, "b": 2, "ab": 3, "<|startoftext|>": 4, "<|endoftext|>": 5}'
+SPECIAL = {"vocab.json": VOCABULARY, "merges.txt": "a b"}
+
+
+def test_a_small_vocabulary_is_read(tmp_path):
+    for name, content in SPECIAL.items():
+        (tmp_path / name).write_text(content)
+    assert read_tokenizer(tmp_path).ids == (4, 5, 5)
+
+
 @pytest.mark.parametrize(
     ("files", "error", "words"),
     [
@@ -213,6 +223,29 @@ def test_rejects_texts_that_are_none():
         ({"vocab.json": '{"a": 1}', "merges.txt": ""}, ValueError, "no vocabulary of byte pairs"),
         ({"vocab.json": '{"a": "b"}', "merges.txt": "a b"}, ValueError, "no vocabulary of byte"),
         ({"tokenizer.json": '{"model": 3}'}, ValueError, "no vocabulary of byte pairs"),
+        ({"tokenizer.json": '{"model": {"vocab": {}, "merges": 3}}'}, ValueError, "no vocabulary"),
+        (
+            {"tokenizer.json": '{"model": {"vocab": {}, "merges": [1]}}'},
+            ValueError,
+            "no vocabulary",
+        ),
+        (
+            {"tokenizer.json": '{"model": {"vocab": {}, "merges": [["a", 1]]}}'},
+            ValueError,
+            "no vocabulary",
+        ),
+        (SPECIAL | {"merges.txt": "a x"}, ValueError, "cannot be used (Error while"),
+        (SPECIAL | {"vocab.json": VOCABULARY.replace("1", "-1")}, ValueError, "cannot be used ("),
+        (
+            SPECIAL | {"tokenizer_config.json": '{"extra_special_tokens": 7}'},
+            ValueError,
+            "special tokens of another form",
+        ),
+        (
+            SPECIAL | {"tokenizer_config.json": '{"added_tokens_decoder": [[]]}'},
+            ValueError,
+            "special tokens of another form",
+        ),
         (
             {"vocab.json": '{"a": 1}', "merges.txt": "a b"},
             ValueError,

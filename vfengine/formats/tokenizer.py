@@ -107,14 +107,21 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
     length = config.get("model_max_length", 77)
     if type(length) is not int or not 3 <= length <= 2**16:
         raise ValueError(f"{folder}: model_max_length = {length} is no number of tokens")
-    named, special = _special_tokens(folder, config, whole)
+    try:
+        named, special = _special_tokens(folder, config, whole)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: special tokens of another form ({error!r})") from error
     for token in special:
         if token["content"] not in vocabulary:
             raise ValueError(
                 f"{folder}: special token {token['content']!r} is not in its vocabulary"
             )
     library = _library()
-    encoder = _encoder(library, vocabulary, merges, named["unk_token"])
+    try:
+        encoder = _encoder(library, vocabulary, merges, named["unk_token"])
+        encoder.add_tokens([library.AddedToken(**token) for token in special])
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{folder}: its tokenizer cannot be used ({error})") from error
     rules, split = library.normalizers, library.pre_tokenizers
     spaces = rules.Replace(library.Regex(r"\s+"), " ")
     encoder.normalizer = rules.Sequence([rules.NFC(), spaces, rules.Lowercase()])
@@ -122,7 +129,6 @@ def read_tokenizer(folder: Path) -> ClipTokenizer:
     by_word = split.Split(pattern, behavior="removed", invert=True)
     # ByteLevel splits words once more, by GPT-2's pattern
     encoder.pre_tokenizer = split.Sequence([by_word, split.ByteLevel(add_prefix_space=False)])
-    encoder.add_tokens([library.AddedToken(**token) for token in special])
     ids = tuple(vocabulary[named[name]] for name in ("bos_token", "eos_token", "pad_token"))
     return ClipTokenizer(encoder, ids, length)
 
@@ -203,11 +209,17 @@ def _stored(folder: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int], lis
         raise FileNotFoundError(
             f"no tokenizer in {folder}: neither vocab.json and merges.txt nor tokenizer.json"
         )
-    merges = [pair.split() if isinstance(pair, str) else pair for pair in merges or ()]
+    merges = merges if isinstance(merges, list) else []
+    merges = [pair.split() if isinstance(pair, str) else pair for pair in merges]
     fits = isinstance(vocabulary, dict) and all(type(n) is int for n in vocabulary.values())
-    if not fits or not merges or not all(len(pair) == 2 for pair in merges):
+    if not fits or not merges or not all(map(_is_pair, merges)):
         raise ValueError(f"{folder}: its tokenizer has no vocabulary of byte pairs")
     return vocabulary, [tuple(pair) for pair in merges]
+
+
+def _is_pair(value: object) -> bool:
+    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return texts and len(value) == 2
 
 
 def _byte_symbols() -> list[str]:
