@@ -55,3 +55,9 @@ class Clock(NamedTuple):
             num_steps=len(self.timesteps),
             samples=len(self.t),
         )
+
+
+def check_clock(op: str, clock: Clock) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(clock, Clock):
+        raise TypeError(f"{op}: clock must be a Clock, got {type(clock).__name__}")

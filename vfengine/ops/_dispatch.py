@@ -164,14 +164,31 @@ def unobserved(tensor: Tensor) -> bool:
     )
 
 
-def check_kinds(op: str, tensors: dict[str, Tensor], **numbers: float) -> None:
-    """Raise TypeError unless these are tensors, and these numbers."""
+def check_kinds(op: str, tensors: dict[str, Tensor], **others: object) -> None:
+    """Raise TypeError unless these are tensors, and the others what `_OTHERS` says of their names.
+
+    ValueError for a tensor without strides, such as a sparse one, and for an int beyond an int64.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{op}: {name} must be a number, got {type(number).__name__}")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{op}: {name} must be strided, got {tensor.layout}")
+    for name, value in others.items():
+        words, kinds = _OTHERS.get(name, _NUMBER)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise TypeError(f"{op}: {name} must be {words}, got {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{op}: {name} must be an int64, got {value}")
+
+
+_NUMBER = ("a number", (int, float))
+_OTHERS = {
+    **dict.fromkeys(("num_groups", "num_heads", "num_frames", "base_frame"), ("an int", (int,))),
+    **dict.fromkeys(("stride", "upsample"), ("an int", (int,))),
+    **dict.fromkeys(("silu", "gated", "conditioned"), ("True or False", (bool,))),
+    "backend": ("a str", (str,)),
+}
 
 
 def check_no_grad(op: str, *tensors: Tensor | None) -> None:

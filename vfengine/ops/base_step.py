@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from vfengine.ops._clock import Clock
+from vfengine.ops._clock import Clock, check_clock
 from vfengine.ops._dispatch import (
     address,
     check_kinds,
@@ -63,19 +63,22 @@ def base_step(
     Returns z, with the same bits from every kernel. Raises as `decomposed_step` does; on CUDA a
     step outside coeffs, and σ > 0 without a seed, write NaN into z.
     """
+    mixed = b if mixed is None else mixed
+    check_clock(_NAME, clock)
+    tensors = {"z": z, "b": b, "states": states, "noise_levels": noise_levels, "coeffs": coeffs}
+    check_kinds(_NAME, {**tensors, "mixed": mixed, **clock._asdict()}, backend=backend)
+    check_place(_NAME, sample_offset=sample_offset)
+    key = None if seed is None else signed_seed(check_seed(seed, "seed"))
     exact = z.dtype == torch.float64
     kernel = "reference" if exact else choose_backend(_NAME, backend, z.device)
-    mixed = b if mixed is None else mixed
     if kernel in ("cpu", "reference"):
+        _check(*tensors.values(), *clock, mixed, dtype=torch.float64 if exact else torch.float32)
+        _check_overlap(z, b, mixed, states)
         ops = (
             step_op(remove_base, remove_base_reference, z.dtype, backend),
             step_op(decomposed_step, decomposed_step_reference, z.dtype, backend),
         )
         return _composed(ops, z, b, states, noise_levels, coeffs, clock, mixed, seed, sample_offset)
-    tensors = {"z": z, "b": b, "states": states, "noise_levels": noise_levels, "coeffs": coeffs}
-    check_kinds(_NAME, {**tensors, "mixed": mixed, **clock._asdict()})
-    check_place(_NAME, sample_offset=sample_offset)
-    key = None if seed is None else signed_seed(check_seed(seed, "seed"))
     _OP(*tensors.values(), *clock, mixed, key, sample_offset, kernel)
     return z
 
@@ -119,8 +122,7 @@ def _run(
     clock = Clock(counter, ticket, timesteps, t)
     _check(z, b, states, noise_levels, coeffs, *clock, mixed)
     increment_version((z, states, counter, ticket, t))
-    check_overlap(_NAME, z, {"b": b, "mixed": mixed, "states": states})
-    check_overlap(_NAME, states, {"b": b, "mixed": mixed})
+    _check_overlap(z, b, mixed, states)
     seed = None if seed is None else unsigned_seed(seed)
     if backend == "triton":
         from vfengine.kernels.base_step import launch_base_step
@@ -146,7 +148,25 @@ def _run(
     )
 
 
-def _check(z, b, states, noise_levels, coeffs, counter, ticket, timesteps, t, mixed, *_) -> None:
+def _check_overlap(z: Tensor, b: Tensor, mixed: Tensor, states: Tensor) -> None:
+    check_overlap(_NAME, z, {"b": b, "mixed": mixed, "states": states})
+    check_overlap(_NAME, states, {"b": b, "mixed": mixed})
+
+
+def _check(
+    z,
+    b,
+    states,
+    noise_levels,
+    coeffs,
+    counter,
+    ticket,
+    timesteps,
+    t,
+    mixed,
+    *_,
+    dtype=torch.float32,
+) -> None:
     """Raise unless dtypes, shapes, strides and devices fit; looks at no memory."""
     if z.ndim != 4 or z.numel() == 0:
         raise ValueError(f"{_NAME}: z must be [B, C, H, W] and not empty, got {list(z.shape)}")
@@ -160,7 +180,7 @@ def _check(z, b, states, noise_levels, coeffs, counter, ticket, timesteps, t, mi
         ("noise_levels", noise_levels, (num_steps,)),
         ("coeffs", coeffs, (num_steps, 3)),
     ):
-        check_tensor(_NAME, name, tensor, expected, torch.float32, device)
+        check_tensor(_NAME, name, tensor, expected, dtype, device)
     check_no_grad(_NAME, z, b, states, noise_levels, coeffs, mixed)
 
 

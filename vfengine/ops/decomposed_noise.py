@@ -77,7 +77,7 @@ def decomposed_noise(
     Returns out. Raises TypeError for a dtype or a seed that is no int; ValueError for a shape,
     stride, device, backend or number it cannot take, and for tensors that autograd records.
     """
-    check_kinds(_NAME, {"out": out})
+    check_kinds(_NAME, {"out": out}, backend=backend)
     for name, seed in (("base_seed", base_seed), ("residual_seed", residual_seed)):
         if seed is not None:
             check_seed(seed, name)

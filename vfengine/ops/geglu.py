@@ -37,7 +37,7 @@ def geglu(x: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Ten
     Raises TypeError for a dtype, ValueError for a shape, strides, device or shared memory that the
     kernels cannot take, and under autograd: the op has no derivative.
     """
-    check_kinds(_NAME, {"x": x} if out is None else {"x": x, "out": out})
+    check_kinds(_NAME, {"x": x} if out is None else {"x": x, "out": out}, backend=backend)
     if out is None:
         out = x.new_empty(_out_shape(x))
     _OP(x, backend, out)

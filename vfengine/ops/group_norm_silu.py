@@ -65,7 +65,8 @@ def group_norm_silu(
     Raises TypeError for a dtype, ValueError for a shape, layout, device or shared memory that the
     kernels cannot take, and under autograd: the op has no derivative.
     """
-    check_kinds(_NAME, {"x": x}, num_groups=num_groups, eps=eps, num_frames=num_frames)
+    others = {"num_groups": num_groups, "eps": eps, "num_frames": num_frames, "silu": silu}
+    check_kinds(_NAME, {"x": x}, **others, backend=backend)
     given = {"second": second, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
     given["out"] = out
     check_kinds(_NAME, {name: t for name, t in given.items() if t is not None})

@@ -87,7 +87,8 @@ def implicit_gemm(
     tensors = {"bias": bias, "second": second, "shift": shift, "residual": residual}
     tensors |= {"coefficients": coefficients, "out": out}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    check_kinds(_NAME, {"x": x, "weight": weight, **given}, stride=stride, upsample=upsample)
+    others = {"stride": stride, "upsample": upsample, "silu": silu, "gated": gated}
+    check_kinds(_NAME, {"x": x, "weight": weight, **given}, **others, backend=backend)
     if out is None:
         shape = _out_shape(x, weight, stride, padding, upsample, gated)
         out = x.new_empty(shape, dtype=x.dtype if out_dtype is None else out_dtype)

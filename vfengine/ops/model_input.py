@@ -53,7 +53,8 @@ def model_input(
     Raises TypeError for a dtype, ValueError for a shape, strides, device or shared memory that the
     kernel cannot take, and under autograd: the op has no derivative.
     """
-    check_kinds(_NAME, {"z": z, "coeffs": coeffs, "step": step, "out": out})
+    tensors = {"z": z, "coeffs": coeffs, "step": step, "out": out}
+    check_kinds(_NAME, tensors, conditioned=conditioned, backend=backend)
     _OP(z, coeffs, step, conditioned, backend, out)
     return out
 

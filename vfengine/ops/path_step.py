@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from vfengine.ops._clock import Clock
+from vfengine.ops._clock import Clock, check_clock
 from vfengine.ops._dispatch import (
     DTYPE_NUMBERS,
     address,
@@ -69,18 +69,22 @@ def path_step(
     Returns u, with the same bits from every kernel. Raises as `residual_step` does; on CUDA a step
     outside coeffs, λ outside [0, 1], and σ > 0 without a seed write NaN.
     """
+    check_clock(_NAME, clock)
+    tensors = {"u": u, "r": r, "lam": lam, "coeffs": coeffs, **clock._asdict()}
+    optional = {"states": states, "c1": c1}
+    given = tensors | {k: v for k, v in optional.items() if v is not None}
+    check_kinds(_NAME, given, base_frame=base_frame, backend=backend)
     place = {"sample_offset": sample_offset, "frame_offset": frame_offset}
+    check_place(_NAME, **place)
+    key = None if seed is None else signed_seed(check_seed(seed, "seed"))
     exact = torch.float64 in (u.dtype, None if states is None else states.dtype)
     kernel = "reference" if exact else choose_backend(_NAME, backend, u.device)
     if kernel in ("cpu", "reference"):
+        _check(u, r, lam, coeffs, *clock, states, c1, base_frame, exact=exact)
+        _check_overlap(u, r, lam, coeffs, states)
         step = step_op(residual_step, residual_step_reference, u.dtype, backend)
         noise = {"seed": seed, **place}
         return _composed(step, u, r, lam, coeffs, clock, states, c1, base_frame, noise)
-    tensors = {"u": u, "r": r, "lam": lam, "coeffs": coeffs, **clock._asdict()}
-    optional = {"states": states, "c1": c1}
-    check_kinds(_NAME, tensors | {k: v for k, v in optional.items() if v is not None})
-    check_place(_NAME, **place)
-    key = None if seed is None else signed_seed(check_seed(seed, "seed"))
     _OP(u, r, lam, coeffs, *clock, states, c1, base_frame, key, *place.values(), kernel)
     return u
 
@@ -126,8 +130,7 @@ def _run(
     clock = Clock(counter, ticket, timesteps, t)
     _check(u, r, lam, coeffs, *clock, states, c1, base_frame)
     increment_version((u, counter, ticket, t))
-    inputs = {"r": r, "lam": lam, "coeffs": coeffs, "states": states}
-    check_overlap(_NAME, u, inputs)
+    _check_overlap(u, r, lam, coeffs, states)
     seed = None if seed is None else unsigned_seed(seed)
     place = {"sample_offset": sample_offset, "frame_offset": frame_offset}
     if backend == "triton":
@@ -165,9 +168,32 @@ def _run(
     run_native(_NAME, backend, u, clip=clip, path=path, clock=clock.args())
 
 
-def _check(u, r, lam, coeffs, counter, ticket, timesteps, t, states, c1, base_frame, *_) -> None:
-    """Raise unless dtypes, shapes, strides and devices fit; looks at no memory."""
-    check_dtype(_NAME, "u", u)
+def _check_overlap(u: Tensor, r: Tensor, lam: Tensor, coeffs: Tensor, states: Tensor | None):
+    check_overlap(_NAME, u, {"r": r, "lam": lam, "coeffs": coeffs, "states": states})
+
+
+def _check(
+    u,
+    r,
+    lam,
+    coeffs,
+    counter,
+    ticket,
+    timesteps,
+    t,
+    states,
+    c1,
+    base_frame,
+    *_,
+    exact=False,
+) -> None:
+    """Raise unless dtypes, shapes, strides and devices fit; looks at no memory.
+
+    exact: whether u, or the path, may be float64, and then coeffs as u
+    """
+    wide = exact and u.dtype == torch.float64
+    if not wide:
+        check_dtype(_NAME, "u", u)
     if u.ndim != 5 or u.numel() == 0:
         raise ValueError(f"{_NAME}: u must be [B, N, C, H, W] and not empty, got {list(u.shape)}")
     (batch, frames, *image), device = u.shape, u.device
@@ -176,11 +202,13 @@ def _check(u, r, lam, coeffs, counter, ticket, timesteps, t, states, c1, base_fr
     check_tensor(_NAME, "u", u, u.shape, u.dtype, device)
     check_tensor(_NAME, "r", r, u.shape, u.dtype, device)
     check_tensor(_NAME, "lam", lam, (frames,), torch.float32, device)
-    check_tensor(_NAME, "coeffs", coeffs, (num_steps, 3), torch.float32, device)
+    solver = torch.float64 if wide else torch.float32
+    check_tensor(_NAME, "coeffs", coeffs, (num_steps, 3), solver, device)
     if states is not None:
         path_batch = states.shape[1] if states.ndim == 5 and states.shape[1] == 1 else batch
         shape = (num_steps + 1, path_batch, *image)
-        check_tensor(_NAME, "states", states, shape, torch.float32, device)
+        path = states.dtype if exact and states.dtype == torch.float64 else torch.float32
+        check_tensor(_NAME, "states", states, shape, path, device)
     if c1 is not None:
         check_tensor(_NAME, "c1", c1, (num_steps,), torch.float64, device)
     if not 0 <= base_frame < frames:

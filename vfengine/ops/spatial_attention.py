@@ -55,7 +55,8 @@ def spatial_attention(
     kernels cannot take, and under autograd: the op has no derivative.
     """
     tensors = {"q": q, "k": k, "v": v}
-    check_kinds(_NAME, tensors if out is None else {**tensors, "out": out}, num_heads=num_heads)
+    given = tensors if out is None else {**tensors, "out": out}
+    check_kinds(_NAME, given, num_heads=num_heads, backend=backend)
     if out is None:
         out = q.new_empty(q.shape)
     _OP(q, k, v, num_heads, backend, out)
