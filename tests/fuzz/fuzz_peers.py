@@ -19,7 +19,8 @@ from fuzz_files import Files, contents, damaged_file, written
 from published_folders import ldm_state, open_clip_state, unet_state
 from seeded import filled, normal
 
-from vfengine.formats.load import load_autoencoder, load_text_encoder, load_unet, read_scheduler
+from vfengine.formats.load import find_text_encoder, load_autoencoder, load_unet
+from vfengine.formats.published import read_json
 from vfengine.formats.scheduler import diffusers_schedule
 from vfengine.formats.tokenizer import read_tokenizer
 
@@ -55,6 +56,7 @@ def peers() -> dict[str, Files]:
             sample_size=8,
         )
     )
+    wide = test_text_encoder.peer_of("heads of 64")
     deep = test_peers.peer_of("video, odd size")
     ldm = {f"first_stage_model.{name}": value for name, value in ldm_state(vae).items()}
     clip = _saved(text)
@@ -69,14 +71,14 @@ def peers() -> dict[str, Files]:
         "vae": _saved(vae),
         "vae ldm": {"vae.ckpt": _pickled({"state_dict": ldm})},
         "text": clip,
-        "text open_clip": {"clip.bin": _pickled(open_clip_state(text))},
+        "text open_clip": {"clip.bin": _pickled(open_clip_state(wide))},
         "tokenizer": {
             "vocab.json": json.dumps(vocabulary).encode(),
             "merges.txt": b"#version: 0.2\na b</w>\n",
             "tokenizer_config.json": json.dumps({**special, "model_max_length": 8}).encode(),
             "special_tokens_map.json": json.dumps(special).encode(),
         },
-        "scheduler ddim": _saved(DDIMScheduler()),
+        "scheduler ddim": _saved(DDIMScheduler(clip_sample=False)),
         "scheduler dpm": _saved(DPMSolverMultistepScheduler(num_train_timesteps=50)),
     }
 
@@ -144,7 +146,7 @@ def _run_autoencoder(source: Path) -> None:
 
 
 def _run_text_encoder(source: Path) -> None:
-    encoder = load_text_encoder(source, torch.float32)
+    encoder = find_text_encoder(source).read(torch.float32, "cpu")
     config = encoder.config
     out = encoder(torch.zeros(2, min(5, config.max_length), dtype=torch.int64))
     assert out.shape == (2, min(5, config.max_length), config.width), out.shape
@@ -158,7 +160,7 @@ def _run_tokenizer(folder: Path) -> None:
 
 
 def _run_scheduler(folder: Path) -> None:
-    values = read_scheduler(folder)
+    values = read_json(folder / "scheduler_config.json")
     table = diffusers_schedule(values).table("ddim", 5)
     assert bool(table.coeffs.isfinite().all()), f"{values}: coefficients are not finite"
 

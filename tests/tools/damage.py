@@ -46,7 +46,7 @@ def odd_value(chance: random.Random, like: Any) -> Any:
             (like + 1, like - 1, -like, 2 * like, like // 2, float(like), f"{like}")
         )
     if isinstance(like, float):
-        return chance.choice((like / 2, -like, like * 1e6, round(like), str(like)))
+        return chance.choice((like / 2, -like, like * 1e6, like // 1, str(like)))
     if isinstance(like, str):
         return chance.choice((like[:-1], like + "x", like.upper(), [like], like * 2))
     if isinstance(like, list):
