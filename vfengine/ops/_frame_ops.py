@@ -208,4 +208,4 @@ def guided(r: Tensor, r_uncond: Tensor | None, guidance_scale: float, dtype: tor
     """The residual estimate in dtype, for references."""
     if r_uncond is None:
         return r.to(dtype)
-    return r_uncond.to(dtype) + guidance_scale * (r.to(dtype) - r_uncond.to(dtype))
+    return r_uncond.to(dtype) + float(guidance_scale) * (r.to(dtype) - r_uncond.to(dtype))

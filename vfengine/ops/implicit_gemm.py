@@ -89,6 +89,8 @@ def implicit_gemm(
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     others = {"stride": stride, "upsample": upsample, "silu": silu, "gated": gated}
     check_kinds(_NAME, {"x": x, "weight": weight, **given}, **others, backend=backend)
+    if not isinstance(padding, (tuple, list)) or [type(n) for n in padding] != [int, int]:
+        raise TypeError(f"{_NAME}: padding must be two ints, got {padding!r}")
     if out is None:
         shape = _out_shape(x, weight, stride, padding, upsample, gated)
         out = x.new_empty(shape, dtype=x.dtype if out_dtype is None else out_dtype)

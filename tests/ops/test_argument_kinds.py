@@ -1,0 +1,61 @@
+"""Arguments of another kind are refused by name, by every op and on every backend."""
+
+import random
+
+import fuzz_ops
+import pytest
+import torch
+
+from vfengine import ops
+
+NAMES = sorted(fuzz_ops.OPS.keys() - {"attend"})
+BACKENDS = {name: fuzz_ops.OPS[name][2] for name in NAMES}
+COUNTS = ("num_groups", "num_heads", "num_frames", "stride", "upsample", "base_frame")
+SWITCHES = ("silu", "gated", "conditioned")
+
+
+def arguments(name: str) -> dict:
+    return fuzz_ops.OPS[name][0](fuzz_ops.Draw(random.Random(3)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kinds_of_arguments(name):
+    op = getattr(ops, name)
+    for backend in BACKENDS[name]:
+        assert isinstance(op(**arguments(name), backend=backend), torch.Tensor)
+        for argument, value in arguments(name).items():
+            others = [(object(), (TypeError, ValueError), argument)]
+            if isinstance(value, torch.Tensor):
+                others += [(value.tolist(), TypeError, argument)]
+                others += [(value.to_sparse(), ValueError, f"{argument} must be strided")]
+            elif argument in COUNTS:
+                others += [(str(value), TypeError, f"{argument} must be an int")]
+                others += [(2**64, ValueError, f"{argument} must be an int64")]
+            elif argument in SWITCHES:
+                others += [("yes", TypeError, f"{argument} must be True or False")]
+            for other, error, words in others:
+                with pytest.raises(error, match=words):
+                    op(**{**arguments(name), argument: other}, backend=backend)
+    for backend in (None, 3, ["cpu"]):
+        with pytest.raises(TypeError, match=f"{name}: backend must be a str"):
+            op(**arguments(name), backend=backend)
+    with pytest.raises(ValueError, match="backend='fast' is unknown"):
+        op(**arguments(name), backend="fast")
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("name", ["base_step", "path_step"])
+def test_steps_along_a_path_check_it_on_a_cpu(name, backend):
+    op, given = getattr(ops, name), arguments(name)
+    clip = given["z" if name == "base_step" else "u"]
+    steps = len(given["clock"].timesteps)
+    batch = clip.shape[0]
+    good = torch.zeros(steps + 1, batch, *clip.shape[-3:])
+    assert op(**{**given, "states": good}, backend=backend) is clip
+    given = arguments(name)
+    for states in (good[1:], good[0], good.half(), good.transpose(-1, -2)[..., :0], good[:, :, :0]):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: states must be"):
+            op(**{**given, "states": states}, backend=backend)
+    other = given["clock"]._replace(t=torch.zeros(batch + 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"{name}: t must be"):
+        op(**{**given, "clock": other}, backend=backend)
