@@ -86,9 +86,11 @@ def main(
     def run() -> None:
         settings = bench_parser(program).parse_args(argv)
         result = measure(settings, started)
-        if settings.json is not None:
-            _write_json(Path(settings.json), result)
-        say(table(result))
+        try:
+            if settings.json is not None:
+                _write_json(Path(settings.json), result)
+        finally:
+            say(table(result))
 
     return ended(run, short_name(program), less_memory="fewer frames or --dtype bf16")
 

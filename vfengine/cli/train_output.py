@@ -36,8 +36,9 @@ class Output:
         try:
             while line:
                 line = line[os.write(self._log, line) :]
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._log, end)
+            error.filename = str(self.state.with_name(LOG))
             raise
 
     def save(self, training) -> None:
