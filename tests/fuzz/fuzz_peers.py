@@ -43,22 +43,30 @@ def _pickled(value: object) -> bytes:
 @functools.cache
 def peers() -> dict[str, Files]:
     """Small folders of every form; the name's first word is what they hold."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        UNet3DConditionModel,
+    )
 
     video, text = test_peers.peer_of("video"), test_text_encoder.peer_of("gelu")
-    vae = filled(
-        AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=8,
+    vae, wide_vae = (
+        filled(
+            AutoencoderKL(
+                block_out_channels=widths,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                layers_per_block=1,
+                norm_num_groups=widths[0] // 2,
+            )
         )
+        for widths in ((8, 16), (64, 64))
     )
     wide = test_text_encoder.peer_of("heads of 64")
-    deep = test_peers.peer_of("video, odd size")
-    ldm = {f"first_stage_model.{name}": value for name, value in ldm_state(vae).items()}
+    entries = {"block_out_channels": (32, 64), "norm_num_groups": 32, "layers_per_block": 2}
+    deep = filled(UNet3DConditionModel(**{**test_peers.SHAPE_3D, **entries}))
+    ldm = {f"first_stage_model.{name}": value for name, value in ldm_state(wide_vae).items()}
     clip = _saved(text)
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
     vocabulary = {word: number for number, word in enumerate(WORDS)}
@@ -99,7 +107,7 @@ def _pickle_of_others(chance: random.Random, content: bytes) -> bytes:
                 *(value.to(torch.complex64), value[..., :0] if value.ndim else value),
                 *(value.transpose(0, -1) if value.ndim else value, torch.tensor(0.5)),
                 *(value.to("meta"), value.to_sparse() if value.ndim else value, None, "x", [value]),
-                *(value * float("nan"), torch.nn.Parameter(value), {"a": value}),
+                *(value * float("nan"), torch.nn.Parameter(value.float()), {"a": value}),
             )
         )
         if chance.random() < 0.1:

@@ -46,13 +46,16 @@ def build() -> Path:
 
 def main(argv: list[str]) -> int:
     module = build()
-    asan = subprocess.run(
-        ["c++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    libraries = [
+        subprocess.run(
+            ["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the latter: whose exceptions ASan watches
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{module}:{ROOT}",
-        "LD_PRELOAD": asan,
+        "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:handle_abort=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",

@@ -10,7 +10,7 @@ from vfengine import ops
 
 NAMES = sorted(fuzz_ops.OPS.keys() - {"attend"})
 BACKENDS = {name: fuzz_ops.OPS[name][2] for name in NAMES}
-COUNTS = ("num_groups", "num_heads", "num_frames", "stride", "upsample", "base_frame")
+COUNTS = ("num_groups", "num_heads", "num_frames", "base_frame")
 SWITCHES = ("silu", "gated", "conditioned")
 
 

@@ -189,5 +189,5 @@ def model_cfg_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "unet_num_heads": _HEADS,
             "unet_head_dim": shapes["input_blocks.0.1.proj_in.weight"][0] // _HEADS,
         }
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"not a ModelScope text-to-video UNet: no {error}") from error

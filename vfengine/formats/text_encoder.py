@@ -117,7 +117,7 @@ def open_clip_weights(weights: StoredWeights, config: TextEncoderConfig) -> Stor
     for name, shape in weights.shapes.items():
         block = name.removeprefix(_BLOCKS).partition(".")[0]
         used = name.startswith(_BLOCKS) and block.isdecimal() and int(block) < config.num_layers
-        if ".attn.in_proj_" in name and used and shape[0] % 3 == 0:
+        if ".attn.in_proj_" in name and used and shape and shape[0] % 3 == 0:
             shapes |= {f"{name}.{part}": (shape[0] // 3, *shape[1:]) for part in "qkv"}
         elif (
             used

@@ -185,7 +185,6 @@ def check_kinds(op: str, tensors: dict[str, Tensor], **others: object) -> None:
 _NUMBER = ("a number", (int, float))
 _OTHERS = {
     **dict.fromkeys(("num_groups", "num_heads", "num_frames", "base_frame"), ("an int", (int,))),
-    **dict.fromkeys(("stride", "upsample"), ("an int", (int,))),
     **dict.fromkeys(("silu", "gated", "conditioned"), ("True or False", (bool,))),
     "backend": ("a str", (str,)),
 }
