@@ -1,4 +1,4 @@
-.PHONY: install test settings bench report gpu-check gpu-report lint clean
+.PHONY: install test fuzz settings bench report gpu-check gpu-report lint clean
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -7,6 +7,10 @@ install:
 
 test:
 	pytest -n 2 --dist worksteal
+
+# Thousands of random command lines, files, networks and arguments (tests/fuzz/fuzz.py); hours.
+fuzz:
+	OMP_NUM_THREADS=1 python tests/fuzz/fuzz.py all --cases 10000 --seed 1
 
 # Writes docs/settings.md from the tables of settings.
 settings:

@@ -200,7 +200,15 @@ def _damaged_npy(chance: random.Random, content: bytes) -> bytes:
     other = chance.choice(
         (
             *(rows.astype(np.float16), rows.astype(">f8"), rows.astype(np.int32), rows[0]),
-            *(rows[:0], rows[:1], rows[:, :1], rows * np.inf, rows * 1e300, rows * 0, rows[None]),
+            *(
+                rows[:0],
+                rows[:1],
+                rows[:, :1],
+                rows * np.inf,
+                rows.astype(float) * 1e300,
+                rows * 0,
+                rows[None],
+            ),
             *(rows.astype(np.longdouble), rows.astype(complex), rows.astype(str), rows.T),
             np.zeros(3, [("a", "f4")]),
         )

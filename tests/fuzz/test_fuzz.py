@@ -1,5 +1,7 @@
 """A few random cases of every target, which hypothesis makes smaller where one fails."""
 
+import ctypes
+
 import fuzz
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 # Cases of each; more of what costs a millisecond.
-EXAMPLES = {"ops": 60, "trajectories": 40, "configs": 25, "plans": 12, "peers": 20}
+EXAMPLES = {"ops": 40, "trajectories": 40, "configs": 25, "plans": 6, "peers": 20}
 
 
 @pytest.fixture
@@ -45,9 +47,6 @@ def odd_case(chance, folder):
     if way == "wrong":
         raise KeyError("x")
     if way == "crash":
-        torch.ops.aten.empty  # noqa: B018  a child that uses torch may crash as well
-        import ctypes
-
         ctypes.string_at(0)
     if way == "hang":
         while True:
