@@ -74,6 +74,20 @@ def test_folder_that_cannot_be_written_to_is_found_before_sampling(cli, monkeypa
     )
 
 
+def test_a_clip_in_the_place_of_the_base_cache(cli, monkeypatch):
+    folder = str(os.getcwd())
+    with monkeypatch.context() as patch:
+        for phase in ("base", "residual", "overlapped"):
+            patch.setattr(Driver, phase, None)
+        for cache in ("a.webp", "./a.webp", f"{folder}/a.webp", "a.webp/cache"):
+            result = cli(*WALK, "--output", "a.webp", "--base-cache", cache)
+            assert refused(result, "a.webp: cannot be a clip and hold --base-cache")
+        result = cli(*WALK, "--output", "b.webp", "--num-videos", 2, "--base-cache", "b-001.webp")
+        assert refused(result, "b-001.webp: cannot be a clip")
+    assert os.listdir() == []
+    assert cli(*WALK, "--output", "a.webp", "--base-cache", ".", "--quiet") == (0, "", "")
+
+
 def test_a_numbered_file_that_is_a_folder(cli):
     os.mkdir("a-001.mp4")
     result = cli("--label", "walk", "--num-videos", 2, "--output", "a.mp4")

@@ -41,7 +41,7 @@ def odd_value(chance: random.Random, like: Any) -> Any:
         return copy.deepcopy(chance.choice(ODD))
     if isinstance(like, bool):
         return not like
-    if isinstance(like, int):
+    if isinstance(like, int) and abs(like) < 2**64:
         return chance.choice(
             (like + 1, like - 1, -like, 2 * like, like // 2, float(like), f"{like}")
         )

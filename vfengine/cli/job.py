@@ -102,6 +102,11 @@ def prepare(settings: argparse.Namespace, pipe: Pipeline, makes_folders: bool = 
     settings = _complete(settings, pipe)
     request = (_text_request if _takes_text(pipe) else _request)(settings, pipe)
     targets = check_outputs(Path(settings.output), request.num_clips, makes_folders)
+    if settings.base_cache is not None:
+        folder = Path(settings.base_cache).absolute()
+        for target in targets:
+            if target.absolute() in (folder, *folder.parents):
+                raise UsageError(f"{target}: cannot be a clip and hold --base-cache {folder.name}")
     return Task(settings, pipe, request, targets)
 
 
