@@ -156,7 +156,7 @@ def main(cases: dict[str, Case], argv: list[str] | None = None) -> int:
     for name in cases if options.target == "all" else [options.target]:
         words, started = Counter(), time.monotonic()
         numbers = range(options.first, options.first + options.cases)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
             for outcome in watched(cases[name], options.seed, numbers, Path(folder), options.limit):
                 words[outcome.word] += 1
                 if outcome.bad:

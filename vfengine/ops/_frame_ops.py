@@ -175,7 +175,7 @@ class FrameOp:
     def _check_kinds(self, given: dict[str, object], out: Tensor) -> None:
         """Raise TypeError for what is no tensor, or no number; r_uncond may be None."""
         tensors = {self.names[field]: given[field] for field in self.tensors} | {"out": out}
-        if tensors.get("r_uncond", out) is None:
+        if "r_uncond" in tensors and tensors["r_uncond"] is None:
             del tensors["r_uncond"]
         scale = {field: given[field] for field in ("guidance_scale",) if field in given}
         check_kinds(self.name, tensors, **scale)
