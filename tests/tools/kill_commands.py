@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,8 @@ def forked(argv: list[str], log: Path, first: Callable[[], None] = lambda: None)
             first()
             status = commands.main(argv)
             sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

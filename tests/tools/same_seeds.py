@@ -27,7 +27,7 @@ import torch
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "sampling"), str(TESTS.parent)]
 
-from conftest import TINY_LABELS, save_tiny  # noqa: E402
+from conftest import save_tiny  # noqa: E402
 from kill_server import create  # noqa: E402
 from published_folders import small_diffusers_folder  # noqa: E402
 from server_process import ServerProcess, until  # noqa: E402
