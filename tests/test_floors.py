@@ -14,7 +14,7 @@ from vfengine._moved import MOVED, SPLIT
 
 # from the bottom: a folder or file may import those of lower floors and of its own
 FLOORS = (
-    ("names", "files", "devices", "forks", "native", "kernels", "_moved"),
+    ("names", "arguments", "files", "devices", "forks", "native", "kernels", "_moved"),
     ("ops",),
     ("diffusion", "media", "metrics"),
     ("sampling", "models", "plan"),
@@ -26,7 +26,7 @@ FLOORS = (
 )
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
 WITHOUT_TORCH = (
-    *("names", "files", "pipelines.request", "training.options", "cli.settings"),
+    *("names", "arguments", "files", "pipelines.request", "training.options", "cli.settings"),
     *("serving.model_info", "serving.store", "serving.workers", "serving.frames", "serving.watch"),
     *("serving.app", "cli.serve"),
 )

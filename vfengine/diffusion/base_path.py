@@ -117,7 +117,9 @@ class BaseTrajectory:
         return BaseTrajectory(states, self.table, self.schedule_id, self.base_path, self.metadata)
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:
-        """ValueError when the path was made on another schedule."""
+        """ValueError when the path was made on another schedule, TypeError for what is none."""
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
         if schedule.fingerprint() != self.schedule_id:
             raise ValueError(
                 f"the base trajectory was made with noise schedule {self.schedule_id}, "

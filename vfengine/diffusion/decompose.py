@@ -43,7 +43,14 @@ def frame_weights(
 
     Raises ValueError for another length or a value outside [0, 1].
     """
-    weights = torch.as_tensor(lam).detach().to("cpu", torch.float32)
+    try:
+        dtype = None if hasattr(lam, "dtype") or isinstance(lam, bool) else torch.float32
+        weights = torch.as_tensor(lam, dtype=dtype, device=getattr(lam, "device", "cpu")).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lam must be a number or [{num_frames}], got {lam!r}") from error
+    if weights.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise TypeError(f"lam must be a number or [{num_frames}], got {weights.dtype}")
+    weights = weights.to("cpu", torch.float32)
     if weights.ndim > 1 or (weights.ndim == 1 and weights.numel() != num_frames):
         raise ValueError(f"lam must be a number or [{num_frames}], got {list(weights.shape)}")
     if not bool(((weights >= 0) & (weights <= 1)).all()):  # also false for NaN
@@ -143,7 +150,11 @@ def joint_loss(
             f"joint_loss: x and residual_noise must both be [B, N, C, H, W], "
             f"got {list(x.shape)} and {list(residual_noise.shape)}"
         )
-    cells = torch.ones(1, 1, 1, 1, 1, device=x.device) if cell_weights is None else cell_weights
+    cells = (
+        torch.ones(1, 1, 1, 1, 1, device=x.device, dtype=torch.float32)
+        if cell_weights is None
+        else cell_weights
+    )
     if cell_weights is not None and cells.shape != (*x.shape[:2], 1, *x.shape[3:]):
         raise ValueError(
             f"joint_loss: cell_weights must be [B, N, 1, H, W], got {list(cells.shape)} for x "

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import as_int
 from ..ops.decomposed_noise import check_place, check_seed, philox4x32_10
 from ..ops.decomposed_noise import decomposed_noise as fill
 from .decompose import Lam, combine
@@ -42,6 +43,13 @@ class NoisePlace:
     seed: int
     sample_offset: int = 0
     frame_offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Keeps Python's ints; raises as `check_seed` and `check_place`."""
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        offsets = {"sample_offset": self.sample_offset, "frame_offset": self.frame_offset}
+        for name, number in check_place("noise", **offsets).items():
+            object.__setattr__(self, name, number)
 
 
 def base_noise(
@@ -140,10 +148,11 @@ def _empty(
     **offsets: int,
 ) -> Tensor:
     """An empty tensor to draw into: of dtype, but fp32 where dtype is float64."""
-    if len(shape) != ndim or any(int(n) < 1 for n in shape):
+    sizes = [as_int(size) for size in shape]
+    if len(sizes) != ndim or any(size is None or size < 1 for size in sizes):
         raise ValueError(f"{name}: expected {ndim} positive sizes, got {tuple(shape)}")
     if dtype not in NOISE_DTYPES:
         raise TypeError(f"{name}: dtype must be a floating point one, got {dtype}")
     check_place(name, **offsets)
     drawn = torch.float32 if dtype == torch.float64 else dtype
-    return torch.empty(tuple(shape), dtype=drawn, device=device)
+    return torch.empty(sizes, dtype=drawn, device=device)

@@ -13,11 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_int
+
 SPACINGS = ("leading", "trailing", "linspace")
 
 
+def check_input(name: str, x: Tensor) -> None:
+    """TypeError for a network's input that is no tensor of a float dtype."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: the input must be a tensor of a float dtype, got {found}")
+
+
+def batch_timesteps(name: str, t: Tensor | int, x: Tensor) -> Tensor:
+    """One timestep for each sample of x [B, …], [B] on its device: t itself, or one t for all.
+
+    Raises TypeError for a t that is neither an int nor a tensor of real numbers, ValueError for
+    another shape or device.
+    """
+    if (number := None if isinstance(t, Tensor) else as_int(t)) is not None:
+        return torch.full(x.shape[:1], number, dtype=torch.int64, device=x.device)
+    if not isinstance(t, Tensor) or t.dtype == torch.bool or t.is_complex():
+        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: t must be an int or a tensor of timesteps, got {found}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: t must be on {x.device} as its input, got {t.device}")
+    if t.shape not in ((), x.shape[:1]):
+        raise ValueError(f"{name}: t must have shape [{x.shape[0]}], got {tuple(t.shape)}")
+    return t if t.ndim else t.expand(x.shape[:1])
+
+
 def _check_betas(name: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> None:
-    if type(num_train_timesteps) is not int or not 1 <= num_train_timesteps <= 10**6:
+    if not 1 <= (as_int(num_train_timesteps) or 0) <= 10**6:
         raise ValueError(
             f"{name}: num_train_timesteps must be an int in 1 … 10^6, got {num_train_timesteps!r}"
         )
@@ -41,7 +68,9 @@ class NoiseSchedule:
     recipe: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        alphas = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64).clone()
+        given = self.alphas_cumprod
+        dtype = None if hasattr(given, "dtype") else torch.float32  # a list's, as ever
+        alphas = torch.as_tensor(given, dtype=dtype, device="cpu").detach().double().clone()
         if alphas.ndim != 1 or alphas.numel() == 0:
             raise ValueError(f"NoiseSchedule: alphas_cumprod must be [T], got {list(alphas.shape)}")
         if not bool(((alphas > 0) & (alphas < 1)).all()):  # also false for NaN
@@ -128,13 +157,15 @@ class NoiseSchedule:
         from 0 on or leads past T-1.
         """
         total = self.num_train_timesteps
-        if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= total:
+        count, offset = as_int(num_inference_steps), as_int(steps_offset)
+        if count is None or not 1 <= count <= total:
             raise ValueError(
                 f"timesteps: num_inference_steps must be an int in 1 … {total}, "
                 f"got {num_inference_steps!r}"
             )
-        if type(steps_offset) is not int or steps_offset < 0:
+        if offset is None or offset < 0:
             raise ValueError(f"timesteps: steps_offset must be an int >= 0, got {steps_offset!r}")
+        num_inference_steps, steps_offset = count, offset
         k = np.arange(num_inference_steps)
         if spacing == "leading":
             steps = (k * (total // num_inference_steps))[::-1] + steps_offset
@@ -156,7 +187,7 @@ class NoiseSchedule:
 
         Raises ValueError when the timesteps leave 0 … T-1 or do not descend.
         """
-        steps = torch.as_tensor(timesteps).to("cpu")
+        steps = torch.as_tensor(timesteps, device="cpu").to("cpu")
         if steps.ndim != 1 or steps.numel() == 0 or steps.dtype != torch.int64:
             raise ValueError(f"timesteps must be int64 [S], got {steps.dtype} {list(steps.shape)}")
         if bool((steps < 0).any()) or bool((steps >= self.num_train_timesteps).any()):
@@ -172,7 +203,11 @@ class NoiseSchedule:
 
         The less noisy neighbour on the *visited* grid, not t-1.
         """
-        last = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else self.alphas_cumprod[:1]
+        last = (
+            torch.ones(1, dtype=torch.float64, device="cpu")
+            if set_alpha_to_one
+            else self.alphas_cumprod[:1]
+        )
         return torch.cat([self.selected(timesteps)[1:], last])
 
     def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +255,7 @@ class NoiseSchedule:
         """The inverse of `to_dict`. Raises ValueError for an unknown name or argument."""
         args = dict(config)
         if set(args) == {"alphas_cumprod"}:
-            return cls(torch.tensor(args["alphas_cumprod"], dtype=torch.float64))
+            return cls(torch.tensor(args["alphas_cumprod"], dtype=torch.float64, device="cpu"))
         named = {"linear": cls.linear, "scaled_linear": cls.scaled_linear, "cosine": cls.cosine}
         name = args.pop("name", None)
         if name not in named:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_float
 from ..names import SOLVERS
 from .schedule import NoiseSchedule
 
@@ -101,8 +102,12 @@ def solver_table(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    number = as_float(eta)
+    if number is None or not 0.0 <= number <= 1.0:
         raise ValueError(f"eta must be a number in [0, 1], got {eta!r}")
+    eta = number
     if solver not in ("ddim", "ddpm") and eta != 0.0:
         raise ValueError(f"{solver} is deterministic: eta must be 0, got {eta}")
     if solver == "ddpm" and eta not in (0.0, 1.0):
@@ -152,12 +157,12 @@ def ddim_coefficients(alpha_t: Tensor, alpha_p: Tensor, eta: float) -> Tensor:
 
 def no_mixing(num_steps: int) -> Tensor:
     """ε̃ = ε, and no history: [S, 1, 1]."""
-    return torch.ones(num_steps, 1, 1, dtype=torch.float64)
+    return torch.ones(num_steps, 1, 1, dtype=torch.float64, device="cpu")
 
 
 def extrapolation_mixing(w: Tensor) -> Tensor:
     """ε̃ = ε + w (ε - ε_prev), h_1 = ε_prev: [S, 2, 2]; w: float64 [S]."""
-    eps, eps_prev = torch.eye(2, dtype=torch.float64)
+    eps, eps_prev = torch.eye(2, dtype=torch.float64, device="cpu")
     mixed = eps + w[:, None] * (eps - eps_prev)
     return torch.stack([mixed, eps.expand_as(mixed)], dim=1)
 
@@ -182,7 +187,7 @@ def dpmsolver_pp_mixing(h: Tensor) -> Tensor:
     h_1 is the noise left in z_t if the previous prediction was right.
     """
     w, rho = midpoint_weights(h)[:, None], _noise_ratio(h)
-    eps, h_1 = torch.eye(2, dtype=torch.float64)
+    eps, h_1 = torch.eye(2, dtype=torch.float64, device="cpu")
     mixed = eps + w * (eps - h_1)
     return torch.stack([mixed, mixed + rho * (eps - mixed)], dim=1)
 
@@ -208,7 +213,7 @@ def unipc_mixing(h: Tensor) -> Tensor:
     gain = torch.zeros_like(q)
     gain[1:] = a0[:-1] * q[:-1]
 
-    eps, h_1, h_2 = torch.eye(3, dtype=torch.float64)
+    eps, h_1, h_2 = torch.eye(3, dtype=torch.float64, device="cpu")
     correction = gain * (eps - h_2)
     mixed = eps + w * (eps - h_1) + correction / torch.expm1(h)[:, None]
     next_1 = mixed + rho * (eps - mixed)

@@ -26,6 +26,7 @@ from av.codec.context import Flags
 from av.filter import Graph
 from av.video.reformatter import ColorRange
 
+from ..arguments import as_int
 from ..names import CHROMAS
 
 OLDEST = 17  # those before it decode the colours of HD video as if they were SD's
@@ -150,7 +151,7 @@ def check_encoding(
     else:
         crf = found.crf if crf is None else crf
         chroma = CHROMAS[0] if chroma is None else chroma
-        if type(crf) is not int or crf not in found.crfs:
+        if as_int(crf) not in found.crfs:
             low, high = found.crfs[0], found.crfs[-1]
             raise ValueError(f"crf of {name} must be an int from {low} to {high}, got {crf!r}")
         if chroma not in found.chromas:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..arguments import as_int
 from ..names import FILTERS
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def enlarge(frames: np.ndarray, factor: int, filter: str = "nearest") -> np.ndar
     Raises TypeError for another dtype, ValueError for a shape, factor or filter.
     """
     check_clip("enlarge", frames)
-    if type(factor) is not int or factor < 1:
+    if (as_int(factor) or 0) < 1:
         raise ValueError(f"enlarge: factor must be an int >= 1, got {factor!r}")
     if filter not in FILTERS:
         raise ValueError(f"enlarge: filter must be 'nearest' or 'lanczos', got {filter!r}")

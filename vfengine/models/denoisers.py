@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.decompose import Lam, base_index, frame_weights
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import NoiseSchedule, batch_timesteps, check_input
 from .tied import TiedGenerator
 from .unet import UNet
 
@@ -41,9 +41,18 @@ class _Generator(nn.Module):
         self.alphas_cumprod = alphas_cumprod.to(self.alphas_cumprod.device)
         return self
 
-    def _alphas_cumprod(self, t: Tensor, dims: int) -> Tensor:
-        """ᾱ_t as fp32 [B, 1, ...] with `dims` dimensions."""
-        return self.alphas_cumprod[t].float().view(-1, *[1] * (dims - 1))
+    def _alphas_cumprod(self, t: Tensor, z: Tensor) -> Tensor:
+        """ᾱ_t of each sample of z, fp32 [B, 1, ...]; ValueError for a t outside the schedule."""
+        name, last = type(self).__name__, len(self.alphas_cumprod) - 1
+        check_input(name, z)
+        t = batch_timesteps(name, t, z)
+        if t.is_floating_point():
+            raise TypeError(f"{name}: t must be int64, got {t.dtype}")
+        try:
+            a = self.alphas_cumprod.index_select(0, t)
+        except IndexError as error:  # on a CPU; CUDA's kernel ends the process's CUDA
+            raise ValueError(f"{name}: t must lie in 0 … {last}, got {t.tolist()}") from error
+        return a.float().view(-1, *[1] * (z.dim() - 1))
 
     def in_loop(
         self,
@@ -64,7 +73,7 @@ class _Generator(nn.Module):
         if not hasattr(self.unet, "rows") or steps.dtype == torch.float64:
             return None
         frames = steps.shape[1] if len(steps.shape) == 5 else 1
-        a = self._alphas_cumprod(steps.timesteps, 2).double()  # [S, 1]
+        a = self.alphas_cumprod[steps.timesteps].float().double()[:, None]  # [S, 1]
         columns = torch.broadcast_tensors(*self._coefficients(a, frames, lam))
         shape = (len(a), frames, len(columns))
         coeffs = torch.stack(columns, -1).expand(shape).float().contiguous()
@@ -93,7 +102,7 @@ class _BlendGenerator(_Generator):
 
     def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """Clean estimate x̂ of noisy images z [..., C, H, W]."""
-        a = self._alphas_cumprod(t, z.dim())
+        a = self._alphas_cumprod(t, z)
         total = a * self.data_std**2 + (1 - a)  # the variance of z
         out = self.unet(z * total.rsqrt(), t, **conditions)
         paint, logit = out.to(z.dtype).split([z.shape[-3], 1], dim=-3)
@@ -106,7 +115,7 @@ class _BlendGenerator(_Generator):
         z [B, C, H, W] of images, [B, N, C, H, W] of clips, t int64 [B]; class_labels, context: see
         UNet
         """
-        a = self._alphas_cumprod(t, z.dim())
+        a = self._alphas_cumprod(t, z)
         return (z - a.sqrt() * self.denoise(z, t, **conditions)) / (1 - a).sqrt()
 
     def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
@@ -156,7 +165,7 @@ class PretrainedGenerator(_Generator):
         out = self.unet(z, t, **conditions).to(z.dtype)
         if self.prediction_type == "epsilon":
             return out
-        a = self._alphas_cumprod(t, z.dim())
+        a = self._alphas_cumprod(t, z)
         return a.sqrt() * out + (1 - a).sqrt() * z
 
     def _coefficients(self, a: Tensor, num_frames: int, lam: Lam | None) -> tuple[Tensor, ...]:
@@ -215,7 +224,7 @@ class ResidualGenerator(_Generator):
 
     def _variance(self, z: Tensor, t: Tensor, lam: Lam | None) -> Tensor:
         """σ² = (1-λ) (1-ᾱ)/ᾱ, the variance of z'_i / √ᾱ about x_i: [B, N, 1, 1, 1]."""
-        a = self._alphas_cumprod(t, z.dim())
+        a = self._alphas_cumprod(t, z)
         own = self._own_share(z.shape[1], lam, z.device).view(-1, 1, 1, 1)
         return own * (1 - a) / a
 
@@ -234,8 +243,8 @@ class ResidualGenerator(_Generator):
 
     def _change(self, z: Tensor, t: Tensor, lam: Lam | None, conditions: dict):
         """x̂_m [B, 1, C, H, W]; z'_i / √ᾱ - x̂_m; and x̂_i - x̂_m, which is 0 in frame m."""
+        frames = z / self._alphas_cumprod(t, z).sqrt()  # x_i + σ r_i, and x̂_m
         m, channels = base_index(z.shape[1]), z.shape[2]
-        frames = z / self._alphas_cumprod(t, z.dim()).sqrt()  # x_i + σ r_i, and x̂_m
         base = frames[:, m : m + 1]
         difference = frames - base
         total = self.data_std**2 + self._variance(z, t, lam)
@@ -245,7 +254,7 @@ class ResidualGenerator(_Generator):
         _, seen, painted = logits.softmax(2).split(1, dim=2)  # the first: base frame, no change
         shrunk = difference * (self.data_std**2 / total)
         change = seen * shrunk + painted * (paint - base)
-        others = torch.arange(z.shape[1], device=z.device) != m
+        others = torch.arange(z.shape[1], device=z.device, dtype=torch.int64) != m
         return base, difference, change * others.view(-1, 1, 1, 1)
 
 
@@ -256,7 +265,7 @@ def _weights_on_device(lam: Lam, num_frames: int, device: torch.device) -> Tenso
     """
     if isinstance(lam, Tensor) and lam.device == device and lam.shape == (num_frames,):
         weights = lam.to(torch.float32, copy=True)
-    elif isinstance(lam, (int, float)) and 0 <= lam <= 1:
+    elif isinstance(lam, (int, float)) and not isinstance(lam, bool) and 0 <= lam <= 1:
         weights = torch.full((num_frames,), lam, dtype=torch.float32, device=device)
     else:
         return frame_weights(lam, num_frames, device=device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.decompose import base_index
+from ..diffusion.schedule import batch_timesteps, check_input
 from .config import UNetConfig
 from .empty import without_weights
 from .layers import (
@@ -129,10 +130,16 @@ class Embeddings(nn.Module):
                 class_labels = self._sinusoids(class_labels)
             elif kind == "projection":
                 class_labels = class_labels.to(self.dtype)
-            embedding = embedding + self.class_embedding(class_labels)
+            try:
+                embedding = embedding + self.class_embedding(class_labels)
+            except IndexError as error:  # on a CPU; CUDA's kernel ends the process's CUDA
+                last = self.class_embedding.num_embeddings - 1
+                raise ValueError(
+                    f"UNet: class_labels must lie in 0 … {last}, got {class_labels.tolist()}"
+                ) from error
         if self.frame_embedding is not None:
             # 60 a frame: 16 frames span about the 1000 timesteps whose frequencies these are
-            frames = torch.arange(num_frames, device=t.device)
+            frames = torch.arange(num_frames, device=t.device, dtype=torch.float32)
             offsets = (frames - base_index(num_frames)) * 60.0
             frame = self.frame_embedding(
                 sinusoidal_embedding(offsets, self.time_dim).to(self.dtype)
@@ -151,8 +158,15 @@ class Embeddings(nn.Module):
 
     def check_inputs(
         self, x: Tensor, t: Tensor, context: Tensor | None, class_labels: Tensor | None
-    ) -> None:
-        """ValueError for inputs that do not fit this configuration, or that it needs and lacks."""
+    ) -> Tensor:
+        """t as [B]; TypeError or ValueError for inputs that do not fit this configuration.
+
+        Also for those that it needs and lacks.
+        """
+        check_input("UNet", x)
+        for name, value in {"context": context, "class_labels": class_labels}.items():
+            if not isinstance(value, Tensor | None):
+                raise TypeError(f"UNet: {name} must be a tensor, got {type(value).__name__}")
         config, multiple = self.config, self.config.size_multiple
         form = "[B, N, C, H, W]" if config.is_video else "[B, C, H, W]"
         if x.dim() != (5 if config.is_video else 4) or x.shape[-3] != config.in_channels:
@@ -163,8 +177,7 @@ class Embeddings(nn.Module):
             raise ValueError(
                 f"UNet: height and width must be multiples of {multiple}, got {tuple(x.shape[-2:])}"
             )
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"UNet: t must have shape [{x.shape[0]}], got {tuple(t.shape)}")
+        t = batch_timesteps("UNet", t, x)
         features = () if config.class_features is None else (config.class_features,)
         if class_labels is not None and (
             self.class_embedding is None or class_labels.shape != (x.shape[0], *features)
@@ -173,6 +186,9 @@ class Embeddings(nn.Module):
                 f"UNet: class_labels {tuple(class_labels.shape)} given to a UNet "
                 f"with num_classes={config.num_classes} and a batch of {x.shape[0]}"
             )
+        if class_labels is not None and isinstance(self.class_embedding, nn.Embedding):
+            if class_labels.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"UNet: class_labels must be int64, got {class_labels.dtype}")
         if context is not None and (
             config.context_dim is None or context.shape[-1] != config.context_dim
         ):
@@ -184,6 +200,7 @@ class Embeddings(nn.Module):
             raise ValueError(
                 f"UNet: needs a context [{x.shape[0]}, M, {config.context_dim}], got none"
             )
+        return t
 
 
 class UNet(Embeddings):
@@ -230,7 +247,7 @@ class UNet(Embeddings):
         ones that it needs.
         """
         config = self.config
-        self.check_inputs(x, t, context, class_labels)
+        t = self.check_inputs(x, t, context, class_labels)
         num_frames = x.shape[1] if config.is_video else 1
         frames = x.flatten(0, 1) if config.is_video else x  # [B*N, C, H, W], a view
         embedding = F.silu(self.embed(t, class_labels, num_frames))

@@ -84,7 +84,7 @@ class FrameOp:
         given = dict(zip(self.fields, values, strict=True))
         self._check_kinds(given, out)
         check_kinds(self.name, {}, backend=backend)
-        check_place(self.name, **{field: given[field] for field in self.offsets})
+        given |= check_place(self.name, **{field: given[field] for field in self.offsets})
         for field in self.seeds:
             if given[field] is not None:
                 given[field] = signed_seed(check_seed(given[field], self.names[field]))

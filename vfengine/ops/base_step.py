@@ -67,7 +67,7 @@ def base_step(
     check_clock(_NAME, clock)
     tensors = {"z": z, "b": b, "states": states, "noise_levels": noise_levels, "coeffs": coeffs}
     check_kinds(_NAME, {**tensors, "mixed": mixed, **clock._asdict()}, backend=backend)
-    check_place(_NAME, sample_offset=sample_offset)
+    sample_offset = check_place(_NAME, sample_offset=sample_offset)["sample_offset"]
     key = None if seed is None else signed_seed(check_seed(seed, "seed"))
     exact = z.dtype == torch.float64
     kernel = "reference" if exact else choose_backend(_NAME, backend, z.device)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from vfengine.arguments import as_int
 from vfengine.ops._dispatch import (
     DTYPE_NUMBERS,
     check_kinds,
@@ -78,15 +79,16 @@ def decomposed_noise(
     stride, device, backend or number it cannot take, and for tensors that autograd records.
     """
     check_kinds(_NAME, {"out": out}, backend=backend)
-    for name, seed in (("base_seed", base_seed), ("residual_seed", residual_seed)):
-        if seed is not None:
-            check_seed(seed, name)
+    given = {"base_seed": base_seed, "residual_seed": residual_seed}
+    seeds = [
+        None if seed is None else signed_seed(check_seed(seed, name))
+        for name, seed in given.items()
+    ]
     if (base_seed is None) == (residual_seed is None):
         got = "none" if base_seed is None else "both"
         raise ValueError(f"{_NAME}: expected base_seed or residual_seed, got {got}")
     place = {"step": step, "sample_offset": sample_offset, "frame_offset": frame_offset}
-    check_place(_NAME, **place)
-    seeds = map(signed_seed, (base_seed, residual_seed))
+    place = check_place(_NAME, **place)
     (_run if unobserved(out) else _OP)(out, *seeds, *place.values(), backend)
     return out
 
@@ -130,12 +132,13 @@ def philox4x32_10(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def check_seed(seed: int, name: str = "seed") -> int:
-    """seed itself; TypeError when not an int, ValueError outside [0, 2^64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    """seed as Python's int; TypeError when it is none, ValueError outside [0, 2^64)."""
+    number = as_int(seed)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
+    if not 0 <= number < 2**64:
         raise ValueError(f"{name} must be in [0, 2^64), got {seed}")
-    return seed
+    return number
 
 
 def signed_seed(seed: int | None) -> int | None:
@@ -148,12 +151,14 @@ def unsigned_seed(seed: int | None) -> int:
     return 0 if seed is None else seed % 2**64
 
 
-def check_place(op: str, **place: int) -> None:
-    """ValueError unless step is in [0, 2^24) and the offsets are in [0, 2^31)."""
-    for name, value in place.items():
+def check_place(op: str, **place: int) -> dict[str, int]:
+    """Python's ints; ValueError unless step is in [0, 2^24) and the offsets are in [0, 2^31)."""
+    numbers = {name: as_int(value) for name, value in place.items()}
+    for name, number in numbers.items():
         limit = 1 << (STEP_BITS if name == "step" else 31)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
-            raise ValueError(f"{op}: {name} must be an int in [0, {limit}), got {value!r}")
+        if number is None or not 0 <= number < limit:
+            raise ValueError(f"{op}: {name} must be an int in [0, {limit}), got {place[name]!r}")
+    return numbers
 
 
 def _draw(
@@ -171,8 +176,10 @@ def _draw(
     batch, frames, *image = shape
     size = torch.Size(image).numel()
     out = torch.empty((batch, frames, size), dtype=torch.int64 if words else None, device=device)
-    frame = torch.arange(frame_offset, frame_offset + frames, device=device)[:, None]
-    group = torch.arange((size + 3) // 4, device=device)
+    frame = torch.arange(frame_offset, frame_offset + frames, device=device, dtype=torch.int64)[
+        :, None
+    ]
+    group = torch.arange((size + 3) // 4, device=device, dtype=torch.int64)
     constant = torch.zeros_like(group)
     for b in range(batch):  # one sample at a time: the words of a sample fit in cache
         place = constant + sample_offset + b, constant + (stream << STEP_BITS | step)

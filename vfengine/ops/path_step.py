@@ -75,7 +75,7 @@ def path_step(
     given = tensors | {k: v for k, v in optional.items() if v is not None}
     check_kinds(_NAME, given, base_frame=base_frame, backend=backend)
     place = {"sample_offset": sample_offset, "frame_offset": frame_offset}
-    check_place(_NAME, **place)
+    place = check_place(_NAME, **place)
     key = None if seed is None else signed_seed(check_seed(seed, "seed"))
     exact = torch.float64 in (u.dtype, None if states is None else states.dtype)
     kernel = "reference" if exact else choose_backend(_NAME, backend, u.device)

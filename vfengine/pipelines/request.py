@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..arguments import as_float, as_int, keep_plain
 from ..names import BASE_PATHS, OUTPUT_TYPES, TEXT_OUTPUT_TYPES
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from .latents import LatentsFile
 
 MAX_GUIDANCE_SCALE = 100.0
+_INTS = (  # fields of requests
+    *("num_frames", "height", "width", "num_videos", "num_residuals", "num_inference_steps"),
+    *("seed", "base_seed", "residual_seed", "base_offset", "sample_offset"),
+    *("window", "window_overlap"),
+)
+_FLOATS = ("guidance_scale", "eta")
+_SWITCHES = ("loop", "overlap_phases", "preview")
 
 
 # -- what goes together ----------------------------------------------------------------------------
@@ -157,6 +165,10 @@ class VideoRequest:
     sample_offset: int = 0
 
     def __post_init__(self) -> None:
+        keep_plain(self, _INTS, _FLOATS, _SWITCHES)
+        if not isinstance(self.label, Sequence | None):  # it is read more than once
+            kind = type(self.label).__name__
+            raise TypeError(f"label must be a text or a list of texts, got {kind}")
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
         _check_counts(self, "num_frames", "num_videos")
         _check_guidance_scale(self.guidance_scale)
@@ -229,6 +241,9 @@ class SamplingRequest(VideoRequest):
     def __post_init__(self) -> None:
         _check_choice("base_path", self.base_path, (None, *BASE_PATHS))
         super().__post_init__()
+        path = self.trajectory
+        if path is not None and not hasattr(path, "states"):
+            raise TypeError(f"trajectory must be a BaseTrajectory, got {type(path).__name__}")
         _check_counts(self, "num_residuals")
         if self.num_residuals > 1 and self.num_paths > 1:
             raise ValueError(
@@ -306,6 +321,7 @@ class TextRequest:
     sample_offset: int = 0
 
     def __post_init__(self) -> None:
+        keep_plain(self, _INTS, _FLOATS, _SWITCHES)
         _check_choice("output_type", self.output_type, TEXT_OUTPUT_TYPES)
         _check_counts(self, "num_frames", "height", "width", "num_videos")
         _check_guidance_scale(self.guidance_scale)
@@ -409,12 +425,12 @@ def _check_counts(request: VideoRequest | TextRequest, *names: str) -> None:
     for name in names:
         value = getattr(request, name)
         left_out = value is None and getattr(type(request), name) is None
-        if not left_out and (type(value) is not int or value < 1):
+        if not left_out and (as_int(value) or 0) < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
 def _check_guidance_scale(scale: float) -> None:
-    if not 0.0 <= scale <= MAX_GUIDANCE_SCALE:  # also refuses NaN
+    if as_float(scale) is None or not 0.0 <= scale <= MAX_GUIDANCE_SCALE:  # also refuses NaN
         limit = f"[0, {MAX_GUIDANCE_SCALE:g}]"
         raise ValueError(f"guidance_scale must be in {limit}, got {scale!r}")
 

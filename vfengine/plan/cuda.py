@@ -116,7 +116,7 @@ class CudaUNet(CudaNetwork):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
-        self.check_inputs(x, t, context, class_labels)
+        t = self.check_inputs(x, t, context, class_labels)
         frames = x.shape[1] if self.config.is_video else 1
         images = x.flatten(0, 1) if self.config.is_video else x
         with torch.no_grad():

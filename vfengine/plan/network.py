@@ -119,7 +119,7 @@ class PlannedNetwork(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Accepts only its own dtype and device: packed weights can be neither moved nor cast."""
-        probe = fn(torch.empty(0, dtype=self.dtype))
+        probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != self.dtype:
             raise RuntimeError(
                 f"{type(self).__name__}: packed for {self.dtype} on the CPU; load the network "
@@ -158,7 +158,7 @@ class PlannedUNet(PlannedNetwork):
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
         self._check_isa()
-        self.unet.check_inputs(x, t, context, class_labels)
+        t = self.unet.check_inputs(x, t, context, class_labels)
         self._check(x, context)
         config, patch = self.config, self.config.patch_size
         clips = x if config.is_video else x[:, None]

@@ -76,7 +76,7 @@ def sample(
     """
     _check_choice("method", method, METHODS)
     _check_choice("base_path", base_path, BASE_PATHS)
-    _check_pair("base_noise", base_noise, residual_noise, residual_noise.shape[:1])
+    _check_pair("base_noise", base_noise, residual_noise)
     frame_weights(lam, residual_noise.shape[1])  # refused here, not after the base phase
     check_seed(base_seed, "base_seed")
     check_seed(residual_seed, "residual_seed")
@@ -166,8 +166,9 @@ def sample_residual(
 
     Frame m = N // 2 of the result is path.final, cast. All else as in `sample`, errors included.
     """
-    batches = (1, *residual_noise.shape[:1])  # one path may serve all samples
-    _check_pair("the base path", path.final, residual_noise, batches)
+    if not isinstance(path, BaseTrajectory):
+        raise TypeError(f"path must be a BaseTrajectory, got {type(path).__name__}")
+    _check_pair("the base path", path.final, residual_noise, one_for_all=True)
     check_seed(residual_seed, "residual_seed")
     if schedule is not None:
         path.check_schedule(schedule)
@@ -231,19 +232,22 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def _check_noise(name: str, noise: Tensor, axes: str) -> None:
     """axes: the shape that the noise must have, such as "[B, C, H, W]"."""
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(noise).__name__}")
     if noise.ndim != axes.count(",") + 1 or noise.numel() == 0:
         raise ValueError(f"{name} must be {axes}, got {list(noise.shape)}")
     if noise.dtype not in NOISE_DTYPES:
         raise TypeError(f"{name} must be one of {NOISE_DTYPES}, got {noise.dtype}")
 
 
-def _check_pair(name: str, base: Tensor, residual: Tensor, batches: Sequence[int]) -> None:
+def _check_pair(name: str, base: Tensor, residual: Tensor, one_for_all: bool = False) -> None:
     """Checks base noise or base frames [B, C, H, W] against residual noise [B, N, C, H, W].
 
-    batches: the batch sizes that base may have
+    one_for_all: whether a base of one sample serves any number of clips
     """
     _check_noise("base_noise", base, _IMAGES)
     _check_noise("residual_noise", residual, _CLIPS)
+    batches = (1, residual.shape[0]) if one_for_all else residual.shape[:1]
     if base.shape[0] not in batches or base.shape[1:] != residual.shape[2:]:
         raise ValueError(
             f"{name} is [B, C, H, W] = {list(base.shape)}, which does not fit "

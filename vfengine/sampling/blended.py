@@ -34,7 +34,7 @@ class Windows:
 
 def triangle(window: int, base: bool = True) -> Tensor:
     """What the frames of a window count, fp32 [W]; nothing the middle one under a base frame."""
-    frames = torch.arange(window)
+    frames = torch.arange(window, dtype=torch.int64, device="cpu")
     weights = torch.minimum(frames + 1, window - frames).float()
     if base:
         weights[base_index(window)] = 0.0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import as_int
 from ..diffusion.decompose import Lam
 from .blended import Windows, triangle
 
@@ -56,7 +57,7 @@ def cycle_windows(
 
     Raises ValueError as `plan_cycle`, and for an overlap with window=0.
     """
-    if type(window) is int and window == 0:
+    if as_int(window) == 0:
         if overlap is not None:
             raise ValueError("window_overlap was given, but window=0 asks for none")
         window = num_frames
@@ -85,14 +86,14 @@ def plan_cycle(
     two neighbours would stand side by side in no window; and for a λ for each frame.
     """
     for name, value in (("window", window), ("window_overlap", overlap)):
-        if value is not None and type(value) is not int:
+        if value is not None and as_int(value) is None:
             raise ValueError(f"{name} must be an int, got {value!r}")
     least = least_cycle(base)
     if num_frames < least:
         raise ValueError(f"a loop must have at least {least} frames, got {num_frames}")
     if window < least:
         raise ValueError(f"window must be at least {least} frames in a loop, got {window}")
-    if torch.as_tensor(lam).numel() != 1:
+    if torch.as_tensor(lam, device="cpu").numel() != 1:
         raise ValueError("a loop needs one lam for all frames, got one for each")
     window = min(window, num_frames)
     overlap = default_cycle_overlap(window, base) if overlap is None else overlap
@@ -105,7 +106,7 @@ def plan_cycle(
     count = max(LEAST_WINDOWS, -(-num_frames // (window - overlap)))
     starts = tuple(k * num_frames // count for k in range(count))
     shape = triangle(window, base)
-    total = torch.zeros(num_frames)
+    total = torch.zeros(num_frames, dtype=torch.float32, device="cpu")
     for start in starts:
         total.index_add_(0, _around(start, window, num_frames), shape)
     weights = torch.stack([shape / total[_around(s, window, num_frames)] for s in starts])
@@ -114,4 +115,4 @@ def plan_cycle(
 
 def _around(start: int, count: int, num_frames: int) -> Tensor:
     """The frames from `start` on around the cycle, int64 [count]."""
-    return (start + torch.arange(count)) % num_frames
+    return (start + torch.arange(count, dtype=torch.int64, device="cpu")) % num_frames

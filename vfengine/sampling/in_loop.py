@@ -44,6 +44,8 @@ class LoopModel(Protocol):
 
 def in_loop(model: Model, steps: Steps) -> LoopModel:
     """The model as a loop of these steps calls it."""
+    if not callable(model):
+        raise TypeError(f"a model must be callable as model(z, t), got {type(model).__name__}")
     tie = getattr(model, "in_loop", None)
     tied = None if tie is None else tie(steps)
     return _Untied(model) if tied is None else tied

@@ -35,6 +35,13 @@ class Run:
     timings: dict[str, float] | None = field(default_factory=zero_timings)
     from_zero: bool = True
 
+    def __post_init__(self) -> None:
+        if self.callback is not None and not callable(self.callback):
+            kind = type(self.callback).__name__
+            raise TypeError(
+                f"callback must be callable as callback(phase, done, total), got {kind}"
+            )
+
     def report(self, phase: str, done: int, total: int) -> None:
         """Tells the callback, if there is one."""
         if self.callback is not None and (done > 0 or self.from_zero):

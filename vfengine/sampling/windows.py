@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import as_int
 from ..diffusion.decompose import Lam, Model
 from .blended import Blended, Windows, triangle
 from .cycle import cycle_windows, plan_cycle
@@ -48,7 +49,7 @@ def plan_windows(
     and for more than one window of a clip with a λ for each frame.
     """
     for name, value in (("window", window), ("window_overlap", overlap)):
-        if value is not None and type(value) is not int:
+        if value is not None and as_int(value) is None:
             raise ValueError(f"{name} must be an int, got {value!r}")
     if window < _shortest(base):
         raise ValueError(f"window must be at least {_shortest(base)} frames, got {window}")
@@ -60,12 +61,21 @@ def plan_windows(
             f"got {overlap}"
         )
     if num_frames <= window:
-        return Windows(num_frames, num_frames, (0,), torch.ones(1, num_frames), base)
-    if torch.as_tensor(lam).numel() != 1:
+        return Windows(
+            num_frames,
+            num_frames,
+            (0,),
+            torch.ones(1, num_frames, dtype=torch.float32, device="cpu"),
+            base,
+        )
+    if torch.as_tensor(lam, device="cpu").numel() != 1:
         raise ValueError("windows need one lam for all frames, got one for each")
     last, stride = num_frames - window, window - overlap
     starts = (*range(0, last, stride), last)
-    shape, total = triangle(window, base), torch.zeros(num_frames)
+    shape, total = (
+        triangle(window, base),
+        torch.zeros(num_frames, dtype=torch.float32, device="cpu"),
+    )
     for start in starts:
         total[start : start + window] += shape
     weights = torch.stack([shape / total[start : start + window] for start in starts])
@@ -99,7 +109,7 @@ def choose_windows(
     """
     if loop:
         return cycle_windows(num_frames, trained, window, overlap, lam=lam, base=base)
-    if type(window) is int and window == 0:
+    if as_int(window) == 0:
         if overlap is not None:
             raise ValueError("window_overlap was given, but window=0 asks for none")
         return None
