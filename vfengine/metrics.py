@@ -99,7 +99,7 @@ def _both(name: str, x: Features, y: Features) -> tuple[Tensor, Tensor]:
 
 def _features(name: str, x: Features) -> Tensor:
     """float64 [n, D]."""
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(x, device=getattr(x, "device", "cpu"))
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
     if x.ndim != 2 or 0 in x.shape:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models import UNet
+from ..models.empty import new_weights
 from ..models.unet import empty_unet
 from .checkpoint_config import (
     KINDS,
@@ -67,7 +68,8 @@ def build_network(config: CheckpointConfig, name: str) -> Generator:
 
     name: one of config.networks: "base" or "residual" of a decomposed model, "video" of a plain one
     """
-    return config.generator(name, UNet(config.unet_config(name)))
+    with new_weights():
+        return config.generator(name, UNet(config.unet_config(name)))
 
 
 def load_network(

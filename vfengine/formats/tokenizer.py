@@ -56,10 +56,10 @@ class ClipTokenizer:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"tokenize: expected a list of texts, got {texts!r}")
         start, end, padding = self.ids
-        out = torch.full((len(texts), self.length), padding, dtype=torch.int64)
+        out = torch.full((len(texts), self.length), padding, dtype=torch.int64, device="cpu")
         for row, text in zip(out, texts, strict=True):
             ids = [start, *self.tokens(text)[: self.length - 2], end]
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
         return out
 
     def unknown(self, text: str) -> list[str]:

@@ -92,10 +92,10 @@ class WordTokenizer:
         """Raises TypeError for what is no list of texts."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"tokenize: expected a list of texts, got {texts!r}")
-        out = torch.zeros(len(texts), self.length, dtype=torch.int64)
+        out = torch.zeros(len(texts), self.length, dtype=torch.int64, device="cpu")
         for row, text in zip(out, texts, strict=True):
             ids = self.encode(text).ids[: self.length]
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
         return out
 
     def encode(self, text: str) -> Encoding:

@@ -1,4 +1,4 @@
-"""Networks without weights, which are about to be given some."""
+"""How networks are made: without weights, which they are about to be given, or with new ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,18 @@ def without_weights() -> Iterator[None]:
     """Layers made inside are on the meta device."""
     with torch.device("meta"), _WithoutInitialisation():
         yield
+
+
+@contextmanager
+def new_weights() -> Iterator[None]:
+    """Layers made inside are fp32 on the CPU, whatever torch's defaults are."""
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(former)
 
 
 class _WithoutInitialisation(TorchFunctionMode):

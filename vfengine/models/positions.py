@@ -41,12 +41,14 @@ class RelativePositionBias(nn.Module):
 
     def buckets(self, num_frames: int, device: torch.device) -> Tensor:
         """int64 [N, N]: the bucket of (query frame, key frame)."""
-        frames = torch.arange(num_frames, device=device)
+        frames = torch.arange(num_frames, device=device, dtype=torch.int64)
         offset = frames[None, :] - frames[:, None]
         half = self.num_buckets // 2
         exact = half // 2
         distance = offset.abs()
-        growth = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(
+            self.max_distance / exact
+        )
         far = (exact + growth * (half - exact)).long().clamp(max=half - 1)
         return (offset > 0).long() * half + torch.where(distance < exact, distance, far)
 

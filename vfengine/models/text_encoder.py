@@ -85,7 +85,7 @@ class CausalMask(nn.Module):
 
     def forward(self, length: int, device: torch.device) -> Tensor:
         """fp32 [heads, L, L]: 0 up to the token itself, then -inf."""
-        mask = torch.full((length, length), -torch.inf, device=device).triu(1)
+        mask = torch.full((length, length), -torch.inf, device=device, dtype=torch.float32).triu(1)
         return mask.expand(self.heads, -1, -1)
 
 

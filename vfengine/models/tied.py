@@ -53,7 +53,7 @@ class TiedGenerator:
         channels = steps.shape[-3] * (2 if conditioned else 1)
         size = (self.samples, *steps.shape[1:-3], channels, *steps.shape[-2:])
         t = torch.empty(self.samples, dtype=torch.int64, device="meta")
-        unet.check_inputs(torch.empty(size, device="meta"), t, context, labels)
+        unet.check_inputs(torch.empty(size, device="meta", dtype=torch.float32), t, context, labels)
         first = self._modulation(self.timesteps[:1])
         self.modulation: Tensor | None = None  # of all steps
         if first.nbytes * len(self.timesteps) <= MAX_BYTES:

@@ -92,7 +92,8 @@ def _composed(
     ops, z, b, states, noise_levels, coeffs, clock, mixed, seed, sample_offset
 ) -> Tensor:  # arguments as of base_step
     remove, advance = ops
-    row, clip, lam = clock.counter, z.unsqueeze(1), torch.ones(1, device=z.device)
+    row, clip = clock.counter, z.unsqueeze(1)
+    lam = torch.ones(1, dtype=torch.float32, device=z.device)
     d = remove(clip, b, lam, noise_levels, row, out=torch.empty_like(clip))
     states.index_copy_(0, row.long(), d.transpose(0, 1))
     noise = {"sample_offset": sample_offset}

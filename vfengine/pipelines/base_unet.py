@@ -67,7 +67,10 @@ def pretrained_base(
     if isinstance(source, UNet | InferenceUNet):
         unet, scheduler = source.config, {}
         place = next(source.parameters()).device
-        if (place, source.dtype) != (torch.empty(0, device=device).device, dtype):
+        if (place, source.dtype) != (
+            torch.empty(0, device=device, dtype=torch.float32).device,
+            dtype,
+        ):
             raise ValueError(
                 f"base_unet: is {source.dtype} on {place}, the pipeline {dtype} on {device}"
             )

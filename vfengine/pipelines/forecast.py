@@ -153,7 +153,7 @@ def _is_cached(pipe: Pipe, part: SamplingRequest) -> bool:
     if pipe.config.text_encoder is None:
         condition = Condition(pipe._classes(part), scale)
     else:  # a key has the prompts' words and number, not their rows
-        rows = torch.empty(part.num_paths, 0, 0)
+        rows = torch.empty(part.num_paths, 0, 0, dtype=torch.float32, device="cpu")
         condition = Prompts(rows, rows, scale)
     return find_path(part.base_cache, pipe._cache_key(part, condition)) is not None
 

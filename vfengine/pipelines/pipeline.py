@@ -199,7 +199,9 @@ class CheckpointPipeline(Pipeline):
             self.config.null_class if label is None else self.labels.index(label)
             for label in request.labels
         ]
-        return torch.tensor(indices, device=self.device).repeat_interleave(request.num_videos)
+        return torch.tensor(indices, device=self.device, dtype=torch.int64).repeat_interleave(
+            request.num_videos
+        )
 
     def _check_labels(self, request: VideoRequest) -> None:
         """ValueError for an unknown label."""
@@ -240,4 +242,6 @@ class CheckpointPipeline(Pipeline):
     def _latent_scale(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the autoencoder's latents, [C, 1, 1]."""
         values = (self.config.latent_mean, self.config.latent_std)
-        return tuple(torch.tensor(v, device=self.device).view(-1, 1, 1) for v in values)
+        return tuple(
+            torch.tensor(v, device=self.device, dtype=torch.float32).view(-1, 1, 1) for v in values
+        )

@@ -259,7 +259,9 @@ class UpsampledConv:
 def _quarters(conv: nn.Conv2d, dtype: torch.dtype):
     weight = conv.weight.float()  # [C', C, 3, 3]
     # taps that fall on the same pixel, for an even and for an odd position
-    same = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    same = torch.tensor(
+        [[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device="cpu"
+    )
     for y, x in gather.QUARTERS:
         folded = torch.einsum("ai,bj,ocij->oabc", same[y], same[x], weight)
         yield pack(folded.flatten(1), conv.bias, dtype)
@@ -295,7 +297,11 @@ class AttentionForm:
 
         def rows(layer: nn.Linear) -> tuple[Tensor, Tensor]:
             weight = layer.weight.to(dtype).unflatten(0, (heads, dim))
-            bias = torch.zeros(heads * dim) if layer.bias is None else layer.bias.float()
+            bias = (
+                torch.zeros(heads * dim, dtype=torch.float32, device="cpu")
+                if layer.bias is None
+                else layer.bias.float()
+            )
             bias = F.pad(bias.unflatten(0, (heads, dim)), (0, padded))
             return F.pad(weight, (0, 0, 0, padded)).flatten(0, 1), bias.flatten()
 

@@ -26,9 +26,13 @@ def _table(
     step 1: the same grid; 2: every other pixel; 0.5: the image is upsampled to the grid first, by
     nearest neighbours.
     """
-    offsets = torch.arange(3) - before
-    y = torch.arange(out_height)[None, None, :, None] * max(1, int(step))
-    x = torch.arange(out_width)[None, None, None, :] * max(1, int(step))
+    offsets = torch.arange(3, dtype=torch.int64, device="cpu") - before
+    y = torch.arange(out_height, dtype=torch.int64, device="cpu")[None, None, :, None] * max(
+        1, int(step)
+    )
+    x = torch.arange(out_width, dtype=torch.int64, device="cpu")[None, None, None, :] * max(
+        1, int(step)
+    )
     y, x = (y + offsets[:, None, None, None]), (x + offsets[None, :, None, None])
     y, x = (part.expand(3, 3, out_height, out_width).flatten(0, 1) for part in (y, x))
     if step >= 1:
@@ -64,8 +68,11 @@ QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows and columns
 @functools.lru_cache(maxsize=64)
 def quarter(height: int, width: int, y: int, x: int) -> tuple[Tensor, Tensor]:
     """A quarter of the image at twice the size: the table of its 2x2 taps, and its pixels there."""
-    rows, columns = torch.arange(height), torch.arange(width)
-    at = torch.arange(2)
+    rows, columns = (
+        torch.arange(height, dtype=torch.int64, device="cpu"),
+        torch.arange(width, dtype=torch.int64, device="cpu"),
+    )
+    at = torch.arange(2, dtype=torch.int64, device="cpu")
     from_rows = (rows + at[:, None] - 1 + y)[:, None, :, None].expand(2, 2, height, width)
     from_columns = (columns + at[:, None] - 1 + x)[None, :, None, :].expand(2, 2, height, width)
     table = _taps(from_rows.flatten(0, 1), from_columns.flatten(0, 1), height, width)
@@ -76,7 +83,10 @@ def quarter(height: int, width: int, y: int, x: int) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=64)
 def neighbours(frames: int, pixels: int) -> Tensor:
     """A pixel in the frame before, in its own and in the next: int32 [3, frames * pixels]."""
-    frame = torch.arange(frames) + (torch.arange(3) - 1)[:, None]  # [3, frames]
+    frame = (
+        torch.arange(frames, dtype=torch.int64, device="cpu")
+        + (torch.arange(3, dtype=torch.int64, device="cpu") - 1)[:, None]
+    )  # [3, frames]
     inside = ((frame >= 0) & (frame < frames))[..., None]
-    rows = frame[..., None] * pixels + torch.arange(pixels)
+    rows = frame[..., None] * pixels + torch.arange(pixels, dtype=torch.int64, device="cpu")
     return torch.where(inside, rows, -1).flatten(1).to(torch.int32).contiguous()

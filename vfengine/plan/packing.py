@@ -41,7 +41,7 @@ def pack(
     if dtype is torch.bfloat16 and depth % 2:
         raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
     words = vfengine_native.packed_words(columns, depth, geglu, number)
-    packed = torch.empty(words, dtype=torch.int32)
+    packed = torch.empty(words, dtype=torch.int32, device="cpu")
     args = vfengine_native.PackWeightsArgs(
         weights=weight.data_ptr(),
         out=packed.data_ptr(),
@@ -60,7 +60,9 @@ def pack_winograd(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> We
 
     The taps transformed for F(2, 3) (Lavin and Gray 2016), in fp32: 16 or 4 packed products.
     """
-    half = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    half = torch.tensor(
+        [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float32, device="cpu"
+    )
     parts = []
     for row in torch.einsum("ai,ocij->aocj", half, weight.float()):  # a row in memory at a time
         taps = row[None, ..., 0]

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.empty import new_weights
 from .options import TrainingOptions
 from .updates import adam_states, adamw
 
@@ -47,7 +48,8 @@ class Adversary:
 
     def __init__(self, options: TrainingOptions, last: Tensor, device: torch.device | str):
         self.options, self.last = options, last
-        self.network = Discriminator().to(device)
+        with new_weights():
+            self.network = Discriminator().to(device)
         self.parameters = list(self.network.parameters())
         self.optimizer = adamw(self.parameters, options.learning_rate, (0.5, 0.9), 0.0)
 
@@ -67,7 +69,9 @@ class Adversary:
         seen = torch.cat([real, fake])
         seed = int(np.random.default_rng((options.seed, step, 1)).integers(2**62))
         generator = torch.Generator(seen.device).manual_seed(seed)
-        noise = torch.randn(seen.shape, device=seen.device, generator=generator)
+        noise = torch.randn(
+            seen.shape, device=seen.device, generator=generator, dtype=torch.float32
+        )
         with torch.autocast(fake.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             scores = self.network(seen + _NOISE * noise).float()
         of_real, of_fake = scores.chunk(2)
@@ -127,8 +131,10 @@ class _Conv(nn.Conv2d):
 
     def __init__(self, channels: int, out_channels: int, stride: int):
         super().__init__(channels, out_channels, 4, stride=stride, padding=1)
-        self.register_buffer("left", F.normalize(torch.randn(out_channels), dim=0))
-        self.register_buffer("right", torch.zeros(channels * 16))
+        self.register_buffer(
+            "left", F.normalize(torch.randn(out_channels, dtype=torch.float32, device="cpu"), dim=0)
+        )
+        self.register_buffer("right", torch.zeros(channels * 16, dtype=torch.float32, device="cpu"))
 
     @torch.no_grad()
     def iterate(self) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..formats.parts import read_autoencoder, save_autoencoder
 from ..media.pictures import network_to_pixels, pixels_to_network
 from ..models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
+from ..models.empty import new_weights
 from .adversary import Adversary
 from .arrays import kept
 from .options import TrainingOptions
@@ -93,8 +94,12 @@ class _Scale(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
-        self.std = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.mean = nn.Parameter(
+            torch.zeros(channels, dtype=torch.float32, device="cpu"), requires_grad=False
+        )
+        self.std = nn.Parameter(
+            torch.ones(channels, dtype=torch.float32, device="cpu"), requires_grad=False
+        )
 
     @torch.no_grad()
     def update(self, z: Tensor, step: int) -> None:
@@ -132,10 +137,9 @@ class AutoencoderTraining:
         self.options, self.frames, self.config = options, frames, config
         self.device, self.steps_done = torch.device(device), 0
         torch.manual_seed(options.seed)
-        self.networks = {
-            "encoder": Encoder(config).to(device),
-            "decoder": Decoder(config).to(device),
-        }
+        with new_weights():
+            networks = {"encoder": Encoder(config), "decoder": Decoder(config)}
+        self.networks = {name: network.to(device) for name, network in networks.items()}
         self.scale = _Scale(config.latent_channels).to(device)
         self.keep_encoder = keep_encoder
         trained, fixed = dict(self.networks), [self.scale]
@@ -160,8 +164,12 @@ class AutoencoderTraining:
             z = encoder(x).float()
             if not self.keep_encoder:
                 self.scale.update(z, k)
-            share = torch.rand(len(x), 1, 1, 1, generator=generator).to(self.device)
-            noise = torch.randn(z.shape, generator=generator).to(self.device)
+            share = torch.rand(
+                len(x), 1, 1, 1, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(self.device)
+            noise = torch.randn(z.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+                self.device
+            )
             noisy = z + _LARGEST_NOISE * share * self.scale.std[:, None, None] * noise
             decoded, real = decoder(noisy).float(), x
             whole = _error(decoded, x, figure)
@@ -184,7 +192,7 @@ class AutoencoderTraining:
         [B, 1, H, W], and a generator for what follows.
         """
         rng = np.random.default_rng((self.options.seed, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator("cpu").manual_seed(int(rng.integers(2**62)))
         _, height, width, _ = self.frames.shape
         count = self.options.batch_size
         if 2 * step >= self.options.steps:
@@ -233,7 +241,7 @@ class AutoencoderTraining:
                 }
                 network.load_state_dict(own)
         for values, parameter in ((mean, self.scale.mean), (std, self.scale.std)):
-            parameter.data.copy_(torch.tensor(values))
+            parameter.data.copy_(torch.tensor(values, dtype=torch.float32, device="cpu"))
         return []
 
     @torch.no_grad()

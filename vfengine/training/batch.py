@@ -112,7 +112,7 @@ class BatchSampler:
         self._data, self._dropout = data, dropout
         self._num_timesteps, self._shift, self._device = num_timesteps, timestep_shift, device
         self._rng = np.random.default_rng(seed)
-        self._generator = torch.Generator().manual_seed(int(self._rng.integers(2**62)))
+        self._generator = torch.Generator("cpu").manual_seed(int(self._rng.integers(2**62)))
         self._normals = self._generator
         if device.type != "cpu":
             self._normals = torch.Generator(device).manual_seed(self._generator.initial_seed())
@@ -131,16 +131,21 @@ class BatchSampler:
 
     def timesteps(self, count: int) -> Tensor:
         """One t in each of `count` equal parts of the (shifted) schedule: int64 [count]."""
-        place = (torch.arange(count) + torch.rand(1, generator=self._generator)) / count
+        place = (
+            torch.arange(count, dtype=torch.int64, device="cpu")
+            + torch.rand(1, generator=self._generator, dtype=torch.float32, device="cpu")
+        ) / count
         if self._shift != 1:
             place = self._shift * place / (1 + (self._shift - 1) * place)
         return (place * self._num_timesteps).long().clamp(max=self._num_timesteps - 1)
 
     def normal(self, shape) -> Tensor:
-        return torch.randn(shape, generator=self._normals, device=self._device)
+        return torch.randn(shape, generator=self._normals, device=self._device, dtype=torch.float32)
 
     def uniform(self, *shape: int) -> Tensor:
-        return self._placed(torch.rand(*shape, generator=self._generator))
+        return self._placed(
+            torch.rand(*shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        )
 
     def _placed(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=True)

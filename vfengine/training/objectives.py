@@ -87,7 +87,7 @@ class _Objective:
         errors (of the frame's whole noise) into pixel errors: the weighting of EDM (arXiv
         2206.00364, Table 1), capped.
         """
-        like = torch.empty(len(t), device=self.device)
+        like = torch.empty(len(t), device=self.device, dtype=torch.float32)
         signal, noise = self.schedule.signal_and_noise(t, like)
         pixels = (noise / signal).square()
         return pixels * ((1 / (noise_share * pixels)).clamp(max=10) + data_std**-2)

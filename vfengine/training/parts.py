@@ -16,6 +16,7 @@ from ..formats.weights import hash_tensors
 from ..formats.word_tokenizer import WordTokenizer
 from ..media.pictures import network_to_pixels, pixels_to_network
 from ..models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from ..models.empty import new_weights
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..plan.decoder import PlannedDecoder, PlannedEncoder
 from ..plan.network import for_inference, inference_dtype
@@ -81,15 +82,15 @@ class Coder:
         self.dtype = inference_dtype(torch.bfloat16) if on_cpu else torch.bfloat16
         self._at_once = _AT_ONCE[self.device.type]
         state = parts.autoencoder_state
-        encoder, decoder = Encoder(parts.autoencoder), Decoder(parts.autoencoder)
+        with new_weights():
+            encoder, decoder = Encoder(parts.autoencoder), Decoder(parts.autoencoder)
+            text = TextEncoder(parts.text_encoder)
         self._encoder = self._ready(encoder, _under(state, "encoder."), PlannedEncoder)
         self._decoder = self._ready(decoder, _under(state, "decoder."), PlannedDecoder)
-        self._text = self._ready(
-            TextEncoder(parts.text_encoder), parts.text_state, PlannedTextEncoder
-        )
+        self._text = self._ready(text, parts.text_state, PlannedTextEncoder)
         self._tokenize = WordTokenizer(parts.tokenizer, parts.text_encoder.max_length)
         self._mean, self._std = (
-            torch.tensor(values, device=self.device)[:, None, None]
+            torch.tensor(values, device=self.device, dtype=torch.float32)[:, None, None]
             for values in (parts.latent_mean, parts.latent_std)
         )
 

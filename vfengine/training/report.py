@@ -48,6 +48,8 @@ def means_by_t(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
 
     loss [B], t int64 [B] on the CPU
     """
-    inside = (t * TIME_BINS // num_timesteps)[None] == torch.arange(TIME_BINS)[:, None]
+    inside = (t * TIME_BINS // num_timesteps)[None] == torch.arange(
+        TIME_BINS, dtype=torch.int64, device="cpu"
+    )[:, None]
     inside = inside.to(loss.device, loss.dtype, non_blocking=True)  # [TIME_BINS, B]
     return (inside * loss).sum(1) / inside.sum(1)

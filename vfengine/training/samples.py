@@ -71,7 +71,9 @@ def write_prompts(
 def write_labels(objective, networks: dict, precision: str, file: Path) -> None:
     """Eight classes, one clip a row, in 25 steps."""
     config = objective.config
-    labels = torch.arange(min(_ROWS, len(config.labels)), device=objective.device)
+    labels = torch.arange(
+        min(_ROWS, len(config.labels)), device=objective.device, dtype=torch.int64
+    )
     with _autocast(objective.device, precision):
         video = objective.sample(networks, labels, _STEPS)
     write_sheet(network_to_pixels(video), file)

@@ -78,7 +78,7 @@ class Teacher:
         """
         found = self._tokenizer.encode_batch(list(map(list, sentences)), is_pretokenized=True)
         order = sorted(range(len(found)), key=lambda row: len(found[row].ids))
-        out = torch.empty(len(found), length, self.width, device=self.device)
+        out = torch.empty(len(found), length, self.width, device=self.device, dtype=torch.float32)
         for start in range(0, len(order), _AT_ONCE):  # of like length, so that little is padding
             rows = order[start : start + _AT_ONCE]
             out[rows] = self._pooled([found[row] for row in rows], length)
@@ -86,18 +86,20 @@ class Teacher:
 
     def _pooled(self, found: Sequence[Encoding], length: int) -> Tensor:
         longest = max(len(encoding.ids) for encoding in found)
-        ids = torch.zeros(len(found), longest, dtype=torch.int64)
+        ids = torch.zeros(len(found), longest, dtype=torch.int64, device="cpu")
         mask, places = torch.zeros_like(ids), torch.full_like(ids, length)
         for row, encoding in enumerate(found):
             used = len(encoding.ids)
-            ids[row, :used] = torch.tensor(encoding.ids)
+            ids[row, :used] = torch.tensor(encoding.ids, dtype=torch.int64, device="cpu")
             mask[row, :used] = 1
             where = [length if word is None else word for word in encoding.word_ids]
-            places[row, :used] = torch.tensor(where)
+            places[row, :used] = torch.tensor(where, dtype=torch.int64, device="cpu")
         ids, mask, places = (x.to(self.device) for x in (ids, mask, places))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             pieces = self._bert(ids, mask).last_hidden_state.float()
         pooled = (pieces * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        belongs = places[:, None] == torch.arange(length, device=self.device)[:, None]
+        belongs = (
+            places[:, None] == torch.arange(length, device=self.device, dtype=torch.int64)[:, None]
+        )
         count = belongs.sum(-1, keepdim=True)  # [B, length, 1], of belongs [B, length, pieces]
         return torch.where(count > 0, belongs.float() @ pieces / count, pooled[:, None])

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..formats.parts import read_text_encoder, save_text_encoder
 from ..formats.word_tokenizer import WordTokenizer, word_tokenizer_json
+from ..models.empty import new_weights
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .mocap import ACTIONS, Scene, draw_scene
 from .mocap.captions import LABEL_PROMPTS, VIEWS, caption, paraphrase, view_of
@@ -178,9 +179,10 @@ class TextTraining:
         self.tokenizer = WordTokenizer(self.tokenizer_json, config.max_length)
         self.sentences = Sentences(words, self.tokenizer)
         torch.manual_seed(options.seed)
-        self.encoder = TextEncoder(config)
-        self.head = nn.Linear(config.width, teacher.width)
-        self.reader = Reader(config.width)
+        with new_weights():
+            self.encoder = TextEncoder(config)
+            self.head = nn.Linear(config.width, teacher.width)
+            self.reader = Reader(config.width)
         with torch.no_grad():
             nn.init.normal_(self.encoder.embeddings.position_embedding.weight, std=0.3)
             rows = nn.init.zeros_(self.encoder.embeddings.token_embedding.weight)
@@ -203,10 +205,15 @@ class TextTraining:
         """By the names of _WEIGHTS, means over the rows of all sentences that they are about."""
         words = [sentence.words for sentence in sentences]
         ids = self.tokenizer([" ".join(own) for own in words])
-        is_word = torch.arange(ids.shape[1]) < torch.tensor([len(own) for own in words])[:, None]
+        is_word = (
+            torch.arange(ids.shape[1], dtype=torch.int64, device="cpu")
+            < torch.tensor([len(own) for own in words], dtype=torch.int64, device="cpu")[:, None]
+        )
         hidden = torch.from_numpy(rng.uniform(size=ids.shape) < 0.02)  # words it will not know
         ids = torch.where(is_word & hidden, 1, ids).to(self.device)
-        attributes = torch.tensor([sentence.attributes for sentence in sentences])
+        attributes = torch.tensor(
+            [sentence.attributes for sentence in sentences], dtype=torch.int64, device="cpu"
+        )
         target = self.teacher.states(plain(words), ids.shape[1])
         bf16 = self.options.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):

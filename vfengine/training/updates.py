@@ -109,7 +109,7 @@ def adamw(
     )
     for parameter in parameters:  # as its first step would
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros((), device=parameter.device, dtype=torch.float32),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -78,7 +78,9 @@ class Backdrop:
             table = np.array([choice.get(key(s), (0, 0, 0)) for s in scenes]) / 255
             return torch.tensor(table.T, dtype=torch.float32, device=device)[:, :, None, None]
 
-        u = (torch.arange(n, device=device) + 0.5 - n / 2) * (1 / (camera.focal * n))
+        u = (torch.arange(n, device=device, dtype=torch.float32) + 0.5 - n / 2) * (
+            1 / (camera.focal * n)
+        )
         ax = torch.tensor(camera.axes, dtype=torch.float32, device=device)[..., None, None]
         d = [u * ax[:, 0, i] - u[:, None] * ax[:, 1, i] + ax[:, 2, i] for i in range(3)]
         norm = root(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
@@ -94,7 +96,7 @@ class Backdrop:
         x, y, z = ex + dx * t, ey + dy * t, ez + dz * t
         shift = [per_clip([s.shift[i] for s in scenes]) for i in range(2)]
 
-        floor = torch.empty(3, *t.shape, device=device)
+        floor = torch.empty(3, *t.shape, device=device, dtype=torch.float32)
         behind = torch.empty_like(floor)
         groups = {p: [i for i, s in enumerate(scenes) if s.place == p] for p in _FLOORS}
         carpet = names(COLOURS, lambda s: s.carpet)
@@ -213,4 +215,6 @@ def _sky_and_hills(dx: Tensor, dy: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _rgb(red: float, green: float, blue: float, like: Tensor) -> Tensor:
     """[3, 1, 1, 1] on the device of another tensor."""
-    return torch.tensor([red, green, blue], device=like.device).view(3, 1, 1, 1)
+    return torch.tensor([red, green, blue], device=like.device, dtype=torch.float32).view(
+        3, 1, 1, 1
+    )

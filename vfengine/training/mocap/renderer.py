@@ -76,7 +76,9 @@ class Renderer:
         ends = cones(poses, mirrored)  # [F, P, 2, 3]
         camera = Camera(scenes)
         backdrop = Backdrop(scenes, camera, size, _RAYS, device)
-        clip = torch.arange(len(scenes), device=device).repeat_interleave(num_frames)
+        clip = torch.arange(len(scenes), device=device, dtype=torch.int64).repeat_interleave(
+            num_frames
+        )
 
         light = backdrop.shadows(_to(ends, device), clip, _SHADOW)  # [F, s, s]
         picture = backdrop.mean[clip] * light[:, None]  # [F, 3, s, s]
@@ -151,7 +153,7 @@ class _Hits:
         focal = focal * side
 
         # [2, 2, K]: the rays of the pixels of K candidates; what belongs to a cone is [K]
-        rays = torch.arange(_RAYS, device=device)[:, None]
+        rays = torch.arange(_RAYS, device=device, dtype=torch.int64)[:, None]
         row, column = (row * _RAYS + rays)[:, None], column * _RAYS + rays
         u = (column + 0.5 - side / 2) * (1 / focal)
         v = (side / 2 - 0.5 - row) * (1 / focal)
@@ -178,7 +180,7 @@ class _Hits:
         # the nearest hit of each ray; of equal ones the later part
         place = ((cone // num_parts * side + row) * side + column).flatten()
         distance = distance.flatten()
-        nearest = torch.empty(num_frames * side * side, device=device)
+        nearest = torch.empty(num_frames * side * side, device=device, dtype=torch.float32)
         nearest.scatter_reduce_(0, place, distance, "amin", include_self=False)
         found = (distance == nearest.index_select(0, place)) & (distance < torch.inf)
         first = found.nonzero()[:, 0]
