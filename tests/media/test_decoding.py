@@ -1,6 +1,7 @@
 """Videos and animations as they are to be looked at: upright, in square pixels, opaque."""
 
 from fractions import Fraction
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -158,6 +159,13 @@ def test_the_content_says_the_format_and_not_the_name(tmp_path):
         assert np.array_equal(read_video(tmp_path / f"b{other}").frames, expected)
 
 
+def test_a_title_in_another_encoding_is_no_fault(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, corners(16, 16)[None], metadata="a title")
+    path.write_bytes(path.read_bytes().replace(b"a title", b"\xe4 title"))
+    assert both_readers(path).shape == (16, 16, 3)
+
+
 @pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile other.mkv\n", "#EXTM3U\nother.mkv\n"])
 def test_a_file_that_names_others_is_not_a_video(tmp_path, text):
     write_video(tmp_path / "other.mkv", corners(16, 16)[None])
@@ -204,3 +212,13 @@ def test_a_frame_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vfengine.media.decoding.MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"a\.mp4.*may have 1000 pixels, got 48 x 32"):
         read_video(path)
+
+
+def test_a_process_that_is_forked_after_reading_reads_too(tmp_path):
+    """The threads that convert frames would be missing in it, and it would wait for them."""
+    path = tmp_path / "a.mp4"
+    write_odd(path, corners()[None])
+    read_video(path)
+    with get_context("fork").Pool(1) as pool:
+        again = pool.apply_async(read_video, (path,)).get(30)
+    assert np.array_equal(again.frames, read_video(path).frames)

@@ -44,14 +44,22 @@ def corners(height=32, width=48):
 
 
 def write_odd(
-    path, frames, codec="libx264", form="yuv420p", aspect=None, ticks=None, cover=None, **options
+    path,
+    frames,
+    codec="libx264",
+    form="yuv420p",
+    aspect=None,
+    ticks=None,
+    cover=None,
+    rate=10,
+    **options,
 ):
-    """Writes frames uint8 [N, H, W, 3] or [N, H, W, 4], 10 a second.
+    """Writes frames uint8 [N, H, W, 3] or [N, H, W, 4], `rate` a second.
 
-    aspect: of a pixel; ticks: of each frame, in tenths of a second; cover: a picture beside them
+    aspect: of a pixel; ticks: of each frame, of 1 / rate seconds; cover: a picture beside them
     """
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=10, options=options)
+        stream = file.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], form
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = Fraction(aspect)
@@ -64,7 +72,7 @@ def write_odd(
         kind = "rgba" if frames.shape[-1] == 4 else "rgb24"
         for k, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format=kind)
-            frame.pts, frame.time_base = k if ticks is None else ticks[k], Fraction(1, 10)
+            frame.pts, frame.time_base = k if ticks is None else ticks[k], Fraction(1, rate)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 

@@ -6,7 +6,10 @@ transparent over black (pictures.py). Errors of broken files are ValueErrors.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import av
 import numpy as np
@@ -37,6 +40,30 @@ def animation(image: Image.Image) -> Iterator[tuple[np.ndarray, float]]:
 
 
 # -- videos ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_video(
+    path: Path, format: str | None = None, **options: str
+) -> Iterator[av.container.InputContainer]:
+    """A video file, of which FFmpeg opens no others, as one that is a playlist would have it.
+
+    format: FFmpeg's name, or None to find out; options: of FFmpeg
+    """
+    options["protocol_whitelist"] = ""
+    said = {"format": format, "options": options, "metadata_errors": "replace"}
+    with _File(path) as file, av.open(file, **said) as container:
+        yield container
+
+
+class _File(io.FileIO):
+    """A file in which broken data may seek anywhere; PyAV prints errors that are raised there."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError):
+            return -1
 
 
 def video_stream(file: av.container.InputContainer) -> av.VideoStream:
@@ -79,10 +106,12 @@ def square_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]
 def displayed(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     """A decoded frame as it is to be looked at; size: of `square_size`, before it is turned."""
     form = frame.format
-    if form.has_palette or any(part.is_alpha for part in form.components):
-        pixels = np.asarray(opaque(Image.fromarray(frame.to_ndarray(format="rgba"))))
-    else:
-        pixels = frame.to_ndarray(format="rgb24")
+    clear = form.has_palette or any(part.is_alpha for part in form.components)
+    # threads of the conversion would outlive it, and a process that is forked later waits for them
+    frame_rgb = frame.reformat(format="rgba" if clear else "rgb24", threads=1)
+    pixels = frame_rgb.to_ndarray()
+    if clear:
+        pixels = np.asarray(opaque(Image.fromarray(pixels)))
     if pixels.shape[1::-1] != size:
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     matrix = frame.side_data.get("DISPLAYMATRIX")

@@ -25,7 +25,7 @@ from io import BytesIO
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -42,6 +42,7 @@ from .decoding import (
     animation,
     animation_kind,
     displayed,
+    open_video,
     square_size,
     video_decoder,
     video_stream,
@@ -260,19 +261,17 @@ class VideoReader:
         self.fps, self.truncated = None, False
         with self.path.open("rb") as file:
             kind = animation_kind(file.read(16))
-            file.seek(0)
-            # FFmpeg does not decode animated webp, and passes off half a gif frame as a whole one.
-            frames = self._images(file, kind) if kind else self._video(file)
-            count = 0
-            for frame in frames:
-                count += 1
-                yield frame
+        # FFmpeg does not decode animated webp, and passes off half a gif frame as a whole one.
+        count = 0
+        for frame in self._images(kind) if kind else self._video():
+            count += 1
+            yield frame
         if count == 0:
             raise ValueError(f"{self.path}: no frame could be decoded")
 
-    def _video(self, opened: BinaryIO) -> Iterator[np.ndarray]:
+    def _video(self) -> Iterator[np.ndarray]:
         try:
-            with av.open(opened, options={"protocol_whitelist": ""}) as file:
+            with open_video(self.path) as file:
                 stream = video_stream(file)
                 self.fps = _rate(stream.average_rate)
                 size, times = None, []
@@ -308,12 +307,12 @@ class VideoReader:
             except av.FFmpegError:
                 return
 
-    def _images(self, opened: BinaryIO, kind: str) -> Iterator[np.ndarray]:
+    def _images(self, kind: str) -> Iterator[np.ndarray]:
         milliseconds: list[float] = []
         try:
             with (
                 decoding(f"{self.path}: not a readable picture or animation"),
-                Image.open(opened, formats=[kind]) as image,
+                Image.open(self.path, formats=[kind]) as image,
             ):
                 for pixels, shown in animation(image):
                     milliseconds.append(shown)

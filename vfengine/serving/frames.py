@@ -21,6 +21,7 @@ from ..media.decoding import (
     animation,
     animation_kind,
     displayed,
+    open_video,
     square_size,
     video_decoder,
     video_stream,
@@ -140,11 +141,7 @@ def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
         raise ValueError("expected a video: mp4, webm, gif or animated webp")
     try:
         decoders = {"codec_whitelist": ",".join(_DECODERS)}
-        options = {**decoders, "format_whitelist": kind, "protocol_whitelist": ""}
-        with (
-            file.open("rb") as opened,
-            av.open(opened, format=kind, options=options) as container,
-        ):
+        with open_video(file, kind, format_whitelist=kind, **decoders) as container:
             stream = video_stream(container)
             decoder = video_decoder(stream)
             if stream.codec_context.name not in _DECODERS:
