@@ -11,6 +11,7 @@ test:
 # Thousands of random command lines, files, networks and arguments (tests/fuzz/fuzz.py); hours.
 fuzz:
 	OMP_NUM_THREADS=1 python tests/fuzz/fuzz.py all --cases 10000 --seed 1
+	OMP_NUM_THREADS=1 python tests/fuzz/fuzz_media.py --cases 10000 --seed 1
 
 # Writes docs/settings.md from the tables of settings.
 settings:
