@@ -185,8 +185,8 @@ def test_on_cuda_it_is_walked_and_captured(capture, folder, monkeypatch):
         ({"latent_channels": 3}, "latent_channels must be even, got 3"),
         ({"latent_channels": "four"}, "latent_channels must be int, got 'four'"),
         ({"block_out_channels": [8, 16, 0]}, "block_out_channels must be tuple"),
-        ({"mid_block_add_attention": 1}, "mid_attention must be bool, got 1"),
-        ({"norm_num_groups": 5}, "8 channels are no multiple of norm_groups=5"),
+        ({"mid_block_add_attention": 1}, "mid_block_add_attention must be bool, got 1"),
+        ({"norm_num_groups": 5}, "8 channels are no multiple of norm_num_groups=5"),
         ({"new_trick": True}, "new_trick = true is an unknown entry"),
     ],
 )

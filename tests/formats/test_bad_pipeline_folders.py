@@ -200,6 +200,7 @@ def test_unknown_classes(outcome, change, words):
         (weights("unet", extra=torch.zeros(1)), ["weights of no known layer: extra"]),
         (weights("unet", **{"conv_in.bias": torch.zeros(31)}), ["conv_in.bias [31]"]),
         (weights("vae", **{"decoder.conv_in.bias": torch.zeros(2)}), ["[2] instead of [64]"]),
+        (weights("unet", **{"conv_in.bias": torch.zeros(32).int()}), ["conv_in.bias holds", "32"]),
     ],
 )
 def test_wrong_widths(outcome, change, words):

@@ -258,7 +258,7 @@ class NoiseSchedule:
             return cls(torch.tensor(args["alphas_cumprod"], dtype=torch.float64, device="cpu"))
         named = {"linear": cls.linear, "scaled_linear": cls.scaled_linear, "cosine": cls.cosine}
         name = args.pop("name", None)
-        if name not in named:
+        if not isinstance(name, str) or name not in named:
             raise ValueError(f"NoiseSchedule: name must be one of {tuple(named)}, got {name!r}")
         try:
             return named[name](**args)

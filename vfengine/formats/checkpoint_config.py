@@ -242,10 +242,10 @@ class CheckpointConfig(ABC):
                         raise ValueError(f"{name} must be a list, got {values[name]!r}")
                     values[name] = tuple(values[name])
             for name in kind.networks:
-                values[name] = UNetConfig(**values[name])
+                values[name] = UNetConfig(**_object(name, values[name]))
             for name, part in _PART_CONFIGS.items():
                 if values.get(name) is not None:
-                    values[name] = part(**values[name])
+                    values[name] = part(**_object(name, values[name]))
             config = kind(**values)
             config.noise_schedule()  # refused here, where the file's name is known
             return config
@@ -340,6 +340,12 @@ def _check_number(name: str, value: object, fits: Callable[[float], bool]) -> No
         raise ValueError(f"{name} must be a number, got {value!r}")
     if not fits(value):
         raise ValueError(f"{name} is out of range: {value!r}")
+
+
+def _object(name: str, value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object, got {value!r}")
+    return value
 
 
 def _positive(value: float) -> bool:

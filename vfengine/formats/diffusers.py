@@ -17,6 +17,7 @@ from .published import (
     COMMON_VIDEO,
     PublishedUNet,
     Unsupported,
+    entries_named,
     pixel_attention,
 )
 
@@ -105,6 +106,15 @@ _DEFAULTS_UNCONDITIONAL = {
     "add_attention": True,
     "downsample_padding": 1,
 }
+# Names of entries by our fields', where they differ.
+_ENTRIES = {
+    "norm_groups": "norm_num_groups",
+    "frequency_shift": "freq_shift",
+    "num_classes": "num_class_embeds",
+    "context_dim": "cross_attention_dim",
+    "transformer_depths": "transformer_layers_per_block",
+    "class_features": "projection_class_embeddings_input_dim",
+}
 # Entries that may only have one of these values, where a class does not read them.
 _ONLY_THESE_VALUES = {
     "act_fn": ("silu", "swish"),
@@ -188,7 +198,9 @@ def diffusers_config(values: Mapping[str, Any]) -> UNetConfig:
         "norm_groups": entries["norm_num_groups"],
         "norm_eps": entries["norm_eps"],
     }
-    return UNetConfig(**{**COMMON, **shape, **form.variants(entries, shape)})
+    fields = {**COMMON, **shape, **form.variants(entries, shape)}
+    with entries_named(_ENTRIES):
+        return UNetConfig(**fields)
 
 
 def _of_2d(entries: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
@@ -203,9 +215,7 @@ def _of_2d(entries: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
     return {
         **images,
         **_context(entries, shape),
-        "head_dims": _head_dims(
-            entries, shape, lambda width, heads: width // heads if width % heads == 0 else 0
-        ),
+        "head_dims": _head_dims(entries, shape, _of_number),
         "transformer_depths": _per_level(entries, "transformer_layers_per_block", levels),
         "class_features": features if images["class_embedding"] == "projection" else None,
     }
@@ -355,6 +365,11 @@ def _head_dims(
             raise Unsupported(entry, entries[entry], f"does not divide {width} channels")
         found.append(heads)
     return tuple(found)
+
+
+def _of_number(width: int, heads: int | None) -> int:
+    """Channels of a head where these many heads share the width; 0 where they cannot."""
+    return 0 if not heads or width % heads else width // heads
 
 
 def _one_number(entries: dict[str, Any], name: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..models.autoencoder import AutoencoderConfig, Step, decoder_steps, encoder_steps
-from .published import AVERAGING, Unsupported, pixel_attention
+from .published import AVERAGING, Unsupported, entries_named, pixel_attention
 
 # Entries that are read: our names of them, and their defaults.
 _DEFAULTS = {
@@ -39,12 +39,14 @@ def diffusers_autoencoder_config(values: Mapping[str, Any]) -> AutoencoderConfig
             raise Unsupported(entry, value, "is an unknown entry")
     if values.get("act_fn", "silu") not in ("silu", "swish"):
         raise Unsupported("act_fn", values["act_fn"])
-    config = AutoencoderConfig(
-        **{ours: values.get(entry, default) for entry, (ours, default) in _DEFAULTS.items()}
-    )
+    with entries_named({ours: entry for entry, (ours, _) in _DEFAULTS.items()}):
+        config = AutoencoderConfig(
+            **{ours: values.get(entry, default) for entry, (ours, default) in _DEFAULTS.items()}
+        )
+    levels = len(config.block_out_channels)
     for entry, block in _BLOCKS.items():
         blocks = values.get(entry, (block,))
-        if list(blocks) != [block] * len(config.block_out_channels):
+        if not isinstance(blocks, list | tuple) or list(blocks) != [block] * levels:
             raise Unsupported(entry, blocks, f"must be {block} at every level")
     return config
 

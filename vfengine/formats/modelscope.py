@@ -17,6 +17,7 @@ from .published import (
     MODELSCOPE_PIPELINE,
     PublishedUNet,
     Unsupported,
+    entries_named,
     read_json,
 )
 
@@ -31,6 +32,9 @@ _GROUPS = 32  # of every GroupNorm
 _HEADS = 8  # of the published network: shapes do not say it
 _MODEL_CFG = {"unet_in_dim", "unet_out_dim", "unet_dim", "unet_dim_mult", "unet_res_blocks"}
 _MODEL_CFG |= {"unet_attn_scales", "unet_context_dim", "unet_num_heads", "unet_head_dim"}
+_LISTS = {"unet_dim_mult": 1, "unet_attn_scales": 0}  # and their least lengths
+# Names of entries by our fields'.
+_ENTRIES = {"block_out_channels": "unet_dim * unet_dim_mult", "layers_per_block": "unet_res_blocks"}
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -128,6 +132,15 @@ def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
     missing = _MODEL_CFG - set(model_cfg)
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}")
+    for entry in _MODEL_CFG:
+        value = model_cfg[entry]
+        if entry in _LISTS:
+            fits = isinstance(value, list) and _LISTS[entry] <= len(value) <= 16
+            if not fits or not all(type(one) in (int, float) and one > 0 for one in value):
+                why = f"must be a list of {_LISTS[entry]} to 16 positive numbers"
+                raise Unsupported(entry, value, why)
+        elif type(value) is not int or not 1 <= value <= 2**16:
+            raise Unsupported(entry, value, f"must be an int from 1 to {2**16}")
     if str(model_cfg.get("temporal_attention", True)) != "True":  # a string, in the published file
         raise Unsupported("temporal_attention", model_cfg["temporal_attention"])
     entries = {name.removeprefix("unet_"): value for name, value in model_cfg.items()}
@@ -137,27 +150,29 @@ def modelscope_config(model_cfg: Mapping[str, Any]) -> UNetConfig:
     for width, has in zip(widths, used, strict=True):
         if has and width % entries["head_dim"]:
             raise Unsupported("unet_head_dim", entries["head_dim"], f"does not divide {width}")
-    return UNetConfig(
-        **COMMON,
-        **COMMON_VIDEO,
-        in_channels=entries["in_dim"],
-        out_channels=entries["out_dim"],
-        block_out_channels=widths,
-        layers_per_block=(entries["res_blocks"],) * len(widths),
-        spatial_attention=attention,
-        temporal_attention=attention,
-        temporal_conv=(True,) * len(widths),
-        mid_spatial_attention=True,
-        mid_temporal_attention=True,
-        context_dim=entries["context_dim"],
-        needs_context=True,
-        head_dim=entries["head_dim"],
-        head_dims=tuple(
-            entries["head_dim"] if has else width for width, has in zip(widths, used, strict=True)
-        ),
-        transformer_in_heads=entries["num_heads"],
-        norm_groups=_GROUPS,
+    head_dims = tuple(
+        entries["head_dim"] if has else width for width, has in zip(widths, used, strict=True)
     )
+    with entries_named(_ENTRIES):
+        return UNetConfig(
+            **COMMON,
+            **COMMON_VIDEO,
+            in_channels=entries["in_dim"],
+            out_channels=entries["out_dim"],
+            block_out_channels=widths,
+            layers_per_block=(entries["res_blocks"],) * len(widths),
+            spatial_attention=attention,
+            temporal_attention=attention,
+            temporal_conv=(True,) * len(widths),
+            mid_spatial_attention=True,
+            mid_temporal_attention=True,
+            context_dim=entries["context_dim"],
+            needs_context=True,
+            head_dim=entries["head_dim"],
+            head_dims=head_dims,
+            transformer_in_heads=entries["num_heads"],
+            norm_groups=_GROUPS,
+        )
 
 
 def model_cfg_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ class PublishedUNet:
             block = 0 if number is None else int(number) + 1
             inner = [f"transformer_blocks.{block}", _BLOCK.get(layer, layer), parameter]
         return ".".join([prefix, *inner])
+
+
+@contextmanager
+def entries_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of our configurations name a file's entries; names: of entries, by our fields'."""
+    try:
+        yield
+    except ValueError as error:
+        words = re.sub(r"^\w+Config: ", "", str(error))
+        raise ValueError(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), words)) from error
 
 
 def pixel_attention(names: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.text_encoder import ACTIVATIONS, TextEncoderConfig
-from .published import Unsupported
+from .published import Unsupported, entries_named
 from .weights import StoredWeights
 
 _ENTRIES = {  # of a CLIPTextModel's config.json: our names of them, and their defaults
@@ -66,7 +66,8 @@ def clip_config(values: Mapping[str, Any]) -> TextEncoderConfig:
     if values.get("hidden_act", ACTIVATIONS[0]) not in ACTIVATIONS:
         raise Unsupported("hidden_act", values["hidden_act"])
     entries = {ours: values.get(name, default) for name, (ours, default) in _ENTRIES.items()}
-    return TextEncoderConfig(**entries)
+    with entries_named({ours: name for name, (ours, _) in _ENTRIES.items()}):
+        return TextEncoderConfig(**entries)
 
 
 def clip_weights(weights: StoredWeights) -> StoredWeights:

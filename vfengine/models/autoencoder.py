@@ -24,6 +24,7 @@ from .empty import without_weights
 from .layers import GroupNorm, PaddedDownsample, PixelAttention, ResBlock, Upsample, images, rows
 
 _EPS = 1e-6  # of every norm
+_MOST_LAYERS = 2**6  # of a level: files hold no more
 
 FrameCallback = Callable[[int, int], None]  # (frames done, frames in all)
 
@@ -58,13 +59,19 @@ class AutoencoderConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(f.default, tuple):
-                fits = isinstance(value, (tuple, list)) and value and all(map(_is_count, value))
+                fits = isinstance(value, (tuple, list)) and 1 <= len(value) <= 16
+                fits = fits and all(map(_is_count, value))
             else:
-                fits = type(value) is type(f.default) and (value is False or value >= 1)
+                fits = type(value) is bool if type(f.default) is bool else _is_count(value)
             if not fits:
                 kind = type(f.default).__name__
                 raise ValueError(f"AutoencoderConfig: {f.name} must be {kind}, got {value!r}")
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        if self.layers_per_block > _MOST_LAYERS:
+            raise ValueError(
+                f"AutoencoderConfig: layers_per_block may be {_MOST_LAYERS} at most, got "
+                f"{self.layers_per_block}"
+            )
         if self.latent_channels % 2:
             raise ValueError(
                 f"AutoencoderConfig: latent_channels must be even, got {self.latent_channels}"
@@ -83,7 +90,7 @@ class AutoencoderConfig:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= 2**16
 
 
 @dataclass(frozen=True)

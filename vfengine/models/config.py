@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 _LARGEST = 2**16
+_MOST_LAYERS = 2**10  # of a UNet: building more would take minutes, and files hold none
 _CLASS_EMBEDDINGS = ("null", "table", "timestep", "projection")
 
 
@@ -205,6 +206,17 @@ class UNetConfig:
             raise ValueError(
                 f"UNetConfig: the finest level must have an even number of channels, and not twice "
                 f"frequency_shift={self.frequency_shift}: no timestep has {finest} numbers"
+            )
+        depths = self.transformer_depths or (1,) * len(self.layers_per_block)
+        layers = self.mid_blocks + sum(
+            count * (depth + self.temporal_conv_depth)
+            for count, depth in zip(self.layers_per_block, depths, strict=True)
+        )
+        if layers > _MOST_LAYERS:
+            raise ValueError(
+                f"UNetConfig: layers_per_block={self.layers_per_block}, transformer_depths="
+                f"{depths}, temporal_conv_depth={self.temporal_conv_depth} and mid_blocks="
+                f"{self.mid_blocks} make {layers} layers, {_MOST_LAYERS} at most"
             )
         for channels, head_dim in zip(self.block_out_channels, self.level_head_dims, strict=True):
             if channels % self.norm_groups or channels % head_dim:

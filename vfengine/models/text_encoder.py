@@ -21,7 +21,9 @@ from .layers import Attention
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 MAX_LENGTH = 128  # tokens, of the kernel that attends to them
+_LARGEST, _MOST_LAYERS = 2**20, 2**10  # of any number, and of layers: files hold no more
 _EXPECTED = {str: "a name", bool: "True or False"}
+_EXPECTED |= {kind: f"a positive {kind.__name__} below {_LARGEST}" for kind in (int, float)}
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,19 @@ class TextEncoderConfig:
             if value is None and field.default is None:
                 continue
             kind = int if field.default is None else type(field.default)
-            if type(value) is not kind or (kind in (int, float) and value <= 0):
-                expected = _EXPECTED.get(kind, f"a positive {kind.__name__}")
+            if type(value) is not kind or (kind in (int, float) and not 0 < value < _LARGEST):
                 raise ValueError(
-                    f"TextEncoderConfig: {field.name} must be {expected}, got {value!r}"
+                    f"TextEncoderConfig: {field.name} must be {_EXPECTED[kind]}, got {value!r}"
                 )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"TextEncoderConfig: activation must be one of {ACTIVATIONS}, "
                 f"got {self.activation!r}"
+            )
+        if self.num_layers > _MOST_LAYERS:
+            raise ValueError(
+                f"TextEncoderConfig: num_layers may be {_MOST_LAYERS} at most, got "
+                f"{self.num_layers}"
             )
         if self.max_length > MAX_LENGTH:
             raise ValueError(
