@@ -36,6 +36,9 @@ def test_kinds_of_arguments(name):
             for other, error, words in others:
                 with pytest.raises(error, match=words):
                     op(**{**arguments(name), argument: other}, backend=backend)
+    first = next(iter(arguments(name)))
+    with pytest.raises(TypeError, match=f"{first} must be a tensor, got NoneType"):
+        op(**{key: None if key in (first, "out") else v for key, v in arguments(name).items()})
     for backend in (None, 3, ["cpu"]):
         with pytest.raises(TypeError, match=f"{name}: backend must be a str"):
             op(**arguments(name), backend=backend)
