@@ -46,6 +46,7 @@ from vfengine.sampling.driver import Driver
         (["--label", "walk", "extra"], ["unrecognized arguments: extra"]),
         (["--lab", "walk"], ["unrecognized arguments: --lab"]),
         (["--label"], ["--label", "expected one argument"]),
+        (["--label", "walk", "--num-frames=--"], ["--num-frames: expected"]),
         (["--codec", "mpeg2"], ["--codec", "invalid choice: 'mpeg2'"]),
         (["--crf", "64"], ["--crf", "expected a whole number from 0 to 63"]),
         (["--label", "walk", "--codec", "vp9"], ["walk.mp4: codec 'vp9'", "h264, hevc, av1"]),

@@ -34,6 +34,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == []:  # which some versions make of --name=--
+                self.error(f"argument {flag(name)}: expected one argument")
+        return found, rest
+
     def print_help(self, file: None = None) -> None:
         say(self.format_help(), end="")
 
