@@ -195,7 +195,9 @@ def write_tensors(
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is {dtype}, expected one of: {', '.join(_DTYPES)}")
     order = sorted(tensors, key=lambda name: (list(_DTYPES).index(dtypes[name]), name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: dict[str, object] = {}
+    if metadata is not None:
+        header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
     for name in order:
         begin, end = end, end + tensors[name].nbytes
