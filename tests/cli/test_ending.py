@@ -14,7 +14,6 @@ from vfengine.cli.ending import begun, ended, verdict
 from vfengine.cli.flags import Failure, UsageError
 from vfengine.cli.start import begin, on_stop
 from vfengine.cli.train_loop import Limit
-from vfengine.files import write_tensors
 
 
 def allocation_error():
@@ -104,20 +103,6 @@ def test_no_error_is_of_the_input_once_work_has_begun(error, capsys):
 
     assert ended(run, "x") == 1
     assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.parametrize(("words", "number"), [("(os error 28)", 28), ("an odd header", None)])
-def test_what_safetensors_tells_of_a_disk_is_the_systems_error(
-    tmp_path, monkeypatch, words, number
-):
-    def full(*_):
-        raise SafetensorError(f"Error: I/O error: {words}")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match=r"a\.safetensors") as told:
-        write_tensors(tmp_path / "a.safetensors", {})
-    assert told.value.errno == number
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EIO, OSError), (errno.EINVAL, ValueError)])
