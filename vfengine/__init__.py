@@ -11,15 +11,20 @@ from vfengine import _moved
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from vfengine import metrics, models, ops
-    from vfengine.diffusion.base_path import BaseTrajectory
-    from vfengine.diffusion.noise import decomposed_noise
-    from vfengine.diffusion.schedule import NoiseSchedule
-    from vfengine.pipelines.load import load_pipeline
-    from vfengine.pipelines.text_to_video import TextToVideoPipeline
-    from vfengine.pipelines.videofusion import VideoFusionPipeline
-    from vfengine.sampling.api import sample, sample_base, sample_residual, sample_video
+if TYPE_CHECKING:  # "as": so that a strict type checker takes them for exported
+    from vfengine import metrics as metrics
+    from vfengine import models as models
+    from vfengine import ops as ops
+    from vfengine.diffusion.base_path import BaseTrajectory as BaseTrajectory
+    from vfengine.diffusion.noise import decomposed_noise as decomposed_noise
+    from vfengine.diffusion.schedule import NoiseSchedule as NoiseSchedule
+    from vfengine.pipelines.load import load_pipeline as load_pipeline
+    from vfengine.pipelines.text_to_video import TextToVideoPipeline as TextToVideoPipeline
+    from vfengine.pipelines.videofusion import VideoFusionPipeline as VideoFusionPipeline
+    from vfengine.sampling.api import sample as sample
+    from vfengine.sampling.api import sample_base as sample_base
+    from vfengine.sampling.api import sample_residual as sample_residual
+    from vfengine.sampling.api import sample_video as sample_video
 
 _HOME = {
     "BaseTrajectory": "vfengine.diffusion.base_path",

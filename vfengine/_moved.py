@@ -1,7 +1,11 @@
-"""Import paths of earlier releases: `vfengine.schedule` is `vfengine.diffusion.schedule`."""
+"""Import paths of earlier releases: `vfengine.schedule` is `vfengine.diffusion.schedule`.
+
+They warn, as every deprecated name does (docs/releases.md).
+"""
 
 import importlib
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -24,7 +28,19 @@ MOVED = {
     "vfengine.video_io": "vfengine.media.video",
     "vfengine.windows": "vfengine.sampling.windows",
 }
+_LEAVES = "1.0.0"
 SPLIT = {"vfengine.decompose": ("vfengine.diffusion.decompose", "vfengine.diffusion.noise")}
+
+
+def warn_deprecated(old: str, new: str, leaves: str, stacklevel: int = 2) -> None:
+    """A DeprecationWarning at the line that uses an old name.
+
+    old, new:   the name and what takes its place
+    leaves:     the release that no longer has the old one, at least one minor release away
+    stacklevel: 1 is the caller of this function, 2 its caller, and so on
+    """
+    words = f"{old} is deprecated and leaves with vfengine {leaves}: use {new}"
+    warnings.warn(words, DeprecationWarning, stacklevel + 1)
 
 
 class _OldPaths:
@@ -38,6 +54,8 @@ class _OldPaths:
         return ModuleSpec(name, self) if name in MOVED or name in SPLIT else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = [MOVED[spec.name]] if spec.name in MOVED else SPLIT[spec.name]
+        warn_deprecated(spec.name, " and ".join(new), _LEAVES)  # frames of importlib do not count
         if spec.name in SPLIT:
             module = ModuleType(spec.name)
             for part in map(importlib.import_module, SPLIT[spec.name]):

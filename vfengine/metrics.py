@@ -6,13 +6,15 @@ distances of FID, FVD, KID and KVD: which of them depends on the features alone.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["frechet_distance", "inception_score", "kernel_distance"]
 
-Features = Tensor | np.ndarray
+Features: TypeAlias = Tensor | np.ndarray
 
 
 def frechet_distance(x: Features, y: Features) -> float:
@@ -25,11 +27,11 @@ def frechet_distance(x: Features, y: Features) -> float:
 
     Raises TypeError for features of no float dtype, ValueError for shapes that do not fit.
     """
-    x, y = _both("frechet_distance", x, y)
-    difference = x.mean(0) - y.mean(0)
+    first, second = _both("frechet_distance", x, y)
+    difference = first.mean(0) - second.mean(0)
     # With C = R'R, tr (Cx Cy)^(1/2) is the sum of the singular values of Rx Ry': no root of a
     # matrix that few samples leave singular has to be taken.
-    rx, ry = (_covariance_factor(values) for values in (x, y))
+    rx, ry = (_covariance_factor(values) for values in (first, second))
     root = torch.linalg.svdvals(rx @ ry.T).sum()
     distance = difference.square().sum() + rx.square().sum() + ry.square().sum() - 2 * root
     return float(distance)
@@ -45,7 +47,7 @@ def kernel_distance(x: Features, y: Features) -> float:
 
     Raises TypeError for features of no float dtype, ValueError for shapes that do not fit.
     """
-    x, y = _both("kernel_distance", x, y)
+    first, second = _both("kernel_distance", x, y)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -54,7 +56,7 @@ def kernel_distance(x: Features, y: Features) -> float:
         k, n = kernel(a, a), len(a)
         return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
 
-    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
+    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
 
 
 def inception_score(p: Features, splits: int = 10) -> tuple[float, float]:
@@ -67,16 +69,16 @@ def inception_score(p: Features, splits: int = 10) -> tuple[float, float]:
     Raises TypeError for no float dtype, ValueError for another shape, rows that are no
     probabilities, or more splits than rows.
     """
-    p = _features("inception_score", p)
-    if (p < 0).any() or (p.sum(1) - 1).abs().max() > 1e-3:
+    rows = _features("inception_score", p)
+    if (rows < 0).any() or (rows.sum(1) - 1).abs().max() > 1e-3:
         raise ValueError("inception_score: expected rows of probabilities, each of sum 1")
-    if not 1 <= splits <= len(p):
-        raise ValueError(f"inception_score: expected 1 to {len(p)} splits, got {splits}")
-    scores = []
-    for part in p.tensor_split(splits):
+    if not 1 <= splits <= len(rows):
+        raise ValueError(f"inception_score: expected 1 to {len(rows)} splits, got {splits}")
+    parts = []
+    for part in rows.tensor_split(splits):
         divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(0))
-        scores.append(divergence.sum(1).mean().exp())
-    scores = torch.stack(scores)
+        parts.append(divergence.sum(1).mean().exp())
+    scores = torch.stack(parts)
     return float(scores.mean()), float(scores.std(correction=0))
 
 
@@ -87,21 +89,23 @@ def _covariance_factor(x: Tensor) -> Tensor:
 
 
 def _both(name: str, x: Features, y: Features) -> tuple[Tensor, Tensor]:
-    x, y = _features(name, x), _features(name, y)
-    if x.shape[1] != y.shape[1]:
+    first, second = _features(name, x), _features(name, y)
+    if first.shape[1] != second.shape[1]:
         raise ValueError(
-            f"{name}: expected features of one width, got {list(x.shape)} and {list(y.shape)}"
+            f"{name}: expected features of one width, got {list(first.shape)} and "
+            f"{list(second.shape)}"
         )
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"{name}: expected at least 2 of each, got {len(x)} and {len(y)}")
-    return x, y
+    n, m = len(first), len(second)
+    if min(n, m) < 2:
+        raise ValueError(f"{name}: expected at least 2 of each, got {n} and {m}")
+    return first, second
 
 
 def _features(name: str, x: Features) -> Tensor:
     """float64 [n, D]."""
-    x = torch.as_tensor(x, device=getattr(x, "device", "cpu"))
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{name}: expected [n, D], got {list(x.shape)}")
-    return x.detach().double()
+    tensor: Tensor = torch.as_tensor(x, device=getattr(x, "device", "cpu"))
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a float dtype, got {tensor.dtype}")
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"{name}: expected [n, D], got {list(tensor.shape)}")
+    return tensor.detach().double()

@@ -145,7 +145,7 @@ class BaseTrajectory:
             "base_path": self.base_path,
             "metadata": json.dumps(dict(self.metadata)),
         }
-        write_tensors(path, tensors, header)
+        write_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(

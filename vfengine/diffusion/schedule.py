@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class NoiseSchedule:
     # -- named schedules ---------------------------------------------------------------------
 
     @classmethod
-    def from_betas(cls, betas: np.ndarray, **recipe) -> NoiseSchedule:
+    def from_betas(cls, betas: np.ndarray, **recipe: Any) -> NoiseSchedule:
         """ᾱ_t = Π (1 - β_s) over s <= t; betas: [T]."""
         return cls(torch.from_numpy(np.cumprod(1.0 - np.asarray(betas, np.float64))), recipe)
 

@@ -27,7 +27,7 @@ def load_pipeline(
     `TextToVideoPipeline` for a published text-to-video model. The settings, and what is raised, are
     those of their `from_pretrained`; ValueError for a base_unet of a text-to-video model.
     """
-    options = {"device": device, "dtype": dtype, "capture": capture}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "capture": capture}
     if folder is not None:
         from ..formats.published import holds_pipeline
 
