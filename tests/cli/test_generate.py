@@ -200,7 +200,7 @@ def test_interrupt_leaves_complete_files_only(cli, monkeypatch, moment):
 
         def interrupted(path, *rest):
             write(path, *rest)
-            if "-001" in path.name:  # a temporary name has random digits as well
+            if "-001" in str(path):
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(video_io, "encode", interrupted)
