@@ -123,6 +123,13 @@ def test_names_what_of_a_scheduler_is_not_taken(tiny_checkpoint, tmp_path):
     assert torch.equal(found.walk_base(num_inference_steps=2).states, expected.states)
 
 
+def test_says_what_is_taken_where_no_scheduler_lies_beside(tiny_checkpoint, tmp_path):
+    with pytest.warns(UserWarning, match="no scheduler_config.json .* output for epsilon"):
+        open_with(tiny_checkpoint, save_peer(tmp_path))
+    with pytest.warns(UserWarning, match="output for v_prediction"):
+        open_with(tiny_checkpoint, tmp_path, base_prediction_type="v_prediction")
+
+
 def test_an_unconditional_network_is_a_base_network(tiny_checkpoint, tmp_path):
     """As such models are published: all files in one folder, its scheduler's among them."""
     from diffusers import UNet2DModel

@@ -77,6 +77,12 @@ def pretrained_base(
     elif isinstance(source, (str, Path)):
         source = Path(source)
         unet, scheduler = read_unet_config(source), read_scheduler(source)
+        if not scheduler:
+            warnings.warn(
+                f"base_unet: {source} has no scheduler_config.json beside it: its noise levels are "
+                f"taken for this model's, its output for {prediction_type or 'epsilon'}",
+                stacklevel=2,
+            )
     else:
         raise TypeError(f"base_unet must be a folder or a UNet, got {type(source).__name__}")
     if prediction_type is not None:
