@@ -98,7 +98,7 @@ def test_a_colour_that_stands_for_transparent_is_black(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (7, 5)])
 def test_modes_of_8_bits_are_taken(tmp_path, mode, size):
     image = Image.new("RGB", size, "white").convert(mode)
-    kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    kind = {"CMYK": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")
     image.save(tmp_path / "a", format=kind)
     for given in (image, tmp_path / "a"):
         assert (to_network(given, 3, 4, 6) == 1).all()
