@@ -66,7 +66,7 @@ def write_odd(
         if cover is not None:
             beside = file.add_stream("png", rate=1)
             beside.height, beside.width, beside.pix_fmt = *cover.shape[:2], "rgb24"
-            beside.disposition = Disposition.attached_pic
+            beside.disposition = Disposition.attached_pic.value  # PyAV 17.0 takes no flag
             picture = av.VideoFrame.from_ndarray(cover, format="rgb24")
             file.mux([*beside.encode(picture), *beside.encode()])
         kind = "rgba" if frames.shape[-1] == 4 else "rgb24"
