@@ -276,7 +276,7 @@ def test_foreign_config_is_refused(folder, text, reason):
     [
         ({"colour": "red"}, "unknown entries: colour"),
         ({"base": {"width": 3}}, "of another version"),
-        ({"residual": None}, "of another version"),
+        ({"residual": None}, "residual must be an object, got None"),
         ({"base": {"head_dim": 7}}, "multiple of"),
         ({"schedule": {"name": "sudden"}}, "name must be one of"),
         ({"labels": ["a", "b", "a"]}, "labels must differ, got 'a' more than once"),
