@@ -71,7 +71,7 @@ def send(folder: Path, count: int) -> None:
 
 def work(folder: Path, worker: str, out: Path, total: int) -> None:
     """Finishes jobs, without making them, until so many are; writes down which."""
-    store, made, end = Store(folder, durable=False), [], time.monotonic() + 60
+    store, made, end = Store(folder, durable=False), [], time.monotonic() + 600
     while store.count("completed") < total:
         assert time.monotonic() < end, "a sender has failed"
         for job in store.claim(worker, 3):
