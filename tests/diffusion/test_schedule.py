@@ -54,6 +54,8 @@ def test_offsets_are_refused_that_lead_past_the_schedule():
     assert schedule.timesteps(999, steps_offset=1)[0] == 999
     with pytest.raises(ValueError, match="1000 steps with steps_offset 1 begin at 1000, past"):
         schedule.timesteps(1000, steps_offset=1)
+    with pytest.raises(ValueError, match=f"50 steps with steps_offset {10**30} begin at "):
+        schedule.timesteps(50, steps_offset=10**30)
     for offset in (-1, 1.0, True):
         with pytest.raises(ValueError, match="steps_offset must be an int >= 0"):
             schedule.timesteps(50, steps_offset=offset)

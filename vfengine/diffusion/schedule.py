@@ -169,12 +169,14 @@ class NoiseSchedule:
         num_inference_steps, steps_offset = count, offset
         k = np.arange(num_inference_steps)
         if spacing == "leading":
-            steps = (k * (total // num_inference_steps))[::-1] + steps_offset
-            if steps[0] >= total:
+            spaced = total // num_inference_steps
+            first = (num_inference_steps - 1) * spaced + steps_offset
+            if first >= total:
                 raise ValueError(
                     f"timesteps: {num_inference_steps} steps with steps_offset {steps_offset} "
-                    f"begin at {steps[0]}, past the last timestep {total - 1}"
+                    f"begin at {first}, past the last timestep {total - 1}"
                 )
+            steps = (k * spaced)[::-1] + steps_offset
         elif spacing == "trailing":
             steps = np.round(total - k * (total / num_inference_steps)) - 1
         elif spacing == "linspace":
