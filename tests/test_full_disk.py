@@ -1,7 +1,7 @@
 """A disk that is full, at every write: an OSError, the old file stays, and nothing else is left.
 
 The system refuses to let a file grow past RLIMIT_FSIZE, as it would on a full disk. So the real
-writers fail, those in C and Rust too. `tests/tools/break_disk.py` fills a real disk.
+writers fail, those in C too.
 """
 
 import errno
