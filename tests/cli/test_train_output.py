@@ -172,7 +172,7 @@ def test_samples_that_failed_are_made_up_for(tmp_path, monkeypatch, every):
 # -- full disks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("renames", range(2, 6))  # of the first state, then the second save
+@pytest.mark.parametrize("renames", range(2, 5))  # of the first state, then the second save
 def test_a_full_disk_leaves_the_last_whole_files(tmp_path, monkeypatch, capsys, renames):
     with monkeypatch.context() as patch:
         failing_at(patch, vfengine.files.os, "replace", FULL, after=renames)

@@ -230,7 +230,7 @@ def test_other_tokenizers_are_refused(folder):
         ({"autoencoder": {"latent_channels": 8}}, "has 8 latent channels, the networks' clips 4"),
         ({"autoencoder": {"latent_channels": 5}}, "latent_channels must be even"),
         ({"autoencoder": {"colour": 3}}, "of another version .*colour"),
-        ({"autoencoder": 4}, "of another version"),
+        ({"autoencoder": 4}, "autoencoder must be an object, got 4"),
         ({"prompts": None}, "needs prompts, one for each of 3 labels, got None"),
         ({"prompts": ["one", "two"]}, r"one for each of 3 labels, got \('one', 'two'\)"),
         ({"prompts": [1, 2, 3]}, "prompts must be strings"),

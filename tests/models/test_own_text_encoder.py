@@ -106,9 +106,12 @@ def test_weights_of_older_configurations_have_their_names():
     [
         ({"causal": 1}, "causal must be True or False, got 1"),
         ({"causal": None}, "causal must be True or False, got None"),
-        ({"embedding_width": 0}, "embedding_width must be a positive int, got 0"),
-        ({"embedding_width": 12.0}, "embedding_width must be a positive int, got 12.0"),
-        ({"num_layers": True}, "num_layers must be a positive int, got True"),
+        ({"embedding_width": 0}, "embedding_width must be a positive int below 1048576, got 0"),
+        (
+            {"embedding_width": 12.0},
+            "embedding_width must be a positive int below 1048576, got 12.0",
+        ),
+        ({"num_layers": True}, "num_layers must be a positive int below 1048576, got True"),
         ({"activation": 3}, "activation must be a name, got 3"),
     ],
 )

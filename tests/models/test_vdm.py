@@ -224,7 +224,7 @@ def test_damaged_and_foreign_weights_are_refused(folder):
         ({"format": "vfengine-decomposed-1"}, "unknown entries: video, video_std"),
         ({"lam": 0.5}, "unknown entries: lam"),
         ({"clean_share": 0.5, "base": None}, "unknown entries: base, clean_share"),
-        ({"video": None}, "of another version"),
+        ({"video": None}, "video must be an object, got None"),
         ({"video": {}}, "classes"),
         ({"video_std": 0}, "video_std is out of range"),
         ({"video_std": "wide"}, "video_std must be a number"),

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import open_tensors, replacing
+from ..files import open_tensors
 from .ending import verdict
 from .flags import UsageError, one_line
 from .streams import tell
@@ -66,10 +66,9 @@ class Output:
         return self._samples / f"step-{step:07d}.png"
 
     def write_samples(self, training) -> None:
-        """Writes the samples of this step whole, or not at all."""
+        """Writes the samples of this step; each file whole, or not at all."""
         self._samples.mkdir(exist_ok=True)
-        with replacing(self.samples(training.steps_done)) as temporary:
-            training.write_samples(temporary)
+        training.write_samples(self.samples(training.steps_done))
 
 
 @contextmanager

@@ -32,6 +32,10 @@ class StoredNetwork:
 
     def __post_init__(self) -> None:
         check_weights(self.file, self._shapes(), self.names, self.weights.shapes)
+        for name in self.names.values():
+            if name in self.weights.others:
+                kind = self.weights.others[name]
+                raise ValueError(f"{self.file}: {name} holds {kind}, not weights")
 
     @property
     def config(self) -> Any:

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,20 +24,25 @@ _PROJECTIONS += tuple(f"attention.to_{part}.weight" for part in ("q", "k", "v", 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights on disk: their shapes, and a function that reads one by name, once."""
+    """Weights on disk: their shapes, and a function that reads one by name, once.
+
+    others: the dtypes of entries that hold no floats, where that is known, by name
+    """
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def only(self, names: Iterable[str]) -> StoredWeights:
         """These of the weights."""
-        return StoredWeights({name: self.shapes[name] for name in names}, self.read)
+        return StoredWeights({name: self.shapes[name] for name in names}, self.read, self.others)
 
 
 def open_weights(files: Iterable[Path]) -> StoredWeights:
     """The weights of all files together. Raises ValueError for a damaged one."""
     shapes: dict[str, tuple[int, ...]] = {}
     readers: dict[str, Callable[[str], Tensor]] = {}
+    others: dict[str, str] = {}
     for file in files:
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
@@ -45,13 +50,16 @@ def open_weights(files: Iterable[Path]) -> StoredWeights:
         opened = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
         shapes.update(opened.shapes)
         readers.update(dict.fromkeys(opened.shapes, opened.read))
-    return StoredWeights(shapes, lambda name: readers[name](name))
+        others.update(opened.others)
+    return StoredWeights(shapes, lambda name: readers[name](name), others)
 
 
 def _safetensors(file: Path) -> StoredWeights:
     mapping = ExitStack()
     opened, bytes_read = mapping.enter_context(open_tensors(file)), 0
-    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    entries = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    shapes = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
+    kinds = {name: entry.get_dtype() for name, entry in entries.items()}
 
     def read(name: str) -> Tensor:
         """Maps the file again now and then: pages that were read count as the process's memory."""
@@ -63,7 +71,8 @@ def _safetensors(file: Path) -> StoredWeights:
         bytes_read += tensor.nbytes
         return tensor
 
-    return StoredWeights(shapes, read)
+    others = {name: kind for name, kind in kinds.items() if not kind.startswith(("F", "BF"))}
+    return StoredWeights(shapes, read, others)
 
 
 def _pickle(file: Path) -> StoredWeights:
@@ -89,7 +98,9 @@ def _pickle(file: Path) -> StoredWeights:
         if value.is_meta or value.layout is not torch.strided or value.is_quantized:
             kind = "no values" if value.is_meta else value.layout
             raise ValueError(f"{file} has weights that are no dense tensors: {name} of {kind}")
-    return StoredWeights({name: tuple(value.shape) for name, value in state.items()}, state.pop)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    others = {k: str(v.dtype) for k, v in state.items() if not v.is_floating_point()}
+    return StoredWeights(shapes, state.pop, others)
 
 
 def check_weights(

@@ -244,7 +244,12 @@ def check_tensor(
 
 
 def check_overlap(op: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """Raise ValueError where out shares memory with an input."""
+    """Raise ValueError where out shares memory with an input.
+
+    Tensors that only describe others, as while a program is exported, have no memory.
+    """
+    if type(out) is not Tensor:
+        return
     start = out.data_ptr()
     end = start + _extent(out)
     for name, tensor in inputs.items():

@@ -201,7 +201,7 @@ class Videos:
         if order not in (None, "asc", "desc"):
             raise bad(f"order must be asc or desc, got {shown(order)}", "order")
         try:
-            jobs, more = self.store.list(after or None, int(limit), order or "desc")
+            jobs, more = self.store.list(after, int(limit), order or "desc")
         except KeyError as error:
             raise bad(f"there is no video {shown(after)}", "after", "video_not_found") from error
         page = {
