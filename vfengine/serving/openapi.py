@@ -7,7 +7,7 @@ from typing import Any
 from .. import __version__
 from .jobs import FORMATS, STATUSES
 from .model_info import ModelInfo
-from .request_forms import MAX_FPS, MAX_PROMPT, Bounds
+from .request_forms import MAX_FPS, MAX_PROMPT, REQUEST_NAME, Bounds
 
 Schema = dict[str, Any]
 _ID = {"type": "string", "pattern": "^video_[0-9a-f]{32}$"}
@@ -239,7 +239,12 @@ def openapi(info: ModelInfo, bounds: Bounds, with_keys: bool) -> dict[str, Any]:
         "name": "Idempotency-Key",
         "in": "header",
         "required": False,
-        "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+        "schema": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 255,
+            "pattern": f"^{REQUEST_NAME}$",
+        },
         "description": "a second request with it is answered with the first one's video",
     }
     text = {"text/html": {"schema": {"type": "string"}}}

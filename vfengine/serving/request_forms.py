@@ -12,6 +12,7 @@ from .errors import ApiError, bad, shown
 from .jobs import FORMATS, Job, JobSettings
 from .model_info import ModelInfo
 
+REQUEST_NAME = "[!-~]([ -~]*[!-~])?"  # pattern of an Idempotency-Key
 MAX_PROMPT = 4000  # characters
 MAX_FPS = 120
 EXTENSIONS = 10  # a clip may become so many times as long as one that is made at once

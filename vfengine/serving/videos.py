@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from .bodies import Body, read_body
 from .errors import ApiError, bad, no_video, not_yet, queue_full, shown
 from .jobs import SOURCE, SPRITESHEET, THUMBNAIL, UPLOAD, Job, new_id
 from .model_info import ModelInfo
-from .request_forms import Bounds, Draft
+from .request_forms import REQUEST_NAME, Bounds, Draft
 from .store import QueueFull, Store
 
 POLL_MS = 250  # how soon a client is to ask again for a video that is not done
@@ -320,7 +321,7 @@ def _request_name(request: Request) -> str | None:
     name = request.headers.get("idempotency-key")
     if name is None:
         return None
-    if not 1 <= len(name) <= 255:
-        raise bad("Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
+    if len(name) > 255 or not re.fullmatch(REQUEST_NAME, name):
+        raise bad("Idempotency-Key must have 1 to 255 characters of ASCII", "Idempotency-Key")
     whole = "\n".join((request.state.key, request.url.path, name))
     return hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()
