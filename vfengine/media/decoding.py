@@ -103,6 +103,16 @@ def square_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]
     return width, height
 
 
+def seconds_of(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
+    """When a frame is shown; None where the file does not say.
+
+    PyAV 17.0's own `frame.time` divides by zero in frames that follow a fault.
+    """
+    if frame.pts is None or stream.time_base is None:
+        return None
+    return float(frame.pts * stream.time_base)
+
+
 def displayed(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     """A decoded frame as it is to be looked at; size: of `square_size`, before it is turned."""
     form = frame.format

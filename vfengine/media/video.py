@@ -43,6 +43,7 @@ from .decoding import (
     animation_kind,
     displayed,
     open_video,
+    seconds_of,
     square_size,
     video_decoder,
     video_stream,
@@ -278,8 +279,7 @@ class VideoReader:
                 for frame in self._decoded(file, stream):
                     size = size or square_size(frame, stream)
                     yield displayed(frame, size)
-                    # not frame.time: PyAV 17.0 divides by zero in frames that follow a fault
-                    times.append(None if frame.pts is None else float(frame.pts * stream.time_base))
+                    times.append(seconds_of(frame, stream))
                 end = next((time for time in reversed(times) if time is not None), 0.0)
                 last_expected = _announced_seconds(stream) - 2.0 / (self.fps or 1.0)
                 self.truncated |= len(times) < stream.frames or end < last_expected

@@ -178,10 +178,8 @@ class ResidualLoop(Loop):
         self.model, self.m = in_loop(model, steps), base_index(frames)
         self.estimated = "model" if spec.path is None else "residual_model"
         if spec.path is None:
-            self.states, self.lam = (
-                None,
-                torch.zeros(frames, device=self.device, dtype=torch.float32),
-            )
+            self.states = None
+            self.lam = torch.zeros(frames, device=self.device, dtype=torch.float32)
         else:
             self.states = spec.path.memory(self.device)
             self.lam = frame_weights(spec.motion.lam, frames, device=self.device)

@@ -61,21 +61,14 @@ def plan_windows(
             f"got {overlap}"
         )
     if num_frames <= window:
-        return Windows(
-            num_frames,
-            num_frames,
-            (0,),
-            torch.ones(1, num_frames, dtype=torch.float32, device="cpu"),
-            base,
-        )
+        ones = torch.ones(1, num_frames, dtype=torch.float32, device="cpu")
+        return Windows(num_frames, num_frames, (0,), ones, base)
     if torch.as_tensor(lam, device="cpu").numel() != 1:
         raise ValueError("windows need one lam for all frames, got one for each")
     last, stride = num_frames - window, window - overlap
     starts = (*range(0, last, stride), last)
-    shape, total = (
-        triangle(window, base),
-        torch.zeros(num_frames, dtype=torch.float32, device="cpu"),
-    )
+    shape = triangle(window, base)
+    total = torch.zeros(num_frames, dtype=torch.float32, device="cpu")
     for start in starts:
         total[start : start + window] += shape
     weights = torch.stack([shape / total[start : start + window] for start in starts])

@@ -22,6 +22,7 @@ from ..media.decoding import (
     animation_kind,
     displayed,
     open_video,
+    seconds_of,
     square_size,
     video_decoder,
     video_stream,
@@ -154,7 +155,8 @@ def _video(file: Path, start: bytes) -> Iterator[tuple[np.ndarray, float]]:
                     _check_size(frame.width, frame.height)
                     size = size or square_size(frame, stream)
                     _check_size(*size)
-                    yield displayed(frame, size), k if frame.time is None else frame.time
+                    seconds = seconds_of(frame, stream)
+                    yield displayed(frame, size), k if seconds is None else seconds
                     k += 1
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
