@@ -194,8 +194,6 @@ class Driver:
             run.report(phase, done, total)
 
         yield report
-        for loop in loops:
-            loop.look(len(loop))
         self._check(loops, given)
 
     def _check(self, loops: Sequence[Loop], given: dict[str, Tensor]) -> None:
