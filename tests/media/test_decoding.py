@@ -231,3 +231,31 @@ def test_a_process_that_is_forked_after_reading_reads_too(tmp_path):
     """The threads that convert frames would be missing in it, and it would wait for them."""
     write_odd(tmp_path / "a.mp4", corners()[None])
     subprocess.run([sys.executable, "-c", FORKS, tmp_path / "a.mp4"], check=True)
+
+
+FORKS_MEANWHILE = """
+import gc, os, signal, sys
+from vfengine.media.video import VideoReader
+frames = iter(VideoReader(sys.argv[1]))
+next(frames)
+assert len(os.listdir("/proc/self/task")) == int(sys.argv[2])
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    frames.close()
+    del frames
+    gc.collect()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("suffix, codec", [("mp4", "h264"), ("mp4", "av1"), ("webm", "vp9")])
+def test_a_process_that_is_forked_while_reading_can_let_go_of_the_file(tmp_path, suffix, codec):
+    """A decoder's threads would be missing in it, and it would wait for them."""
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, np.stack([corners()] * 4), codec=codec)
+    counted = "import os, vfengine.media.video; print(len(os.listdir('/proc/self/task')))"
+    said = subprocess.run([sys.executable, "-c", counted], check=True, capture_output=True)
+    command = [sys.executable, "-c", FORKS_MEANWHILE, path, said.stdout.decode().strip()]
+    subprocess.run(command, check=True)

@@ -77,13 +77,18 @@ def video_stream(file: av.container.InputContainer) -> av.VideoStream:
 
 
 def video_decoder(stream: av.VideoStream) -> av.VideoCodecContext:
-    """A decoder of the stream's packets that keeps what is transparent; ValueError without one."""
-    if stream.codec_context is None:
+    """A decoder of the stream's packets that keeps what is transparent; ValueError without one.
+
+    It has no threads: a process that is forked meanwhile would wait for them when it lets go of it.
+    """
+    decoder = stream.codec_context
+    if decoder is None:
         raise ValueError("holds a video in an unknown codec")
-    name = _WITH_ALPHA.get(stream.codec_context.name)
-    if name is None or stream.metadata.get("alpha_mode") != "1":
-        return stream.codec_context
-    return av.CodecContext.create(name, "r")
+    name = _WITH_ALPHA.get(decoder.name)
+    if name is not None and stream.metadata.get("alpha_mode") == "1":
+        decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = 1
+    return decoder
 
 
 def square_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
