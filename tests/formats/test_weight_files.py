@@ -122,6 +122,20 @@ def test_a_part_that_is_missing_is_named(tmp_path):
         read_unet(tmp_path)
 
 
+def test_one_part_of_several_is_refused_by_name(tmp_path):
+    saved(tmp_path, **SHARDS)
+    for part in tmp_path.glob("*-of-*"):
+        with pytest.raises(ValueError, match=f"{part.name} is one of [0-9]+ files: name their"):
+            read_unet(part)
+
+
+def test_a_part_that_is_the_only_one_is_read(plain, tmp_path):
+    (tmp_path / "config.json").write_bytes((plain / "config.json").read_bytes())
+    part = tmp_path / f"{STEM}-00001-of-00001.safetensors"
+    part.write_bytes((plain / f"{STEM}.safetensors").read_bytes())
+    assert read_unet(part, torch.float32).config == read_unet(plain, torch.float32).config
+
+
 def test_autoencoders_have_variants_too(tmp_path):
     from diffusers import AutoencoderKL
 

@@ -3,6 +3,7 @@
 import random
 
 import fuzz_ops
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,16 @@ SWITCHES = ("silu", "gated", "conditioned")
 
 def arguments(name: str) -> dict:
     return fuzz_ops.OPS[name][0](fuzz_ops.Draw(random.Random(3)))
+
+
+def stand_ins(value: object) -> list:
+    """What numpy and torch have for an int or a float without loss."""
+    if type(value) is float:
+        return [np.float64(value), np.array(value), torch.tensor(value, dtype=torch.float64)]
+    if type(value) is int:
+        short = [np.int64(value), torch.tensor(value)] if value < 2**63 else []
+        return [*short, np.uint64(value), np.array(value)]
+    return []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,6 +55,18 @@ def test_kinds_of_arguments(name):
             op(**arguments(name), backend=backend)
     with pytest.raises(ValueError, match="backend='fast' is unknown"):
         op(**arguments(name), backend="fast")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_numpy_and_torch_are_numbers(name):
+    """An op's result is the same to the bit with what stands for Python's ints and floats."""
+    op = getattr(ops, name)
+    for backend in BACKENDS[name]:
+        expected = op(**arguments(name), backend=backend)
+        for argument, value in arguments(name).items():
+            for stand_in in stand_ins(value):
+                given = {**arguments(name), argument: stand_in}
+                assert torch.equal(op(**given, backend=backend), expected), (argument, stand_in)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])

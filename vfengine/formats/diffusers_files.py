@@ -18,7 +18,7 @@ from .published import read_json
 FILES = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
 TRANSFORMERS_FILES = (("model", "safetensors"), ("pytorch_model", "bin"))
 _HALF = "fp16"  # the variant that is read where there are several
-_SHARD = re.compile(r"-\d+-of-\d+")
+_SHARD = re.compile(r"-\d+-of-(\d+)")
 _ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx")
 
 
@@ -31,11 +31,13 @@ def locate(
 
     A variant is read where there is nothing else, and a UserWarning names it. Raises
     FileNotFoundError where there are no weights, or several variants without "fp16", ValueError for
-    an index that points elsewhere.
+    an index that points elsewhere, and for one file of several.
     """
     config = folder / "config.json"
     if chosen is None or chosen == config:
         chosen = _weights(folder, names)
+    elif (part := _SHARD.search(chosen.name)) and int(part[1]) > 1:
+        raise ValueError(f"{chosen} is one of {int(part[1])} files: name their index, or {folder}")
     if chosen.suffix != ".json":
         return config, [chosen]
     shards = read_json(chosen).get("weight_map")

@@ -21,6 +21,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vfengine.arguments import as_float, as_int
+
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 KERNELS = ("cuda", "triton", "cpu")
 # As csrc/common/dtype.h has them.
@@ -164,10 +166,12 @@ def unobserved(tensor: Tensor) -> bool:
     )
 
 
-def check_kinds(op: str, tensors: dict[str, Tensor], **others: object) -> None:
-    """Raise TypeError unless these are tensors, and the others what `_OTHERS` says of their names.
+def check_kinds(op: str, tensors: dict[str, Tensor], **others: object) -> tuple:
+    """The others in their order, as Python's ints, floats, bools and strings.
 
-    ValueError for a tensor without strides, such as a sparse one, and for an int beyond an int64.
+    Raises TypeError unless the tensors are tensors, and the others what `_OTHERS` says of their
+    names; ValueError for a tensor without strides, such as a sparse one, and for an int beyond an
+    int64.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -175,18 +179,27 @@ def check_kinds(op: str, tensors: dict[str, Tensor], **others: object) -> None:
         if tensor.layout is not torch.strided:
             raise ValueError(f"{op}: {name} must be strided, got {tensor.layout}")
     for name, value in others.items():
-        words, kinds = _OTHERS.get(name, _NUMBER)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        words, plain = _OTHERS.get(name, _NUMBER)
+        others[name] = plain(value)
+        if others[name] is None:
             raise TypeError(f"{op}: {name} must be {words}, got {type(value).__name__}")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        if isinstance(others[name], int) and not -(2**63) <= others[name] < 2**63:
             raise ValueError(f"{op}: {name} must be an int64, got {value}")
+    return tuple(others.values())
 
 
-_NUMBER = ("a number", (int, float))
+def _only(kind: type) -> Callable[[object], object]:
+    """A value if it is of this kind, else None."""
+    return lambda value: value if isinstance(value, kind) else None
+
+
+_NUMBER = ("a number", as_float)
+_INT = ("an int", as_int)
+_COUNTS = ("num_groups", "num_heads", "num_frames", "base_frame", "stride", "upsample")
 _OTHERS = {
-    **dict.fromkeys(("num_groups", "num_heads", "num_frames", "base_frame"), ("an int", (int,))),
-    **dict.fromkeys(("silu", "gated", "conditioned"), ("True or False", (bool,))),
-    "backend": ("a str", (str,)),
+    **dict.fromkeys(_COUNTS, _INT),
+    **dict.fromkeys(("silu", "gated", "conditioned"), ("True or False", _only(bool))),
+    "backend": ("a str", _only(str)),
 }
 
 

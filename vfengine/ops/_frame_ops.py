@@ -173,12 +173,15 @@ class FrameOp:
         check_no_grad(op, *[given[field] for field in self.tensors], out)
 
     def _check_kinds(self, given: dict[str, object], out: Tensor) -> None:
-        """Raise TypeError for what is no tensor, or no number; r_uncond may be None."""
+        """Raise TypeError for what is no tensor, or no number; r_uncond may be None.
+
+        Puts Python's numbers into given.
+        """
         tensors = {self.names[field]: given[field] for field in self.tensors} | {"out": out}
         if "r_uncond" in tensors and tensors["r_uncond"] is None:
             del tensors["r_uncond"]
         scale = {field: given[field] for field in ("guidance_scale",) if field in given}
-        check_kinds(self.name, tensors, **scale)
+        given |= zip(scale, check_kinds(self.name, tensors, **scale), strict=True)
 
     def _named(self, values: tuple) -> tuple[dict[str, object], str, Tensor]:
         """(values by field, backend, out) of an op's arguments; in place, out is x."""

@@ -66,7 +66,8 @@ def group_norm_silu(
     kernels cannot take, and under autograd: the op has no derivative.
     """
     others = {"num_groups": num_groups, "eps": eps, "num_frames": num_frames, "silu": silu}
-    check_kinds(_NAME, {"x": x}, **others, backend=backend)
+    plain = check_kinds(_NAME, {"x": x}, **others, backend=backend)
+    num_groups, eps, num_frames, silu, backend = plain
     given = {"second": second, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
     given["out"] = out
     check_kinds(_NAME, {name: t for name, t in given.items() if t is not None})

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from vfengine.arguments import as_int
 from vfengine.devices import matmul_in_tf32
 from vfengine.ops._dispatch import (
     asked_backend,
@@ -88,15 +89,18 @@ def implicit_gemm(
     tensors |= {"coefficients": coefficients, "out": out}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     others = {"stride": stride, "upsample": upsample, "silu": silu, "gated": gated}
-    check_kinds(_NAME, {"x": x, "weight": weight, **given}, **others, backend=backend)
-    if not isinstance(padding, (tuple, list)) or [type(n) for n in padding] != [int, int]:
+    given |= {"x": x, "weight": weight}
+    plain = check_kinds(_NAME, given, **others, backend=backend)
+    stride, upsample, silu, gated, backend = plain
+    pads = [as_int(n) for n in padding] if isinstance(padding, (tuple, list)) else []
+    if len(pads) != 2 or None in pads:
         raise TypeError(f"{_NAME}: padding must be two ints, got {padding!r}")
     if out is None:
-        shape = _out_shape(x, weight, stride, padding, upsample, gated)
+        shape = _out_shape(x, weight, stride, pads, upsample, gated)
         out = x.new_empty(shape, dtype=x.dtype if out_dtype is None else out_dtype)
     elif out_dtype not in (None, out.dtype):
         raise TypeError(f"{_NAME}: out must be {out_dtype}, got {out.dtype}")
-    terms = (second, stride, padding, upsample, shift, residual, coefficients, silu, gated)
+    terms = (second, stride, pads, upsample, shift, residual, coefficients, silu, gated)
     _OP(x, weight, bias, *terms, backend, out)
     return out
 

@@ -50,7 +50,7 @@ def layer_norm(
     """
     given = {"weight": weight, "bias": bias, "out": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    check_kinds(_NAME, {"x": x, **given}, eps=eps, backend=backend)
+    eps, backend = check_kinds(_NAME, {"x": x, **given}, eps=eps, backend=backend)
     out = torch.empty_like(x) if out is None else out
     _OP(x, weight, bias, eps, backend, out)
     return out

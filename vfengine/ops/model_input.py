@@ -54,7 +54,7 @@ def model_input(
     kernel cannot take, and under autograd: the op has no derivative.
     """
     tensors = {"z": z, "coeffs": coeffs, "step": step, "out": out}
-    check_kinds(_NAME, tensors, conditioned=conditioned, backend=backend)
+    conditioned, backend = check_kinds(_NAME, tensors, conditioned=conditioned, backend=backend)
     _OP(z, coeffs, step, conditioned, backend, out)
     return out
 

@@ -56,7 +56,8 @@ def noise_estimate(
     """
     given = {"z": z, "rows": rows, "coeffs": coeffs, "step": step}
     given |= {} if out is None else {"out": out}
-    check_kinds(_NAME, given, guidance_scale=guidance_scale, backend=backend)
+    plain = check_kinds(_NAME, given, guidance_scale=guidance_scale, backend=backend)
+    guidance_scale, backend = plain
     out = torch.empty_like(z) if out is None else out
     _OP(z, rows, coeffs, step, guidance_scale, backend, out)
     return out

@@ -73,7 +73,7 @@ def path_step(
     tensors = {"u": u, "r": r, "lam": lam, "coeffs": coeffs, **clock._asdict()}
     optional = {"states": states, "c1": c1}
     given = tensors | {k: v for k, v in optional.items() if v is not None}
-    check_kinds(_NAME, given, base_frame=base_frame, backend=backend)
+    base_frame, backend = check_kinds(_NAME, given, base_frame=base_frame, backend=backend)
     place = {"sample_offset": sample_offset, "frame_offset": frame_offset}
     place = check_place(_NAME, **place)
     key = None if seed is None else signed_seed(check_seed(seed, "seed"))

@@ -56,7 +56,7 @@ def spatial_attention(
     """
     tensors = {"q": q, "k": k, "v": v}
     given = tensors if out is None else {**tensors, "out": out}
-    check_kinds(_NAME, given, num_heads=num_heads, backend=backend)
+    num_heads, backend = check_kinds(_NAME, given, num_heads=num_heads, backend=backend)
     if out is None:
         out = q.new_empty(q.shape)
     _OP(q, k, v, num_heads, backend, out)

@@ -58,7 +58,8 @@ def temporal_attention(
     """
     given = {"bias": bias, "out": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    check_kinds(_NAME, {"qkv": qkv, **given}, num_heads=num_heads, backend=backend)
+    tensors = {"qkv": qkv, **given}
+    num_heads, backend = check_kinds(_NAME, tensors, num_heads=num_heads, backend=backend)
     if out is None:
         out = qkv.new_empty(_out_shape(qkv, num_heads))
     _OP(qkv, bias, num_heads, backend, out)
