@@ -248,19 +248,22 @@ def test_a_write_that_fails_leaves_the_store_usable(store):
 def test_many_processes_at_once(tmp_path):
     """Senders and engines open a store that is not there yet; each job is made by one engine."""
     context = multiprocessing.get_context("spawn")
-    senders, engines, count = 3, 3, 20
-    total, folder = senders * count, tmp_path / "jobs"
-    outs = [tmp_path / f"{k}.json" for k in range(engines)]
-    processes = [context.Process(target=send, args=(folder, count)) for _ in range(senders)]
-    processes += [
-        context.Process(target=work, args=(folder, f"engine-{k}", out, total))
+    count, folder, sent = 20, tmp_path / "jobs", context.Event()
+    outs = [tmp_path / f"{k}.json" for k in range(3)]
+    senders = [context.Process(target=send, args=(folder, count)) for _ in outs]
+    engines = [
+        context.Process(target=work, args=(folder, f"engine-{k}", out, sent))
         for k, out in enumerate(outs)
     ]
-    for process in processes:
+    for process in senders + engines:
         process.start()
-    for process in processes:
+    for process in senders:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * len(processes)
+    sent.set()
+    for process in engines:
+        process.join()
+    assert [process.exitcode for process in senders + engines] == [0] * 6
+    total = len(senders) * count
     made = [name for out in outs for name in json.loads(out.read_text())]
     store = Store(folder)
     assert len(made) == len(set(made)) == store.count("completed") == total
