@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,19 @@ _DTYPES = {  # torch's names: those in files, in the order in which they lie the
     **{"int64": "I64", "float64": "F64", "float32": "F32", "int32": "I32", "bfloat16": "BF16"},
     **{"float16": "F16", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
 }
+# What no input is to blame for; SQLite has words alone before Python 3.11.
+_OF_THE_MACHINE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
+    + (errno.EMFILE, errno.ENFILE)
+)
+_OF_SQLITE = re.compile("disk is full|disk I/O error|readonly database|unable to open database")
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether no input is to blame for an error, such as where a disk is full or read-only."""
+    if isinstance(error, sqlite3.Error):
+        return _OF_SQLITE.search(str(error)) is not None
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 # -- writing ---------------------------------------------------------------------------------------

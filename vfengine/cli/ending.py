@@ -16,14 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files import is_of_the_machine
 from .flags import Failure, one_line
 from .streams import Unsaid, tell
-
-# what no input is to blame for
-_OF_THE_MACHINE = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
-    + (errno.EMFILE, errno.ENFILE)
-)
 
 
 class Verdict(NamedTuple):
@@ -45,7 +40,9 @@ def verdict(error: Exception, less_memory: str = "") -> Verdict | None:
     if isinstance(error, OSError):
         named = error.filename is not None and error.strerror
         reason = f"{error.filename}: {error.strerror}" if named else one_line(error)
-        return Verdict(1 if error.errno in _OF_THE_MACHINE else 2, reason)
+        return Verdict(1 if is_of_the_machine(error) else 2, reason)
+    if is_of_the_machine(error):
+        return Verdict(1, one_line(error))
     if isinstance(error, (ValueError, ImportError)):
         return Verdict(2, one_line(error))
     return None

@@ -6,6 +6,7 @@ process. Nothing here imports torch.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from .. import __version__
+from ..files import is_of_the_machine
 from . import request_forms, views
-from .errors import ApiError, shown
+from .errors import ApiError, disk_full, shown
 from .gate import Gate, GateOptions
+from .log import log_error
 from .metrics import CONTENT_TYPE, Metrics
 from .model_info import ModelInfo
 from .openapi import openapi
@@ -65,6 +68,8 @@ def create_app(
             ApiError: _api_error,
             HTTPException: _http_error,
             ClientDisconnect: _gone,
+            OSError: _disk,
+            sqlite3.Error: _disk,
             Exception: _failure,
         },
     )
@@ -88,6 +93,14 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 async def _gone(request: Request, error: Exception) -> Response:
     """For a client that has hung up, whom it does not reach; the log and the metrics have it."""
     return Response(status_code=499)
+
+
+async def _disk(request: Request, error: Exception) -> Response:
+    """An error of a disk, said in one line; raises what is another's."""
+    if not is_of_the_machine(error):
+        raise error
+    log_error(error)
+    return disk_full().response()
 
 
 async def _failure(request: Request, error: Exception) -> Response:

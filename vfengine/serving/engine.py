@@ -16,21 +16,25 @@ import argparse
 import json
 import os
 import signal
+import sqlite3
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..files import is_of_the_machine
+from .log import log, log_error
 from .model_info import ModelInfo
 from .store import Store
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline import Pipeline
+    from .jobs import Job
     from .making import Maker, Prepared
 
+T = TypeVar("T")
 _POLL = 5.0  # seconds after which an engine that was not woken looks for work
 _GRACE = 20  # seconds after which the system ends an engine that was told to
 
@@ -70,7 +74,7 @@ class Engine:
         from .watch import Deleted, Stopping
 
         most = self.batch_size if self.maker.together(()) else 1
-        jobs = self.store.claim(self.worker, most)
+        jobs = self._patiently(lambda: self.store.claim(self.worker, most))
         if not jobs:
             return False
         try:
@@ -90,8 +94,34 @@ class Engine:
                 for one in batch:
                     self._made([one])
         except Stopping:
-            self.store.requeue([job.id for job in jobs], self.worker)
+            self._give_back(jobs)
+        except (OSError, sqlite3.Error) as error:  # of the store
+            if not is_of_the_machine(error):
+                raise
+            self._give_back(jobs)
         return True
+
+    def _give_back(self, jobs: Sequence[Job]) -> None:
+        self._patiently(lambda: self.store.requeue([job.id for job in jobs], self.worker))
+
+    def _patiently(self, use_store: Callable[[], T]) -> T | None:
+        """Does something with the store. While its disk is full, says so, and tries again.
+
+        None: the engine was told to stop meanwhile.
+        """
+        said = False
+        while True:
+            try:
+                return use_store()
+            except (OSError, sqlite3.Error) as error:
+                if not is_of_the_machine(error):
+                    raise
+                if not said:
+                    log_error(error)
+                    log("vfengine: the engine waits, and tries again")
+                said = True
+            if self.stop.wait(_POLL):
+                return None
 
     def _made(self, batch: list[Prepared]) -> None:
         """Makes a batch. Where it cannot be made, its jobs are tried one by one."""
@@ -115,7 +145,7 @@ class Engine:
             if is_out_of_memory(error):
                 self.batch_size = max(1, len(batch) // 2)
             else:
-                traceback.print_exception(error)
+                log_error(error)
             failed = True  # here the error still holds what was in memory
         finally:
             for one in batch:
@@ -222,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(options.store, durable=False)
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)):  # which say what is wrong in one line
-            traceback.print_exc()
+            log_error(error)
         message = " ".join(str(error).split()) or type(error).__name__
         say({"event": "error", "message": message})
         return 2

@@ -65,6 +65,13 @@ def too_busy() -> ApiError:
     return ApiError(503, message, "too_many_connections", headers=headers)
 
 
+def disk_full() -> ApiError:
+    """507 that a client tries again: nothing was accepted."""
+    headers = {"retry-after-ms": "5000", "retry-after": "5"}
+    message = "this server cannot write: its disk is full, or does not work"
+    return ApiError(507, message, "disk_full", headers=headers)
+
+
 def too_large(limit: int) -> ApiError:
     message = f"the body may have {limit:,} bytes at most".replace(",", " ")
     return ApiError(413, message, "body_too_large")

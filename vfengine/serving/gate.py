@@ -10,9 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import secrets
-import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, shown, too_large, too_slow
+from .log import log, log_error
 from .metrics import Metrics
 
 _OPEN = ("/", "/health", "/openapi.json", "/favicon.ico")  # without a key, as are static files
@@ -91,8 +90,8 @@ class Gate:
         except ApiError as error:
             if not exchange.started:
                 await error.response()(scope, exchange.receive, exchange.send)
-        except Exception:  # which was answered, unless a file broke off
-            traceback.print_exc(file=sys.stderr)
+        except Exception as error:  # which was answered, unless a file broke off
+            log_error(error)
             if not exchange.complete:
                 raise  # so that the connection is cut
         finally:
@@ -139,7 +138,7 @@ class Gate:
             path = ascii(scope["path"])[1:-1][:120]
             took = (time.perf_counter() - exchange.began) * 1e3
             line = f"{scope['method'][:10]} {path} {exchange.status} {took:.0f} ms {exchange.id}"
-            print(line, file=sys.stderr)
+            log(line)
 
 
 class _Exchange:

@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..pipelines.together import base_frame, sample_together
 from ..sampling.finite import NotFinite
 from .frames import read_source, reduced, write_png, write_sheet
 from .jobs import SOURCE, SPRITESHEET, THUMBNAIL, UPLOAD, Job, JobSettings
+from .log import log_error
 from .store import Store
 from .watch import Deleted, Rates, Stopping, Watch
 
@@ -215,7 +215,7 @@ class Maker:
             return None
         code, message = explained(error)
         if code == "server_error":
-            traceback.print_exception(error)
+            log_error(error)
         self.store.fail(job.id, self.worker, code, message, self.expiry())
         return code
 

@@ -24,6 +24,7 @@ _STATES = {
     413: "a body that is too large",
     416: "a range outside of the file",
     429: "a full queue; retry-after-ms says when to try again",
+    507: "a full disk; nothing was accepted, retry-after-ms says when to try again",
 }
 _REQUEST_ID = {
     "x-request-id": {
@@ -234,7 +235,7 @@ def openapi(info: ModelInfo, bounds: Bounds, with_keys: bool) -> dict[str, Any]:
     schemas = _schemas(info, bounds)
     video = _answer("the video as it is now", _json("Video"))
     with_id = {"parameters": [_path_parameter("video_id", _ID)]}
-    added = (400, 404, 408, 413, 429)
+    added = (400, 404, 408, 413, 429, 507)
     again = {
         "name": "Idempotency-Key",
         "in": "header",
@@ -286,7 +287,7 @@ def openapi(info: ModelInfo, bounds: Bounds, with_keys: bool) -> dict[str, Any]:
             "delete": _operation(
                 "delete a video, and stop it if it is being made",
                 _answer("it is deleted", _json("VideoDeleted")),
-                (404,),
+                (404, 507),
             ),
         },
         "/v1/videos/{video_id}/content": {**with_id, "get": content},

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..files import is_of_the_machine
+from .log import log, log_error
 from .model_info import ModelInfo
 from .store import Store
 
@@ -156,7 +157,7 @@ class Workers:
                 return
             failures = 1 if time.monotonic() - started > _STEADY else failures + 1
             self.restarts += 1
-            print(f"vfengine: an engine ended with status {status}", file=sys.stderr)
+            log(f"vfengine: an engine ended with status {status}")
             if failures >= len(_BACKOFF) and self.info is None:
                 self.error = f"no engine starts: they end with status {status}"
             self._stopping.wait(_BACKOFF[min(failures, len(_BACKOFF)) - 1])
@@ -181,11 +182,24 @@ class Workers:
         with self._lock:
             _close(process)
             place.process = None
-            names = [other.name for other in self._places if other.process is not None]
-            again = self.store.recover(names, self.keep)
+        while not self._recovered() and not self._stopping.wait(_BACKOFF[1]):
+            pass
+        return status
+
+    def _recovered(self) -> bool:
+        """Queues again what engines that have ended were at; False where the disk is full."""
+        with self._lock:
+            names = [place.name for place in self._places if place.process is not None]
+            try:
+                again = self.store.recover(names, self.keep)
+            except (OSError, sqlite3.Error) as error:
+                if not is_of_the_machine(error):
+                    raise
+                log_error(error)
+                return False
         if again:
             self.wake()
-        return status
+        return True
 
     def _heard(self, place: _Place, line: str) -> None:
         """Takes in what an engine says."""
@@ -193,7 +207,7 @@ class Workers:
             event = json.loads(line)
             kind = event["event"]
         except (ValueError, TypeError, KeyError):
-            print(f"vfengine: an engine said {line.rstrip()[:200]!r}", file=sys.stderr)
+            log(f"vfengine: an engine said {line.rstrip()[:200]!r}")
             return
         if kind == "ready":
             self.info, self.error = ModelInfo.of(event["model"]), None
@@ -204,16 +218,16 @@ class Workers:
         if self._on_event is not None:
             try:
                 self._on_event(event)
-            except Exception:  # of the caller's: the engine goes on
-                traceback.print_exc()
+            except Exception as error:  # of the caller's: the engine goes on
+                log_error(error)
 
     def _keep_house(self) -> None:
         """Removes what has expired."""
         while not self._stopping.is_set():
             try:
                 self.store.expire(time.time(), self.unused_paths)
-            except (OSError, sqlite3.Error):  # of a disk that may be full: there is another time
-                traceback.print_exc()
+            except (OSError, sqlite3.Error) as error:  # there is another time
+                log_error(error)
             self._stopping.wait(_HOUSEKEEPING)
 
 
