@@ -97,13 +97,13 @@ def _pickle_of_others(chance: random.Random, content: bytes) -> bytes:
         return damaged_bytes(chance, content)
     state = torch.load(io.BytesIO(content), weights_only=True)
     inner = state.get("state_dict", state)
-    names = sorted(inner)
+    whole, names = dict(inner), sorted(inner)
     for _ in range(chance.choice((1, 1, 2))):
         name, other = chance.choice(names), chance.choice(names)
-        value = inner[name]
+        value = whole[name]
         inner[name] = chance.choice(
             (
-                *(inner[other], value[None], value.flatten(), value.double(), value.long()),
+                *(whole[other], value[None], value.flatten(), value.double(), value.long()),
                 *(value.to(torch.complex64), value[..., :0] if value.ndim else value),
                 *(value.transpose(0, -1) if value.ndim else value, torch.tensor(0.5)),
                 *(value.to("meta"), value.to_sparse() if value.ndim else value, None, "x", [value]),
