@@ -224,6 +224,7 @@ def test_other_tokenizers_are_refused(folder):
         ({"latent_mean": [0.0] * 3}, r"latent_mean must be 4 numbers, got \(0.0, 0.0, 0.0\)"),
         ({"latent_mean": None}, "latent_mean must be 4 numbers, got None"),
         ({"latent_std": [1.0, 1.0, 1.0, 0.0]}, "latent_std is out of range: 0.0"),
+        ({"latent_mean": [0, 0, 0, 10**400]}, "latent_mean is out of range"),
         ({"latent_std": [1.0, 1.0, 1.0, "1"]}, "latent_std must be a number, got '1'"),
         ({"latent_std": 1.0}, "latent_std must be a list, got 1.0"),
         ({"autoencoder": None}, "latent_mean is of latents, but there is no autoencoder"),

@@ -8,7 +8,6 @@ whose rows they attend to in place of class labels.
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -86,7 +85,7 @@ class CheckpointConfig(ABC):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 2**16:
                 raise ValueError(f"{name} must be an int from 1 to {2**16}, got {value!r}")
-        _check_number("fps", self.fps, _positive)
+        _check_number("fps", self.fps, _deviation)
         if not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"labels must be strings, got {self.labels!r}")
         twice = [label for k, label in enumerate(self.labels) if label in self.labels[:k]]
@@ -126,7 +125,7 @@ class CheckpointConfig(ABC):
 
     def _check_autoencoder(self) -> None:
         """ValueError unless the clips are what the autoencoder decodes."""
-        scales = {"latent_mean": math.isfinite, "latent_std": _positive}
+        scales = {"latent_mean": lambda mean: abs(mean) <= 1e15, "latent_std": _deviation}
         if self.autoencoder is None:
             for name in scales:
                 if getattr(self, name) is not None:
@@ -283,8 +282,8 @@ class DecomposedConfig(CheckpointConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_number("lam", self.lam, lambda lam: 0 <= lam < 1)
-        _check_number("base_std", self.base_std, _positive)
-        _check_number("residual_std", self.residual_std, _positive)
+        _check_number("base_std", self.base_std, _deviation)
+        _check_number("residual_std", self.residual_std, _deviation)
         if self.clean_share is not None:
             _check_number("clean_share", self.clean_share, lambda share: 0 <= share <= 1)
         if self.base_path not in BASE_PATHS:
@@ -326,7 +325,7 @@ class PlainConfig(CheckpointConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("video_std", self.video_std, _positive)
+        _check_number("video_std", self.video_std, _deviation)
 
     def generator(self, name: str, unet: UNet) -> Generator:
         return VideoGenerator(unet, self.noise_schedule(), self.video_std)
@@ -348,5 +347,6 @@ def _object(name: str, value: object) -> dict:
     return value
 
 
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
+def _deviation(value: float) -> bool:
+    """A standard deviation whose square, and its inverse, are float32's."""
+    return 1e-15 <= value <= 1e15
