@@ -88,7 +88,7 @@ with write(sys.argv[2]) as temporary:
 def killed(how, path):
     run = subprocess.run([sys.executable, "-c", WRITER, how, str(path)])
     assert run.returncode == -signal.SIGKILL
-    files._sweep.cache_clear()  # as in the process that comes next
+    files.sweep.cache_clear()  # as in the process that comes next
 
 
 @pytest.mark.parametrize("how", ["file", "folder"])
@@ -118,7 +118,7 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
 def test_what_a_living_writer_has_begun_is_left_alone(tmp_path):
     with replacing(tmp_path / "x") as mine:
         mine.write_text("mine")
-        files._sweep.cache_clear()
+        files.sweep.cache_clear()
         with replacing(tmp_path / "y") as other:
             other.write_text("other")
     assert (tmp_path / "x").read_text() == "mine"

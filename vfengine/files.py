@@ -99,7 +99,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """A hidden folder in path's own that no other process or thread uses, locked until it goes."""
-    _sweep(os.path.abspath(path.parent))
+    sweep(os.path.abspath(path.parent))
     temporary = lock = None
     while lock is None:  # a process that sweeps may be faster than the lock
         temporary = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
@@ -113,8 +113,11 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 @functools.lru_cache(64)
-def _sweep(folder: str) -> None:
-    """Removes what killed processes have left in a folder; the next calls do nothing."""
+def sweep(folder: str) -> None:
+    """Removes what killed processes have left in a folder; the next calls do nothing.
+
+    Whoever writes a file sweeps. Where a run may find that nothing is left to write, it calls this.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", entry.name):

@@ -114,6 +114,18 @@ def test_a_run_that_stops_between_checkpoint_and_state(tmp_path, monkeypatch, ca
     assert "was not that of the state" not in capsys.readouterr().err
 
 
+def test_what_a_kill_left_behind_goes_though_nothing_is_left_to_write(tmp_path):
+    trained(tmp_path)
+    left = [tmp_path / ".training.safetensors.0123456789abcdef.part"]
+    left += [tmp_path / "samples" / ".step-0000004.png.0123456789abcdef.part"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "new").write_bytes(b"half")
+    vfengine.files.sweep.cache_clear()  # as in the process that comes next
+    trained(tmp_path, resume=True)
+    assert not any(folder.exists() for folder in left)
+
+
 def test_a_finished_run_is_resumed(tmp_path, capsys):
     trained(tmp_path)
     before = contents(tmp_path)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import open_tensors
+from ..files import open_tensors, sweep
 from .ending import verdict
 from .flags import UsageError, one_line
 from .streams import tell
@@ -92,6 +92,8 @@ def open_output(folder: Path, resume: bool) -> Iterator[Output]:
             raise UsageError(f"--output {folder}: cannot be used ({one_line(error)})") from error
         output = Output(folder, log)
         _check(output, resume)
+        for written in (folder, output.samples(0).parent):
+            sweep(os.path.abspath(written))
         yield output
     finally:
         if log is not None:
