@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +40,7 @@ _OF_SQLITE = re.compile("disk is full|disk I/O error|readonly database|unable to
 
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether no input is to blame for an error, such as where a disk is full or read-only."""
-    if isinstance(error, sqlite3.Error):
+    if type(error).__module__ == "sqlite3":  # which not every Python has
         return _OF_SQLITE.search(str(error)) is not None
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
