@@ -4,12 +4,12 @@ import http.client
 import json
 import socket
 import threading
-import traceback
 
 import pytest
 from api_server import VIDEO, serving
 
 from vfengine.serving.http_server import listen
+from vfengine.serving.log import log_error
 from vfengine.serving.metrics import Metrics
 from vfengine.serving.store import Store
 
@@ -231,13 +231,13 @@ def test_an_error_of_the_servers_own(server, monkeypatch, capfd):
     def broken(job_id):
         raise OSError("the disk is on fire")
 
-    printed, print_exc = threading.Event(), traceback.print_exc
+    printed = threading.Event()
 
-    def noted(**where):
-        print_exc(**where)
+    def noted(error):
+        log_error(error)
         printed.set()
 
-    monkeypatch.setattr(traceback, "print_exc", noted)
+    monkeypatch.setattr("vfengine.serving.gate.log_error", noted)
     monkeypatch.setattr(server.store, "get", broken)
     status, headers, answer = ask(server, "GET", "/v1/videos/video_0")
     assert (status, answer["error"]["type"]) == (500, "server_error")
