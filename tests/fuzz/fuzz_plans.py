@@ -199,5 +199,6 @@ def _off_in_plain_torch(unet: UNet, values: dict[str, Any], dtype: torch.dtype) 
     for roundings in range(-12, 12):
         moved = {**values, "x": values["x"] * (1 + roundings * torch.finfo(dtype).eps)}
         with torch.no_grad():
-            distances.append(distance(plain(**cast(moved, dtype)), exact_result(unet, moved)))
+            off = distance(plain(**cast(moved, dtype)), exact_result(unet, moved))
+        distances.append(math.inf if math.isnan(off) else off)
     return max(distances)

@@ -235,6 +235,13 @@ def test_planned_unet_takes_any_memory_format_and_dtype_of_x(case):
     assert half.dtype is torch.bfloat16
 
 
+def test_a_network_is_planned_once():
+    unet = filled(UNet(IMAGE), seed=1)
+    PlannedUNet(unet, torch.float32)
+    with pytest.raises(ValueError, match="PlannedUNet: the network's weights have moved into an"):
+        PlannedUNet(unet, torch.float32)
+
+
 def test_planned_unet_has_no_gradient():
     unet, values = plan(network("image")), inputs("image")
     assert not any(p.requires_grad for p in unet.parameters()) and not unet.training

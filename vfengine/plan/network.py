@@ -65,7 +65,8 @@ class PlannedNetwork(nn.Module):
     dtype:   of weights and activations, float32 or bfloat16; see `inference_dtype`
     inputs:  what `network.plan` takes besides the images, in terms of a Packer
 
-    A subclass makes the program of a shape, in `_planned`.
+    A subclass makes the program of a shape, in `_planned`. ValueError for a network without its
+    weights, which an earlier plan has consumed.
 
     on_cuda: the network's form there (cuda.py), of (network, dtype); None: PyTorch runs it
     """
@@ -74,6 +75,9 @@ class PlannedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, **inputs: object) -> None:
         super().__init__()
+        if any(weights.numel() == 0 for weights in network.parameters()):
+            name = type(self).__name__
+            raise ValueError(f"{name}: the network's weights have moved into an earlier plan")
         self.config = network.config
         self.dtype = inference_dtype(dtype)
         self._isa = vfengine_native.cpu_isa()
