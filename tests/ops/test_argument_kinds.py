@@ -42,6 +42,8 @@ def test_kinds_of_arguments(name):
             elif argument in COUNTS:
                 others += [(str(value), TypeError, f"{argument} must be an int")]
                 others += [(2**64, ValueError, f"{argument} must be an int64")]
+            elif argument == "eps":
+                others += [(2**64, ValueError, f"{argument} must be an int64")]
             elif argument in SWITCHES:
                 others += [("yes", TypeError, f"{argument} must be True or False")]
             for other, error, words in others:

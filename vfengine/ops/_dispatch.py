@@ -183,8 +183,9 @@ def check_kinds(op: str, tensors: dict[str, Tensor], **others: object) -> tuple:
         others[name] = plain(value)
         if others[name] is None:
             raise TypeError(f"{op}: {name} must be {words}, got {type(value).__name__}")
-        if isinstance(others[name], int) and not -(2**63) <= others[name] < 2**63:
-            raise ValueError(f"{op}: {name} must be an int64, got {value}")
+        for number in (value, others[name]):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"{op}: {name} must be an int64, got {number}")
     return tuple(others.values())
 
 
