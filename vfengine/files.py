@@ -115,7 +115,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 def sweep(folder: str) -> None:
     """Removes what killed processes have left in a folder; the next calls do nothing.
 
-    Whoever writes a file sweeps. Where a run may find that nothing is left to write, it calls this.
+    Every write sweeps its folder first. A run that may find nothing left to write calls this.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

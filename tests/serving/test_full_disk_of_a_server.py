@@ -9,6 +9,7 @@ import sqlite3
 import pytest
 from conftest import save_tiny
 from server_process import ServerProcess, ask, until
+from serving_engines import engine_of
 from serving_jobs import add, settings_of
 
 from vfengine.serving.engine import Engine
@@ -35,9 +36,9 @@ def test_requests_are_told_and_accepted_jobs_are_made_once_there_is_room(server)
     def status(job_id):
         return ask(connection, "GET", f"/v1/videos/{job_id}").json["status"]
 
-    def limit(bytes_and_hard):
+    def limit(limits):
         for pid in (server.process.pid, *server.engines()):
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, bytes_and_hard)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
     first = ask(connection, "POST", "/v1/videos", {**CLIP, "seed": 1}).json["id"]
     until(lambda: status(first) == "completed", "the first clip")
@@ -80,8 +81,6 @@ def test_an_engine_waits_for_room_and_its_jobs_are_not_to_blame(
     tmp_path, monkeypatch, capsys, method
 ):
     """A report that fails makes the job's error fail to be noted too."""
-    from serving_engines import engine_of
-
     monkeypatch.setattr("vfengine.serving.engine._POLL", 0.01)
     store = Store(tmp_path / "store")
     (job,) = add(store, settings_of())

@@ -41,7 +41,7 @@ def verdict(error: Exception, less_memory: str = "") -> Verdict | None:
         named = error.filename is not None and error.strerror
         reason = f"{error.filename}: {error.strerror}" if named else one_line(error)
         return Verdict(1 if is_of_the_machine(error) else 2, reason)
-    if is_of_the_machine(error):
+    if is_of_the_machine(error):  # SQLite's own
         return Verdict(1, one_line(error))
     if isinstance(error, (ValueError, ImportError)):
         return Verdict(2, one_line(error))

@@ -85,7 +85,7 @@ class CheckpointConfig(ABC):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 2**16:
                 raise ValueError(f"{name} must be an int from 1 to {2**16}, got {value!r}")
-        _check_number("fps", self.fps, _deviation)
+        _check_number("fps", self.fps, _positive)
         if not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"labels must be strings, got {self.labels!r}")
         twice = [label for k, label in enumerate(self.labels) if label in self.labels[:k]]
@@ -125,7 +125,7 @@ class CheckpointConfig(ABC):
 
     def _check_autoencoder(self) -> None:
         """ValueError unless the clips are what the autoencoder decodes."""
-        scales = {"latent_mean": lambda mean: abs(mean) <= 1e15, "latent_std": _deviation}
+        scales = {"latent_mean": lambda mean: abs(mean) <= 1e15, "latent_std": _positive}
         if self.autoencoder is None:
             for name in scales:
                 if getattr(self, name) is not None:
@@ -282,8 +282,8 @@ class DecomposedConfig(CheckpointConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_number("lam", self.lam, lambda lam: 0 <= lam < 1)
-        _check_number("base_std", self.base_std, _deviation)
-        _check_number("residual_std", self.residual_std, _deviation)
+        _check_number("base_std", self.base_std, _positive)
+        _check_number("residual_std", self.residual_std, _positive)
         if self.clean_share is not None:
             _check_number("clean_share", self.clean_share, lambda share: 0 <= share <= 1)
         if self.base_path not in BASE_PATHS:
@@ -325,7 +325,7 @@ class PlainConfig(CheckpointConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("video_std", self.video_std, _deviation)
+        _check_number("video_std", self.video_std, _positive)
 
     def generator(self, name: str, unet: UNet) -> Generator:
         return VideoGenerator(unet, self.noise_schedule(), self.video_std)
@@ -347,6 +347,6 @@ def _object(name: str, value: object) -> dict:
     return value
 
 
-def _deviation(value: float) -> bool:
-    """A standard deviation whose square, and its inverse, are float32's."""
+def _positive(value: float) -> bool:
+    """Whether a number is above 0, and float32 holds its square and the inverse of that."""
     return 1e-15 <= value <= 1e15

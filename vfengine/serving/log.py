@@ -1,4 +1,4 @@
-"""What the server's processes print on stderr. A line that is lost there, is lost."""
+"""What the server's processes print on stderr."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..files import is_of_the_machine
 
 
 def log(text: str) -> None:
-    """Prints a line, unless the log's disk is full, say."""
-    with contextlib.suppress(OSError, ValueError):  # the latter: it is closed
+    """Prints a line, which is lost where stderr cannot be written, as on a full disk."""
+    with contextlib.suppress(OSError, ValueError):  # a closed one raises the latter
         print(text, file=sys.stderr, flush=True)
 
 
