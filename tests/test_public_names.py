@@ -32,9 +32,12 @@ def public_names() -> str:
 
 
 def _methods(thing: type) -> list[str]:
-    """Those that the class defines itself, beside what torch makes of a module."""
-    found = []
-    for name, value in sorted(vars(thing).items()):
+    """Those that the class and its parents of ours define, beside what torch makes of a module."""
+    found, own = [], {}
+    for parent in reversed(thing.__mro__):
+        if parent.__module__.partition(".")[0] == "vfengine":
+            own |= vars(parent)
+    for name, value in sorted(own.items()):
         if name in ("__init__", "__call__") or not name.startswith("_"):
             function = getattr(value, "__func__", value)
             if inspect.isfunction(function):

@@ -14,7 +14,8 @@ from vfengine.cli.settings import DEFAULTS, read_settings
 from vfengine.cli.settings_page import settings_page
 from vfengine.diffusion import solvers
 from vfengine.names import SOLVERS
-from vfengine.pipelines.request import CONFLICTS, SamplingRequest, field_names
+from vfengine.pipelines.conflicts import CONFLICTS
+from vfengine.pipelines.request import SamplingRequest, field_names
 
 
 def test_defaults_are_the_pipelines():

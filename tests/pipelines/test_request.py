@@ -14,15 +14,9 @@ from PIL import Image
 import vfengine as vf
 from vfengine.cli.settings import UsageError, read_settings
 from vfengine.pipelines.batches import Batches
+from vfengine.pipelines.conflicts import CONFLICTS, conflicts
 from vfengine.pipelines.plain_video import PlainVideoPipeline
-from vfengine.pipelines.request import (
-    CONFLICTS,
-    SamplingRequest,
-    VideoRequest,
-    changed,
-    conflicts,
-    field_names,
-)
+from vfengine.pipelines.request import SamplingRequest, VideoRequest, changed, field_names
 
 STEPS = 4
 IMAGE, PATH = Image.new("RGB", (16, 16)), object()  # a path is not looked at

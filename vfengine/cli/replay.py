@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..pipelines.clip_settings import FILES, RECORDED, file_record, model_record
-from ..pipelines.request import conflicts
+from ..pipelines.conflicts import conflicts
 from .flags import UsageError, flag, one_line
 
 if TYPE_CHECKING:

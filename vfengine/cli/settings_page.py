@@ -3,7 +3,8 @@
 python -m vfengine.cli.settings_page > docs/settings.md
 """
 
-from ..pipelines.request import CONFLICTS, VideoRequest
+from ..pipelines.conflicts import CONFLICTS
+from ..pipelines.request import VideoRequest
 from .bench import SETTINGS as BENCH_SETTINGS
 from .evaluate import DISTANCES
 from .evaluate import SETTINGS as EVAL_SETTINGS
