@@ -10,7 +10,9 @@ FILTERS = ("nearest", "lanczos")  # for enlarging frames
 CODECS = ("h264", "hevc", "av1", "vp9", "ffv1")  # of video files; PyAV may lack some
 CHROMAS = ("420", "444")  # colours at a quarter of the pixels, or at each
 OBJECTIVES = ("decomposed", "vdm")  # kinds of models; "vdm" is plain video diffusion
-TRAININGS = (*OBJECTIVES, "autoencoder", "text")  # and of the parts of models on latents
+# and of the parts of models on latents; "distill" makes few steps of a model's many
+TRAININGS = (*OBJECTIVES, "autoencoder", "text", "distill")
+STUDENT_STEPS = (1, 2, 4, 8)  # that a network can be distilled to
 PRECISIONS = ("bf16", "fp32")  # of training
 NETWORKS_TRAINED = ("both", "base", "residual")  # of a decomposed model
 

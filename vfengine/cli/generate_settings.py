@@ -42,7 +42,13 @@ SETTINGS = (
     _field("num_frames", "what", whole(1, 4096), "frames of a clip", "as the model was trained"),
     _field("height", "what", whole(8, 8192), "height in pixels, of text-to-video", "the model's"),
     _field("width", "what", whole(8, 8192), "width in pixels, of text-to-video", "the model's"),
-    _field("num_inference_steps", "how", _COUNT, "steps of the solver"),
+    _field(
+        "num_inference_steps",
+        "how",
+        _COUNT,
+        "steps of the solver",
+        "50, or those that a distilled model was made for",
+    ),
     _field(
         "guidance_scale",
         "how",

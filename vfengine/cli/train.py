@@ -26,6 +26,8 @@ from .train_settings import FPS, TRAIN, read_settings
 if TYPE_CHECKING:
     from ..training.batch import Latents
     from ..training.options import TrainingOptions
+    from ..training.parts import Parts
+    from ..training.samples import Showcase
     from ..training.text import TextTraining
     from ..training.trainer import Trainer
 
@@ -48,7 +50,7 @@ def _train(settings: argparse.Namespace) -> int:
     limit = Limit(settings, time.perf_counter())
     with open_output(settings.output, settings.resume) as output:
         _run(settings, output, limit)
-    generates = settings.objective in OBJECTIVES
+    generates = settings.objective in (*OBJECTIVES, "distill")
     say(f"{output.checkpoint}" + f": generate with --model {output.checkpoint}" * generates)
     return 0 if limit.signal is None else 128 + limit.signal
 
@@ -58,6 +60,8 @@ def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
     from ..training.options import TrainingOptions
 
     usable_device(settings.device)
+    if settings.objective == "distill":
+        _follow_teacher(settings)
     values = {field.name: getattr(settings, field.name) for field in fields(TrainingOptions)}
     options = TrainingOptions(**{**values, "precision": _precision(settings)})
     _check(settings)
@@ -77,7 +81,7 @@ def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
 
 def _start(training, settings: argparse.Namespace) -> None:
     """Gives a new training the weights that it starts from, and names those that it has not."""
-    sources = [(settings.init_from, {})]
+    sources = [(getattr(settings, "from"), {}), (settings.init_from, {})]
     if settings.residual_from:
         sources.append((settings.residual_from, {"only": "residual"}))
     for folder, which in sources:
@@ -103,17 +107,75 @@ def _decomposed(settings: argparse.Namespace, options: TrainingOptions) -> Train
 
 
 def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
-    from tqdm import tqdm
-
-    from ..training.latents import CaptionedMocap, make_latents
     from ..training.mocap.captions import LABEL_PROMPTS
-    from ..training.parts import Coder, Parts
+    from ..training.parts import Parts
     from ..training.recipes import Shape, latent_model
-    from ..training.samples import Showcase
     from ..training.trainer import Trainer
 
     parts = Parts.read(settings.autoencoder, settings.text_encoder)
     latent_model(Shape.of(settings), parts, LABEL_PROMPTS, 1.0)  # refused before clips are rendered
+    latents, showcase = _latents(settings, parts)
+    std = _residual_std(settings, latents)
+    config = latent_model(Shape.of(settings), parts, LABEL_PROMPTS, std)
+    return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
+
+
+def _follow_teacher(settings: argparse.Namespace) -> None:
+    """Fills in what the teacher's checkpoint decides."""
+    from ..formats.checkpoint import DecomposedConfig, read_config
+
+    folder = getattr(settings, "from")
+    config = read_config(folder)
+    if not isinstance(config, DecomposedConfig):
+        raise ValueError(f"{folder}: only decomposed models are distilled, not a VDM*")
+    settings.num_frames, settings.fps = config.num_frames, config.fps
+    settings.size, width = config.picture_size
+    if settings.size != width:
+        raise ValueError(f"{folder}: clips to train on are square, its own {settings.size}x{width}")
+    if settings.clean_share is None:
+        settings.clean_share = config.clean_share
+    if settings.clean_share is None:
+        settings.clean_share = float(config.base_path == "clean")
+    if settings.cell_weight is None:
+        settings.cell_weight = 1.0 if config.autoencoder is None else 3.0
+
+
+def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
+    import numpy as np
+    import torch
+
+    from ..formats.checkpoint import read_config
+    from ..training.distillation import Teacher, distilled_config
+    from ..training.parts import Parts
+    from ..training.trainer import Trainer
+
+    folder = getattr(settings, "from")
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    teacher = Teacher(folder, options.teacher_steps, settings.device, dtype)
+    names = teacher.config.networks if options.train == "both" else (options.train,)
+    others = None if settings.init_from is None else read_config(settings.init_from)
+    how = names, settings.student_steps, settings.guidance_range
+    config = distilled_config(teacher.config, *how, others)
+    if config.autoencoder is None:
+        clips, labels, found = _pixels(settings)
+        if unknown := sorted(set(found) - set(config.labels)):
+            raise ValueError(f"{folder} knows no class {unknown[0]!r}")
+        labels = np.array([config.labels.index(name) for name in found])[labels]
+        return Trainer(config, options, clips, labels, settings.device, teacher=teacher)
+    parts = Parts.read(folder, folder)
+    latents, showcase = _latents(settings, parts)
+    more = {"parts": parts, "showcase": showcase, "teacher": teacher}
+    return Trainer(config, options, latents, device=settings.device, **more)
+
+
+def _latents(settings: argparse.Namespace, parts: Parts) -> tuple[Latents, Showcase | None]:
+    """Captioned clips through the parts, and what samples show; the clips are found again."""
+    from tqdm import tqdm
+
+    from ..training.latents import CaptionedMocap, make_latents
+    from ..training.parts import Coder
+    from ..training.samples import Showcase
+
     coder = Coder(parts, settings.device)
     clips = (settings.size, settings.num_frames, settings.device)
     folder = settings.clips_cache or settings.output
@@ -133,9 +195,7 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     if settings.sample_every:
         unseen = CaptionedMocap(settings.seed + 1, *clips, held_out=True)
         showcase = Showcase.of(unseen, coder)
-    std = _residual_std(settings, latents)
-    config = latent_model(Shape.of(settings), parts, LABEL_PROMPTS, std)
-    return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
+    return latents, showcase
 
 
 def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
@@ -192,6 +252,7 @@ def _text(settings: argparse.Namespace, options: TrainingOptions) -> TextTrainin
 _TRAININGS = {
     "decomposed": _decomposed,
     "vdm": _on_pixels,
+    "distill": _distillation,
     "autoencoder": _autoencoder,
     "text": _text,
 }

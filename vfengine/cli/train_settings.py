@@ -11,12 +11,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..names import AUTO, BASE_PATHS, NETWORKS_TRAINED, OBJECTIVES, PRECISIONS, TRAININGS
+from ..names import (
+    AUTO,
+    BASE_PATHS,
+    NETWORKS_TRAINED,
+    OBJECTIVES,
+    PRECISIONS,
+    STUDENT_STEPS,
+    TRAININGS,
+)
 from ..training.options import OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
 
 TRAIN = "python -m vfengine.train"
 FPS = 10.0  # of rendered clips, and of videos that state no rate
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def _ints(text: str) -> tuple[int, ...]:
@@ -32,6 +44,7 @@ _STEPS = Kind("whole number", {"metavar": "STEPS", "type": int})
 _DECOMPOSED = "decomposed models"  # flags that no other objective takes
 _MODEL = "model"  # and those that no autoencoder and no text encoder takes
 _CLIPS = "clips"
+_DISTILLED = "distillation"
 
 # Defaults of models on latents (training/recipes.py), in place of those on pixels.
 _ON_LATENTS = {
@@ -47,6 +60,11 @@ _ON_LATENTS = {
 _OF_DECOMPOSED = ("residual_from", "captions", "base_images")
 # What trainings of an autoencoder or a text encoder have of the settings of models.
 _OF_PARTS = ("size", "num_clips")
+# What a student has of its teacher, and what only trainings without a teacher take.
+_OF_TEACHER = (
+    *("autoencoder", "text_encoder", "num_frames", "size", "fps", "lam", "base_channels"),
+    *("residual_channels", "layers_per_block", "patch_size", "base_path", "timestep_shift"),
+)
 # What a plain video model has of a decomposed model's options.
 _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 
@@ -76,12 +94,37 @@ SETTINGS = (
         "objective",
         _MODEL,
         choice(TRAININGS),
-        "train a decomposed model; vdm, a plain video model on the base UNet; or a part of models "
-        "on latents: an autoencoder, a text encoder",
+        "train a decomposed model; vdm, a plain video model on the base UNet; a part of models on "
+        "latents: an autoencoder, a text encoder; or distill a model to few steps",
         "decomposed",
     ),
     Setting(
         "output", "files", _FOLDER, "folder for checkpoint, state, log and samples", required=True
+    ),
+    Setting("from", _DISTILLED, _FOLDER, "the teacher: distill this decomposed model"),
+    Setting(
+        "updates",
+        _DISTILLED,
+        _STEPS,
+        "optimizer steps of --objective distill, whose --steps are those of sampling",
+        OBJECTIVE_DEFAULTS["distill"]["updates"],
+    ),
+    Setting(
+        "teacher_steps",
+        _DISTILLED,
+        _STEPS,
+        "DDIM steps of the teacher in place of all steps of the student; one that was distilled "
+        "itself takes its own",
+        0,
+        "48",
+    ),
+    Setting(
+        "guidance_range",
+        _DISTILLED,
+        Kind("two numbers", {"metavar": "S,S", "type": _floats}),
+        "least and largest guidance scale to train under",
+        (1.0, 4.0),
+        "1,4",
     ),
     Setting(
         "autoencoder",
@@ -198,7 +241,9 @@ SETTINGS = (
     Setting("save_every", "files", _STEPS, "save state and checkpoint after so many steps", 500),
     Setting("sample_every", "files", _STEPS, "write a sheet of samples; 0 writes none", 2000),
     Setting("log_every", "files", _STEPS, "write a line of the log", 50),
-    _option("steps", "training", "optimizer steps"),
+    _option(
+        "steps", "training", "optimizer steps; of --objective distill, the student's: 1, 2, 4 or 8"
+    ),
     _option("batch_size", "training", "clips of a step"),
     _option(
         "extra_images",
@@ -260,6 +305,7 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
     if settings["train"] == "residual":
         defaults = defaults | {"clean_share": 1.0}
     options = {field.name for field in fields(TrainingOptions)}
+    vars_given = {name for name, value in settings.items() if value is not None}
     for setting in SETTINGS:
         name, given = setting.name, settings[setting.name] is not None
         if not _takes(objective, setting):
@@ -270,6 +316,8 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
             settings[name] = defaults.get(name, setting.default)
     if objective in OBJECTIVES and settings["data"] == "mocap" and settings["fps"] is None:
         settings["fps"] = FPS
+    if objective == "distill":
+        _check_distillation(settings, given=vars_given)
     if objective == "decomposed" and settings["base_path"] is None:
         settings["base_path"] = "clean" if settings["clean_share"] > 0 else "stepwise"
     _check_parts(settings)
@@ -280,6 +328,10 @@ def _takes(objective: str, setting: Setting) -> bool:
     """Whether an objective has a meaning for this setting."""
     if setting.name in ("keep_encoder", "adversary"):
         return objective == "autoencoder"
+    if setting.group == _DISTILLED:
+        return objective == "distill"
+    if objective == "distill":
+        return setting.name not in _OF_TEACHER
     if objective == "decomposed" or setting.name == "objective":
         return True
     foreign = setting.group == _DECOMPOSED or setting.name in _OF_DECOMPOSED
@@ -291,6 +343,35 @@ def _takes(objective: str, setting: Setting) -> bool:
     return not foreign
 
 
+def _check_distillation(settings: dict[str, Any], given: set[str]) -> None:
+    """Names the student's steps, and leaves to the teacher what it decides unless it is given.
+
+    Raises UsageError for what no student can have.
+    """
+    if settings["from"] is None:
+        raise UsageError("--objective distill needs --from FOLDER, the teacher")
+    if settings["steps"] not in STUDENT_STEPS:
+        known = ", ".join(map(str, STUDENT_STEPS))
+        raise UsageError(
+            f"--steps of --objective distill must be one of {known}: how many the "
+            f"student takes; got {settings['steps']}"
+        )
+    scales = settings["guidance_range"]
+    if len(scales) != 2 or not 0 <= scales[0] <= scales[1] <= 100:
+        raise UsageError(
+            f"--guidance-range must be two scales in 0..100, the least first, got "
+            f"{','.join(map(str, scales))}"
+        )
+    if settings["teacher_steps"] < 2 * settings["steps"]:
+        raise UsageError(
+            f"--teacher-steps must be at least twice --steps, got {settings['teacher_steps']}"
+        )
+    settings["student_steps"], settings["steps"] = settings["steps"], settings["updates"]
+    for name in ("clean_share", "cell_weight"):
+        if name not in given:
+            settings[name] = None
+
+
 def _check_parts(settings: dict[str, Any]) -> None:
     """UsageError for flags of latents and prompts without the others that they need."""
     if settings["keep_encoder"] and not (settings["init_from"] or settings["resume"]):
@@ -300,6 +381,8 @@ def _check_parts(settings: dict[str, Any]) -> None:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
     if given and settings["data"] != "mocap":
         raise UsageError("a folder of videos has no captions: it trains without --autoencoder")
+    if settings["objective"] == "distill":
+        given = given or [settings["from"]]  # the teacher decides
     if not given and settings["cell_weight"] != 1:
         raise UsageError("--cell-weight needs --autoencoder: pixels weigh alike")
     for name in ("max_hours", "max_minutes"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +78,14 @@ class BaseTrajectory:
         c1 = self.table.coeffs[:, 0].view(-1, 1, 1, 1, 1).to(self.states.device)
         return (self.states[1:] - c1 * self.states[:-1]).to(self.states.dtype)
 
-    def clean(self) -> BaseTrajectory:
-        """The path of base_path="clean": d_t = √ᾱ_t x_m, with x_m this path's finished frame."""
-        states = _clean_states(self.final, self.table)
-        return BaseTrajectory(states, self.table, self.schedule_id, "clean", self.metadata)
+    def clean(self, table: SolverTable | None = None) -> BaseTrajectory:
+        """The path of base_path="clean": d_t = √ᾱ_t x_m, with x_m this path's finished frame.
+
+        table: the steps of the residual phase; None: those of this path
+        """
+        table = self.table if table is None else table
+        states = _clean_states(self.final, table)
+        return BaseTrajectory(states, table, self.schedule_id, "clean", self.metadata)
 
     @classmethod
     def from_image(
@@ -93,11 +97,13 @@ class BaseTrajectory:
         solver: str = "ddim",
         eta: float = 0.0,
         spacing: str = "leading",
+        timesteps: Sequence[int] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> BaseTrajectory:
         """The path of a given base frame, with no base generator: d_t = √ᾱ_t x.
 
         x: [B, C, H, W] floating point, in the range the networks were trained on
+        timesteps: those to visit, descending, in place of num_inference_steps and spacing
 
         Raises ValueError for another shape, TypeError for another dtype.
         """
@@ -107,7 +113,9 @@ class BaseTrajectory:
             raise TypeError(f"from_image: expected a floating point image, got {x.dtype}")
         if not bool(x.isfinite().all()):
             raise ValueError("from_image: x must be finite, got NaN or infinity")
-        table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
+        table = solver_table(
+            solver, schedule, num_inference_steps, eta, spacing, timesteps=timesteps
+        )
         states = _clean_states(x.to(torch.promote_types(x.dtype, torch.float32)), table)
         return cls(states, table, schedule.fingerprint(), "clean", dict(metadata or {}))
 

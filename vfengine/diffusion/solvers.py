@@ -14,6 +14,7 @@ sample is predicted as x_t = Z_t - N_t ε_t. Tables are float64 on the CPU.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,7 @@ def solver_table(
     spacing: str = "leading",
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
+    timesteps: Sequence[int] | None = None,
 ) -> SolverTable:
     """The table of a named solver.
 
@@ -96,6 +98,7 @@ def solver_table(
 
     spacing, steps_offset: see `NoiseSchedule.timesteps`
     set_alpha_to_one:      False: the last step goes to ᾱ_0, as published latent models were sampled
+    timesteps: the visited ones, descending, in place of num_inference_steps, spacing and offset
 
     Raises ValueError for an unknown solver or spacing, steps outside 1 … T, an η the solver does
     not take, or an offset that leads past T-1.
@@ -114,7 +117,10 @@ def solver_table(
         raise ValueError(f"ddpm is eta = 1: leave eta out, or use solver='ddim'; got {eta}")
     eta = 1.0 if solver == "ddpm" else float(eta)
 
-    timesteps = schedule.timesteps(num_inference_steps, spacing, steps_offset)
+    if timesteps is None:
+        timesteps = schedule.timesteps(num_inference_steps, spacing, steps_offset)
+    else:
+        timesteps = torch.tensor(timesteps, dtype=torch.int64, device="cpu")
     alpha_t = schedule.selected(timesteps)
     alpha_p = schedule.selected_previous(timesteps, set_alpha_to_one)
     h = 0.5 * (torch.logit(alpha_p) - torch.logit(alpha_t))

@@ -26,6 +26,7 @@ from .checkpoint_config import (
     KINDS,
     CheckpointConfig,
     DecomposedConfig,
+    FewSteps,
     Generator,
     PlainConfig,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "KINDS",
     "CheckpointConfig",
     "DecomposedConfig",
+    "FewSteps",
     "Generator",
     "PlainConfig",
     "build_network",

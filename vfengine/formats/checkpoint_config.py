@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import ClassVar
 
 from ..diffusion.schedule import NoiseSchedule
@@ -33,10 +34,55 @@ _ENTRIES = (
     *("num_frames", "height", "width", "channels", "lam", "labels", "fps", "schedule"),
     *("base", "residual", "base_std", "residual_std", "base_path", "clean_share"),
     *("video", "video_std"),
-    *("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts", "sha256"),
+    *("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts", "distilled"),
+    "sha256",
 )
-_LATER = ("clean_share", "autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts")
+_LATER = (
+    *("clean_share", "autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts"),
+    "distilled",
+)
 _PART_CONFIGS = {"autoencoder": AutoencoderConfig, "text_encoder": TextEncoderConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSteps:
+    """The steps that a distilled network was made for (training/distillation.py).
+
+    solver, timesteps   how it is sampled: in these steps, and in no others
+    guidance    least and largest guidance scale that it was trained under, which is its input
+    teacher     SHA-256 of the weights whose steps it takes together, 16 hex digits; "": unknown
+    """
+
+    timesteps: tuple[int, ...]
+    guidance: tuple[float, float]
+    solver: str = "ddim"
+    teacher: str = ""
+
+    def __post_init__(self):
+        steps = self.timesteps
+        if not isinstance(steps, tuple) or not steps or not all(type(t) is int for t in steps):
+            raise ValueError(f"timesteps must be whole numbers, got {steps!r}")
+        if min(steps) < 0 or any(a <= b for a, b in pairwise(steps)):
+            raise ValueError(f"timesteps must descend to 0 or more, got {list(steps)}")
+        if self.solver != "ddim":
+            raise ValueError(f'solver must be "ddim", got {self.solver!r}')
+        if not isinstance(self.guidance, tuple) or len(self.guidance) != 2:
+            raise ValueError(f"guidance must be two numbers, got {self.guidance!r}")
+        for scale in self.guidance:
+            _check_number("guidance", scale, lambda scale: 0 <= scale <= 100)
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance must not descend, got {list(self.guidance)}")
+        if not isinstance(self.teacher, str):
+            raise ValueError(f"teacher must be a text, got {self.teacher!r}")
+
+    @classmethod
+    def from_dict(cls, values: object) -> FewSteps:
+        """Of an object of JSON; ValueError or TypeError for another."""
+        values = dict(_object("a network's entry", values))
+        for name in ("timesteps", "guidance"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +100,8 @@ class CheckpointConfig(ABC):
     latent_mean, latent_std   per channel of z: the networks see (z - mean) / std
     text_encoder   what the networks attend to; they then have no classes
     prompts     what each label stands for
+
+    distilled   by name, the networks that were distilled to few steps; None: there are none
 
     Of its kind:
     objective   what it was trained for, as --objective takes it: "decomposed" or "vdm"
@@ -79,6 +127,7 @@ class CheckpointConfig(ABC):
     latent_std: tuple[float, ...] | None = None
     text_encoder: TextEncoderConfig | None = None
     prompts: tuple[str, ...] | None = None
+    distilled: dict[str, FewSteps] | None = None
 
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "channels"):
@@ -108,6 +157,25 @@ class CheckpointConfig(ABC):
                     f"{name} takes {unet.in_channels} channels, not those of the clips"
                 )
             self._check_condition(name, unet)
+        self._check_distilled()
+
+    def _check_distilled(self) -> None:
+        """ValueError unless networks that were distilled, and no others, are told the guidance."""
+        found = {} if self.distilled is None else self.distilled
+        if not isinstance(found, dict) or (self.distilled is not None and not found):
+            raise ValueError(f"distilled must be an object of networks, got {found!r}")
+        if odd := sorted(map(str, set(found) - set(self.networks))):
+            raise ValueError(f"distilled names {odd[0]!r}, which is none of its networks")
+        for name in self.networks:
+            if (name in found) is not self.unet_config(name).guidance_embedding:
+                raise ValueError(
+                    f"{name} is distilled, but has no guidance_embedding"
+                    if name in found
+                    else f"{name} has a guidance_embedding, but was not distilled"
+                )
+        for name, few in found.items():
+            if not isinstance(few, FewSteps):
+                raise TypeError(f"distilled: {name} must be FewSteps, got {few!r}")
 
     def _check_condition(self, name: str, unet: UNetConfig) -> None:
         """ValueError unless the UNet takes the labels, or what the text encoder makes."""
@@ -195,6 +263,13 @@ class CheckpointConfig(ABC):
         """16 hex digits that name its first network; base paths of another one are refused."""
         return self.sha256.get(self.networks[0], "")[:16]
 
+    def _check_timesteps(self) -> None:
+        """ValueError for a schedule that is none, or too short for the distilled timesteps."""
+        total = self.noise_schedule().num_train_timesteps
+        for name, few in (self.distilled or {}).items():
+            if few.timesteps[0] >= total:
+                raise ValueError(f"distilled: {name} begins at {few.timesteps[0]} of {total} steps")
+
     def unet_config(self, name: str) -> UNetConfig:
         """The configuration of one of its networks; ValueError for a name that is none of them."""
         if name not in self.networks:
@@ -217,6 +292,8 @@ class CheckpointConfig(ABC):
             values[name] = values[name].to_dict()
         for name in _PART_CONFIGS.keys() & values.keys():
             values[name] = asdict(values[name])
+        if "distilled" in values:
+            values["distilled"] = {name: asdict(few) for name, few in self.distilled.items()}
         return json.dumps({"format": self._format, **values}, indent=2)
 
     @classmethod
@@ -245,8 +322,11 @@ class CheckpointConfig(ABC):
             for name, part in _PART_CONFIGS.items():
                 if values.get(name) is not None:
                     values[name] = part(**_object(name, values[name]))
+            if values.get("distilled") is not None:
+                entries = _object("distilled", values["distilled"])
+                values["distilled"] = {n: FewSteps.from_dict(few) for n, few in entries.items()}
             config = kind(**values)
-            config.noise_schedule()  # refused here, where the file's name is known
+            config._check_timesteps()  # refused here, where the file's name is known
             return config
         except (TypeError, KeyError) as error:
             raise ValueError(f"incomplete or of another version ({error})") from error

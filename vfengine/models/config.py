@@ -129,6 +129,9 @@ class UNetConfig:
     pixel_attention   whether an attention of the pixels alone stands in place of each spatial
                       transformer
     padded_after      whether downsampling pads below and to the right alone
+
+    For distilled networks:
+    guidance_embedding    adds an embedding of the guidance scale, which a call must then give
     """
 
     in_channels: int = _count(3)
@@ -167,6 +170,7 @@ class UNetConfig:
     any_size: bool = _switch(False, later=True)
     pixel_attention: bool = _switch(False, later=True)
     padded_after: bool = _switch(False, later=True)
+    guidance_embedding: bool = _switch(False, later=True)
 
     def __post_init__(self):
         levels = None

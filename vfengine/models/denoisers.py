@@ -61,12 +61,14 @@ class _Generator(nn.Module):
         lam: Lam | None = None,
         guidance_scale: float = 1.0,
         context: Tensor | None = None,
+        guidance: float | None = None,
     ) -> TiedGenerator | None:
         """This generator in a loop (tied.py); None if its UNet has not the form for CUDA.
 
         class_labels: int64 [B]; under guidance [2 B], those of the condition first
         lam:          as in `forward` of a ResidualGenerator
         context:      [B, M, C'] of what the UNet attends to; under guidance [2 B, M, C']
+        guidance:     the guidance scale, of a UNet whose input it is
 
         Raises ValueError where the UNet does.
         """
@@ -78,7 +80,7 @@ class _Generator(nn.Module):
         shape = (len(a), frames, len(columns))
         coeffs = torch.stack(columns, -1).expand(shape).float().contiguous()
         labels = class_labels if self.takes_labels else None
-        conditions = {"labels": labels, "context": context}
+        conditions = {"labels": labels, "context": context, "guidance": guidance}
         return TiedGenerator(
             self.unet, steps, coeffs, guidance_scale, conditioned=self.conditioned, **conditions
         )

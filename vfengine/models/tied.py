@@ -28,6 +28,7 @@ class TiedGenerator:
     labels:      int64 [B], or [2 B] under guidance; None: the UNet takes none
     context:     [B, M, C'], or [2 B, M, C'] under guidance; None: the UNet takes none
     conditioned: whether the base frame is an input for every frame
+    guidance:    the guidance scale, of a UNet whose input it is; else None
 
     Labels and context are buffers whose values may change between runs.
 
@@ -44,9 +45,10 @@ class TiedGenerator:
         labels: Tensor | None,
         context: Tensor | None,
         conditioned: bool,
+        guidance: float | None = None,
     ) -> None:
         self.unet, self.coeffs, self.scale = unet, coeffs, scale
-        self.labels, self.context = labels, context
+        self.labels, self.context, self.guidance = labels, context, guidance
         self.timesteps, self.counter, self.conditioned = steps.timesteps, steps.counter, conditioned
         self.samples = steps.shape[0] * (1 if scale == 1.0 else 2)  # of a call of the UNet
         self.frames = steps.shape[1] if unet.config.is_video else 1
@@ -85,5 +87,5 @@ class TiedGenerator:
         if labels is not None:
             labels = labels.repeat(count, *[1] * (labels.dim() - 1))
         t = timesteps.repeat_interleave(self.samples)
-        modulation = self.unet.modulation(t, labels, self.frames)
+        modulation = self.unet.modulation(t, labels, self.frames, self.guidance)
         return modulation.view(count, -1, modulation.shape[-1])

@@ -92,7 +92,7 @@ class Stage(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """The embedding of timestep, class and frame, which conditions a UNet."""
+    """The embedding of timestep, class, guidance scale and frame, which conditions a UNet."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -101,6 +101,10 @@ class Embeddings(nn.Module):
         embed_dim = 4 * self.time_dim
         self.time_embedding = _mlp(self.time_dim, embed_dim)
         self.class_embedding = _class_embedding(config, self.time_dim, embed_dim)
+        self.guidance_embedding = None
+        if config.guidance_embedding:
+            self.guidance_embedding = _mlp(self.time_dim, embed_dim)
+            zero_(self.guidance_embedding[-1])  # a student begins as its teacher
         self.frame_embedding = _mlp(self.time_dim, embed_dim) if config.frame_embedding else None
         # a sum alone has no term for class and frame together, such as "frame 3 of a cartwheel"
         self.embedding_mixer = _mlp(embed_dim, embed_dim) if config.frame_embedding else None
@@ -113,13 +117,24 @@ class Embeddings(nn.Module):
     def embed_dim(self) -> int:
         return self.time_embedding[-1].out_features
 
-    def embed(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:
-        """The embedding [B*N, E] of timestep, class and frame, before the network's SiLU.
+    def embed(
+        self,
+        t: Tensor,
+        class_labels: Tensor | None,
+        num_frames: int,
+        guidance: Tensor | float | None = None,
+    ) -> Tensor:
+        """The embedding [B*N, E] of timestep, class, guidance and frame, before the UNet's SiLU.
 
-        Raises ValueError for missing labels where there is no null class.
+        Raises ValueError for missing labels where there is no null class, and for a guidance scale
+        that is missing or has no meaning.
         """
         config = self.config
         embedding = self.time_embedding(self._sinusoids(t))  # [B, E]
+        if self.guidance_embedding is not None:
+            embedding = embedding + self._guidance(t, guidance)
+        elif guidance is not None:
+            raise ValueError("UNet: guidance given to a UNet without an embedding of it")
         if self.class_embedding is not None:
             kind = config.class_embedding
             if class_labels is None:
@@ -148,6 +163,14 @@ class Embeddings(nn.Module):
             embedding = embedding + self.embedding_mixer(F.silu(embedding))
             return embedding.flatten(0, 1)
         return embedding.repeat_interleave(num_frames, dim=0)
+
+    def _guidance(self, t: Tensor, guidance: Tensor | float | None) -> Tensor:
+        """The embedding [B, E] of the guidance scale, a number or [B]."""
+        if guidance is None:
+            raise ValueError("UNet: guidance is needed: its scale is an input of this UNet")
+        if not isinstance(guidance, Tensor):  # a captured step cannot copy from the host
+            guidance = torch.full(t.shape, guidance, dtype=torch.float32, device=t.device)
+        return self.guidance_embedding(self._sinusoids(100.0 * guidance))
 
     def _sinusoids(self, t: Tensor) -> Tensor:
         """t [B] -> [B, C], the input of an embedding's first layer."""
@@ -234,12 +257,14 @@ class UNet(Embeddings):
         t: Tensor,
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
+        guidance: Tensor | float | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels.
 
         x [B, C, H, W] or [B, N, C, H, W], t int64 [B]
         context [B, M, C'], the same for all frames
         class_labels int64 [B], or [B, F] numbers where class_embedding is "projection"
+        guidance the guidance scale, a number or [B], of a UNet with guidance_embedding
 
         Without class_labels the null class is used, if there is one. Without a context its
         attention is left out, unless needs_context. Raises ValueError for a shape that does not fit
@@ -250,7 +275,7 @@ class UNet(Embeddings):
         t = self.check_inputs(x, t, context, class_labels)
         num_frames = x.shape[1] if config.is_video else 1
         frames = x.flatten(0, 1) if config.is_video else x  # [B*N, C, H, W], a view
-        embedding = F.silu(self.embed(t, class_labels, num_frames))
+        embedding = F.silu(self.embed(t, class_labels, num_frames, guidance))
         if context is not None:
             context = context.to(self.dtype)
 

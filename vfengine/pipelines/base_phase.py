@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.noise import NoisePlace, base_noise, check_seed
-from ..diffusion.solvers import SolverTable, solver_table
+from ..diffusion.solvers import SolverTable
 from ..media.pictures import Picture, to_network
 from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Callback, Run
 from .base_cache import cache_key, cached_path
+from .few_steps import network_table
 from .given_path import check_animates, check_path
 from .pipeline import CheckpointPipeline, VideoFusionOutput
 from .request import SamplingRequest
@@ -32,7 +33,7 @@ class BasePhase(CheckpointPipeline):
         *,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 2.0,
         base_seed: int = 0,
         num_videos: int = 1,
@@ -59,10 +60,11 @@ class BasePhase(CheckpointPipeline):
             eta=eta,
             sample_offset=sample_offset,
             base_cache=base_cache,
+            preview=True,
         )
-        self._check_prompts(request)
+        request = self.fill_defaults(request)
         run = self._run(callback) if timings is None else Run(callback, timings)
-        return self._base_phase(request, self._table(request), self._condition(request, run), run)
+        return self._base_phase(request, self._condition(request, run), run)
 
     def preview(
         self,
@@ -83,7 +85,7 @@ class BasePhase(CheckpointPipeline):
         self,
         image: Picture,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         solver: str = "ddim",
         eta: float = 0.0,
     ) -> BaseTrajectory:
@@ -91,7 +93,8 @@ class BasePhase(CheckpointPipeline):
 
         Raises ValueError for a model whose residual network was not trained for it.
         """
-        table = solver_table(solver, self.schedule, num_inference_steps, eta)
+        how = num_inference_steps, solver, eta
+        table = network_table(self.config, self.schedule, "residual", *how)
         return self._image_path(image, table, self._run(None))
 
     def check_trajectory(
@@ -99,7 +102,7 @@ class BasePhase(CheckpointPipeline):
         trajectory: BaseTrajectory,
         num_clips: int = 1,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         solver: str = "ddim",
         eta: float = 0.0,
         base_path: str | None = None,
@@ -110,19 +113,21 @@ class BasePhase(CheckpointPipeline):
         solver and eta must be the same. It must hold 1 or num_clips clips of this size. A clean
         path (of an image) cannot be followed stepwise.
         """
-        table = solver_table(solver, self.schedule, num_inference_steps, eta)
+        name = "residual" if trajectory.base_path == "clean" else "base"
+        how = num_inference_steps, solver, eta
+        table = network_table(self.config, self.schedule, name, *how)
         check_path(trajectory, self.config, self.schedule, table, num_clips, base_path)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _given_path(
-        self, request: SamplingRequest, table: SolverTable, run: Run
-    ) -> BaseTrajectory | None:
+    def _given_path(self, request: SamplingRequest, run: Run) -> BaseTrajectory | None:
         """The request's trajectory or the path of its image, checked; None without either."""
         path = request.trajectory
         if request.image is not None:
+            table = self._table(request, "residual")
             path = self._image_path(request.image, table, run, keep=True)
         if path is not None:
+            table = self._table(request, "residual" if path.base_path == "clean" else "base")
             paths, mode = request.num_paths, request.base_path
             check_path(path, self.config, self.schedule, table, paths, mode)
         return path
@@ -140,7 +145,7 @@ class BasePhase(CheckpointPipeline):
         return BaseTrajectory.from_image(
             x,
             schedule=self.schedule,
-            num_inference_steps=len(table),
+            timesteps=table.timesteps.tolist(),
             solver=table.solver,
             eta=table.eta,
             metadata={"model": config.fingerprint()},
@@ -149,12 +154,11 @@ class BasePhase(CheckpointPipeline):
     def _base_phase(
         self,
         request: SamplingRequest,
-        table: SolverTable,
         condition: Condition | Prompts,
         run: Run,
     ) -> BaseTrajectory:
         """The base path of a request, from its cache or sampled."""
-        place = self._base_place(request)
+        place, table = self._base_place(request), self._table(request, "base")
 
         def sample_path() -> BaseTrajectory:
             noise = self._base_noise(request, place)
@@ -172,7 +176,12 @@ class BasePhase(CheckpointPipeline):
         """What a base path is found by; ValueError for a model that cannot be told from others."""
         if not self.config.fingerprint():
             raise ValueError(f"{self.folder}: no base cache for weights without a recorded SHA-256")
-        found = self._notes(request), self._table(request), condition, self._base_place(request)
+        found = (
+            self._notes(request),
+            self._table(request, "base"),
+            condition,
+            self._base_place(request),
+        )
         return cache_key(self.config, *found, self.dtype)
 
     def _base_place(self, request: SamplingRequest) -> NoisePlace:

@@ -124,7 +124,8 @@ def _parts(batches: Batches) -> Iterator[VideoRequest | TextRequest]:
 
 def _check(pipe: CheckpointPipeline, request: VideoRequest) -> None:
     """What `sample` refuses before its first step."""
-    table = pipe._table(request)
+    for phase in pipe._sampled_phases(request):
+        pipe._table(request, phase)
     check_seed(request.residual_seed, "residual_seed")
     if request.prompt is None:
         pipe._check_labels(request)
@@ -137,7 +138,7 @@ def _check(pipe: CheckpointPipeline, request: VideoRequest) -> None:
         if request.image is not None:
             check_animates(pipe.config, pipe.folder)
         else:
-            pipe._given_path(request, table, Run(None, {}))
+            pipe._given_path(request, Run(None, {}))
 
 
 def _is_own(pipe: CheckpointPipeline, phase: str) -> bool:
@@ -191,6 +192,8 @@ def _calls(
 def _guided(pipe: Pipe, request: VideoRequest | TextRequest, phase: str) -> bool:
     """Whether a phase's network is called with and without the condition."""
     if request.guidance_scale == 1.0:
+        return False
+    if phase in (getattr(pipe.config, "distilled", None) or {}):
         return False
     if isinstance(pipe, TextToVideoPipeline):
         return True
@@ -305,5 +308,5 @@ def _clips(pipe: Pipe, part: VideoRequest | TextRequest) -> int:
     state = channels * (height // scale) * (width // scale)
     states = 4 * part.num_clips * frames * state  # of the clip, its noise and two estimates
     if isinstance(part, SamplingRequest):
-        states += (part.num_inference_steps + 1) * part.num_paths * state
+        states += (len(pipe._table(part, "base")) + 1) * part.num_paths * state
     return 4 * states + (2 * 4 + 1) * pictures

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.noise import NoisePlace, check_seed, residual_noise
-from ..diffusion.solvers import SolverTable, solver_table
+from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig
 from ..media.pictures import to_frames
 from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Callback, Run, zero_timings
+from .few_steps import check_guidance, chosen_steps, distilled, network_table
 from .request import TextRequest, VideoRequest
 from .session import Session
 
@@ -98,7 +99,12 @@ class CheckpointPipeline(Pipeline):
     ) -> None:
         self.base_unet = base
         if base is not None:  # base paths and caches name the network that made them
-            config = replace(config, sha256={**config.sha256, "base": base.fingerprint})
+            config = replace(
+                config,
+                sha256={**config.sha256, "base": base.fingerprint},
+                base=replace(config.base, guidance_embedding=False),
+                distilled=distilled(config, ("residual",)) or None,
+            )
         self.config = config
         self.schedule = config.noise_schedule()
         self.folder = folder
@@ -149,10 +155,10 @@ class CheckpointPipeline(Pipeline):
         The text encoder's is one, and is left out where its result is known; a frame is a step of
         decoding.
         """
-        work = dict.fromkeys(self.phases(request), request.num_inference_steps)
+        work = {phase: len(self._table(request, phase)) for phase in self._sampled_phases(request)}
         frames = 1 if getattr(request, "preview", False) else request.num_frames
         counts = {"text": 1, "decode": request.num_clips * (frames or self.config.num_frames)}
-        return {phase: counts.get(phase, steps) for phase, steps in work.items()}
+        return {phase: work.get(phase) or counts[phase] for phase in self.phases(request)}
 
     def shown(self, request: VideoRequest) -> dict[str, str]:
         """What a request shows, as base paths note it: its labels, or its prompts; of JSON."""
@@ -176,10 +182,11 @@ class CheckpointPipeline(Pipeline):
             return Condition(self._classes(request), scale)
         prompts, negatives = self._prompts(request), request.negatives
         guided = scale != 1.0 and prompts != negatives
+        told = bool(self.config.distilled)  # the scale, even where it would change nothing
         rows = self._session.embedded([*prompts, *(negatives if guided else ())], run)
         rows = rows.repeat_interleave(request.num_videos, dim=0)
         context, negative = rows.chunk(2) if guided else (rows, rows)
-        return Prompts(context, negative, scale if guided else 1.0)
+        return Prompts(context, negative, scale if guided or told else 1.0)
 
     def _prompts(self, request: VideoRequest) -> list[str]:
         """The prompts of a request, or those that its labels stand for: "" for no label.
@@ -210,9 +217,16 @@ class CheckpointPipeline(Pipeline):
                 known = ", ".join(self.labels) or "none: this model takes no label"
                 raise ValueError(f"unknown label {label!r}, expected one of: {known}")
 
-    def _table(self, request: VideoRequest) -> SolverTable:
-        steps, eta = request.num_inference_steps, request.eta
-        return solver_table(request.solver, self.schedule, steps, eta)
+    def _table(self, request: VideoRequest, name: str) -> SolverTable:
+        """The steps of a phase; ValueError for steps that its network was not made for."""
+        how = request.num_inference_steps, request.solver, request.eta
+        return network_table(self.config, self.schedule, name, *how)
+
+    def _chosen_steps(self, request: VideoRequest) -> int:
+        """The steps of a request; ValueError for how a distilled network cannot be sampled."""
+        names = self._sampled_phases(request)
+        check_guidance(self.config, names, request)
+        return chosen_steps(self.config, names, request.num_inference_steps)
 
     def _clip_place(self, request: VideoRequest) -> NoisePlace:
         check_seed(request.residual_seed, "residual_seed")

@@ -41,7 +41,7 @@ class PlainVideoPipeline(CheckpointPipeline):
     def sample(self, request: VideoRequest, callback: Callback | None = None) -> VideoFusionOutput:
         """Runs a request; `__call__` makes one of its keywords."""
         request, run = self.fill_defaults(request), self._run(callback)
-        table, place = self._table(request), self._clip_place(request)
+        table, place = self._table(request, "video"), self._clip_place(request)
         condition = self._condition(request, run)
         noise = self._clip_noise(request, place)
         video = self._session.video(noise, condition, table, place, run)
@@ -55,9 +55,8 @@ class PlainVideoPipeline(CheckpointPipeline):
         Raises ValueError for a prompt that the model cannot take.
         """
         self._check_prompts(request)
-        if request.num_frames is not None:
-            return request
-        return replace(request, num_frames=self.config.num_frames)
+        frames = self.config.num_frames if request.num_frames is None else request.num_frames
+        return replace(request, num_frames=frames, num_inference_steps=self._chosen_steps(request))
 
     def _sampled_phases(self, request: VideoRequest) -> tuple[str, ...]:
         return ("video",)

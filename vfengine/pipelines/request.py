@@ -49,7 +49,7 @@ class VideoRequest:
     prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] = ""
     num_frames: int | None = None
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     guidance_scale: float = 2.0
     residual_seed: int = 1
     output_type: str = "np"
@@ -64,7 +64,7 @@ class VideoRequest:
             kind = type(self.label).__name__
             raise TypeError(f"label must be a text or a list of texts, got {kind}")
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
-        _check_counts(self, "num_frames", "num_videos")
+        _check_counts(self, "num_frames", "num_inference_steps", "num_videos")
         _check_guidance_scale(self.guidance_scale)
         _check_texts(self, *(("prompt",) if self.prompt is not None else ()), "negative_prompt")
         if not self.labels:

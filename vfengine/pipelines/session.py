@@ -20,7 +20,7 @@ from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..models import UNet, for_inference
 from ..sampling.finite import check_finite
-from ..sampling.guidance import Condition, ModelSpec, Prompts, guided, prompted
+from ..sampling.guidance import Condition, ModelSpec, Prompts, guided, prompted, told
 from ..sampling.run import Run
 from ..sampling.two_phase import Motion
 from .networks import Networks
@@ -113,6 +113,8 @@ class Session(Networks):
         """The spec of a network under a condition; one that takes no such condition ignores it."""
         network = self.network(name, run)
         lam = None if lam is None else tuple(lam.tolist())
+        if name in (self.config.distilled or {}):
+            return told(network, condition, lam)
         if isinstance(condition, Prompts):
             if network.unet.config.context_dim is None:
                 return ModelSpec(network, lam=lam)

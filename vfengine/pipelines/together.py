@@ -68,10 +68,10 @@ def sample_together(
     looks = requests if looks is None else looks
     requests = [pipe.fill_defaults(request, base_needed_again=True) for request in requests]
     _check(requests, looks)
-    run, table = pipe._run(callback), pipe._table(requests[0])
+    run, table = pipe._run(callback), pipe._table(requests[0], "residual")
     pipe._session.check_complete(*pipe._later_files(requests[0]))
     conditions = _conditions(pipe, requests, run)
-    paths, walked, found = _paths(pipe, requests, looks, table, base_cache, run)
+    paths, walked, found = _paths(pipe, requests, looks, base_cache, run)
     if on_paths is not None:
         on_paths(walked, found)
     wanted = range(len(requests))
@@ -82,7 +82,7 @@ def sample_together(
         return outputs
     motion = pipe._motion(requests[0])
     followed = [
-        path.clean() if motion.clean and path.base_path == "stepwise" else path
+        path.clean(table) if motion.clean and path.base_path == "stepwise" else path
         for path in (paths[k] for k in wanted)
     ]
     states = torch.cat([path.states for path in followed], dim=1)
@@ -177,7 +177,6 @@ def _paths(
     pipe: VideoFusionPipeline,
     requests: Sequence[SamplingRequest],
     looks: Sequence[SamplingRequest],
-    table: SolverTable,
     folder: str | Path | None,
     run: Run,
 ) -> tuple[list[BaseTrajectory], int, int]:
@@ -185,10 +184,11 @@ def _paths(
 
     Also how many were walked, and for how many clips one was found.
     """
-    paths = [pipe._given_path(request, table, run) for request in requests]
+    paths = [pipe._given_path(request, run) for request in requests]
     own = [k for k, path in enumerate(paths) if path is None]
     if folder is not None and own and not pipe.config.fingerprint():
         raise ValueError(f"{pipe.folder}: no base cache for weights without a recorded SHA-256")
+    table = pipe._table(requests[0], "base")
     seen = dict(zip(own, _conditions(pipe, [looks[k] for k in own], run), strict=True))
     keys = {
         k: cache_key(

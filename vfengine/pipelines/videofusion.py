@@ -109,7 +109,7 @@ class VideoFusionPipeline(BasePhase):
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 2.0,
         base_seed: int = 0,
         base_offset: int | None = None,
@@ -139,6 +139,8 @@ class VideoFusionPipeline(BasePhase):
                         encoder, whose labels stand for prompts; a negative prompt for each label
                         or prompt, or one for all
         num_frames:     N; None is what the model was trained on
+        num_inference_steps: None: 50, or the steps that a distilled model was made for, which takes
+                        no others
         guidance_scale: s of classifier-free guidance, ε_u + s (ε_c - ε_u), in [0, 100]; 1 is off
         base_seed, residual_seed: seeds of the base frames' noise and of each frame's own noise
         base_offset:    sample whose base path the first clip follows; None is the clip's own, or
@@ -183,13 +185,14 @@ class VideoFusionPipeline(BasePhase):
 
         With request.preview the frames are the base frames alone, as clips of one frame.
         """
-        request, table = self.fill_defaults(request), self._table(request)
+        request = self.fill_defaults(request)
+        table = self._table(request, "residual")
         run = self._run(callback)
         self._session.check_complete(*self._later_files(request))
-        path = self._given_path(request, table, run)
+        path = self._given_path(request, run)
         if request.preview:
             if path is None:
-                path = self._base_phase(request, table, self._condition(request, run), run)
+                path = self._base_phase(request, self._condition(request, run), run)
             video = path.final[:, None].expand(request.num_clips, -1, -1, -1, -1)
             frames = self._frames(video, request.output_type, run)
             return VideoFusionOutput(frames, path, run.timings)
@@ -204,13 +207,14 @@ class VideoFusionPipeline(BasePhase):
             video, states = self._session.overlapped(noises, conditions, table, motion, places, run)
             frames = self._frames(video, request.output_type, run)
             return VideoFusionOutput(frames, self._path(request, states, table), run.timings)
-        path = self._base_phase(request, table, condition, run) if path is None else path
+        path = self._base_phase(request, condition, run) if path is None else path
         offload = request.offload_base
         if offload is None:
             offload = self.lets_base_go(needed_again=len(request.labels) > 1)
         if offload:
             self._session.release("base")
-        followed = path.clean() if motion.clean and path.base_path == "stepwise" else path
+        follows_frame = motion.clean and path.base_path == "stepwise"
+        followed = path.clean(table) if follows_frame else path
         video = self._session.residual(noise, clips_condition, followed, motion, place, run)
         if offload and self.config.autoencoder is not None and self.device.type == "cpu":
             self._session.release("residual")
@@ -229,6 +233,7 @@ class VideoFusionPipeline(BasePhase):
         checkpoint's own base_path, and for a prompt that the model cannot take.
         """
         self._check_prompts(request)
+        request = replace(request, num_inference_steps=self._chosen_steps(request))
         if request.preview:
             return request
         config, offload = self.config, request.offload_base
@@ -240,6 +245,7 @@ class VideoFusionPipeline(BasePhase):
         given = request.trajectory
         is_clean = request.image is not None or (given is not None and given.base_path == "clean")
         base_path = request.base_path or ("clean" if is_clean else config.base_path)
+        self._check_stepwise(request, base_path)
         if offload is None and base_needed_again is not None:
             offload = not request.overlap_phases and self.lets_base_go(base_needed_again)
         return replace(
@@ -251,6 +257,17 @@ class VideoFusionPipeline(BasePhase):
             base_path=base_path,
             offload_base=offload,
         )
+
+    def _check_stepwise(self, request: SamplingRequest, base_path: str) -> None:
+        """ValueError where the residual network would follow other steps than its own."""
+        if base_path == "clean" and not request.overlap_phases:
+            return
+        own, walked = (self._table(request, name) for name in ("residual", "base"))
+        if own != walked:
+            raise ValueError(
+                f"the base network takes {len(walked)} steps and the residual network "
+                f"{len(own)}: base_path must be 'clean', and phases cannot overlap"
+            )
 
     def _sampled_phases(self, request: SamplingRequest) -> tuple[str, ...]:
         has_base = request.trajectory is None and request.image is None

@@ -114,6 +114,7 @@ class CudaUNet(CudaNetwork):
         t: Tensor,
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
+        guidance: Tensor | float | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
         t = self.check_inputs(x, t, context, class_labels)
@@ -122,22 +123,28 @@ class CudaUNet(CudaNetwork):
         with torch.no_grad():
             folded = F.pixel_unshuffle(images.to(self.dtype), self.config.patch_size)
             padded = F.pad(folded.permute(0, 2, 3, 1), (0, self.input_width - folded.shape[1]))
-            modulation = self.modulation(t, class_labels, frames)
+            modulation = self.modulation(t, class_labels, frames, guidance)
             out = self.rows(padded.contiguous(), modulation, frames, context)
             out = F.pixel_shuffle(out.permute(0, 3, 1, 2), self.config.patch_size)
         out = out.to(x.dtype, memory_format=torch.contiguous_format)
         return out.unflatten(0, (-1, frames)) if self.config.is_video else out
 
-    def modulation(self, t: Tensor, class_labels: Tensor | None, num_frames: int) -> Tensor:
+    def modulation(
+        self,
+        t: Tensor,
+        class_labels: Tensor | None,
+        num_frames: int,
+        guidance: Tensor | float | None = None,
+    ) -> Tensor:
         """All layers' projections of the embedding: fp32 [rows, columns].
 
-        t, class_labels: [S] as in `forward`
+        t, class_labels, guidance: [S] as in `forward`
 
         A row for each of the S and each of its frames, if frames have an embedding of their own;
         else one for each of the S.
         """
         frames = num_frames if self.config.frame_embedding else 1
-        embedding = F.silu(self.embeddings.embed(t, class_labels, frames)).to(self.dtype)
+        embedding = F.silu(self.embeddings.embed(t, class_labels, frames, guidance)).to(self.dtype)
         return _linear(embedding, self.projections, out_dtype=torch.float32)
 
     def rows(

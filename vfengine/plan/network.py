@@ -133,7 +133,7 @@ class PlannedNetwork(nn.Module):
 
 
 class PlannedUNet(PlannedNetwork):
-    """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on a CPU.
+    """forward(x, t, context, class_labels, guidance) as `UNet`, without a gradient, on a CPU.
 
     unet:  a `UNet`, consumed: its weights move into the plan, so that memory holds them once
     dtype: of weights and activations, float32 or bfloat16; see `inference_dtype`
@@ -159,6 +159,7 @@ class PlannedUNet(PlannedNetwork):
         t: Tensor,
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
+        guidance: Tensor | float | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
         self._check_isa()
@@ -170,7 +171,8 @@ class PlannedUNet(PlannedNetwork):
         with self._lock, torch.no_grad():
             forward = self._forward(shape, None if context is None else tuple(context.shape))
             images = F.pixel_unshuffle(frames, patch) if patch > 1 else frames
-            embedding = self.unet.embed(t, class_labels, shape[1] if forward.per_image else 1)
+            frames_embedded = shape[1] if forward.per_image else 1
+            embedding = self.unet.embed(t, class_labels, frames_embedded, guidance)
             out = forward(images, F.silu(embedding), context)
             out = F.pixel_shuffle(out, patch) if patch > 1 else out.clone()  # out of the arena
         out = out.to(x.dtype, memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, Model, frame_weights
 from ..diffusion.noise import NOISE_DTYPES, NoisePlace, check_seed
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import solver_table
+from ..diffusion.solvers import SolverTable, solver_table
 from ..names import BASE_PATHS
 from .driver import Driver
 from .run import Callback, Run
@@ -39,6 +39,7 @@ def sample(
     solver: str = "ddim",
     eta: float = 0.0,
     spacing: str = "leading",
+    timesteps: Sequence[int] | None = None,
     method: str = "two_phase",
     base_path: str = "stepwise",
     base_seed: int = 0,
@@ -58,6 +59,7 @@ def sample(
                     as `decomposed_noise` draws them
     lam:            λ, a number or [N]; the base frame's entry is 1 whatever is passed
     solver, eta:    see `solvers.solver_table`; spacing: see `NoiseSchedule.timesteps`
+    timesteps:      the timesteps to visit, descending, in place of num_inference_steps and spacing
     method:         "two_phase", or "interleaved" for Algorithms 1 and 2 as printed
     base_path:      "stepwise" is the paper; "clean" finishes the base frame, then animates it
                     (d_t = √ᾱ_t x_m; two-phase only)
@@ -86,7 +88,7 @@ def sample(
     if overlap_phases and method == "interleaved":
         raise ValueError("overlap_phases=True is of two phases: method must be 'two_phase'")
     models, noises = (base_model, residual_model), (base_noise, residual_noise)
-    table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
+    table = _table(solver, schedule, num_inference_steps, eta, spacing, timesteps)
     places, motion = (NoisePlace(base_seed), NoisePlace(residual_seed)), Motion(lam)
     driver, run = Driver(capture, backend), _run(callback)
     if method == "interleaved":
@@ -109,6 +111,7 @@ def sample_base(
     solver: str = "ddim",
     eta: float = 0.0,
     spacing: str = "leading",
+    timesteps: Sequence[int] | None = None,
     base_seed: int = 0,
     sample_offset: int = 0,
     metadata: Mapping[str, str] | None = None,
@@ -127,7 +130,7 @@ def sample_base(
     """
     _check_noise("base_noise", base_noise, _IMAGES)
     check_seed(base_seed, "base_seed")
-    table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
+    table = _table(solver, schedule, num_inference_steps, eta, spacing, timesteps)
     place = NoisePlace(base_seed, sample_offset)
     states = Driver(capture, backend).base(base_model, base_noise, table, place, _run(callback))
     return BaseTrajectory(states, table, schedule.fingerprint(), metadata=dict(metadata or {}))
@@ -188,6 +191,7 @@ def sample_video(
     solver: str = "ddim",
     eta: float = 0.0,
     spacing: str = "leading",
+    timesteps: Sequence[int] | None = None,
     seed: int = 1,
     sample_offset: int = 0,
     window: int | None = None,
@@ -208,11 +212,22 @@ def sample_video(
     """
     _check_noise("residual_noise", noise, _CLIPS)
     check_seed(seed, "seed")
-    table = solver_table(solver, schedule, num_inference_steps, eta, spacing)
+    table = _table(solver, schedule, num_inference_steps, eta, spacing, timesteps)
     place = NoisePlace(seed, sample_offset)
     windows = _windows(window, window_overlap)
     driver = Driver(capture, backend)
     return driver.video(model, noise, table, place, _run(callback), windows, loop)
+
+
+def _table(
+    solver: str,
+    schedule: NoiseSchedule,
+    steps: int,
+    eta: float,
+    spacing: str,
+    timesteps: Sequence[int] | None,
+) -> SolverTable:
+    return solver_table(solver, schedule, steps, eta, spacing, timesteps=timesteps)
 
 
 def _windows(window: int | None, overlap: int | None) -> tuple[int | None, int | None] | None:

@@ -72,6 +72,7 @@ class ModelSpec:
     labels:  int64 [B]; where s is not 1, [2 B]: the classes, then the null class
     scale:   s
     lam:     λ of the frames in one call of a residual network
+    guidance: s of a distilled network, whose input it is; scale is then 1
     context: [B, M, C'], a prompt's embedding for each clip; where s is not 1, [2 B, M, C']: those
              of the condition, then the unconditional ones
     weights: addresses and version counters of the network's weights; set here
@@ -84,6 +85,7 @@ class ModelSpec:
     scale: float = 1.0
     lam: tuple[float, ...] | None = None
     context: Tensor | None = field(default=None, compare=False)
+    guidance: float | None = None
     num_labels: int = field(init=False)
     context_form: tuple | None = field(init=False)  # shape and dtype
     weights: tuple = field(init=False)
@@ -142,11 +144,24 @@ def prompted(
     return ModelSpec(network, scale=guidance_scale, lam=lam, context=both)
 
 
+def told(
+    network: Callable[..., Tensor],
+    condition: Condition | Prompts,
+    lam: tuple[float, ...] | None = None,
+) -> ModelSpec:
+    """The spec of a distilled network, which one call a step tells the guidance scale."""
+    if isinstance(condition, Prompts):
+        shown = {"context": condition.context}
+    else:
+        shown = {"labels": condition.classes}
+    return ModelSpec(network, lam=lam, guidance=condition.guidance_scale, **shown)
+
+
 class GuidedModel:
     """A network as (z, t) -> ε, with the labels, λ and context of its spec."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
-        self.network, self.scale = spec.network, spec.scale
+        self.network, self.scale, self.guidance = spec.network, spec.scale, spec.guidance
         self.labels = None if spec.labels is None else spec.labels.clone()
         self.context = None if spec.context is None else spec.context.clone()
         self.lam = (
@@ -168,10 +183,13 @@ class GuidedModel:
         tie = getattr(self.network, "in_loop", None)
         if tie is None:
             return None
-        return tie(steps, self.labels, self.lam, self.scale, self.context)
+        return tie(steps, self.labels, self.lam, self.scale, self.context, self.guidance)
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        conditions = {"class_labels": self.labels, "lam": self.lam, "context": self.context}
+        conditions = {
+            **{"class_labels": self.labels, "lam": self.lam},
+            **{"context": self.context, "guidance": self.guidance},
+        }
         conditions = {name: value for name, value in conditions.items() if value is not None}
         if self.scale == 1.0:
             return self.network(z, t, **conditions)

@@ -162,7 +162,7 @@ class Engine:
 
 def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
     """What a server must know of a pipeline; ValueError for one whose clips are no RGB pictures."""
-    from ..names import BASE_PATHS, SOLVERS
+    from ..names import BASE_PATHS
     from ..pipelines.request import SamplingRequest, TextRequest
     from ..sampling.cycle import least_cycle
 
@@ -184,10 +184,9 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
         height=height,
         num_frames=config.num_frames,
         fps=config.fps,
-        steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         solver=request.solver,
-        solvers=SOLVERS,
+        **_sampling(pipe),
         base_paths=BASE_PATHS if decomposed else (),
         base_path=config.base_path if decomposed else None,
         animates_pictures=decomposed and config.animates_pictures,
@@ -198,6 +197,25 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
         device=str(pipe.device),
         dtype=str(pipe.dtype).removeprefix("torch."),
     )
+
+
+def _sampling(pipe: Pipeline) -> dict[str, Any]:
+    """How a model can be sampled: any model, or one that was distilled."""
+    from ..names import SOLVERS
+    from ..pipelines.few_steps import DEFAULT_STEPS, chosen_steps
+
+    found = getattr(pipe.config, "distilled", None) or {}
+    if not found:
+        return {"steps": DEFAULT_STEPS, "solvers": SOLVERS}
+    names, ranges = pipe.config.networks, [few.guidance for few in found.values()]
+    steps = {len(few.timesteps) for few in found.values()} if len(found) == len(names) else ()
+    return {
+        "steps": chosen_steps(pipe.config, names, None),
+        "only_steps": tuple(sorted(steps)),
+        "guidance_range": (max(least for least, _ in ranges), min(most for _, most in ranges)),
+        "takes_negatives": False,
+        "solvers": ("ddim",),
+    }
 
 
 def default_batch_size(pipe: Pipeline) -> int:

@@ -20,6 +20,8 @@ class ModelInfo:
     width, height:    pixels of its frames, before they are enlarged
     num_frames, fps:  frames of a clip unless others are asked for, and of a second
     steps, guidance_scale, solver: the defaults
+    only_steps, guidance_range, takes_negatives: what a distilled model was made for: the steps that
+                      it takes, empty for any; guidance scales; whether a negative prompt
     solvers:          what `solver` can be
     base_paths:       what `base_path` can be; empty for a model without one
     base_path:        its default; None for a model without one
@@ -40,6 +42,9 @@ class ModelInfo:
     num_frames: int
     fps: float
     steps: int
+    only_steps: tuple[int, ...] = ()
+    guidance_range: tuple[float, float] = (0, 100)
+    takes_negatives: bool = True
     guidance_scale: float
     solver: str
     solvers: tuple[str, ...]
@@ -56,5 +61,5 @@ class ModelInfo:
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelInfo:
         """Of its fields, as they come out of JSON. Raises KeyError or TypeError for others."""
-        lists = ("labels", "solvers", "base_paths")
+        lists = ("labels", "solvers", "base_paths", "only_steps", "guidance_range")
         return cls(**{**values, **{name: tuple(values[name]) for name in lists}})

@@ -297,7 +297,29 @@ def _solver(
         eta = old.eta if old is not None and chosen["solver"] == old.solver else 0.0
     if eta != 0 and chosen["solver"] != "ddim":
         raise bad(f"eta belongs to the solver ddim, not to {chosen['solver']}", "eta")
+    _check_distilled(values, info, chosen, eta)
     return {**chosen, "eta": eta}
+
+
+def _check_distilled(
+    values: dict[str, Any], info: ModelInfo, chosen: dict[str, Any], eta: float
+) -> None:
+    """What a distilled model was not made for."""
+    steps, scale = chosen["num_inference_steps"], chosen["guidance_scale"]
+    if info.only_steps and steps not in info.only_steps:
+        made_for = " or ".join(map(str, info.only_steps))
+        raise bad(f"{info.name} takes {made_for} steps, not {steps}", "num_inference_steps")
+    least, largest = info.guidance_range
+    if not least <= scale <= largest:
+        raise bad(
+            f"{info.name} takes a guidance_scale from {least:g} to {largest:g}, not {scale:g}",
+            "guidance_scale",
+        )
+    if not info.takes_negatives:
+        if values.get("negative_prompt"):
+            raise bad(f"{info.name} was distilled: it takes no negative_prompt", "negative_prompt")
+        if eta:
+            raise bad(f"{info.name} was distilled: its steps add no noise", "eta")
 
 
 def _base_path(values: dict[str, Any], info: ModelInfo) -> str | None:

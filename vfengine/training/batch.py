@@ -129,6 +129,12 @@ class BatchSampler:
         figure = None if figure is None else self._placed(figure).float()
         return Samples(x.contiguous(), self._placed(condition), figure)
 
+    @property
+    def null(self) -> Tensor:
+        """What says nothing of a clip: the null class, int64 [], or the empty prompt's [L, D]."""
+        data = self._data
+        return torch.tensor(data.null_class) if isinstance(data, Pixels) else data.null
+
     def timesteps(self, count: int) -> Tensor:
         """One t in each of `count` equal parts of the (shifted) schedule: int64 [count]."""
         place = (

@@ -212,7 +212,7 @@ class Decomposed(_Objective):
         frames `base` [B, C, H, W].
         """
         noise = decomposed_noise(
-            _clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
+            clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
         )
         models = [self._model(networks[n], condition, null) for n in ("base", "residual")]
         steps = {"schedule": self.schedule, "num_inference_steps": steps}
@@ -249,7 +249,7 @@ class PlainVideo(_Objective):
         """One clip [B, N, C, H, W] of each condition, under guidance where `null` is given."""
         return sample_video(
             self._model(networks["video"], condition, null),
-            residual_noise(_clip_shape(self.config, condition), 1, device=self.device),
+            residual_noise(clip_shape(self.config, condition), 1, device=self.device),
             schedule=self.schedule,
             num_inference_steps=steps,
         )
@@ -263,5 +263,6 @@ def build_networks(config: CheckpointConfig) -> dict[str, nn.Module]:
     return {name: build_network(config, name) for name in config.networks}
 
 
-def _clip_shape(config: CheckpointConfig, condition: Tensor) -> tuple[int, ...]:
+def clip_shape(config: CheckpointConfig, condition: Tensor) -> tuple[int, ...]:
+    """[B, N, C, H, W] of a clip of each condition."""
     return (len(condition), config.num_frames, config.channels, config.height, config.width)

@@ -12,6 +12,10 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
         **{"size": 128, "num_clips": 6000, "steps": 12_000, "batch_size": 5},
         **{"learning_rate": 1e-3, "warmup": 100, "ema": 0.998},
     },
+    "distill": {
+        **{"steps": 4, "updates": 8000, "learning_rate": 3e-4, "warmup": 100, "ema": 0.998},
+        **{"decay": 0.7, "teacher_steps": 48},
+    },
     "text": {"steps": 3000, "batch_size": 32, "learning_rate": 1.5e-3, "ema": 0.995},
 }
 
@@ -45,6 +49,8 @@ class TrainingOptions:
     timestep_shift   s: timesteps are drawn at s u / (1 + (s-1) u) of the schedule, u uniform; above
                      1 more of them have much noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)
     cell_weight      weight of the cells that the figure fills, beside 1 of all others
+    teacher_steps    where a model is distilled: DDIM steps of its teacher in place of all of the
+                     student's; 0: it is not
     """
 
     steps: int = 20_000
@@ -65,6 +71,7 @@ class TrainingOptions:
     precision: str = "bf16"
     seed: int = 0
     adversary: float = 0.0
+    teacher_steps: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -73,7 +80,14 @@ class TrainingOptions:
         for name in ("decay", "ema", "class_dropout", "clean_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        for name in ("extra_images", "warmup", "weight_decay", "base_jitter", "seed"):
+        for name in (
+            "extra_images",
+            "warmup",
+            "weight_decay",
+            "base_jitter",
+            "seed",
+            "teacher_steps",
+        ):
             if not getattr(self, name) >= 0:  # also refuses NaN
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip", "timestep_shift", "cell_weight"):
@@ -83,7 +97,7 @@ class TrainingOptions:
             raise ValueError(f"adversary must be finite and not negative, got {self.adversary}")
         if self.train not in NETWORKS_TRAINED:
             raise ValueError(f"train must be one of {NETWORKS_TRAINED}, got {self.train!r}")
-        if self.train == "residual" and self.clean_share != 1:
+        if self.train == "residual" and self.clean_share != 1 and not self.teacher_steps:
             raise ValueError(
                 "train='residual' shows the exact base noise alone: clean_share must be 1, "
                 f"got {self.clean_share}"

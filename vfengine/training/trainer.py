@@ -15,6 +15,7 @@ import torch
 
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
 from .batch import BatchSampler, Latents, Pixels
+from .distillation import Distillation, Teacher
 from .objectives import OBJECTIVES, Losses
 from .options import TrainingOptions
 from .parts import Parts
@@ -28,7 +29,7 @@ _ONCE_IN_PLAIN_MODELS = {
     **{"base_std": 0.5, "residual_std": 0.35, "base_path": "stepwise"},
 }
 # entries that configurations gained; where there are none, states have the name that they had
-_LATER = ("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts")
+_LATER = ("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts", "distilled")
 
 
 class Trainer:
@@ -39,6 +40,8 @@ class Trainer:
     device: where it trains; `Latents` are best there too
     parts, showcase: of a model on latents: what its checkpoint holds beside the networks, and what
             its samples show
+    teacher: whose steps the networks learn to take together (distillation.py); None: they learn
+            from the clips alone
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Trainer:
         *,
         parts: Parts | None = None,
         showcase: Showcase | None = None,
+        teacher: Teacher | None = None,
     ):
         self._parts, self._showcase = parts, showcase
         if isinstance(clips, Latents):
@@ -61,7 +65,10 @@ class Trainer:
             self.data = Pixels(clips, labels, config.null_class)
         self.options, self.device, self.steps_done = options, torch.device(device), 0
         torch.manual_seed(options.seed)
-        self.objective = OBJECTIVES[config.objective](config, options, device)
+        if teacher is None:
+            self.objective = OBJECTIVES[config.objective](config, options, device)
+        else:
+            self.objective = Distillation(config, options, device, teacher)
         self.config, self.networks = self.objective.config, self.objective.networks
         trained = {name: self.networks[name] for name in self.objective.trained}
         fixed = [net for name, net in self.networks.items() if name not in trained]
