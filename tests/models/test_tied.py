@@ -61,6 +61,18 @@ KINDS = {
             network(in_channels=6, out_channels=6, **OF_CLIPS), SCHEDULE, lam=0.5
         ),
     ),
+    "told base": (
+        "image",
+        lambda: BaseGenerator(network(out_channels=4, guidance_embedding=True), SCHEDULE),
+    ),
+    "told residual": (
+        "clip",
+        lambda: ResidualGenerator(
+            network(in_channels=6, out_channels=6, guidance_embedding=True, **OF_CLIPS),
+            SCHEDULE,
+            lam=0.5,
+        ),
+    ),
     "prompted base": (
         "latent image",
         lambda: BaseGenerator(network(in_channels=8, out_channels=9, **PROMPTED), SCHEDULE, 1.0),
@@ -93,6 +105,8 @@ def network(**changes) -> UNet:
 def pair(kind: str, scale: float = 2.0, dtype: torch.dtype = torch.float32):
     """A guided generator, and the same with its UNet in the form for CUDA."""
     shape, make = KINDS[kind]
+    told = {"guidance": scale} if "told" in kind else {}
+    scale = 1.0 if told else scale
     given = torch.tensor([3, 1, *([5, 5] if scale != 1.0 else [])])
     lam = (0.25, 0.5, 1.0, 0.0, 1.0) if "residual" in kind else None
     prompted, models = "prompted" in kind, []
@@ -101,7 +115,7 @@ def pair(kind: str, scale: float = 2.0, dtype: torch.dtype = torch.float32):
         generator = make()
         generator.unet = CudaUNet(generator.unet, dtype) if fast else generator.unet.to(dtype)
         labels = given if generator.takes_labels and not prompted else None
-        spec = ModelSpec(generator, labels, scale, lam, rows if prompted else None)
+        spec = ModelSpec(generator, labels, scale, lam, rows if prompted else None, **told)
         models.append(spec.build(CPU))
     return SHAPES[shape], *models
 

@@ -20,6 +20,7 @@ PLAIN = replace(
     least_loop=None,
 )
 TEXT = replace(PLAIN, kind="text", labels=(), takes_prompts=True, guidance_scale=9.0, least_loop=3)
+FEW = replace(PROMPTED, steps=4, only_steps=(4,), guidance_range=(1.0, 4.0), takes_negatives=False)
 BOTH = replace(PROMPTED, labels=("jump", "walk"))
 
 
@@ -305,3 +306,17 @@ def test_values_are_shown_short_and_harmless():
     assert shown("a" * 500) == "'" + "a" * 76 + "..."
     assert shown("\x1b[31m\r\n\u202e") == "'\\x1b[31m\\r\\n\\u202e'"
     assert shown({"a": [1] * 10**5}) == "an object" and shown([]) == "a list"
+
+
+def test_a_distilled_model_takes_what_it_was_made_for():
+    draft = made(FEW, prompt="a walk", num_inference_steps=4, guidance_scale=4, negative_prompt="")
+    assert (draft.settings.num_inference_steps, draft.settings.guidance_scale) == (4, 4)
+    for values, param in (
+        ({"num_inference_steps": 20}, "num_inference_steps"),
+        ({"guidance_scale": 4.5}, "guidance_scale"),
+        ({"guidance_scale": 0}, "guidance_scale"),
+        ({"negative_prompt": "red"}, "negative_prompt"),
+        ({"eta": 0.5}, "eta"),
+    ):
+        error = refusal(made, FEW, prompt="a walk", **values)
+        assert error.param == param

@@ -65,8 +65,8 @@ def sample_together(
     Raises ValueError for requests of several clips, for eta > 0, which adds noise by the batch's
     one seed, for settings that differ, and what `VideoFusionPipeline.sample` raises.
     """
-    looks = requests if looks is None else looks
     requests = [pipe.fill_defaults(request, base_needed_again=True) for request in requests]
+    looks = requests if looks is None else [_with_steps(pipe, look) for look in looks]
     _check(requests, looks)
     run, table = pipe._run(callback), pipe._table(requests[0], "residual")
     pipe._session.check_complete(*pipe._later_files(requests[0]))
@@ -102,6 +102,10 @@ def sample_together(
     for row, k in enumerate(wanted):
         outputs[k] = VideoFusionOutput(frames[row : row + 1], paths[k], run.timings)
     return outputs
+
+
+def _with_steps(pipe: VideoFusionPipeline, look: SamplingRequest) -> SamplingRequest:
+    return replace(look, num_inference_steps=pipe._chosen_steps(look))
 
 
 def keep_networks(pipe: CheckpointPipeline) -> None:
