@@ -211,3 +211,9 @@ def test_loss_that_is_not_finite_stops_the_training():
         trainer.parameters[0].fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="not finite at step 0"):
         trainer.step()
+
+
+def test_a_residual_network_alone_is_shown_on_frames_that_its_base_network_draws(tmp_path):
+    trainer = new_trainer(train="residual", clean_share=1.0)
+    trainer.write_samples(tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0

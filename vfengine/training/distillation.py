@@ -34,7 +34,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import DecomposedConfig, FewSteps, load_network, read_config
 from ..models import UNet
 from ..plan.network import for_inference
-from ..sampling.api import sample, sample_base, sample_residual
+from ..sampling.api import sample_base, sample_residual
 from .batch import BatchSampler
 from .objectives import Decomposed, Losses, clip_shape
 from .options import TrainingOptions
@@ -259,27 +259,34 @@ class Distillation(Decomposed):
         null: Tensor | None = None,
         base: Tensor | None = None,
     ) -> Tensor:
-        """As `Decomposed.sample`, but in the steps that the networks were made for."""
+        """As `Decomposed.sample`, but each network in the steps that it was made for.
+
+        The residual network animates finished base frames (base_path="clean").
+        """
         few, own = self.config.distilled, self.options.train
         noise = decomposed_noise(
             clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
         )
 
-        def model(name: str):
+        def told(name: str):
+            """The network as (z, t) -> ε̂, and the steps that it takes."""
+            if name not in few:
+                at = {"num_inference_steps": steps}
+                return self._model(networks[name], condition, null), at
             least, largest = few[name].guidance
             scale = min(max(SHOWN_SCALE, least), largest)
-            told = {self.condition: condition, "guidance": scale}
-            return lambda z, t: networks[name](z, t.to(z.device), **told)
+            words = {self.condition: condition, "guidance": scale}
+            at = {"timesteps": few[name].timesteps}
+            return lambda z, t: networks[name](z, t.to(z.device), **words), at
 
-        at = {"schedule": self.schedule, "timesteps": few[self.trained[0]].timesteps}
+        if base is None or own != "residual":
+            model, at = told("base")
+            base = sample_base(model, noise.base, schedule=self.schedule, **at).final
         if own == "base":
-            return sample_base(model("base"), noise.base, **at).final[:, None]
-        lam = self.config.lam
-        if own == "residual":
-            path = BaseTrajectory.from_image(base, **at)
-            return sample_residual(model("residual"), path, noise.residual, lam=lam)
-        models, noises = (model("base"), model("residual")), (noise.base, noise.residual)
-        return sample(*models, *noises, lam=lam, base_path=self.config.base_path, **at)
+            return base[:, None]
+        model, at = told("residual")
+        path = BaseTrajectory.from_image(base, schedule=self.schedule, **at)
+        return sample_residual(model, path, noise.residual, lam=self.config.lam)
 
 
 class Jumps:

@@ -208,8 +208,8 @@ class Decomposed(_Objective):
     ) -> Tensor:
         """One clip [B, N, C, H, W] of each condition, under guidance where `null` is given.
 
-        The base network alone draws clips of one frame, the residual network alone animates the
-        frames `base` [B, C, H, W].
+        The base network alone draws clips of one frame. The residual network alone animates the
+        frames `base` [B, C, H, W]; None: those that the base network draws.
         """
         noise = decomposed_noise(
             clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
@@ -220,6 +220,8 @@ class Decomposed(_Objective):
             return sample_base(models[0], noise.base, **steps).final[:, None]
         lam = self.config.lam
         if self.options.train == "residual":
+            if base is None:
+                base = sample_base(models[0], noise.base, **steps).final
             path = BaseTrajectory.from_image(base, **steps)
             return sample_residual(models[1], path, noise.residual, lam=lam)
         base_path = self.config.base_path
