@@ -1,6 +1,7 @@
 """training/distillation.py: what a student learns of its teacher."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ from vfengine.diffusion.solvers import solver_table
 from vfengine.files import open_tensors
 from vfengine.formats.checkpoint import read_config
 from vfengine.sampling.api import sample
-from vfengine.training.distillation import CLEAN, Jumps, Teacher, distilled_config
+from vfengine.training.distillation import CLEAN, Distillation, Jumps, Teacher, distilled_config
 from vfengine.training.options import TrainingOptions
 from vfengine.training.trainer import Trainer
 
@@ -35,7 +36,8 @@ def new_student(folder, train="both", steps=4, teacher_steps=8, **options) -> Tr
     teacher = Teacher(folder, teacher_steps)
     names = ("base", "residual") if train == "both" else (train,)
     config = distilled_config(teacher.config, names, steps, GUIDANCE)
-    trainer = Trainer(config, options, *random_clips(), teacher=teacher)
+    made = partial(Distillation, teacher=teacher)
+    trainer = Trainer(config, options, *random_clips(), objective=made)
     trainer.warm_start(folder)
     return trainer
 
@@ -161,7 +163,8 @@ def test_a_teacher_is_its_own_best_student(teacher_folder, share):
         distilled_config(teacher.config, ("residual",), 1, (1.0, 1.0)), base_path="stepwise"
     )
     options = TrainingOptions(train="residual", teacher_steps=2, clean_share=share, **FAST)
-    trainer = Trainer(config, options, *random_clips(), teacher=teacher)
+    made = partial(Distillation, teacher=teacher)
+    trainer = Trainer(config, options, *random_clips(), objective=made)
     trainer.warm_start(teacher_folder)
     one_step = torch.tensor([[999, CLEAN]])
     two_steps, trainer.objective._times["residual"] = trainer.objective._times["residual"], one_step

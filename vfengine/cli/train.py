@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,7 +146,7 @@ def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Tra
     import torch
 
     from ..formats.checkpoint import read_config
-    from ..training.distillation import Teacher, distilled_config
+    from ..training.distillation import Distillation, Teacher, distilled_config
     from ..training.parts import Parts
     from ..training.trainer import Trainer
 
@@ -156,15 +157,16 @@ def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Tra
     others = None if settings.init_from is None else read_config(settings.init_from)
     how = names, settings.student_steps, settings.guidance_range
     config = distilled_config(teacher.config, *how, others)
+    objective = partial(Distillation, teacher=teacher)
     if config.autoencoder is None:
         clips, labels, found = _pixels(settings)
         if unknown := sorted(set(found) - set(config.labels)):
             raise ValueError(f"{folder} knows no class {unknown[0]!r}")
         labels = np.array([config.labels.index(name) for name in found])[labels]
-        return Trainer(config, options, clips, labels, settings.device, teacher=teacher)
+        return Trainer(config, options, clips, labels, settings.device, objective=objective)
     parts = Parts.read(folder, folder)
     latents, showcase = _latents(settings, parts)
-    more = {"parts": parts, "showcase": showcase, "teacher": teacher}
+    more = {"parts": parts, "showcase": showcase, "objective": objective}
     return Trainer(config, options, latents, device=settings.device, **more)
 
 

@@ -26,7 +26,7 @@ from .options import TrainingOptions
 Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, and its timestep
 
 
-class _Objective:
+class Objective:
     """The common part: a model's configuration, how to train it, its networks by name.
 
     condition: the argument of the networks that says what to draw
@@ -93,7 +93,7 @@ class _Objective:
         return pixels * ((1 / (noise_share * pixels)).clamp(max=10) + data_std**-2)
 
 
-class Decomposed(_Objective):
+class Decomposed(Objective):
     """A base and a residual network, by the joint loss; the base network on further frames too.
 
     Either alone: the base network on base frames, the residual network under the exact base noise.
@@ -228,7 +228,7 @@ class Decomposed(_Objective):
         return sample(*models, noise.base, noise.residual, lam=lam, base_path=base_path, **steps)
 
 
-class PlainVideo(_Objective):
+class PlainVideo(Objective):
     """Plain video diffusion: one network of whole clips, each frame with noise of its own."""
 
     @staticmethod

@@ -7,6 +7,7 @@ takes, bit for bit, the steps of one that was never stopped (same machine, threa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,8 +16,7 @@ import torch
 
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
 from .batch import BatchSampler, Latents, Pixels
-from .distillation import Distillation, Teacher
-from .objectives import OBJECTIVES, Losses
+from .objectives import OBJECTIVES, Losses, Objective
 from .options import TrainingOptions
 from .parts import Parts
 from .report import StepReport, means_by_t
@@ -40,8 +40,8 @@ class Trainer:
     device: where it trains; `Latents` are best there too
     parts, showcase: of a model on latents: what its checkpoint holds beside the networks, and what
             its samples show
-    teacher: whose steps the networks learn to take together (distillation.py); None: they learn
-            from the clips alone
+    objective: made of (config, options, device), as `distillation.Distillation` with its teacher;
+            None: that of the model's kind
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Trainer:
         *,
         parts: Parts | None = None,
         showcase: Showcase | None = None,
-        teacher: Teacher | None = None,
+        objective: Callable[..., Objective] | None = None,
     ):
         self._parts, self._showcase = parts, showcase
         if isinstance(clips, Latents):
@@ -65,10 +65,8 @@ class Trainer:
             self.data = Pixels(clips, labels, config.null_class)
         self.options, self.device, self.steps_done = options, torch.device(device), 0
         torch.manual_seed(options.seed)
-        if teacher is None:
-            self.objective = OBJECTIVES[config.objective](config, options, device)
-        else:
-            self.objective = Distillation(config, options, device, teacher)
+        make = OBJECTIVES[config.objective] if objective is None else objective
+        self.objective = make(config, options, device)
         self.config, self.networks = self.objective.config, self.objective.networks
         trained = {name: self.networks[name] for name in self.objective.trained}
         fixed = [net for name, net in self.networks.items() if name not in trained]
