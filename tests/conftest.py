@@ -44,6 +44,7 @@ NOT_QUICK = (
     *("cli/test_text_to_video_command.py", "pipelines/test_text_to_video.py"),
     *("cli/test_replay.py", "media/test_codecs.py"),
     *("pipelines/test_published_text_to_video.py", "pipelines/test_published_width.py"),
+    "pipelines/test_published_base.py",
 )
 
 
