@@ -5,7 +5,7 @@ take turns, one clip each a turn, another prompt and other seeds every turn. `di
 clip in which nothing is reused: the root mean square over all pixels, in % of the range from black
 to white; `PSNR` says the same in decibels. Seconds are medians of the process's CPU time, which a
 busy machine disturbs less than the clock: run it with OMP_NUM_THREADS=1, where the two are the same
-on a quiet machine. `clock` is of both phases, by the clock.
+on a quiet machine. A phase does not depend on the other's number, so its median is of all turns.
 
 The published part is one call of a UNet of ModelScope's widths with random weights
 (lib/published_model.py): whole, and its shallow part alone. The script needs 5 GB of memory for it;
@@ -30,7 +30,7 @@ from lib.published_model import WIDTHS
 from vfengine import VideoFusionPipeline
 from vfengine.formats.diffusers import diffusers_config
 from vfengine.models import PlannedUNet, UNet
-from vfengine.pipelines.reuse_every import ReuseEvery
+from vfengine.pipelines.reuse_every import ReuseEvery, each_phase
 from vfengine.sampling.features import Kept
 
 PROMPTS = (
@@ -39,6 +39,7 @@ PROMPTS = (
     "a person in a green sweater does a cartwheel on grass",
     "a man kicks on a street at night",
 )
+PHASES = ("base", "residual")
 EVERY: tuple[ReuseEvery, ...] = (
     1,
     *({"base": n} for n in (2, 3, 5)),
@@ -57,7 +58,7 @@ def clips(turns: int, steps: int, contenders: tuple[ReuseEvery, ...] = EVERY) ->
     """Rows of the shipped model's clips."""
     pipe = VideoFusionPipeline.from_pretrained()
     pipe.keep_parts()
-    spent: dict[tuple[str, str], list[float]] = defaultdict(list)
+    spent: dict[tuple[str, int], list[float]] = defaultdict(list)
     errors: dict[str, list[float]] = defaultdict(list)
     for turn in range(-1, turns):  # the first makes all programs and is not counted
         say(f"turn {turn + 1} of {turns}")
@@ -80,14 +81,15 @@ def clips(turns: int, steps: int, contenders: tuple[ReuseEvery, ...] = EVERY) ->
                 continue
             first = out.frames if first is None else first
             name = name_of(every)
-            for phase in ("base", "residual"):
-                spent[name, phase].append(marks[phase, True] - marks[phase, False])
-            spent[name, "clock"].append(out.timings["base"] + out.timings["residual"])
+            for phase, number in each_phase(every, PHASES).items():
+                spent[phase, number].append(marks[phase, True] - marks[phase, False])
             errors[name].append(float(np.square(out.frames - first).mean()))
     rows, case = [], f"clip, {steps} steps"
+    for (phase, number), found in sorted(spent.items()):
+        median, off = statistics.median(found), statistics.median(spent[phase, 1])
+        rows.append(Row(f"{phase} phase", f"every {number}", "time", median, "s"))
+        rows.append(Row(f"{phase} phase", f"every {number}", "speed-up", off / median, "x"))
     for name, found in errors.items():
-        for what in ("base", "residual", "clock"):
-            rows.append(Row(case, name, what, statistics.median(spent[name, what]), "s"))
         error = statistics.mean(found)
         rows.append(Row(case, name, "difference", 100 * math.sqrt(error), "%"))
         if error:
