@@ -60,6 +60,8 @@ from vfengine.media.pictures import network_to_pixels, pixels_to_network
 from vfengine.media.video import write_video
 from vfengine.metrics import frechet_distance, kernel_distance
 from vfengine.names import SOLVERS
+from vfengine.pipelines.request import SamplingRequest
+from vfengine.pipelines.reuse_every import plain_reuse_every
 from vfengine.training.mocap import ACTIONS, VERSION, Renderer, Scene
 from vfengine.training.mocap.captions import caption
 
@@ -230,7 +232,7 @@ def generated_clips(
     real = real.reshape(len(scenes), -1, *real.shape[1:])
     for base_path in options.base_path or [config.base_path]:
         way = (base_path, options.steps, options.solver, options.guidance_scale, options.seed)
-        sampling = Sampling(*way)
+        sampling = Sampling(*way, options.reuse_every)
         folder = options.work / f"generated-{base_path}-{sampling.key(config)}"
 
         def make(i: int, sampling: Sampling = sampling) -> np.ndarray:
@@ -246,6 +248,10 @@ def generated_clips(
 # -- the command -----------------------------------------------------------------------------------
 
 
+def _every(text: str) -> int | str:
+    return plain_reuse_every(text, SamplingRequest.sampled)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -259,6 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--solver", choices=SOLVERS, default="ddim")
     add("--guidance-scale", type=float, default=2.0)
     add("--seed", type=int, default=0, help="of the noise")
+    add("--reuse-every", type=_every, default=1, metavar="N", help="N, or base=N,residual=N")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--judge-clips", type=int, default=2000, help="that the action judge learns from")
     add("--judge-scenes", type=int, default=3000, help="that the attribute judge learns from")

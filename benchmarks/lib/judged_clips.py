@@ -35,17 +35,25 @@ _MARGIN, _LINE = 6, 15  # pixels
 
 @dataclass(frozen=True)
 class Sampling:
-    """How clips are sampled; base_path: "clean", "stepwise" or REAL."""
+    """How clips are sampled.
+
+    base_path:   "clean", "stepwise" or REAL
+    reuse_every: as a call takes it, in its plain form
+    """
 
     base_path: str
     steps: int
     solver: str
     guidance_scale: float
     seed: int
+    reuse_every: int | str = 1
 
     def key(self, config: CheckpointConfig) -> str:
         """Names the clips that a model makes in this way."""
-        told = json.dumps([config.to_json(), asdict(self)])
+        way = asdict(self)
+        if self.reuse_every == 1:
+            del way["reuse_every"]  # clips of before it was there are found again
+        told = json.dumps([config.to_json(), way])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
@@ -97,6 +105,7 @@ def generated(
         "num_inference_steps": sampling.steps,
         "solver": sampling.solver,
         "guidance_scale": sampling.guidance_scale,
+        "reuse_every": sampling.reuse_every,
         "base_seed": sampling.seed + 2 * number,
         "residual_seed": sampling.seed + 2 * number + 1,
     }

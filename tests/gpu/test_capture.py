@@ -20,6 +20,7 @@ from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.ops import residual_step
 from vfengine.pipelines.videofusion import VideoFusionPipeline
 from vfengine.plan.cuda import CudaUNet
+from vfengine.sampling.features import Kept
 from vfengine.sampling.guidance import GuidedModel, ModelSpec
 from vfengine.sampling.in_loop import LoopModel, Steps, in_loop
 from vfengine.sampling.interleaved import InterleavedLoop, InterleavedSpec
@@ -173,6 +174,17 @@ def test_several_steps_in_a_graph_are_the_plain_ones(phase, at_once, device, fol
         assert_same(run(loop, seed, True, at_once), plain, TOLERANCES[FP32], told)
 
 
+@pytest.mark.parametrize("phase", ["base", "windows", "video"])
+def test_a_whole_and_a_shallow_graph_are_the_plain_steps(phase, device, folders):
+    """What one graph keeps, the other reads: places that both were captured with."""
+    loop, _ = make_loop(phase, "unipc", FP32, device, folders)
+    loop.reuse_every, loop.kept = 4, Kept()
+    for seed in (0, 8):
+        plain = run(loop, seed, capture=False)
+        told = f"{phase}, features reused, seed {seed}"
+        assert_same(run(loop, seed, True), plain, TOLERANCES[FP32], told)
+
+
 class Late:
     """A model whose steps take longer than those of the other phase."""
 
@@ -186,15 +198,19 @@ class Late:
     def start(self) -> None:
         self.model.start()
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, *kept: Kept) -> Tensor:
         if z.is_cuda:
             torch.cuda._sleep(SLOW)
-        return self.model(z, t)
+        return self.model(z, t, *kept)
 
 
 @pytest.mark.parametrize("late", ["base", "residual"])
-@pytest.mark.parametrize("steps", [6, 8, 20], ids=["1 a graph", "2 a graph", "5 a graph"])
-def test_both_phases_in_one_graph_are_one_after_the_other(steps, late, device, tiny_checkpoint):
+@pytest.mark.parametrize(
+    ("steps", "every"),
+    [(6, 1), (8, 1), (20, 1), (8, 3)],
+    ids=["1 a graph", "2 a graph", "5 a graph", "features reused, on two streams"],
+)
+def test_both_phases_at_once_are_one_after_the_other(steps, every, late, device, tiny_checkpoint):
     """Whichever branch is the slower one; with other noise the same graphs are replayed."""
     table = solver_table("unipc", read_config(tiny_checkpoint).noise_schedule(), steps)
     labels = torch.tensor([0, 2], device=device)
@@ -205,10 +221,11 @@ def test_both_phases_in_one_graph_are_one_after_the_other(steps, late, device, t
 
     noise = noise_of(0, device)
     with torch.inference_mode():
-        base = BaseSpec.of(noise.base, table, NoisePlace(2)).build(model("base"))
+        how = {"reuse_every": every}
+        base = BaseSpec.of(noise.base, table, NoisePlace(2), **how).build(model("base"))
         path = PathSpec.of(base.states, shared=True)
-        motion = Motion(0.5)
-        spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), motion=motion, path=path)
+        how |= {"motion": Motion(0.5), "path": path}
+        spec = ResidualSpec.of(noise.residual, table, NoisePlace(3), **how)
         residual = spec.build(model("residual"))
         for seed in (0, 8):
             noise = noise_of(seed, device)
@@ -222,7 +239,7 @@ def test_both_phases_in_one_graph_are_one_after_the_other(steps, late, device, t
             told = f"late {late}, seed {seed}"
             assert_same(base.states, states, TOLERANCES[FP32], f"path, {told}")
             assert_same(residual.u, clip, TOLERANCES[FP32], f"clip, {told}")
-    assert len(residual.beside) == (device != "cpu")
+    assert len(residual.beside) == (device != "cpu" and every == 1)
 
 
 @pytest.mark.parametrize("phase", ["base", "residual"])

@@ -205,37 +205,40 @@ def test_clips_that_the_network_does_not_take_are_refused_as_by_forward(kind):
 # -- whole loops -----------------------------------------------------------------------------------
 
 
-def loop_of(kind: str, model, shape, window=None, cycle=False):
+def loop_of(kind: str, model, shape, window=None, cycle=False, reuse_every=1):
     table, place = solver_table("ddim", SCHEDULE, STEPS), NoisePlace(0)
     start = noise(shape)
     with torch.inference_mode():
+        how = {"reuse_every": reuse_every}
         if kind == "base":
-            return BaseSpec.of(start, table, place).build(model), start
+            return BaseSpec.of(start, table, place, **how).build(model), start
         if kind == "video":
-            return ResidualSpec.of(start, table, place).build(model), start
+            return ResidualSpec.of(start, table, place, **how).build(model), start
         states = noise((STEPS + 1, shape[0], *shape[2:]))
         motion, path = Motion(0.5, window, loop=cycle), PathSpec.of(states, shared=True)
-        spec = ResidualSpec.of(start, table, place, motion=motion, path=path)
+        spec = ResidualSpec.of(start, table, place, motion=motion, path=path, **how)
         return spec.build(model), start
 
 
 @pytest.mark.parametrize(
-    ("kind", "frames", "window", "cycle"),
+    ("kind", "frames", "window", "cycle", "reuse_every"),
     [
-        ("base", 0, None, False),
-        ("video", 5, None, False),
-        ("residual", 5, None, False),
-        ("residual", 8, (5, None), False),
-        ("residual", 8, (5, None), True),
+        ("base", 0, None, False, 1),
+        ("base", 0, None, False, 2),
+        ("video", 5, None, False, 1),
+        ("residual", 5, None, False, 1),
+        ("residual", 8, (5, None), False, 1),
+        ("residual", 8, (5, None), False, 2),
+        ("residual", 8, (5, None), True, 1),
     ],
 )
 @torch.inference_mode()
-def test_loops_give_the_results_of_generic_ones(kind, frames, window, cycle):
+def test_loops_give_the_results_of_generic_ones(kind, frames, window, cycle, reuse_every):
     shape, *models = pair(kind)
     shape = (shape[0], frames, *shape[2:]) if frames else shape
     results = []
     for model in models:
-        loop, start = loop_of(kind, model, shape, window, cycle)
+        loop, start = loop_of(kind, model, shape, window, cycle, reuse_every)
         for _ in range(2):  # the second run of the same loop is the first again
             loop.start(start)
             loop.run(loop.stepper(capture=False))

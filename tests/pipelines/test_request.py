@@ -160,6 +160,7 @@ RULES = [
             "--window-overlap 2",
             "--loop",
             "--save-latents s.safetensors",
+            "--reuse-every 2",
         )
     ),
     (

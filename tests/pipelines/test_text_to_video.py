@@ -172,6 +172,17 @@ def test_sizes(pipe):
     assert out.frames.shape[1:4] == (1, 24, 40)
 
 
+def test_features_are_reused_window_by_window(pipe, tmp_path):
+    """One clip of a batch is the clip alone; its file of latents notes the setting."""
+    settings = {"num_inference_steps": 3, "num_frames": 6, "window": 4, "output_type": "latent"}
+    file = tmp_path / "latents.safetensors"
+    both = pipe(PROMPT, reuse_every=2, num_videos=2, save_latents=file, **settings).latents
+    alone = pipe(PROMPT, reuse_every=2, sample_offset=1, **settings).latents
+    assert torch.equal(both[1:], alone)
+    assert not torch.equal(pipe(PROMPT, sample_offset=1, **settings).latents, alone)
+    assert read_latents(file)[1]["reuse_every"] == 2
+
+
 def test_windows_blend_long_clips(pipe):
     settings = {"num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
     whole = pipe(PROMPT, **settings).latents

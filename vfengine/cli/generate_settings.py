@@ -6,11 +6,24 @@ Flags, entries of a file, defaults, help and docs/settings.md (`make settings`) 
 
 from __future__ import annotations
 
+import argparse
+
 from ..names import AUTO, BASE_PATHS, CHROMAS, CODECS, DTYPE_NAMES, FILTERS, SOLVERS
 from ..pipelines.request import SamplingRequest, TextRequest
+from ..pipelines.reuse_every import plain_reuse_every
 from .flags import ON_OFF, SWITCH, Kind, Setting, choice, number, text, whole
 
+
+def _every(text: str) -> int | str:
+    """--reuse-every in its plain form; a request knows its model's phases."""
+    try:
+        return plain_reuse_every(text, SamplingRequest.sampled)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("reuse_every ")) from error
+
+
 _COUNT = whole(1, 100_000)
+_EVERY = Kind("whole number, or `base=N,residual=N`", {"metavar": "N", "type": _every})
 _SEED = whole(0, 2**64 - 1, "S")
 MAX_SEED = 2**64 - 2  # of --seed, whose successor is a seed too
 _SAMPLE = whole(0, 2**31 - 1, "K")
@@ -68,6 +81,13 @@ SETTINGS = (
     _field("residual_seed", "what", _SEED, "seed of the motion"),
     _field("solver", "how", choice(SOLVERS), "solver of the sampling steps"),
     _field("eta", "how", number(0, 1, "ETA"), "share of new noise in each step of ddim"),
+    _field(
+        "reuse_every",
+        "how",
+        _EVERY,
+        "run the whole network on every N-th step, and on the others its shallow part, with "
+        "features that were kept: of both phases, or as base=N,residual=N",
+    ),
     _field("num_videos", "what", _COUNT, "number of clips"),
     _field(
         "num_residuals", "what", whole(1, 100_000, "K"), "motions of one base frame, a clip each"

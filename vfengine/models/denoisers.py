@@ -7,7 +7,7 @@ scales the UNet's input to unit variance and turns its output into ε. Published
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .tied import TiedGenerator
 from .unet import UNet
 
 if TYPE_CHECKING:
+    from ..sampling.features import Kept
     from ..sampling.in_loop import Steps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -102,7 +103,7 @@ class _BlendGenerator(_Generator):
         _check_channels(type(self).__name__, unet, inputs=1, weights=1)
         super().__init__(unet, schedule, data_std)
 
-    def denoise(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def denoise(self, z: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         """Clean estimate x̂ of noisy images z [..., C, H, W]."""
         a = self._alphas_cumprod(t, z)
         total = a * self.data_std**2 + (1 - a)  # the variance of z
@@ -111,11 +112,11 @@ class _BlendGenerator(_Generator):
         shrunk = z * (a.sqrt() * self.data_std**2 / total)  # E[x | z] of a Gaussian x
         return torch.lerp(paint, shrunk, logit.sigmoid())
 
-    def forward(self, z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         """ε̂ = (z - √ᾱ x̂) / √(1-ᾱ).
 
-        z [B, C, H, W] of images, [B, N, C, H, W] of clips, t int64 [B]; class_labels, context: see
-        UNet
+        z [B, C, H, W] of images, [B, N, C, H, W] of clips, t int64 [B]; class_labels, context,
+        kept: see UNet
         """
         a = self._alphas_cumprod(t, z)
         return (z - a.sqrt() * self.denoise(z, t, **conditions)) / (1 - a).sqrt()
@@ -156,14 +157,15 @@ class PretrainedGenerator(_Generator):
         t: Tensor,
         class_labels: Tensor | None = None,
         context: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """ε̂ of z, [B, C, H, W] of images or [B, N, C, H, W] of clips, in its dtype.
 
-        t int64 [B]; class_labels, context: see UNet
+        t int64 [B]; class_labels, context, kept: see UNet
         """
-        conditions = {"class_labels": class_labels} if self.takes_labels else {}
-        if context is not None:
-            conditions["context"] = context
+        conditions = {"class_labels": class_labels if self.takes_labels else None}
+        conditions |= {"context": context, "kept": kept}
+        conditions = {name: value for name, value in conditions.items() if value is not None}
         out = self.unet(z, t, **conditions).to(z.dtype)
         if self.prediction_type == "epsilon":
             return out
@@ -218,8 +220,8 @@ class ResidualGenerator(_Generator):
     def forward(self, z: Tensor, t: Tensor, lam: Lam | None = None, **conditions) -> Tensor:
         """r̂ = (z' - √ᾱ x̂) / (√(1-ᾱ) √(1-λ)), zero on the base frame.
 
-        z' [B, N, C, H, W], t int64 [B], lam as in `decompose.frame_weights`; class_labels, context:
-        see UNet
+        z' [B, N, C, H, W], t int64 [B], lam as in `decompose.frame_weights`; class_labels, context,
+        kept: see UNet
         """
         _, difference, change = self._change(z, t, lam, conditions)
         return (difference - change) / self._variance(z, t, lam).sqrt()

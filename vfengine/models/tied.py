@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 
 if TYPE_CHECKING:
+    from ..sampling.features import Kept
     from ..sampling.in_loop import Steps
 
 MAX_BYTES = 256 << 20  # of all steps' modulation; beyond, each step computes its own
@@ -66,7 +67,7 @@ class TiedGenerator:
         if self.modulation is not None:
             self.modulation.copy_(self._modulation(self.timesteps))
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, kept: Kept | None = None) -> Tensor:
         clips = z if self.unet.config.is_video else z.unsqueeze(1)
         patch = self.unet.config.patch_size
         height, width = z.shape[-2] // patch, z.shape[-1] // patch
@@ -78,7 +79,7 @@ class TiedGenerator:
             modulation = self._modulation(self.timesteps.index_select(0, self.counter))
         else:
             modulation = self.modulation.index_select(0, self.counter)
-        rows = self.unet.rows(x, modulation[0], self.frames, self.context)
+        rows = self.unet.rows(x, modulation[0], self.frames, self.context, kept)
         return ops.noise_estimate(clips, rows, *step, guidance_scale=self.scale).view(z.shape)
 
     def _modulation(self, timesteps: Tensor) -> Tensor:

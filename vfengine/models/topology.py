@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from .config import UNetConfig
 
+SHALLOW = 1  # last stages of the way up, which run on every step where features are reused
+
 
 @dataclass(frozen=True)
 class Step:
@@ -74,3 +76,11 @@ def topology(config: UNetConfig) -> Iterator[Step]:
             channels = widths[level]
         if level:
             yield Step(f"upsamplers.{index}", "upsample", level, channels)
+
+
+def shallow_stages(config: UNetConfig) -> int:
+    """The last steps of the way up that are the shallow part of a UNet, all of its finest level.
+
+    One fewer of the first steps of the way down makes their skips; conv_in makes the first.
+    """
+    return min(SHALLOW, config.layers_per_block[0] + 1)

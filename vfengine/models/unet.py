@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,10 @@ from .layers import (
     zero_,
 )
 from .positions import sinusoidal_embedding
-from .topology import Step, topology
+from .topology import Step, shallow_stages, topology
+
+if TYPE_CHECKING:
+    from ..sampling.features import Kept
 
 
 class Stage(nn.Module):
@@ -258,6 +261,7 @@ class UNet(Embeddings):
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
         guidance: Tensor | float | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels.
 
@@ -265,6 +269,7 @@ class UNet(Embeddings):
         context [B, M, C'], the same for all frames
         class_labels int64 [B], or [B, F] numbers where class_embedding is "projection"
         guidance the guidance scale, a number or [B], of a UNet with guidance_embedding
+        kept: where deep features are left, or found by a shallow call, which runs few layers
 
         Without class_labels the null class is used, if there is one. Without a context its
         attention is left out, unless needs_context. Raises ValueError for a shape that does not fit
@@ -290,12 +295,13 @@ class UNet(Embeddings):
             join=lambda h, skip: torch.cat([h, skip], dim=1),
             stage=lambda layer, h: layer(h, embedding, num_frames, context),
             resample=lambda layer, h, skip: layer(h, skip),
+            kept=kept,
         )
         h = self.conv_out(self.conv_norm_out(h, silu=True))
         h = F.pixel_shuffle(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
 
-    def plan(self, build, x, context=None):
+    def plan(self, build, x, context=None, kept=None):
         """`forward` on images in patches, as calls of a builder (vfengine/plan/walk.py)."""
 
         h = build.conv(x, self.conv_in, padded=True)
@@ -306,12 +312,19 @@ class UNet(Embeddings):
             join=build.cat,
             stage=lambda layer, h: layer.plan(build, h, context),
             resample=lambda layer, h, skip: layer.plan(build, h, skip),
+            kept=kept,
         )
         h = build.group_norm(h, self.conv_norm_out, silu=True)
         return build.conv(h, self.conv_out, fp32=True)
 
     def _run_layers(
-        self, skips: list[Any], *, join: Callable, stage: Callable, resample: Callable
+        self,
+        skips: list[Any],
+        *,
+        join: Callable,
+        stage: Callable,
+        resample: Callable,
+        kept: Any = None,
     ) -> Any:
         """Runs h down, through the middle and up; h is a tensor, or a builder's value.
 
@@ -319,9 +332,17 @@ class UNet(Embeddings):
         join:     (h, skip) -> h, concatenated
         stage:    (layer, h) -> h
         resample: (layer, h, the last skip, to whose size an upsampler goes) -> h
+        kept:     its exchange(h) -> h stands between the deep and the shallow part; if it is
+                  `shallow`, that part runs alone. None: no step is left out
         """
         h = skips[-1]
-        for step, layer in self.steps:
+        count = shallow_stages(self.config)
+        before, up = self.steps[:-count], self.steps[-count:]
+        if kept is not None and kept.shallow:
+            before = before[: count - 1]
+        for step, layer in (*before, *up):
+            if kept is not None and step is up[0][0]:
+                h = kept.exchange(h)
             if step.joins_skip:
                 h = join(h, skips.pop())
             h = stage(layer, h) if step.kind == "stage" else resample(layer, h, skips[-1])

@@ -41,6 +41,7 @@ class BasePhase(CheckpointPipeline):
         eta: float = 0.0,
         sample_offset: int = 0,
         base_cache: str | Path | None = None,
+        reuse_every: int = 1,
         callback: Callback | None = None,
         timings: dict[str, float] | None = None,
     ) -> BaseTrajectory:
@@ -61,6 +62,7 @@ class BasePhase(CheckpointPipeline):
             sample_offset=sample_offset,
             base_cache=base_cache,
             preview=True,
+            reuse_every=reuse_every,
         )
         request = self.fill_defaults(request)
         run = self._run(callback) if timings is None else Run(callback, timings)
@@ -155,7 +157,8 @@ class BasePhase(CheckpointPipeline):
 
         def sample_path() -> BaseTrajectory:
             noise = self._base_noise(request, place)
-            states = self._session.base(noise, condition, table, place, run)
+            every = request.reuses("base")
+            states = self._session.base(noise, condition, table, place, run, every)
             return self._path(request, states, table)
 
         if request.base_cache is None:
@@ -193,10 +196,12 @@ class BasePhase(CheckpointPipeline):
         return BaseTrajectory(states, table, self.schedule.fingerprint(), metadata=notes)
 
     def _notes(self, request: SamplingRequest) -> dict[str, str]:
-        """The metadata of a base path."""
+        """The metadata of a base path; features that are reused are named only where they are."""
+        every = request.reuses("base")
         return {
             "model": self.config.fingerprint(),
             **self.shown(request),
             "base_seed": str(request.base_seed),
             "guidance_scale": repr(float(request.guidance_scale)),
+            **({} if every == 1 else {"reuse_every": str(every)}),
         }

@@ -32,7 +32,7 @@ RECORDED = (
     *("label", "prompt", "negative_prompt", "num_frames", "height", "width"),
     *("num_inference_steps", "guidance_scale", "solver", "eta", "seed", "base_seed"),
     *("base_offset", "residual_seed", "sample_offset", "num_videos", "window", "window_overlap"),
-    *("loop", "base_path", "preview", "base_unet", *FILES, "dtype"),
+    *("loop", "reuse_every", "base_path", "preview", "base_unet", *FILES, "dtype"),
     *("fps", "scale", "scale_filter", "codec", "crf", "chroma"),
 )
 
@@ -181,9 +181,11 @@ def _is_walked_for(pipe: Pipeline, request: SamplingRequest) -> bool:
         **pipe.shown(request),
         "base_seed": str(request.base_seed),
         "guidance_scale": repr(float(request.guidance_scale)),
+        "reuse_every": str(request.reuses("base")),
     }
     path = request.trajectory
-    return path.base_path == "stepwise" and wanted.items() <= dict(path.metadata).items()
+    notes = {"reuse_every": "1", **path.metadata}
+    return path.base_path == "stepwise" and wanted.items() <= notes.items()
 
 
 def _how(request: VideoRequest | TextRequest) -> dict[str, Any]:
@@ -192,6 +194,7 @@ def _how(request: VideoRequest | TextRequest) -> dict[str, Any]:
         "guidance_scale": float(request.guidance_scale),
         "solver": request.solver,
         "eta": float(request.eta),
+        **({} if request.reuse_every == 1 else {"reuse_every": request.reuse_every}),
     }
 
 

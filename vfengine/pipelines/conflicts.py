@@ -46,8 +46,7 @@ _SHOWN = "each says what to show"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
     *("guidance_scale", "solver", "eta", "window", "window_overlap", "loop"),
-    "save_latents",
-    "num_inference_steps",
+    *("save_latents", "reuse_every", "num_inference_steps"),
 )
 
 # base_trajectory, the file of a trajectory, base_unet and latents, a file of finished ones, are
@@ -84,7 +83,7 @@ CONFLICTS = (
     Conflict("prompt", "label", _SHOWN, "a prompt cannot go with a label: each says what to show"),
 )
 _WITHOUT_EFFECT = {
-    **{"num_videos": 1, "num_residuals": 1},
+    **{"num_videos": 1, "num_residuals": 1, "reuse_every": 1},
     **{"preview": False, "overlap_phases": False, "loop": False},
 }
 
@@ -92,7 +91,7 @@ _WITHOUT_EFFECT = {
 def effective(written: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the user wrote, by name, without those that change nothing.
 
-    Those are None, one video, one residual, and a switch that is off.
+    Those are None, one video, one residual, features never reused, and a switch that is off.
     """
     return {
         name: value

@@ -44,7 +44,8 @@ class PlainVideoPipeline(CheckpointPipeline):
         table, place = self._table(request, "video"), self._clip_place(request)
         condition = self._condition(request, run)
         noise = self._clip_noise(request, place)
-        video = self._session.video(noise, condition, table, place, run)
+        every = request.reuses("video")
+        video = self._session.video(noise, condition, table, place, run, every)
         return VideoFusionOutput(self._frames(video, request.output_type, run), None, run.timings)
 
     def fill_defaults(

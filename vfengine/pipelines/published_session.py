@@ -41,15 +41,20 @@ class PublishedSession(Networks):
         windows: tuple[int, int] | None,
         loop: bool,
         run: Run,
+        reuse_every: int = 1,
     ) -> Tensor:
-        """Latents of noise [B, N, C, h, w]; windows, loop: as in `Motion`."""
+        """Latents of noise [B, N, C, h, w]; windows, loop: as in `Motion`.
+
+        reuse_every: as in `LoopSpec`
+        """
         untimed = Run(run.callback, timings=None)
 
         def sample(denoiser: nn.Module) -> Tensor:
             with run.timed("video", self.device):
                 scale = prompts.guidance_scale
                 model = prompted(denoiser, prompts.context, prompts.negative, scale)
-                return self.driver.video(model, noise, table, place, untimed, windows, loop)
+                how = windows, loop, reuse_every
+                return self.driver.video(model, noise, table, place, untimed, *how)
 
         return self.with_network("video", run, sample)
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..arguments import as_float, as_int, keep_plain
 from ..names import BASE_PATHS, OUTPUT_TYPES, TEXT_OUTPUT_TYPES
 from .conflicts import conflicts
+from .reuse_every import ReuseEvery, each_phase, plain_reuse_every
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,24 @@ _SWITCHES = ("loop", "overlap_phases", "preview")
 _FIELDS = {"base_trajectory": "trajectory", "latents": "finished"}
 
 
+class _Sampled:
+    """What all requests have: phases that take steps, and how often these run their networks."""
+
+    sampled: ClassVar[tuple[str, ...]] = ("video",)
+    reuse_every: ReuseEvery
+
+    def reuses(self, phase: str) -> int:
+        """N of a phase, whose whole network runs on every N-th step."""
+        return each_phase(self.reuse_every, self.sampled)[phase]
+
+    def _keep_reuse_every(self) -> None:
+        """Puts reuse_every into its plain form; ValueError for what has none."""
+        plain = plain_reuse_every(self.reuse_every, self.sampled)
+        object.__setattr__(self, "reuse_every", plain)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class VideoRequest:
+class VideoRequest(_Sampled):
     """The settings of a plain video model; `VideoFusionPipeline.__call__` describes them.
 
     Raises ValueError for a value that no model can take, and for settings that cannot go together;
@@ -57,9 +74,11 @@ class VideoRequest:
     solver: str = "ddim"
     eta: float = 0.0
     sample_offset: int = 0
+    reuse_every: ReuseEvery = 1
 
     def __post_init__(self) -> None:
         keep_plain(self, _INTS, _FLOATS, _SWITCHES)
+        self._keep_reuse_every()
         if not isinstance(self.label, Sequence | None):  # it is read more than once
             kind = type(self.label).__name__
             raise TypeError(f"label must be a text or a list of texts, got {kind}")
@@ -131,6 +150,7 @@ class SamplingRequest(VideoRequest):
     overlap_phases: bool = False
     offload_base: bool | None = None
     preview: bool = False
+    sampled: ClassVar[tuple[str, ...]] = ("base", "residual")
 
     def __post_init__(self) -> None:
         _check_choice("base_path", self.base_path, (None, *BASE_PATHS))
@@ -186,7 +206,7 @@ class SamplingRequest(VideoRequest):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TextRequest:
+class TextRequest(_Sampled):
     """The settings of a text-to-video model; `TextToVideoPipeline.__call__` describes them.
 
     finished: latents [B, N, C, h, w] that are to be decoded, without sampling
@@ -213,9 +233,11 @@ class TextRequest:
     window_overlap: int | None = None
     loop: bool = False
     sample_offset: int = 0
+    reuse_every: ReuseEvery = 1
 
     def __post_init__(self) -> None:
         keep_plain(self, _INTS, _FLOATS, _SWITCHES)
+        self._keep_reuse_every()
         _check_choice("output_type", self.output_type, TEXT_OUTPUT_TYPES)
         _check_counts(self, "num_frames", "height", "width", "num_videos")
         _check_guidance_scale(self.guidance_scale)

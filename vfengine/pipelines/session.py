@@ -35,7 +35,7 @@ class Session(Networks):
     capture: on CUDA, replay steps from graphs
     base:    a base network in place of the checkpoint's own
 
-    In pairs, the base phase's comes first. Noise is on the device.
+    In pairs, the base phase's comes first. Noise is on the device. reuse_every: as in `LoopSpec`.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class Session(Networks):
         table: SolverTable,
         place: NoisePlace,
         run: Run,
+        reuse_every: int = 1,
     ) -> Tensor:
         """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
         model = self._model("base", condition, run)
-        return self.driver.base(model, noise, table, place, run)
+        return self.driver.base(model, noise, table, place, run, reuse_every)
 
     def residual(
         self,
@@ -72,11 +73,12 @@ class Session(Networks):
         motion: Motion,
         place: NoisePlace,
         run: Run,
+        reuse_every: int = 1,
     ) -> Tensor:
         """The residual phase on r [B, N, C, H, W] along a base path, stepwise or clean: clips."""
         lam = motion.frame_weights(noise.shape[1])
         model = self._model("residual", condition, run, lam)
-        return self.driver.residual(model, noise, path, motion, place, run)
+        return self.driver.residual(model, noise, path, motion, place, run, reuse_every)
 
     def overlapped(
         self,
@@ -86,12 +88,13 @@ class Session(Networks):
         motion: Motion,
         places: tuple[NoisePlace, NoisePlace],
         run: Run,
+        reuse_every: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor]:
         """Both phases at once: the clips, and the base path's states."""
         lam = motion.frame_weights(noises[1].shape[1])
         base = self._model("base", conditions[0], run)
-        residual = self._model("residual", conditions[1], run, lam)
-        return self.driver.overlapped((base, residual), noises, table, motion, places, run)
+        models = base, self._model("residual", conditions[1], run, lam)
+        return self.driver.overlapped(models, noises, table, motion, places, run, reuse_every)
 
     def video(
         self,
@@ -100,10 +103,11 @@ class Session(Networks):
         table: SolverTable,
         place: NoisePlace,
         run: Run,
+        reuse_every: int = 1,
     ) -> Tensor:
         """A plain video model on noise [B, N, C, H, W]: clips."""
         model = self._model("video", condition, run)
-        return self.driver.video(model, noise, table, place, run)
+        return self.driver.video(model, noise, table, place, run, reuse_every=reuse_every)
 
     # -- networks ------------------------------------------------------------------------------
 

@@ -115,6 +115,7 @@ class TextToVideoPipeline(Pipeline):
         window_overlap: int | None = None,
         loop: bool = False,
         sample_offset: int = 0,
+        reuse_every: int = 1,
         callback: Callback | None = None,
     ) -> TextToVideoOutput:
         """Makes num_videos clips of each prompt; B = num_videos times the number of prompts.
@@ -136,6 +137,7 @@ class TextToVideoPipeline(Pipeline):
                         window=0: none
         loop:           make a cycle, whose last and first frames are neighbours (sampling/cycle.py)
         sample_offset:  index of the first sample, where the call is a part of a larger batch
+        reuse_every:    run the whole UNet on every N-th step, and its shallow part on the others
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
                         phase is "text", "video", whose steps are the solver's, then "decode", whose
                         steps are frames. What it raises stops the call there, and leaves nothing in
@@ -234,6 +236,7 @@ class TextToVideoPipeline(Pipeline):
             (request.window, request.window_overlap) if request.window else None,
             request.loop,
             run,
+            request.reuses("video"),
         )
 
     def _noise(self, request: TextRequest, place: NoisePlace) -> Tensor:
@@ -285,9 +288,11 @@ class TextToVideoPipeline(Pipeline):
 
 
 def _notes(request: TextRequest) -> dict[str, object]:
-    """The settings that made latents, for their file; a loop is named only where it is one."""
+    """The settings that made latents, for their file; loop and reuse_every where they are set."""
+    unset = {"loop": False, "reuse_every": 1}
     return {
         field.name: getattr(request, field.name)
         for field in fields(request)
-        if field.name not in _KEPT and (field.name != "loop" or request.loop)
+        if field.name not in _KEPT
+        and (field.name not in unset or getattr(request, field.name) != unset[field.name])
     }

@@ -32,7 +32,7 @@ from .videofusion import VideoFusionPipeline
 # Settings that requests of one batch must share.
 SHARED = (
     *("num_frames", "num_inference_steps", "guidance_scale", "solver", "eta", "lam"),
-    *("window", "window_overlap", "loop", "base_path", "output_type"),
+    *("window", "window_overlap", "loop", "base_path", "output_type", "reuse_every"),
 )
 
 
@@ -97,6 +97,7 @@ def sample_together(
         motion,
         places[0],  # of noise that steps add: eta is 0
         run,
+        requests[0].reuses("residual"),
     )
     frames = pipe._frames(video, requests[0].output_type, run, keep=True)
     for row, k in enumerate(wanted):
@@ -143,7 +144,8 @@ def _check(requests: Sequence[SamplingRequest], looks: Sequence[SamplingRequest]
                     f"requests of one batch must have one {name}, got {getattr(first, name)!r} "
                     f"and {getattr(request, name)!r}"
                 )
-        for name in ("num_inference_steps", "guidance_scale", "solver", "eta", "base_seed"):
+        of_base = ("num_inference_steps", "guidance_scale", "solver", "eta", "base_seed")
+        for name in (*of_base, "reuse_every"):
             if getattr(request, name) != getattr(look, name):
                 raise ValueError(f"a look has its request's {name}, got {getattr(look, name)!r}")
 
@@ -255,5 +257,6 @@ def _walked(
         pipe._base_noise(look, place) for look, place in zip(looks, places, strict=True)
     ]
     place: NoisePlace = places[0]  # of noise that steps add: eta is 0
-    states = pipe._session.base(torch.cat(noise), _joined(conditions), table, place, run)
+    every = looks[0].reuses("base")
+    states = pipe._session.base(torch.cat(noise), _joined(conditions), table, place, run, every)
     return [pipe._path(look, states[:, k : k + 1].clone(), table) for k, look in enumerate(looks)]

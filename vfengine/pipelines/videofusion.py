@@ -39,6 +39,7 @@ from .base_phase import BasePhase
 from .pipeline import VideoFusionOutput
 from .plain_video import PlainVideoPipeline
 from .request import SamplingRequest, field_names
+from .reuse_every import ReuseEvery
 
 __all__ = ["VideoFusionOutput", "VideoFusionPipeline", "to_uint8", "usable_device"]
 
@@ -130,6 +131,7 @@ class VideoFusionPipeline(BasePhase):
         overlap_phases: bool = False,
         offload_base: bool | None = None,
         sample_offset: int = 0,
+        reuse_every: ReuseEvery = 1,
         callback: Callback | None = None,
     ) -> VideoFusionOutput:
         """Makes num_videos clips of each label or prompt; B = num_videos times their number.
@@ -165,6 +167,9 @@ class VideoFusionPipeline(BasePhase):
                         is next needed. None: on a CPU for a call of one label, on CUDA only if the
                         residual network has no room beside it
         sample_offset:  index of the first sample, where the call is a part of a larger batch
+        reuse_every:    N: run the whole network on every N-th step, and its shallow part on the
+                        others, with features that were kept (sampling/features.py); of both phases,
+                        or as {"base": 2, "residual": 3}
         callback:       called as callback(phase, steps done, steps in all), first with 0 done;
                         phase is "base", then "residual"; before them "text" of a model with a text
                         encoder, after them "decode" of one with an autoencoder, a step a frame
@@ -204,7 +209,9 @@ class VideoFusionPipeline(BasePhase):
             conditions = (condition, clips_condition)
             places = (self._base_place(request), place)
             noises = (self._base_noise(request, places[0]), noise)
-            video, states = self._session.overlapped(noises, conditions, table, motion, places, run)
+            every = (request.reuses("base"), request.reuses("residual"))
+            how = (motion, places, run, every)
+            video, states = self._session.overlapped(noises, conditions, table, *how)
             frames = self._frames(video, request.output_type, run)
             return VideoFusionOutput(frames, self._path(request, states, table), run.timings)
         path = self._base_phase(request, condition, run) if path is None else path
@@ -215,7 +222,8 @@ class VideoFusionPipeline(BasePhase):
             self._session.release("base")
         follows_frame = motion.clean and path.base_path == "stepwise"
         followed = path.clean(table) if follows_frame else path
-        video = self._session.residual(noise, clips_condition, followed, motion, place, run)
+        how = (motion, place, run, request.reuses("residual"))
+        video = self._session.residual(noise, clips_condition, followed, *how)
         if offload and self.config.autoencoder is not None and self.device.type == "cpu":
             self._session.release("residual")
         frames = self._frames(video, request.output_type, run, keep=not offload)

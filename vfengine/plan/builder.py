@@ -349,8 +349,11 @@ class Builder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def program(self, *results: Rows) -> Program:
-        """results: buffers that are read after the last call; others may be gone by then."""
+    def program(self, *results: Rows, arena: Tensor | None = None) -> Program:
+        """results: buffers that are read after the last call; others may be gone by then.
+
+        arena: of a program that may share its memory
+        """
         uses = [list(buffers_of(args)) for _, args in self._calls]
         last = {rows: number for number, used in enumerate(uses) for rows in used}
         last |= dict.fromkeys((*results, *(self._made.keys() - last.keys())), math.inf)
@@ -366,7 +369,7 @@ class Builder:
                 blocks.append(Block(rows.nbytes, first, last[rows]))
         offsets, size = arrange(blocks)
         places = {rows: offsets[holder] for rows, holder in holders.items()}
-        return Program(self._calls, self._kept, places, size)
+        return Program(self._calls, self._kept, places, size, arena)
 
 
 def _sizes(shape: tuple[int, int, int], heads: tuple[int, int, float]) -> dict[str, object]:

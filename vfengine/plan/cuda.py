@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from ..ops._tuning import choose
 from ..ops.attention import attend
 from ..ops.temporal_attention import MAX_FRAMES
 from .cuda_weights import Joined, Preparer, cast
+
+if TYPE_CHECKING:
+    from ..sampling.features import Kept
 
 
 class CudaNetwork(nn.Module):
@@ -79,7 +82,7 @@ class CudaImages(CudaNetwork):
 
 
 class CudaUNet(CudaNetwork):
-    """forward(x, t, context=None, class_labels=None) as `UNet`, without a gradient, on CUDA.
+    """forward(x, t, context, class_labels, guidance, kept) as `UNet`, without a gradient, on CUDA.
 
     unet:  a `UNet`, consumed: its weights stay where they are, but its forward runs no more
     dtype: of weights and activations: float32, bfloat16 or float16
@@ -115,6 +118,7 @@ class CudaUNet(CudaNetwork):
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
         guidance: Tensor | float | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
         t = self.check_inputs(x, t, context, class_labels)
@@ -124,7 +128,7 @@ class CudaUNet(CudaNetwork):
             folded = F.pixel_unshuffle(images.to(self.dtype), self.config.patch_size)
             padded = F.pad(folded.permute(0, 2, 3, 1), (0, self.input_width - folded.shape[1]))
             modulation = self.modulation(t, class_labels, frames, guidance)
-            out = self.rows(padded.contiguous(), modulation, frames, context)
+            out = self.rows(padded.contiguous(), modulation, frames, context, kept)
             out = F.pixel_shuffle(out.permute(0, 3, 1, 2), self.config.patch_size)
         out = out.to(x.dtype, memory_format=torch.contiguous_format)
         return out.unflatten(0, (-1, frames)) if self.config.is_video else out
@@ -148,7 +152,12 @@ class CudaUNet(CudaNetwork):
         return _linear(embedding, self.projections, out_dtype=torch.float32)
 
     def rows(
-        self, x: Tensor, modulation: Tensor, num_frames: int, context: Tensor | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        num_frames: int,
+        context: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """The layers alone: fp32 [B*N, h, w, out_channels * patch²].
 
@@ -156,11 +165,13 @@ class CudaUNet(CudaNetwork):
                     pixels in the order of F.pixel_unshuffle, then zeros
         modulation: of `modulation`, for B samples
         context:    [B, M, C'] or None
+        kept:       as in `UNet.forward`
         """
         build = CudaBuilder(self, x.shape[0] // num_frames, num_frames, modulation)
         if context is not None:
             context = context.to(self.dtype)
-        return self.unet.plan(build, Features(x), context).x
+        border = None if kept is None else _Border(kept)
+        return self.unet.plan(build, Features(x), context, border).x
 
     def position_bias(self, layer: nn.Module, num_frames: int) -> Tensor:
         """fp32 [heads, N, N], kept for further calls."""
@@ -182,6 +193,20 @@ class Features:
     def x(self) -> Tensor:
         """All channels, for what takes no second tensor; of two tensors, a copy at every call."""
         return self.first if self.second is None else torch.cat([self.first, self.second], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Border:
+    """Kept features, as a plan on CUDA exchanges them."""
+
+    kept: Kept
+
+    @property
+    def shallow(self) -> bool:
+        return self.kept.shallow
+
+    def exchange(self, h: Features) -> Features:
+        return Features(self.kept.exchange(h.x))
 
 
 @dataclass

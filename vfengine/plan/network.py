@@ -11,8 +11,8 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from .memory import return_memory
 from .packing import Weights
 from .program import Program, Rows
 from .walk import Packed, Packer, Planner
+
+if TYPE_CHECKING:
+    from ..sampling.features import Kept
 
 _PROGRAMS = 4  # shapes whose programs are kept
 _TILED = 128  # least rows with which transformers run in tiles: fewer do not occupy all threads
@@ -105,7 +108,7 @@ class PlannedNetwork(nn.Module):
         if isa != self._isa:
             raise RuntimeError(f"{name}: weights are packed for {self._isa}, not {isa}")
 
-    def _forward(self, *key: tuple[int, ...] | None) -> PlannedForward:
+    def _forward(self, *key: tuple[int, ...] | bool | None) -> PlannedForward:
         """The program for shapes of inputs, made by `_planned` if there is none.
 
         All are made anew once the weights have moved, as they do to memory that processes share
@@ -133,7 +136,7 @@ class PlannedNetwork(nn.Module):
 
 
 class PlannedUNet(PlannedNetwork):
-    """forward(x, t, context, class_labels, guidance) as `UNet`, without a gradient, on a CPU.
+    """forward(x, t, context, class_labels, guidance, kept) as `UNet`, without a gradient, on a CPU.
 
     unet:  a `UNet`, consumed: its weights move into the plan, so that memory holds them once
     dtype: of weights and activations, float32 or bfloat16; see `inference_dtype`
@@ -160,6 +163,7 @@ class PlannedUNet(PlannedNetwork):
         context: Tensor | None = None,
         class_labels: Tensor | None = None,
         guidance: Tensor | float | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """The network's prediction, of the shape of x but with out_channels, in x's dtype."""
         self._check_isa()
@@ -169,11 +173,12 @@ class PlannedUNet(PlannedNetwork):
         clips = x if config.is_video else x[:, None]
         shape, frames = tuple(clips.shape), clips.flatten(0, 1)
         with self._lock, torch.no_grad():
-            forward = self._forward(shape, None if context is None else tuple(context.shape))
+            key = shape, None if context is None else tuple(context.shape)
+            forward = self._forward(*key, *(() if kept is None else (True,)))
             images = F.pixel_unshuffle(frames, patch) if patch > 1 else frames
             frames_embedded = shape[1] if forward.per_image else 1
             embedding = self.unet.embed(t, class_labels, frames_embedded, guidance)
-            out = forward(images, F.silu(embedding), context)
+            out = forward(images, F.silu(embedding), context, kept)
             out = F.pixel_shuffle(out, patch) if patch > 1 else out.clone()  # out of the arena
         out = out.to(x.dtype, memory_format=torch.contiguous_format)
         return out.unflatten(0, shape[:2]) if config.is_video else out
@@ -192,9 +197,17 @@ class PlannedUNet(PlannedNetwork):
             )
 
     def _planned(
-        self, shape: tuple[int, ...], context_shape: tuple[int, ...] | None
+        self,
+        shape: tuple[int, ...],
+        context_shape: tuple[int, ...] | None,
+        reuse: bool = False,
+        whole: PlannedForward | None = None,
     ) -> PlannedForward:
-        """The program for clips [B, N, C, H, W] and a context [B, L, C']."""
+        """The program for clips [B, N, C, H, W] and a context [B, L, C'].
+
+        reuse: keep the deep features among the results, with the `shallow` program that reads them
+        whole: the program whose shallow one this is
+        """
         batch, frames, channels, height, width = shape
         patch = self.config.patch_size
         height, width, channels = height // patch, width // patch, channels * patch**2
@@ -208,11 +221,35 @@ class PlannedUNet(PlannedNetwork):
             context = build.rows(context_shape[0] * context_shape[1], context_shape[2])
         modulation = build.matmul(embedding, self._packed.embedding, out_dtype=torch.float32)
         planner = Planner(build, self._packed, batch, frames, modulation, per_image, _TILED)
+        border = None
+        if whole is not None:
+            deep = build.rows(whole.deep.count, whole.deep.width)
+            border = _Border(FeatureMap((deep,), height, width))
+        elif reuse:
+            border = _Border()
         with torch.no_grad():
-            out = self._plan(planner, FeatureMap((x,), height, width), context)
-        return PlannedForward(
-            build.program(out.rows), (height, width), x, out.rows, embedding, context, per_image
+            out = self._plan(planner, FeatureMap((x,), height, width), context, border)
+        results = (out.rows, border.deep.rows) if reuse else (out.rows,)
+        forward = PlannedForward(
+            build.program(*results, arena=None if whole is None else whole.program.arena),
+            *((height, width), x, out.rows, embedding, context, per_image),
+            deep=None if border is None else border.deep.rows,
         )
+        if not reuse:
+            return forward
+        return replace(forward, shallow=self._planned(shape, context_shape, whole=forward))
+
+
+class _Border:
+    """Where a plan's deep part ends: the features that pass it, or those that are there."""
+
+    def __init__(self, deep: FeatureMap | None = None) -> None:
+        self.shallow, self.deep = deep is not None, deep
+
+    def exchange(self, h: FeatureMap) -> FeatureMap:
+        if not self.shallow:
+            self.deep = h
+        return self.deep
 
 
 InferenceUNet = PlannedUNet | CudaUNet  # what takes a UNet's place
@@ -244,6 +281,8 @@ class PlannedForward:
     x:         buffer of the images; if their channels are odd, with a channel of zeros
     embedding: None: the network has none
     per_image: whether each frame has an embedding of its own; otherwise each clip has one
+    deep:      buffer of the features that are kept, or in a shallow program found
+    shallow:   the program of the shallow part alone, in the same arena
     """
 
     program: Program
@@ -253,11 +292,23 @@ class PlannedForward:
     embedding: Rows | None = None
     context: Rows | None = None
     per_image: bool = False
+    deep: Rows | None = None
+    shallow: PlannedForward | None = None
 
     def __call__(
-        self, images: Tensor, embedding: Tensor | None = None, context: Tensor | None = None
+        self,
+        images: Tensor,
+        embedding: Tensor | None = None,
+        context: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """images [B*N, C, H, W] -> [B*N, C', H', W'], which the next call overwrites."""
+        """images [B*N, C, H, W] -> [B*N, C', H', W'], which the next call overwrites.
+
+        kept: as in `UNet.forward`, of a program with `shallow`
+        """
+        if kept is not None and kept.shallow:
+            self.shallow.program.view(self.shallow.deep).copy_(kept.deep)
+            return self.shallow(images, embedding, context)
         program, channels = self.program, images.shape[1]
         rows = program.view(self.x).view(-1, *images.shape[2:], self.x.width)
         rows[..., :channels].copy_(images.permute(0, 2, 3, 1))
@@ -267,6 +318,8 @@ class PlannedForward:
         if self.context is not None:
             program.view(self.context).copy_(context.flatten(0, 1))
         program.run()
+        if kept is not None:
+            kept.exchange(program.view(self.deep))
         return program.view(self.out).view(-1, *self.size, self.out.width).permute(0, 3, 1, 2)
 
 

@@ -61,7 +61,11 @@ def buffers_of(value: object) -> Iterator[Rows]:
 
 
 class Program:
-    """Calls with their memory. Not for two threads at once: they would share the arena."""
+    """Calls with their memory. Not for two threads at once: they would share the arena.
+
+    arena: of another program, whose buffers mean nothing once this one has run; a new one if it is
+           too small, or None
+    """
 
     def __init__(
         self,
@@ -69,9 +73,10 @@ class Program:
         kept: list[Tensor],
         places: dict[Rows, int],
         size: int,
+        arena: Tensor | None = None,
     ) -> None:
         self._unbound, self._kept, self._places = calls, kept, places
-        self.arena = huge_pages(size)
+        self.arena = arena if arena is not None and len(arena) >= size else huge_pages(size)
         self._native = native.Program([(op, self._bound(args)) for op, args in calls])
 
     def _bound(self, value: object) -> object:

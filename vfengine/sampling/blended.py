@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.decompose import Model, base_index
+from .features import Kept
 from .in_loop import LoopModel, Steps, in_loop
 
 
@@ -60,7 +61,7 @@ class Blended:
     def start(self) -> None:
         self.model.start()
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, kept: Kept | None = None) -> Tensor:
         plan, window = self.plan, self.plan.window
         m, middle = base_index(plan.num_frames), base_index(window)
         frames = z
@@ -68,11 +69,13 @@ class Blended:
             frames = torch.cat((z, z[:, : window - 1]), 1)
         blended = torch.zeros_like(frames, dtype=torch.promote_types(z.dtype, torch.float32))
         part = torch.empty_like(z[:, :window])
-        for start, weights in zip(plan.starts, self.weights.unbind(), strict=True):
+        windows = zip(plan.starts, self.weights.unbind(), strict=True)
+        for number, (start, weights) in enumerate(windows):
             part.copy_(frames[:, start : start + window])
             if plan.base:
                 part[:, middle].copy_(z[:, m])  # the base path's state, the same in all windows
-            blended[:, start : start + window] += weights * self.model(part, t)
+            own = () if kept is None else (kept.part(number),)
+            blended[:, start : start + window] += weights * self.model(part, t, *own)
         if plan.loop:
             blended[:, : window - 1] += blended[:, plan.num_frames :]
             blended = blended[:, : plan.num_frames]

@@ -35,18 +35,24 @@ _idle_streams: dict[tuple[int, str], list[torch.cuda.Stream]] = {}  # by device 
 
 @dataclass(frozen=True, eq=False)
 class Stepper:
-    """Takes `count` steps of a loop, at every call."""
+    """Takes `count` steps of a loop, at every call.
+
+    done:    steps before these
+    shallow: takes a step instead, unless `done` is a multiple of `every`
+    """
 
     take: Step
     count: int = 1
+    shallow: Step | None = None
+    every: int = 1
 
-    def __call__(self) -> None:
-        self.take()
+    def __call__(self, done: int = 0) -> None:
+        (self.shallow if done % self.every else self.take)()
 
 
 @dataclass(frozen=True, eq=False)
 class CapturedStepper(Stepper):
-    """The replay of a CUDA graph.
+    """The replay of a CUDA graph of whole steps, and of another of a shallow one.
 
     stream: where it was captured, and where no graph was that is replayed beside it: libraries keep
             a workspace for each stream, whose address is in the graph
@@ -81,7 +87,7 @@ def captured(step: Step, device: torch.device, before: Step, count: int = 1) -> 
                     step()
                 before()
             _capture(graph, stream, steps)
-    return CapturedStepper(graph.replay, count, graph, stream)
+    return CapturedStepper(graph.replay, count, graph=graph, stream=stream)
 
 
 def captured_after(first: CapturedStepper, device: torch.device, call: Step) -> CapturedStepper:
@@ -96,7 +102,7 @@ def captured_after(first: CapturedStepper, device: torch.device, call: Step) -> 
         graph = torch.cuda.CUDAGraph()
         with _on(first.stream):
             _capture(graph, first.stream, call, first.graph.pool())
-    return CapturedStepper(graph.replay, first.count, graph, first.stream)
+    return CapturedStepper(graph.replay, first.count, graph=graph, stream=first.stream)
 
 
 @contextmanager

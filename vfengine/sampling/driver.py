@@ -37,7 +37,8 @@ class Driver:
              copies of the loops' buffers. None: every call makes its loops
     dtype:   of the networks, for errors; None: that of the noise
 
-    In pairs, the base phase's comes first. Raises what the networks raise; ValueError for λ,
+    reuse_every, of a phase, is as in `LoopSpec`: more than 1 needs a model that takes `kept`. In
+    pairs, the base phase's comes first. Raises what the networks raise; ValueError for λ,
     windows or estimates that do not fit, and for noise or a base path that is not finite;
     RuntimeError for a step that cannot be captured, and `NotFinite`, which is one, for a phase
     whose numbers are not finite. A CPU's phase ends at that step. CUDA's is taken to its end, so
@@ -60,9 +61,10 @@ class Driver:
         table: SolverTable,
         place: NoisePlace,
         run: Run,
+        reuse_every: int = 1,
     ) -> Tensor:
         """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
-        spec = BaseSpec.of(noise, table, place, self.backend)
+        spec = BaseSpec.of(noise, table, place, self.backend, reuse_every=reuse_every)
         with self._loop(spec, model) as loop:
             self._run(loop, run, base_noise=noise)
             return self._result(loop.states)
@@ -75,6 +77,7 @@ class Driver:
         motion: Motion,
         place: NoisePlace,
         run: Run,
+        reuse_every: int = 1,
     ) -> Tensor:
         """The residual phase on r [B, N, C, H, W] along a base path, stepwise or clean: clips."""
         states = path.states.to(noise.device)
@@ -85,6 +88,7 @@ class Driver:
             self.backend,
             motion=replace(motion, clean=path.base_path == "clean"),
             path=PathSpec.of(states, shared=self.loops is None),
+            reuse_every=reuse_every,
         )
         with self._loop(spec, model) as loop:
             if loop.states is not states:
@@ -101,14 +105,14 @@ class Driver:
         motion: Motion,
         places: tuple[NoisePlace, NoisePlace],
         run: Run,
+        reuse_every: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor]:
         """Both phases at once (overlap.py): the clips, and the base path's states."""
-        base_spec = BaseSpec.of(noises[0], table, places[0], self.backend)
+        each = [{"backend": self.backend, "reuse_every": every} for every in reuse_every]
+        base_spec = BaseSpec.of(noises[0], table, places[0], **each[0])
         with self._loop(base_spec, models[0]) as base:
             path = PathSpec.of(base.states, shared=noises[0].device == noises[1].device)
-            spec = ResidualSpec.of(
-                noises[1], table, places[1], self.backend, motion=motion, path=path
-            )
+            spec = ResidualSpec.of(noises[1], table, places[1], motion=motion, path=path, **each[1])
             with self._loop(spec, models[1]) as residual:
                 with run.phase(residual.phase, residual.device), torch.inference_mode():
                     run.report("base", 0, len(table))
@@ -148,13 +152,14 @@ class Driver:
         run: Run,
         windows: tuple[int | None, int | None] | None = None,
         loop: bool = False,
+        reuse_every: int = 1,
     ) -> Tensor:
         """A plain video model on noise [B, N, C, H, W]: clips.
 
         windows, loop: as in `Motion`
         """
-        motion = Motion(lam=0.0, windows=windows, loop=loop)
-        spec = ResidualSpec.of(noise, table, place, self.backend, motion=motion)
+        how = {"motion": Motion(lam=0.0, windows=windows, loop=loop), "reuse_every": reuse_every}
+        spec = ResidualSpec.of(noise, table, place, self.backend, **how)
         with self._loop(spec, model) as loop:
             self._run(loop, run, noise=noise)
             return self._result(loop.u)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .cuda_graph import weights_key
+from .features import Kept
 from .in_loop import LoopModel, Steps
 
 
@@ -67,8 +68,8 @@ class Prompts:
 class ModelSpec:
     """Everything that a model is made from, and the conditions that it is called with.
 
-    network: (z, t, class_labels=…, lam=…, context=…) -> ε̂; a keyword whose value is None here is
-             left out
+    network: (z, t, class_labels=…, lam=…, context=…, kept=…) -> ε̂; a keyword whose value is None
+             here is left out
     labels:  int64 [B]; where s is not 1, [2 B]: the classes, then the null class
     scale:   s
     lam:     λ of the frames in one call of a residual network
@@ -185,10 +186,10 @@ class GuidedModel:
             return None
         return tie(steps, self.labels, self.lam, self.scale, self.context, self.guidance)
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, kept: Kept | None = None) -> Tensor:
         conditions = {
             **{"class_labels": self.labels, "lam": self.lam},
-            **{"context": self.context, "guidance": self.guidance},
+            **{"context": self.context, "guidance": self.guidance, "kept": kept},
         }
         conditions = {name: value for name, value in conditions.items() if value is not None}
         if self.scale == 1.0:

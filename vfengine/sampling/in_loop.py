@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.decompose import Model
+from .features import Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +39,11 @@ class LoopModel(Protocol):
     def start(self) -> None:
         """Computes what the steps have in common, for the conditions that hold now."""
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        """The noise of the step that the counter says, t int64 [B] being its timestep."""
+    def __call__(self, z: Tensor, t: Tensor, kept: Kept | None = None) -> Tensor:
+        """The noise of the step that the counter says, t int64 [B] being its timestep.
+
+        kept: where features are reused; a model is given it only then
+        """
 
 
 def in_loop(model: Model, steps: Steps) -> LoopModel:
@@ -60,5 +64,5 @@ class _Untied:
     def start(self) -> None:
         pass
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.model(z, t)
+    def __call__(self, z: Tensor, t: Tensor, *kept: Kept) -> Tensor:
+        return self.model(z, t, *kept)

@@ -39,6 +39,8 @@ class InterleavedLoop(Loop):
 
     def __init__(self, base_model: Model, residual_model: Model, spec: InterleavedSpec) -> None:
         super().__init__(spec)
+        if self.reuse_every > 1:
+            raise ValueError("the interleaved method reuses no features: reuse_every must be 1")
         clock, base = (self.timesteps, self.counter), spec.base
         self.base_model = in_loop(base_model, Steps(*clock, base.shape, base.dtype))
         self.residual_model = in_loop(residual_model, Steps(*clock, spec.shape, spec.dtype))
@@ -71,7 +73,7 @@ class InterleavedLoop(Loop):
     def sample(self, done: int) -> Tensor:
         return self.z
 
-    def step(self) -> None:
+    def _step(self) -> None:
         # for t = T to 1 do
         row, z = self.counter, self.z
         # b <- z_φ(z^m, t)

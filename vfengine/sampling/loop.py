@@ -9,18 +9,20 @@ The loops and their mathematics are in two_phase.py and interleaved.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..diffusion.decompose import Model
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..ops import Clock
 from .cuda_graph import CapturedStepper, Stepper, captured
+from .features import Kept, check_reuse_every
+from .in_loop import LoopModel
 from .run import Callback
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class LoopSpec:
     place:                place of the noise that steps add; None where the table adds none, so
                           that specs do not differ by an unused seed
     backend:              backend of the step's ops (vfengine/ops)
+    reuse_every:          N: the whole network runs on every N-th step, from the first on, and its
+                          shallow part on the others (features.py)
     """
 
     phase: ClassVar[str]  # name in progress reports: "base", "residual", "interleaved", "video"
@@ -46,6 +50,7 @@ class LoopSpec:
     table: SolverTable
     place: NoisePlace | None
     backend: str = "auto"
+    reuse_every: int = 1
 
     @classmethod
     def of(
@@ -82,6 +87,8 @@ class Loop:
         self.timesteps = spec.table.timesteps.to(self.device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)  # steps done
         self.ticket = torch.zeros_like(self.counter)
+        self.reuse_every = check_reuse_every(spec.reuse_every)
+        self.kept = Kept() if self.reuse_every > 1 else None
         self.t = self.timesteps[:1].repeat(spec.shape[0])
         # The least and the largest number of `sample` after a step, 0 where nothing was looked at.
         self.extremes = torch.zeros(2, len(spec.table), dtype=self.state_dtype, device=self.device)
@@ -97,33 +104,48 @@ class Loop:
         """Counter and timestep, which the last op of a step moves on."""
         return Clock(self.counter, self.ticket, self.timesteps, self.t)
 
-    def step(self) -> None:
-        """One step of the solver on the buffers."""
+    def step(self, shallow: bool = False) -> None:
+        """One step of the solver on the buffers.
+
+        shallow: with the features that the last whole step has kept
+        """
+        if self.kept is not None:
+            self.kept.shallow = shallow
+        self._step()
+
+    def _step(self) -> None:
         raise NotImplementedError
 
     def stepper(self, capture: bool, at_once: int | None = None) -> Stepper:
         """`step`, or with capture on CUDA a graph of some steps; call this before `start`.
 
-        at_once: steps in a graph, a divisor of all; None: `steps_in_a_graph`
+        at_once: steps in a graph, a divisor of all; None: `steps_in_a_graph`. One where features
+                 are reused: a graph of a whole step and one of a shallow step take turns
 
         Raises RuntimeError for a step that cannot be captured, such as one in float64, whose
         reference ops wait for the device.
         """
+        shallow, every = partial(self.step, shallow=True), self.reuse_every
         if not capture or self.device.type != "cuda":
-            return Stepper(self.step)
+            return Stepper(self.step, shallow=shallow, every=every)
         if self.dtype == torch.float64:
             raise RuntimeError("steps of float64 clips cannot be captured in a CUDA graph")
         count = steps_in_a_graph(len(self)) if at_once is None else at_once
+        count = count if every == 1 else 1
         if len(self) % count:
             raise ValueError(f"at_once must divide the loop's {len(self)} steps, got {count}")
         if count not in self._captured:
-            self._captured[count] = captured(self.step, self.device, self._rewind, count)
+            made = captured(self.step, self.device, self._rewind, count)
+            if every > 1:
+                between = captured(shallow, self.device, self._rewind)
+                made = replace(made, shallow=between, every=every)
+            self._captured[count] = made
         return self._captured[count]
 
     def run(self, stepper: Stepper, callback: Callback | None = None) -> None:
         """Takes all steps, by what `stepper` returned; call `start` first."""
         for done in range(0, len(self), stepper.count):
-            stepper()
+            stepper(done)
             self.report(callback, done, stepper.count)
 
     def sample(self, done: int) -> Tensor:
@@ -198,9 +220,9 @@ def _dot(weights: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def estimate(name: str, model: Model, z: Tensor, t: Tensor) -> Tensor:
+def estimate(name: str, model: LoopModel, z: Tensor, t: Tensor, kept: Kept | None = None) -> Tensor:
     """The model's estimate; ValueError when it does not have the shape of its input."""
-    out = model(z, t)
+    out = model(z, t) if kept is None else model(z, t, kept)
     if not isinstance(out, Tensor) or out.shape != z.shape:
         got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(

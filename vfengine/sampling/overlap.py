@@ -4,7 +4,8 @@ The base loop never waits for the residual loop. It passes on one small image d 
 else is shared. The results are therefore those of one phase after the other, bit for bit.
 
 Captured on one GPU, both are branches of one graph: base steps k, k+1, ... beside the residual
-steps before them. Otherwise the base loop has a thread or a stream of its own.
+steps before them. Otherwise, and where features are reused (features.py), the base loop has a
+thread or a stream of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .cuda_graph import CapturedStepper, Step, captured_after, side_stream
+from .cuda_graph import CapturedStepper, Stepper, captured_after, side_stream
 from .run import Callback
 from .two_phase import BaseLoop, ResidualLoop
 
@@ -38,7 +39,8 @@ def run_overlapped(
     callback is called from the caller's thread, for both phases. Errors of networks are raised.
     """
     captured_here = capture and base.device.type == "cuda"
-    if captured_here and residual.states is base.states:
+    reuses = max(base.reuse_every, residual.reuse_every) > 1  # graphs of a step each
+    if captured_here and residual.states is base.states and not reuses:
         _run_as_branches(base, residual, base_noise, residual_noise, callback)
         return
     # A row at a time: several steps in a graph would hold it back.
@@ -60,7 +62,7 @@ def run_overlapped(
         residual.start(residual_noise)
         for k in range(count):
             receive(k + 1)
-            residual_step()
+            residual_step(k)
             residual.report(callback, k, 1)
 
 
@@ -118,7 +120,7 @@ def _branches(
 
 @contextmanager
 def _in_thread(
-    step: Step, count: int, device: torch.device, target: torch.device
+    step: Stepper, count: int, device: torch.device, target: torch.device
 ) -> Iterator[Wait]:
     """`count` steps in a thread of their own, on as many CPU threads as the caller uses."""
 
@@ -133,11 +135,11 @@ def _in_thread(
     def run() -> None:  # a thread inherits neither of these settings
         torch.set_num_threads(threads)
         with torch.inference_mode(), autocast:
-            for future in done:
+            for k, future in enumerate(done):
                 if stopped.is_set():
                     return
                 try:
-                    step()
+                    step(k)
                 except BaseException as error:
                     future.set_exception(error)
                     return
@@ -153,7 +155,7 @@ def _in_thread(
 
 @contextmanager
 def _on_stream(
-    step: Step, count: int, device: torch.device, target: torch.device
+    step: Stepper, count: int, device: torch.device, target: torch.device
 ) -> Iterator[Wait]:
     """`count` steps on a stream of their own; each is launched when target first waits for it."""
     events: list[torch.cuda.Event] = []
@@ -161,7 +163,7 @@ def _on_stream(
     def wait(k: int) -> None:
         while len(events) <= k:
             with torch.cuda.stream(ahead):
-                step()
+                step(len(events))
                 events.append(ahead.record_event())
         if target.type == "cuda":
             torch.cuda.current_stream(target).wait_event(events[k])

@@ -70,9 +70,9 @@ class BaseLoop(Loop):
     def sample(self, done: int) -> Tensor:
         return self.states[done - 1 : None if done == len(self) else done]
 
-    def step(self) -> None:
+    def _step(self) -> None:
         z = self.z
-        b = estimate("base_model", self.model, z.to(self.dtype), self.t)
+        b = estimate("base_model", self.model, z.to(self.dtype), self.t, self.kept)
         b = unshared(b.to(z.dtype), z)
         options = {"mixed": self.mix(self.counter, b), "backend": self.backend, **self.noise}
         tables = self.states, self.noise_levels, self.coeffs
@@ -205,9 +205,9 @@ class ResidualLoop(Loop):
     def sample(self, done: int) -> Tensor:
         return self.u
 
-    def step(self) -> None:
+    def _step(self) -> None:
         u = self.u
-        r = estimate(self.estimated, self.model, u, self.t).to(self.dtype)
+        r = estimate(self.estimated, self.model, u, self.t, self.kept).to(self.dtype)
         r = unshared(self.mix(self.counter, r), u)
         path = {"states": self.states, "c1": self.c1, "base_frame": self.m}
         options = {"backend": self.backend, **path, **self.noise}
