@@ -201,7 +201,8 @@ def test_defaults_are_those_of_what_is_trained():
     ("flags", "message"),
     [
         (["--autoencoder", "nowhere"], "--autoencoder and --text-encoder go together"),
-        (["--data", "videos"], "a folder of videos has no captions"),
+        (["--data", "videos"], "videos: no such folder"),
+        (["--data", "videos", "--cell-weight", "3"], "--cell-weight needs rendered clips"),
         (["--autoencoder", "nowhere", "--text-encoder", "nowhere"], "nowhere"),
         (["--size", "18"], "--size must be a multiple of 4, got 18"),
         (["--captions", "0"], "--captions must be at least 1"),

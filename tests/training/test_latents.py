@@ -24,7 +24,7 @@ NUM_FRAMES, SIZE = 4, 16
 class Squares:
     """Clips of moving squares by number, as `CaptionedMocap` gives clips; counts what is drawn."""
 
-    name = f"squares-{NUM_FRAMES}x{SIZE}"
+    name = captions_name = f"squares-{NUM_FRAMES}x{SIZE}"
 
     def __init__(self):
         self.drawn = []

@@ -20,6 +20,7 @@ from .ending import ended
 from .flags import flag
 from .start import short_name
 from .streams import say, tell
+from .train_captioned import Captioned, encoded, read_captioned, tell_left_out
 from .train_loop import Limit, run, tell_end
 from .train_output import CHECKPOINT, Output, open_output
 from .train_settings import FPS, TRAIN, read_settings
@@ -108,16 +109,15 @@ def _decomposed(settings: argparse.Namespace, options: TrainingOptions) -> Train
 
 
 def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
-    from ..training.mocap.captions import LABEL_PROMPTS
     from ..training.parts import Parts
     from ..training.recipes import Shape, latent_model
     from ..training.trainer import Trainer
 
     parts = Parts.read(settings.autoencoder, settings.text_encoder)
-    latent_model(Shape.of(settings), parts, LABEL_PROMPTS, 1.0)  # refused before clips are rendered
-    latents, showcase = _latents(settings, parts)
-    std = _residual_std(settings, latents)
-    config = latent_model(Shape.of(settings), parts, LABEL_PROMPTS, std)
+    shape = replace(Shape.of(settings), fps=FPS)  # that of videos is not known yet
+    latent_model(shape, parts, {}, 1.0)  # refused before clips are made
+    told, latents, showcase = _latents(settings, parts)
+    config = latent_model(Shape.of(settings), parts, told.prompts, _residual_std(settings, latents))
     return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
 
 
@@ -138,7 +138,8 @@ def _follow_teacher(settings: argparse.Namespace) -> None:
     if settings.clean_share is None:
         settings.clean_share = float(config.base_path == "clean")
     if settings.cell_weight is None:
-        settings.cell_weight = 1.0 if config.autoencoder is None else 3.0
+        has_figures = config.autoencoder is not None and settings.data == "mocap"
+        settings.cell_weight = 3.0 if has_figures else 1.0
 
 
 def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
@@ -165,39 +166,28 @@ def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Tra
         labels = np.array([config.labels.index(name) for name in found])[labels]
         return Trainer(config, options, clips, labels, settings.device, objective=objective)
     parts = Parts.read(folder, folder)
-    latents, showcase = _latents(settings, parts)
+    _, latents, showcase = _latents(settings, parts)
     more = {"parts": parts, "showcase": showcase, "objective": objective}
     return Trainer(config, options, latents, device=settings.device, **more)
 
 
-def _latents(settings: argparse.Namespace, parts: Parts) -> tuple[Latents, Showcase | None]:
-    """Captioned clips through the parts, and what samples show; the clips are found again."""
-    from tqdm import tqdm
-
-    from ..training.latents import CaptionedMocap, make_latents
+def _latents(
+    settings: argparse.Namespace, parts: Parts
+) -> tuple[Captioned, Latents, Showcase | None]:
+    """Captioned clips, the same through the parts, and what samples show; latents are kept."""
     from ..training.parts import Coder
     from ..training.samples import Showcase
 
+    told = read_captioned(settings)
+    if told.rates is not None:
+        _choose_fps(settings, told.rates)
     coder = Coder(parts, settings.device)
-    clips = (settings.size, settings.num_frames, settings.device)
-    folder = settings.clips_cache or settings.output
-    total = 2 * (settings.num_clips + settings.base_images)  # clips, and what is said of them
-    with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
-        latents = make_latents(
-            CaptionedMocap(settings.seed, *clips),
-            parts,
-            coder,
-            folder,
-            settings.num_clips,
-            settings.captions,
-            progress.update,
-            settings.base_images,
-        )
+    latents = encoded(told, parts, coder, settings)
     showcase = None
     if settings.sample_every:
-        unseen = CaptionedMocap(settings.seed + 1, *clips, held_out=True)
-        showcase = Showcase.of(unseen, coder)
-    return latents, showcase
+        source, numbers = told.shown()
+        showcase = Showcase.of(source, coder, numbers)
+    return told, latents, showcase
 
 
 def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
@@ -334,10 +324,7 @@ def _pixels(settings: argparse.Namespace):
             settings.seed,
             on_file=lambda _: progress.update(),
         )
-    for path, reason in found.skipped:
-        tell(f"skipped {path}: {reason}")
-    for path in found.truncated:
-        tell(f"truncated, read up to the fault: {path}")
+    tell_left_out(found.skipped, found.truncated)
     _choose_fps(settings, found.rates)
     return found.clips, found.labels, found.label_names
 

@@ -56,6 +56,8 @@ _ON_LATENTS = {
     "cell_weight": 3.0,
     "timestep_shift": 0.6,
 }
+# … and where clips are a folder's videos, of which neither more base frames nor figures are known.
+_OF_FOLDERS = {"cell_weight": 1.0, "base_images": 0}
 # What decomposed models alone have of the settings of clips and files.
 _OF_DECOMPOSED = ("residual_from", "captions", "base_images")
 # What trainings of an autoencoder or a text encoder have of the settings of models.
@@ -302,6 +304,8 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
     defaults = OBJECTIVE_DEFAULTS.get(objective, {})
     if settings["autoencoder"] is not None:
         defaults = defaults | _ON_LATENTS
+        if settings["data"] not in (None, "mocap"):
+            defaults = defaults | _OF_FOLDERS
     if settings["train"] == "residual":
         defaults = defaults | {"clean_share": 1.0}
     options = {field.name for field in fields(TrainingOptions)}
@@ -379,10 +383,12 @@ def _check_parts(settings: dict[str, Any]) -> None:
     given = [name for name in ("autoencoder", "text_encoder") if settings[name] is not None]
     if len(given) == 1:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
-    if given and settings["data"] != "mocap":
-        raise UsageError("a folder of videos has no captions: it trains without --autoencoder")
     if settings["objective"] == "distill":
         given = given or [settings["from"]]  # the teacher decides
+    if given and settings["data"] != "mocap":
+        for name in ("cell_weight", "base_images"):
+            if settings[name] not in (None, _OF_FOLDERS[name]):
+                raise UsageError(f"{flag(name)} needs rendered clips, and --data is a folder")
     if not given and settings["cell_weight"] != 1:
         raise UsageError("--cell-weight needs --autoencoder: pixels weigh alike")
     for name in ("max_hours", "max_minutes"):

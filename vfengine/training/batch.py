@@ -60,14 +60,14 @@ class Latents:
     """Clips as normalised latents [M, N, C, h, w], with captions' token states [M, P, L, D].
 
     Both fp16, on any device; null: the state [L, D] of the empty prompt. A clip has P captions.
-    figure: its share of each cell, fp16 [M, N, 1, h, w]
+    figure: its share of each cell, fp16 [M, N, 1, h, w]; None: not known
     images: base frames of further clips, as clips of one frame; base frames are then taken of these
     """
 
     clips: Tensor
     captions: Tensor
     null: Tensor
-    figure: Tensor
+    figure: Tensor | None = None
     images: Latents | None = None
     condition = "context"
 
@@ -87,7 +87,8 @@ class Latents:
         told = self._index(rng.integers(0, self.captions.shape[1], count))
         context = torch.where(dropped[:, None, None], self.null, self.captions[chosen, told])
         rows = chosen if m is None else (chosen, m)
-        return Samples(self.clips[rows], context, self.figure[rows])
+        figure = None if self.figure is None else self.figure[rows]
+        return Samples(self.clips[rows], context, figure)
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.clips.device, non_blocking=True)

@@ -36,6 +36,7 @@ _LEFT_BEHIND = (
     *("__macosx", "@eadir", "#recycle", "#snapshot", "lost+found", "thumbs.db", "ehthumbs.db"),
     *("desktop.ini", "icon\r", "$recycle.bin", "system volume information"),
 )
+UNUSED = "no usable video in this class"  # why a class is skipped
 _ALIKE = 0.02  # of a rate: a file keeps times in hundredths or thousandths of a second
 
 
@@ -59,6 +60,46 @@ class FolderClips:
     rates: tuple[float | None, ...]
 
 
+@dataclass(frozen=True)
+class Cutting:
+    """How a video becomes clips.
+
+    num_frames: N, frames of a clip
+    size:       (H, W)
+    stride:     take every stride-th frame of the video
+    seed:       decides at which frame a video's first clip begins, by the file's name alone and
+                never so late that a clip is lost
+
+    Raises ValueError for numbers below 1.
+    """
+
+    num_frames: int
+    size: tuple[int, int]
+    stride: int
+    seed: int
+
+    def __post_init__(self):
+        if min(self.num_frames, *self.size, self.stride) < 1:
+            size = self.size[0] if self.size[0] == self.size[1] else self.size
+            raise ValueError(
+                f"read_folder: num_frames, size and stride must be at least 1, "
+                f"got {self.num_frames}, {size} and {self.stride}"
+            )
+
+    def clips(self, reader: VideoReader, name: str) -> np.ndarray:
+        """The clips of a video, uint8 [M, N, H, W, 3]; name: of its file in the folder.
+
+        Raises OSError or ValueError for a file that is no video, ValueError for too short a one.
+        """
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        frames = [_fit(frame, *self.size) for frame in reader]
+        return _cut(frames, self.num_frames, self.stride, rng)
+
+    def rate(self, reader: VideoReader) -> float | None:
+        """Frames a second of a video's clips; None where it states none."""
+        return reader.fps and round(reader.fps / self.stride, 3)
+
+
 def read_folder(
     folder: str | Path,
     num_frames: int = 16,
@@ -69,55 +110,44 @@ def read_folder(
 ) -> FolderClips:
     """Cuts the videos under folder into clips (see the module's text and `FolderClips`).
 
-    num_frames: N, frames of a clip
+    num_frames, stride, seed: see `Cutting`
     size:       side of a square clip, or (H, W)
-    stride:     take every stride-th frame of the video
-    seed:       decides at which frame a video's first clip begins, by the file's name alone and
-                never so late that a clip is lost
     on_file:    called with each file before it is read, for a progress bar
 
     Raises FileNotFoundError or NotADirectoryError for the folder, ValueError for numbers below 1
     and when there is no usable video at all.
     """
     folder = Path(folder)
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(num_frames, height, width, stride) < 1:
-        raise ValueError(
-            f"read_folder: num_frames, size and stride must be at least 1, "
-            f"got {num_frames}, {size} and {stride}"
-        )
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    cutting = Cutting(num_frames, sides, stride, seed)
     skipped: list[tuple[Path, str]] = []
     truncated: list[Path] = []
     names: list[str] = []
     clips: list[np.ndarray] = []
     labels: list[int] = []
     rates: list[float | None] = []
-    for class_folder, files in _classes(folder, skipped):
+    for class_folder, files in find_videos(folder, skipped):
         clips_before = len(clips)
         for file in files:
             if on_file is not None:
                 on_file(file)
-            name = file.relative_to(folder).as_posix()
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             reader = VideoReader(file)
             try:
-                frames = [_fit(frame, height, width) for frame in reader]
-                cut = _cut(frames, num_frames, stride, rng)
+                cut = cutting.clips(reader, file.relative_to(folder).as_posix())
             except (OSError, ValueError) as error:
                 skipped.append((file, str(error).removeprefix(f"{file}: ")))
                 continue
             clips.append(cut)
             labels += [len(names)] * len(cut)
-            rates.append(reader.fps and round(reader.fps / stride, 3))
+            rates.append(cutting.rate(reader))
             if reader.truncated:
                 truncated.append(file)
         if len(clips) > clips_before:
-            names.append(Path(os.path.abspath(class_folder)).name)  # which follows no link
+            names.append(class_name(class_folder))
         else:
-            skipped.append((class_folder, "no usable video in this class"))
+            skipped.append((class_folder, UNUSED))
     if not clips:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"{folder}: no usable video ({reasons})")
+        raise ValueError(none_usable(folder, skipped))
     return FolderClips(
         clips=np.concatenate(clips),
         labels=np.array(labels, np.int64),
@@ -126,6 +156,17 @@ def read_folder(
         truncated=tuple(truncated),
         rates=tuple(rates),
     )
+
+
+def class_name(class_folder: Path) -> str:
+    """That of its entry: no link is followed."""
+    return Path(os.path.abspath(class_folder)).name
+
+
+def none_usable(folder: Path, skipped: Sequence[tuple[Path, str]]) -> str:
+    """An error text: a folder has no usable video, and why."""
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
+    return f"{folder}: no usable video ({reasons})"
 
 
 def rate_of(rates: Sequence[float | None]) -> tuple[float | None, str]:
@@ -144,8 +185,11 @@ def rate_of(rates: Sequence[float | None]) -> tuple[float | None, str]:
     return median, f"the clips differ in frames a second: {found}; their median is {median:g}"
 
 
-def _classes(folder: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, list[Path]]]:
-    """Each class's folder and its video files, sorted; other files are added to skipped."""
+def find_videos(folder: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, list[Path]]]:
+    """Each class's folder and its video files, sorted; other files are added to skipped.
+
+    Raises FileNotFoundError or NotADirectoryError for the folder.
+    """
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""Clips of captioned motion capture as latents and token states: made once, kept, found again.
+"""Captioned clips as latents and token states: made once, kept, found again.
 
-Frames are rendered and encoded a few clips at a time: their pixels are never all in memory, nor on
-disk. Two files of a folder hold the results, named after all that decides them: the latents with
-the figure's share of each cell as a further channel, and the token states.
+Frames are made and encoded a few clips at a time: their pixels are never all in memory, nor on
+disk. Two files of a folder hold the results, named after all that decides them: the latents, with
+the figure's share of each cell as a further channel where it is known, and the token states.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,47 @@ from torch import Tensor
 from ..diffusion.decompose import base_index
 from .arrays import kept
 from .batch import Latents
-from .parts import Coder, Parts
 
 _CLIPS_AT_ONCE = {"cpu": 4, "cuda": 256}
+
+
+class Source(Protocol):
+    """Clips by number, and what can be said of each: `CaptionedMocap`, `captioned.CaptionedFolder`.
+
+    name, captions_name: tell the frames, and the captions, from all others, in names of files
+    """
+
+    name: str
+    captions_name: str
+
+    def frames(self, indices: Sequence[int], only_base: bool = False) -> Tensor:
+        """Clips or their base frames, uint8 [len(indices), N or 1, H, W, 3 or 4].
+
+        A fourth channel is the figure's share of a pixel.
+        """
+
+    def captions(self, index: int, count: int) -> list[str]:
+        """`count` captions of a clip, the plainest first."""
+
+
+class Named(Protocol):
+    """What encodes frames and texts, as `parts.Parts`."""
+
+    def digests(self) -> tuple[str, str]:
+        """Hex digits that name the autoencoder, and the text encoder, for caches."""
+
+
+class Encodes(Protocol):
+    """The same at work, as `parts.Coder`."""
+
+    device: torch.device
+    latent_channels: int
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., H, W, 3] -> fp16 [..., C, h, w], of mean 0 and variance 1."""
+
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """Token states fp16 [len(texts), L, D]."""
 
 
 class CaptionedMocap:
@@ -42,7 +81,7 @@ class CaptionedMocap:
 
         self._seed, self._held_out = seed, held_out
         self._renderer = Renderer(size, num_frames, device)
-        self.name = f"{num_frames}x{size}-drawn{VERSION}-seed{seed}"
+        self.name = self.captions_name = f"{num_frames}x{size}-drawn{VERSION}-seed{seed}"
 
     def frames(self, indices: Sequence[int], only_base: bool = False) -> Tensor:
         """Clips or their base frames, uint8 [len(indices), N or 1, H, W, 4], on the device.
@@ -69,9 +108,9 @@ class CaptionedMocap:
 
 
 def make_latents(
-    source: CaptionedMocap,
-    parts: Parts,
-    coder: Coder,
+    source: Source,
+    parts: Named,
+    coder: Encodes,
     folder: Path,
     num_clips: int,
     num_captions: int,
@@ -92,7 +131,7 @@ def make_latents(
     at_once = _CLIPS_AT_ONCE[coder.device.type]
 
     def made(kind: str, numbers: range, only_base: bool) -> Latents:
-        span = f"{source.name}-{numbers.start}-{numbers.stop}"
+        span = f"{numbers.start}-{numbers.stop}"
 
         def rows(name: str, make: Callable[[Sequence[int]], Tensor], at_once: int) -> Tensor:
             chunks = _chunks(numbers, make, at_once, progress)
@@ -102,15 +141,19 @@ def make_latents(
         def cells(part: Sequence[int]) -> Tensor:
             frames = source.frames(part, only_base)
             latents = coder.encode(frames[..., :3])
+            if frames.shape[-1] == 3:
+                return latents
             return torch.cat([latents, _shares(frames[..., 3], latents.shape[-1])], 2)
 
         def states(part: Sequence[int]) -> Tensor:
             texts = [text for i in part for text in source.captions(i, num_captions)]
             return coder.states(texts).unflatten(0, (len(part), num_captions))
 
-        clips = rows(f"{kind}-{span}-{autoencoder}", cells, at_once)
-        captions = rows(f"captions-{span}x{num_captions}-{text}", states, 4 * at_once)
-        return Latents(clips[:, :, :-1], captions, null, clips[:, :, -1:])
+        clips = rows(f"{kind}-{source.name}-{span}-{autoencoder}", cells, at_once)
+        told = f"captions-{source.captions_name}-{span}x{num_captions}-{text}"
+        captions, channels = rows(told, states, 4 * at_once), coder.latent_channels
+        figure = clips[:, :, channels:] if clips.shape[2] > channels else None
+        return Latents(clips[:, :, :channels], captions, null, figure)
 
     clips = made("clips", range(num_clips), only_base=False)
     if not num_images:

@@ -89,6 +89,7 @@ class Coder:
         self._decoder = self._ready(decoder, _under(state, "decoder."), PlannedDecoder)
         self._text = self._ready(text, parts.text_state, PlannedTextEncoder)
         self._tokenize = WordTokenizer(parts.tokenizer, parts.text_encoder.max_length)
+        self.latent_channels = parts.autoencoder.latent_channels
         self._mean, self._std = (
             torch.tensor(values, device=self.device, dtype=torch.float32)[:, None, None]
             for values in (parts.latent_mean, parts.latent_std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from torch import Tensor
 from ..diffusion.decompose import base_index
 from ..files import replacing
 from ..media.pictures import network_to_pixels, sheet
-from .latents import CaptionedMocap
+from .latents import Source
 from .objectives import Decomposed
 from .parts import Coder
 
-_STEPS, _ROWS = 25, 8
+_STEPS, ROWS = 25, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,10 @@ class Showcase:
     null: Tensor
 
     @classmethod
-    def of(cls, source: CaptionedMocap, coder: Coder) -> Showcase:
-        """Every second clip from the first: eight actions of fifteen."""
-        numbers = range(0, 2 * _ROWS, 2)
+    def of(
+        cls, source: Source, coder: Coder, numbers: Sequence[int] = range(0, 2 * ROWS, 2)
+    ) -> Showcase:
+        """Clips of these numbers; by default every second one: of mocap 8 actions of 15."""
         pixels = source.frames(numbers)[..., :3]
         prompts = tuple(source.captions(i, 1)[0] for i in numbers)
         context = coder.states(prompts)
@@ -71,9 +73,7 @@ def write_prompts(
 def write_labels(objective, networks: dict, precision: str, file: Path) -> None:
     """Eight classes, one clip a row, in 25 steps."""
     config = objective.config
-    labels = torch.arange(
-        min(_ROWS, len(config.labels)), device=objective.device, dtype=torch.int64
-    )
+    labels = torch.arange(min(ROWS, len(config.labels)), device=objective.device, dtype=torch.int64)
     with _autocast(objective.device, precision):
         video = objective.sample(networks, labels, _STEPS)
     write_sheet(network_to_pixels(video), file)
