@@ -107,15 +107,26 @@ class BaseTrajectory:
 
         Raises ValueError for another shape, TypeError for another dtype.
         """
+        table = solver_table(
+            solver, schedule, num_inference_steps, eta, spacing, timesteps=timesteps
+        )
+        return cls.along(x, table, schedule, metadata)
+
+    @classmethod
+    def along(
+        cls,
+        x: Tensor,
+        table: SolverTable,
+        schedule: NoiseSchedule,
+        metadata: Mapping[str, str] | None = None,
+    ) -> BaseTrajectory:
+        """As `from_image`, along a solver's table on the schedule."""
         if x.ndim != 4 or x.numel() == 0:
             raise ValueError(f"from_image: expected x [B, C, H, W], got {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"from_image: expected a floating point image, got {x.dtype}")
         if not bool(x.isfinite().all()):
             raise ValueError("from_image: x must be finite, got NaN or infinity")
-        table = solver_table(
-            solver, schedule, num_inference_steps, eta, spacing, timesteps=timesteps
-        )
         states = _clean_states(x.to(torch.promote_types(x.dtype, torch.float32)), table)
         return cls(states, table, schedule.fingerprint(), "clean", dict(metadata or {}))
 
@@ -189,6 +200,7 @@ class BaseTrajectory:
 def _clean_states(x: Tensor, table: SolverTable) -> Tensor:
     """d_t = √ᾱ_t x, ending in x itself; [S+1, B, C, H, W]."""
     signal = table.alphas_cumprod.sqrt().view(-1, 1, 1, 1, 1).to(x.device)
+    signal[-1] = 1  # also where the last step goes to ᾱ_0
     return (signal * x.contiguous()).to(x.dtype)  # the steps take no other strides
 
 

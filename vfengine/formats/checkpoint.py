@@ -8,6 +8,9 @@ are read without executing code, and checked against the SHA-256 in the configur
 Either kind may have parts (parts.py). With an autoencoder, autoencoder.safetensors, the networks
 denoise its latents in place of pixels. With a text encoder, text_encoder.safetensors and
 tokenizer.json, they attend to prompts in place of class labels; a label then stands for a prompt.
+
+Where the base network is a published one, it and the parts lie in folders as diffusers keeps them
+(text_to_image.py): unet/, vae/, text_encoder/ and tokenizer/.
 """
 
 from __future__ import annotations
@@ -117,25 +120,27 @@ def save_checkpoint(
 ) -> CheckpointConfig:
     """Write a checkpoint from the UNets' state dicts; an interrupted write leaves the old one.
 
-    states: one per network, in the order of config.networks
-    parts:  those of config.parts, by name: state dicts, of an `Autoencoder` and a `TextEncoder`,
-            and the text of the tokenizer's file
+    states: one per network, in the order of config.networks, without config.foreign
+    parts:  those of config.parts and config.foreign, by name: state dicts, of an `Autoencoder` and
+            a `TextEncoder`, and the text of the tokenizer's file; `Linked` of foreign ones
 
     Returns the configuration as written, with the SHA-256 of the files. Raises ValueError rather
     than replace a folder or file that is no checkpoint.
     """
     parts = parts or {}
-    if len(states) != len(config.networks):
+    networks = [name for name in config.networks if name not in config.foreign]
+    if len(states) != len(networks):
         raise ValueError(
-            f"a {config.objective} model has the networks {', '.join(config.networks)}, "
+            f"a {config.objective} model has the networks {', '.join(networks)}, "
             f"got {len(states)} state dicts"
         )
-    if parts.keys() != set(config.parts):
+    expected = dict.fromkeys((*config.parts, *config.foreign))
+    if parts.keys() != expected.keys():
         raise ValueError(
-            f"the model has the parts {', '.join(config.parts) or 'none'}, got "
+            f"the model has the parts {', '.join(expected) or 'none'}, got "
             f"{', '.join(parts) or 'none'}"
         )
-    files = {**dict(zip(config.networks, states, strict=True)), **parts}
+    files = {**dict(zip(networks, states, strict=True)), **parts}
     sha256 = write_folder(
         folder, files, lambda found: replace(config, sha256=found).to_json(), dtype
     )

@@ -2,19 +2,21 @@
 
 There are two kinds: a decomposed model, and plain video diffusion (checkpoint.py). Either may have
 an autoencoder, whose latents its networks then denoise in place of pixels, and a text encoder,
-whose rows they attend to in place of class labels.
+whose rows they attend to in place of class labels. The base network of a decomposed model may be a
+published one, with its own autoencoder and text encoder (published_base.py).
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.solvers import SolverTable, solver_table
 from ..files import parse_json
 from ..models import (
     AutoencoderConfig,
@@ -25,9 +27,13 @@ from ..models import (
     UNetConfig,
     VideoGenerator,
 )
+from ..models.denoisers import PretrainedGenerator
 from ..names import BASE_PATHS
+from .checks import check_number, object_of, positive
+from .few_steps import FewSteps
+from .published_base import FOLDERS, PublishedBase
 
-Generator = BaseGenerator | ResidualGenerator | VideoGenerator
+Generator = BaseGenerator | PretrainedGenerator | ResidualGenerator | VideoGenerator
 
 # The order of the entries in config.json, of both kinds.
 _ENTRIES = (
@@ -35,54 +41,17 @@ _ENTRIES = (
     *("base", "residual", "base_std", "residual_std", "base_path", "clean_share"),
     *("video", "video_std"),
     *("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts", "distilled"),
-    "sha256",
+    *("published", "sha256"),
 )
 _LATER = (
     *("clean_share", "autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts"),
-    "distilled",
+    *("distilled", "published"),
 )
-_PART_CONFIGS = {"autoencoder": AutoencoderConfig, "text_encoder": TextEncoderConfig}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewSteps:
-    """The steps that a distilled network was made for (training/distillation.py).
-
-    solver, timesteps   how it is sampled: in these steps, and in no others
-    guidance    least and largest guidance scale that it was trained under, which is its input
-    teacher     SHA-256 of the weights whose steps it takes together, 16 hex digits; "": unknown
-    """
-
-    timesteps: tuple[int, ...]
-    guidance: tuple[float, float]
-    solver: str = "ddim"
-    teacher: str = ""
-
-    def __post_init__(self):
-        steps = self.timesteps
-        if not isinstance(steps, tuple) or not steps or not all(type(t) is int for t in steps):
-            raise ValueError(f"timesteps must be whole numbers, got {steps!r}")
-        if min(steps) < 0 or any(a <= b for a, b in pairwise(steps)):
-            raise ValueError(f"timesteps must descend to 0 or more, got {list(steps)}")
-        if self.solver != "ddim":
-            raise ValueError(f'solver must be "ddim", got {self.solver!r}')
-        if not isinstance(self.guidance, tuple) or len(self.guidance) != 2:
-            raise ValueError(f"guidance must be two numbers, got {self.guidance!r}")
-        for scale in self.guidance:
-            _check_number("guidance", scale, lambda scale: 0 <= scale <= 100)
-        if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance must not descend, got {list(self.guidance)}")
-        if not isinstance(self.teacher, str):
-            raise ValueError(f"teacher must be a text, got {self.teacher!r}")
-
-    @classmethod
-    def from_dict(cls, values: object) -> FewSteps:
-        """Of an object of JSON; ValueError or TypeError for another."""
-        values = dict(_object("a network's entry", values))
-        for name in ("timesteps", "guidance"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        return cls(**values)
+_PART_CONFIGS = {
+    "autoencoder": AutoencoderConfig,
+    "text_encoder": TextEncoderConfig,
+    "published": PublishedBase,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +103,7 @@ class CheckpointConfig(ABC):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 2**16:
                 raise ValueError(f"{name} must be an int from 1 to {2**16}, got {value!r}")
-        _check_number("fps", self.fps, _positive)
+        check_number("fps", self.fps, positive)
         if not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"labels must be strings, got {self.labels!r}")
         twice = [label for k, label in enumerate(self.labels) if label in self.labels[:k]]
@@ -193,7 +162,7 @@ class CheckpointConfig(ABC):
 
     def _check_autoencoder(self) -> None:
         """ValueError unless the clips are what the autoencoder decodes."""
-        scales = {"latent_mean": lambda mean: abs(mean) <= 1e15, "latent_std": _positive}
+        scales = {"latent_mean": lambda mean: abs(mean) <= 1e15, "latent_std": positive}
         if self.autoencoder is None:
             for name in scales:
                 if getattr(self, name) is not None:
@@ -211,7 +180,7 @@ class CheckpointConfig(ABC):
             if not isinstance(values, tuple) or len(values) != self.channels:
                 raise ValueError(f"{name} must be {self.channels} numbers, got {values!r}")
             for value in values:
-                _check_number(name, value, fits)
+                check_number(name, value, fits)
 
     def _check_prompts(self) -> None:
         """ValueError unless a model with a text encoder, and no other, has a prompt a label."""
@@ -236,6 +205,15 @@ class CheckpointConfig(ABC):
         return (() if self.autoencoder is None else ("autoencoder",)) + text
 
     @property
+    def foreign(self) -> tuple[str, ...]:
+        """The networks and parts that lie in folders of diffusers, by our names."""
+        return ()
+
+    def place(self, folder: Path, name: str) -> Path:
+        """Where the weights of a network or part lie: a file, or a folder of diffusers."""
+        return folder / (FOLDERS[name] if name in self.foreign else f"{name}.safetensors")
+
+    @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the clips in pixels."""
         scale = 1 if self.autoencoder is None else self.autoencoder.scale
@@ -258,6 +236,21 @@ class CheckpointConfig(ABC):
 
     def noise_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_dict(self.schedule)
+
+    def table(
+        self,
+        solver: str,
+        num_inference_steps: int,
+        eta: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+    ) -> SolverTable:
+        """What a solver does, step by step, on the model's schedule; see `solver_table`."""
+        how = self._timesteps() | {"timesteps": timesteps}
+        return solver_table(solver, self.noise_schedule(), num_inference_steps, eta, **how)
+
+    def _timesteps(self) -> dict[str, Any]:
+        """The arguments of `solver_table` that say which timesteps the networks are asked at."""
+        return {}
 
     def fingerprint(self) -> str:
         """16 hex digits that name its first network; base paths of another one are refused."""
@@ -318,12 +311,12 @@ class CheckpointConfig(ABC):
                         raise ValueError(f"{name} must be a list, got {values[name]!r}")
                     values[name] = tuple(values[name])
             for name in kind.networks:
-                values[name] = UNetConfig(**_object(name, values[name]))
+                values[name] = UNetConfig(**object_of(name, values[name]))
             for name, part in _PART_CONFIGS.items():
                 if values.get(name) is not None:
-                    values[name] = part(**_object(name, values[name]))
+                    values[name] = part(**object_of(name, values[name]))
             if values.get("distilled") is not None:
-                entries = _object("distilled", values["distilled"])
+                entries = object_of("distilled", values["distilled"])
                 values["distilled"] = {n: FewSteps.from_dict(few) for n, few in entries.items()}
             config = kind(**values)
             config._check_timesteps()  # refused here, where the file's name is known
@@ -343,6 +336,8 @@ class DecomposedConfig(CheckpointConfig):
     base_path   "stepwise" or "clean": how the base path is followed by default
     clean_share share of the training clips on which the residual network saw the exact base noise;
                 None: not recorded
+    published   how the base network is sampled, if it is a published one; else None, and absent
+                from config.json
     """
 
     objective = "decomposed"
@@ -358,14 +353,20 @@ class DecomposedConfig(CheckpointConfig):
     residual_std: float = 0.35
     base_path: str = "stepwise"
     clean_share: float | None = None
+    published: PublishedBase | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("lam", self.lam, lambda lam: 0 <= lam < 1)
-        _check_number("base_std", self.base_std, _positive)
-        _check_number("residual_std", self.residual_std, _positive)
+        if self.published is not None:
+            if not isinstance(self.published, PublishedBase):
+                raise TypeError(f"published must be a PublishedBase, got {self.published!r}")
+            if self.autoencoder is None or self.text_encoder is None:
+                raise ValueError("a published base network needs an autoencoder and a text_encoder")
+        check_number("lam", self.lam, lambda lam: 0 <= lam < 1)
+        check_number("base_std", self.base_std, positive)
+        check_number("residual_std", self.residual_std, positive)
         if self.clean_share is not None:
-            _check_number("clean_share", self.clean_share, lambda share: 0 <= share <= 1)
+            check_number("clean_share", self.clean_share, lambda share: 0 <= share <= 1)
         if self.base_path not in BASE_PATHS:
             raise ValueError(f"base_path must be one of {BASE_PATHS}, got {self.base_path!r}")
         if self.base_path == "clean" and self.clean_share == 0:
@@ -379,8 +380,17 @@ class DecomposedConfig(CheckpointConfig):
         """
         return self.base_path == "clean" if self.clean_share is None else self.clean_share > 0
 
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        return () if self.published is None else self.published.parts
+
+    def _timesteps(self) -> dict[str, Any]:
+        return {} if self.published is None else self.published.timesteps
+
     def generator(self, name: str, unet: UNet) -> Generator:
         schedule = self.noise_schedule()
+        if name == "base" and self.published is not None:
+            return PretrainedGenerator(unet, schedule, self.published.prediction_type)
         if name == "base":
             return BaseGenerator(unet, schedule, self.base_std)
         return ResidualGenerator(unet, schedule, self.lam, self.residual_std)
@@ -405,28 +415,10 @@ class PlainConfig(CheckpointConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_number("video_std", self.video_std, _positive)
+        check_number("video_std", self.video_std, positive)
 
     def generator(self, name: str, unet: UNet) -> Generator:
         return VideoGenerator(unet, self.noise_schedule(), self.video_std)
 
 
 KINDS = {kind.objective: kind for kind in (DecomposedConfig, PlainConfig)}
-
-
-def _check_number(name: str, value: object, fits: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not fits(value):
-        raise ValueError(f"{name} is out of range: {value!r}")
-
-
-def _object(name: str, value: object) -> dict:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be an object, got {value!r}")
-    return value
-
-
-def _positive(value: float) -> bool:
-    """Whether a number is above 0, and float32 holds its square and the inverse of that."""
-    return 1e-15 <= value <= 1e15

@@ -6,15 +6,50 @@ A folder is written whole or not at all. A file is compared with its SHA-256 whe
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files import parse_tensors, replacing_folder, write_tensors
+from ..files import open_tensors, parse_tensors, replacing_folder, write_tensors
+from .weights import hash_files
 
-Part = Mapping[str, Tensor] | str  # weights, written as .safetensors, or the text of a .json file
+
+@dataclass(frozen=True)
+class Linked:
+    """Files of another model's folder, which are to lie in a subfolder of this name too."""
+
+    name: str
+    files: tuple[Path, ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the files' names and contents."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            hash_files(digest, [file])
+        return digest.hexdigest()
+
+    def place(self, folder: Path) -> None:
+        """Writes the subfolder: hard links where the file system allows them, else copies."""
+        (folder / self.name).mkdir()
+        for file in self.files:
+            target = folder / self.name / file.name
+            try:
+                os.link(file.resolve(), target)
+            except OSError:
+                shutil.copyfile(file, target)
+
+
+# weights, written as .safetensors; the text of a .json file; or files in a subfolder
+Part = Mapping[str, Tensor] | str | Linked
 
 
 def write_folder(
@@ -39,6 +74,10 @@ def write_folder(
     with replacing_folder(folder) as fresh:
         digests = {}
         for name, part in parts.items():
+            if isinstance(part, Linked):
+                part.place(fresh)
+                digests[name] = part.sha256
+                continue
             if isinstance(part, str):
                 file = fresh / f"{name}.json"
                 file.write_text(part, encoding="utf-8")
@@ -95,3 +134,14 @@ def _read(file: Path, sha256: str | None) -> bytes:
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{file} is truncated or not the file its config.json was written with")
     return data
+
+
+def stored_weights(place: Path) -> int:
+    """Numbers in a .safetensors file, or in those of a folder; headers are read alone."""
+    files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
+    count = 0
+    for file in files:
+        with open_tensors(file) as tensors:
+            for name in list(tensors.keys()):
+                count += math.prod(tensors.get_slice(name).get_shape())
+    return count

@@ -26,6 +26,7 @@ from .folders import Part, read_tensors, read_text, write_folder
 from .load import ready_autoencoder, ready_text_encoder
 from .published import read_json
 from .stored import StoredNetwork
+from .text_to_image import load_published_autoencoder, load_published_text_encoder
 from .weights import StoredWeights
 from .word_tokenizer import WordTokenizer
 
@@ -51,6 +52,9 @@ def load_checkpoint_autoencoder(
     Raises FileNotFoundError without the file; ValueError for one that is damaged, exchanged or of
     another architecture.
     """
+    if "autoencoder" in config.foreign:
+        options = {"encodes": encodes, "capture": capture}
+        return load_published_autoencoder(folder, config, device, dtype, **options)
     state = read_tensors(folder, "autoencoder", config.sha256)
     found = _stored_autoencoder(folder, config.autoencoder, state)
     return ready_autoencoder(found, dtype, device, encodes=encodes, capture=capture)
@@ -66,6 +70,8 @@ def load_checkpoint_text_encoder(
 
     Raises what `load_checkpoint_autoencoder` does, for either file.
     """
+    if "text_encoder" in config.foreign:
+        return load_published_text_encoder(folder, config, device, dtype)
     text = read_text(folder, "tokenizer", config.sha256)
     tokenize = _tokenizer(folder, config.text_encoder, text)
     state = read_tensors(folder, "text_encoder", config.sha256)
@@ -221,6 +227,8 @@ def _entries(folder: Path, form: str, *names: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no config.json of the format {form}")
     entries = read_json(file)
     if entries.get("format") in (kind._format for kind in KINDS.values()):  # a whole model's
+        if entries.get("published"):
+            raise ValueError(f"{folder} has the parts of a published model, which --base takes")
         own = {name: entries[name] for name in ("sha256", *names) if entries.get(name)}
         entries = {"format": form, **own}
     if entries.get("format") != form:

@@ -2,6 +2,8 @@
 
 diffusers   model_index.json, scheduler/, tokenizer/, text_encoder/, unet/, vae/
 ModelScope  configuration.json and three files of weights, which it names
+
+diffusers' pipelines of images have the same parts (text_to_image.py).
 """
 
 from __future__ import annotations
@@ -105,8 +107,20 @@ def _of_diffusers(folder: Path) -> dict[str, Any]:
     if index.get("_class_name") != _PIPELINE:
         wrong = Unsupported("_class_name", index.get("_class_name"), f"is not {_PIPELINE}")
         raise ValueError(f"{folder / DIFFUSERS_PIPELINE}: {wrong}")
+    return diffusers_settings(folder, index)
+
+
+def diffusers_settings(
+    folder: Path, index: Mapping[str, Any], unet: str = "UNet3DConditionModel"
+) -> dict[str, Any]:
+    """Schedule, scaling factor and sample size of the parts in a folder, once all are found.
+
+    index: model_index.json, which must name the classes that are read; unet: that of its UNet
+
+    Raises as `read_text_to_video` does.
+    """
     missing = []
-    for part, (classes, file) in _PARTS.items():
+    for part, (classes, file) in {**_PARTS, "unet": ((unet,), "config.json")}.items():
         place = folder / part / file if file else folder / part
         if not place.exists():
             missing.append(f"{part}/{file}" if file else f"{part}/")
@@ -120,12 +134,12 @@ def _of_diffusers(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / DIFFUSERS_PIPELINE}: {wrong}")
     if missing:
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}")
-    vae, unet = (folder / part / "config.json" for part in ("vae", "unet"))
+    vae, network = (folder / part / "config.json" for part in ("vae", "unet"))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return {
         "schedule": _read(scheduler, diffusers_schedule),
         "scaling_factor": _read(vae, _scaling_factor),
-        "sample_size": _read(unet, _sample_size),
+        "sample_size": _read(network, _sample_size),
     }
 
 
@@ -181,21 +195,28 @@ def _max_frames(configuration: Mapping[str, Any]) -> int | None:
 
 
 def _check_fits(model: TextToVideoModel) -> None:
+    if not model.unet.is_video:
+        raise ValueError(f"{model.folder}: its UNet makes images, not clips")
+    check_parts_fit(model.folder, model.unet, model.autoencoder, model.text_encoder)
+
+
+def check_parts_fit(
+    folder: Path, unet: UNetConfig, autoencoder: AutoencoderConfig, text: TextEncoderConfig
+) -> None:
     """ValueError where one part makes what the next cannot take."""
-    unet, latents = model.unet, model.autoencoder.latent_channels
+    latents, made = autoencoder.latent_channels, autoencoder.out_channels
     for wrong, problem in (
-        (not unet.is_video, "its UNet makes images, not clips"),
         (
             (unet.in_channels, unet.out_channels) != (latents, latents),
             f"its UNet has {unet.in_channels} input and {unet.out_channels} output channels, its "
             f"autoencoder {latents}",
         ),
         (
-            unet.context_dim != model.text_encoder.width,
+            unet.context_dim != text.width,
             f"its UNet takes texts of width {unet.context_dim}, its text encoder makes "
-            f"{model.text_encoder.width}",
+            f"{text.width}",
         ),
-        (model.channels != 3, f"its autoencoder makes {model.channels} channels, not RGB"),
+        (made != 3, f"its autoencoder makes {made} channels, not RGB"),
     ):
         if wrong:
-            raise ValueError(f"{model.folder}: {problem}")
+            raise ValueError(f"{folder}: {problem}")

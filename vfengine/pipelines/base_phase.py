@@ -94,7 +94,7 @@ class BasePhase(CheckpointPipeline):
         Raises ValueError for a model whose residual network was not trained for it.
         """
         how = num_inference_steps, solver, eta
-        table = network_table(self.config, self.schedule, "residual", *how)
+        table = network_table(self.config, "residual", *how)
         return self._image_path(image, table, self._run(None))
 
     def check_trajectory(
@@ -115,7 +115,7 @@ class BasePhase(CheckpointPipeline):
         """
         name = "residual" if trajectory.base_path == "clean" else "base"
         how = num_inference_steps, solver, eta
-        table = network_table(self.config, self.schedule, name, *how)
+        table = network_table(self.config, name, *how)
         check_path(trajectory, self.config, self.schedule, table, num_clips, base_path)
 
     # -- inside ------------------------------------------------------------------------------------
@@ -142,14 +142,7 @@ class BasePhase(CheckpointPipeline):
         if config.autoencoder is not None:
             mean, std = self._latent_scale()
             x = (self._session.encoded(x, run, keep) - mean) / std
-        return BaseTrajectory.from_image(
-            x,
-            schedule=self.schedule,
-            timesteps=table.timesteps.tolist(),
-            solver=table.solver,
-            eta=table.eta,
-            metadata={"model": config.fingerprint()},
-        )
+        return BaseTrajectory.along(x, table, self.schedule, {"model": config.fingerprint()})
 
     def _base_phase(
         self,

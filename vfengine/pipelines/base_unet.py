@@ -1,8 +1,9 @@
 """A published image UNet as the base generator of a decomposed model.
 
 The base network of VideoFusion is an image diffusion model, and may be a published one: trained on
-the same noise schedule, on images of the same channels, without a prompt. A clip's label then
-conditions its motion alone, unless the network has the labels as its own classes.
+the same noise schedule, on images of the same channels. A clip's label then conditions its motion
+alone, unless the network has the labels as its own classes. One that attends to prompts serves a
+model whose text encoder, and whose latents, are those that it was trained with.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ import torch
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig
 from ..formats.load import fingerprint, read_scheduler, read_unet, read_unet_config
-from ..formats.scheduler import base_schedule
+from ..formats.published_base import FOLDERS
+from ..formats.scheduler import base_schedule, diffusers_schedule
+from ..formats.text_to_image import linked_parts, part_config
 from ..models.config import UNetConfig
 from ..models.denoisers import PREDICTION_TYPES, PretrainedGenerator
 from ..models.unet import UNet
@@ -30,6 +33,7 @@ class PretrainedBase:
     """Where a base network comes from: a source of `load_unet`, or a UNet in memory."""
 
     source: Path | UNet | InferenceUNet
+    config: UNetConfig
     prediction_type: str
     fingerprint: str
 
@@ -91,8 +95,10 @@ def pretrained_base(
     if said not in PREDICTION_TYPES:
         raise ValueError(f"base_unet: predicts {said!r}, expected one of {PREDICTION_TYPES}")
     _check_fits(unet, config)
-    prediction_type = _trained_on(scheduler, config.noise_schedule()) if scheduler else said
-    return PretrainedBase(source, prediction_type, fingerprint(source, prediction_type))
+    if unet.context_dim is not None and isinstance(source, Path):
+        _check_parts(source, config)
+    prediction_type = _trained_on(scheduler, config) if scheduler else said
+    return PretrainedBase(source, unet, prediction_type, fingerprint(source, prediction_type))
 
 
 def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
@@ -103,6 +109,7 @@ def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
     if known is not None and unet.class_embedding == "table":
         known -= 1  # the last class stands for no label
     size = (config.height, config.width)
+    width = None if config.text_encoder is None else config.text_encoder.width
     for wrong, problem in (
         (unet.is_video, "is a video UNet, the base network makes images"),
         (
@@ -111,8 +118,13 @@ def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
             f"{config.channels}",
         ),
         (
-            unet.needs_context or unet.context_dim is not None,
+            config.text_encoder is None and (unet.needs_context or unet.context_dim is not None),
             f"attends to a context of width {unet.context_dim}, and a label is none",
+        ),
+        (
+            config.text_encoder is not None and unet.context_dim not in (None, width),
+            f"attends to a context of width {unet.context_dim}, this model's text encoder makes "
+            f"rows of {width}",
         ),
         (
             unet.class_embedding in ("timestep", "projection"),
@@ -132,12 +144,34 @@ def _check_fits(unet: UNetConfig, config: CheckpointConfig) -> None:
             raise ValueError(f"base_unet: {problem}")
 
 
-def _trained_on(scheduler: dict, ours: NoiseSchedule) -> str:
+def _check_parts(source: Path, config: CheckpointConfig) -> None:
+    """What lies beside a network that attends to prompts must be as this model's own.
+
+    Raises ValueError for an autoencoder or text encoder of another architecture. A UserWarning
+    names one of other weights, which the network's clips then rest on all the same.
+    """
+    root = (source.parent if source.is_file() else source).resolve()
+    root = root if (root / "unet").is_dir() else root.parent
+    for name in ("autoencoder", "text_encoder"):
+        if not (root / FOLDERS[name] / "config.json").is_file():
+            continue
+        what = f"base_unet: the {name.replace('_', ' ')} beside it"
+        own = part_config(root, name)
+        if asdict(own) != asdict(getattr(config, name)):
+            raise ValueError(f"{what} is of another architecture than this model's")
+        if name not in config.foreign:
+            continue
+        if linked_parts(root, (name,))[name].sha256 != config.sha256.get(name):
+            warnings.warn(f"{what} is another one; this model's own is used", stacklevel=3)
+
+
+def _trained_on(scheduler: dict, config: CheckpointConfig) -> str:
     """What the network predicts, of its scheduler's configuration.
 
     A UserWarning names the entries that ask for another way of sampling than the model's. Raises
     ValueError where they name other noise levels than the model's, or what cannot be sampled.
     """
+    ours = config.noise_schedule()
     try:
         theirs, prediction_type, others = base_schedule(scheduler)
     except ValueError as error:
@@ -149,7 +183,7 @@ def _trained_on(scheduler: dict, ours: NoiseSchedule) -> str:
             f"base_unet: was trained on another noise schedule, {theirs.recipe}, than this model's "
             f"{ours.recipe}"
         )
-    if others:
+    if others and not _samples_alike(scheduler, config):
         named = ", ".join(f"{entry} = {json.dumps(value)}" for entry, value in others.items())
         warnings.warn(
             f"base_unet: not taken from its scheduler, as base frames are sampled in the model's "
@@ -157,3 +191,15 @@ def _trained_on(scheduler: dict, ours: NoiseSchedule) -> str:
             stacklevel=3,
         )
     return prediction_type
+
+
+def _samples_alike(scheduler: dict, config: CheckpointConfig) -> bool:
+    """Whether a published scheduler asks for the model's own timesteps and last step."""
+    published = getattr(config, "published", None)
+    if published is None:
+        return False
+    try:
+        theirs = diffusers_schedule(scheduler)
+    except (ValueError, KeyError):  # of entries that are named
+        return False
+    return {name: getattr(theirs, name) for name in published.timesteps} == published.timesteps

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import SolverTable, solver_table
+from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig, FewSteps
 from .request import VideoRequest
 
@@ -24,7 +23,6 @@ def distilled(config: CheckpointConfig, names: Iterable[str]) -> dict[str, FewSt
 
 def network_table(
     config: CheckpointConfig,
-    schedule: NoiseSchedule,
     name: str,
     steps: int | None,
     solver: str,
@@ -36,12 +34,12 @@ def network_table(
     """
     few = (config.distilled or {}).get(name)
     if few is None:
-        return solver_table(solver, schedule, DEFAULT_STEPS if steps is None else steps, eta)
+        return config.table(solver, DEFAULT_STEPS if steps is None else steps, eta)
     if solver != few.solver:
         raise ValueError(f"the {name} network was distilled for the solver {few.solver}: {solver}")
     if eta:
         raise ValueError(f"the {name} network was distilled: its steps add no noise, but eta={eta}")
-    return solver_table(solver, schedule, len(few.timesteps), timesteps=few.timesteps)
+    return config.table(solver, len(few.timesteps), timesteps=few.timesteps)
 
 
 def chosen_steps(config: CheckpointConfig, names: Iterable[str], steps: int | None) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..diffusion.noise import check_seed
-from ..files import open_tensors
+from ..formats.folders import stored_weights
 from ..models import UNetConfig
 from ..models.autoencoder import AutoencoderConfig
 from ..sampling.cycle import plan_cycle
@@ -197,9 +197,11 @@ def _guided(pipe: Pipe, request: VideoRequest | TextRequest, phase: str) -> bool
         return False
     if isinstance(pipe, TextToVideoPipeline):
         return True
-    if phase == "base" and pipe._session.pretrained is not None:
-        return False
     network = None if phase == "text" else pipe.config.unet_config(phase)
+    if not _is_own(pipe, phase):
+        network = pipe._session.pretrained.config
+        if pipe.config.text_encoder is None:
+            return False
     if pipe.config.text_encoder is None:
         return network.num_classes is not None and request.labels != [None]
     reads = network is None or network.context_dim is not None
@@ -242,22 +244,13 @@ def _weights(pipe: Pipe, phase: str) -> int:
         count = pipe.config.num_weights[phase]
     elif not _is_own(pipe, phase):
         source = pipe._session.pretrained.source
-        return _stored(source) if isinstance(source, Path) else 0  # a UNet in memory is there
+        return (
+            stored_weights(source) if isinstance(source, Path) else 0
+        )  # a UNet in memory is there
     else:
-        count = _stored(pipe.folder / f"{_FILES.get(phase, phase)}.safetensors")
+        count = stored_weights(pipe.config.place(pipe.folder, _FILES.get(phase, phase)))
     packed = _PACKED if pipe.device.type == "cpu" and pipe.dtype == torch.float32 else 1.0
     return int(count * pipe.dtype.itemsize * packed)
-
-
-def _stored(place: Path) -> int:
-    """Numbers in a .safetensors file, or in those of a folder."""
-    files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
-    count = 0
-    for file in files:
-        with open_tensors(file) as tensors:
-            for name in list(tensors.keys()):
-                count += math.prod(tensors.get_slice(name).get_shape())
-    return count
 
 
 def _activations(pipe: Pipe, part: VideoRequest | TextRequest, phase: str) -> int:

@@ -220,7 +220,7 @@ class CheckpointPipeline(Pipeline):
     def _table(self, request: VideoRequest, name: str) -> SolverTable:
         """The steps of a phase; ValueError for steps that its network was not made for."""
         how = request.num_inference_steps, request.solver, request.eta
-        return network_table(self.config, self.schedule, name, *how)
+        return network_table(self.config, name, *how)
 
     def _chosen_steps(self, request: VideoRequest) -> int:
         """The steps of a request; ValueError for how a distilled network cannot be sampled."""

@@ -6,7 +6,6 @@ A network is read when it is first needed, and can be released. Its loop is kept
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
+from ..formats.folders import stored_weights
 from ..models import UNet, for_inference
 from ..sampling.finite import check_finite
 from ..sampling.guidance import Condition, ModelSpec, Prompts, guided, prompted, told
@@ -139,6 +139,10 @@ class Session(Networks):
         if name == "base" and self.pretrained is not None:
             schedule = self.config.noise_schedule()
             network = self.pretrained.load(schedule, self.device, self.dtype)
+        elif name in self.config.foreign:
+            from ..formats.text_to_image import load_base
+
+            network = load_base(*place, self.device, self.dtype)
         else:
             network = load_network(*place, name, self.device, self.dtype)
         if isinstance(network.unet, UNet):
@@ -165,13 +169,12 @@ class Session(Networks):
         """
         if self.device.type != "cuda":
             return not needed_again
-        weights = 0
-        for name in ("base", "residual"):
-            file = self.folder / f"{name}.safetensors"
-            if name not in self.networks and file.is_file():
-                with open_tensors(file) as opened:
-                    tensors = [opened.get_slice(key) for key in list(opened.keys())]
-                    weights += sum(math.prod(tensor.get_shape()) for tensor in tensors)
+        places = (
+            self.config.place(self.folder, name)
+            for name in ("base", "residual")
+            if name not in self.networks
+        )
+        weights = sum(stored_weights(place) for place in places if place.exists())
         return not self.has_room(weights)
 
     def check_complete(self, *names: str) -> None:
@@ -181,6 +184,11 @@ class Session(Networks):
         """
         for name in names:
             if name in self.networks:
+                continue
+            if name in self.config.foreign:
+                from ..formats.text_to_image import find_part
+
+                find_part(self.folder, self.config, name)
                 continue
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():

@@ -75,9 +75,9 @@ class VideoFusionPipeline(BasePhase):
                  (offload_base). A CPU ignores this
         base_unet: an image UNet in place of the checkpoint's base network: a source of
                  `models.load_unet`, or a UNet, whose device and dtype "auto" then stands for. It
-                 must fit the clips' channels and the noise schedule. One that needs a context (a
-                 prompt) is refused. If it has no classes, labels condition the residual network
-                 alone
+                 must fit the clips' channels and the noise schedule. One that attends to prompts
+                 needs a model with its text encoder. If it has no classes, labels condition the
+                 residual network alone
         base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
                  scheduler of its pipeline says, or "epsilon"
 
