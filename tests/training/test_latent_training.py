@@ -166,9 +166,9 @@ def test_residual_network_alone_sees_the_exact_base(new_trainer):
     torch.testing.assert_close(seen["z"][:, 2].double(), signal * x[:, 2], rtol=1e-4, atol=1e-4)
 
 
-def test_residual_network_alone_needs_the_exact_base():
+def test_residual_network_alone_needs_the_exact_base(new_trainer):
     with pytest.raises(ValueError, match=r"clean_share must be 1, got 0\.5"):
-        TrainingOptions(train="residual", clean_share=0.5)
+        new_trainer(train="residual", clean_share=0.5)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

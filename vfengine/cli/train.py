@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..training.batch import Latents
     from ..training.options import TrainingOptions
     from ..training.parts import Parts
+    from ..training.published import PublishedParts
     from ..training.samples import Showcase
     from ..training.text import TextTraining
     from ..training.trainer import Trainer
@@ -105,15 +106,15 @@ def _on_pixels(settings: argparse.Namespace, options: TrainingOptions) -> Traine
 
 
 def _decomposed(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
-    return (_on_latents if settings.autoencoder else _on_pixels)(settings, options)
+    on_latents = settings.autoencoder or settings.base
+    return (_on_latents if on_latents else _on_pixels)(settings, options)
 
 
 def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
-    from ..training.parts import Parts
     from ..training.recipes import Shape, latent_model
     from ..training.trainer import Trainer
 
-    parts = Parts.read(settings.autoencoder, settings.text_encoder)
+    parts = _parts(settings, options)
     shape = replace(Shape.of(settings), fps=FPS)  # that of videos is not known yet
     latent_model(shape, parts, {}, 1.0)  # refused before clips are made
     told, latents, showcase = _latents(settings, parts)
@@ -172,7 +173,7 @@ def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Tra
 
 
 def _latents(
-    settings: argparse.Namespace, parts: Parts
+    settings: argparse.Namespace, parts: Parts | PublishedParts
 ) -> tuple[Captioned, Latents, Showcase | None]:
     """Captioned clips, the same through the parts, and what samples show; latents are kept."""
     from ..training.parts import Coder
@@ -188,6 +189,23 @@ def _latents(
         source, numbers = told.shown()
         showcase = Showcase.of(source, coder, numbers)
     return told, latents, showcase
+
+
+def _parts(settings: argparse.Namespace, options: TrainingOptions) -> Parts | PublishedParts:
+    """What --autoencoder and --text-encoder hold, or --base, which also decides on --size."""
+    if settings.base is None:
+        from ..training.parts import Parts
+
+        return Parts.read(settings.autoencoder, settings.text_encoder)
+    from ..training.published import PublishedParts
+
+    parts = PublishedParts.read(settings.base, options.train != "residual")
+    if settings.size is None:
+        sides = {side * parts.autoencoder.scale for side in parts.model.sample_size}
+        if len(sides) > 1:
+            raise ValueError(f"{settings.base} makes pictures that are not square: give --size")
+        settings.size = sides.pop()
+    return parts
 
 
 def _residual_std(settings: argparse.Namespace, latents: Latents) -> float:
@@ -269,7 +287,7 @@ def _check(settings: argparse.Namespace) -> None:
     lam = settings.lam
     if lam is not None and not 0 <= lam < 1:  # at 1 no frame has noise of its own to estimate
         raise ValueError(f"--lam must be at least 0 and below 1, got {lam}")
-    if settings.objective in OBJECTIVES and settings.autoencoder is None:
+    if settings.objective in OBJECTIVES and not (settings.autoencoder or settings.base):
         from ..training.recipes import Shape, pixel_model
 
         shape = replace(Shape.of(settings), fps=FPS)  # that of videos is not known yet

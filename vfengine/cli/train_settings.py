@@ -56,6 +56,18 @@ _ON_LATENTS = {
     "cell_weight": 3.0,
     "timestep_shift": 0.6,
 }
+# … and beside a published base network, …
+_ON_PUBLISHED = {
+    "size": None,
+    "patch_size": 1,
+    "base_channels": None,
+    "residual_channels": (128, 256, 384, 384),
+    "layers_per_block": (1, 1, 1, 1),
+    "train": "residual",
+    "extra_images": 0,
+    "learning_rate": 1e-4,
+    "cell_weight": 3.0,
+}
 # … and where clips are a folder's videos, of which neither more base frames nor figures are known.
 _OF_FOLDERS = {"cell_weight": 1.0, "base_images": 0}
 # What decomposed models alone have of the settings of clips and files.
@@ -64,7 +76,7 @@ _OF_DECOMPOSED = ("residual_from", "captions", "base_images")
 _OF_PARTS = ("size", "num_clips")
 # What a student has of its teacher, and what only trainings without a teacher take.
 _OF_TEACHER = (
-    *("autoencoder", "text_encoder", "num_frames", "size", "fps", "lam", "base_channels"),
+    *("autoencoder", "text_encoder", "base", "num_frames", "size", "fps", "lam", "base_channels"),
     *("residual_channels", "layers_per_block", "patch_size", "base_path", "timestep_shift"),
 )
 # What a plain video model has of a decomposed model's options.
@@ -74,21 +86,22 @@ _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 def _option(name: str, group: str, help: str) -> Setting:
     """A setting that is a field of `TrainingOptions`, with its default."""
     default = getattr(TrainingOptions, name)
-    kind = _WHOLE if isinstance(default, int) else _NUMBER
-    if name in _ON_LATENTS:
-        return _other_on_latents(name, group, kind, help, default)
-    return Setting(name, group, kind, help, default)
+    return _differing(name, group, _WHOLE if isinstance(default, int) else _NUMBER, help, default)
 
 
-def _other_on_latents(name: str, group: str, kind: Kind, help: str, default: Any) -> Setting:
-    """A setting with another default on latents."""
-    on_pixels, on_latents = (
-        ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        for value in (default, _ON_LATENTS[name])
-    )
-    return Setting(
-        name, group, kind, help, default, f"{on_pixels}; with --autoencoder {on_latents}"
-    )
+def _differing(name: str, group: str, kind: Kind, help: str, default: Any) -> Setting:
+    """A setting whose default on latents, or beside a published base network, may be another."""
+    told = [_told(default)]
+    for given, defaults in (("--autoencoder", _ON_LATENTS), ("--base", _ON_PUBLISHED)):
+        if name in defaults:
+            told.append(f"with {given} {_told(defaults[name])}")
+    return Setting(name, group, kind, help, default, *["; ".join(told)] * (len(told) > 1))
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "its own"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 SETTINGS = (
@@ -141,6 +154,13 @@ SETTINGS = (
         "train on captions through this text encoder, a checkpoint of --objective text",
     ),
     Setting(
+        "base",
+        _DECOMPOSED,
+        _FOLDER,
+        "train a residual network for this text-to-image model, in diffusers' format, on its "
+        "latents: its UNet is the base network, which stays as it is unless --train says otherwise",
+    ),
+    Setting(
         "data",
         _CLIPS,
         text("NAME"),
@@ -160,7 +180,7 @@ SETTINGS = (
         "clips_cache", "files", _FOLDER, "folder for rendered clips or latents", None, "--output"
     ),
     Setting("num_frames", _CLIPS, _WHOLE, "frames of a clip", 16),
-    _other_on_latents("size", _CLIPS, _WHOLE, "height and width in pixels", 64),
+    _differing("size", _CLIPS, _WHOLE, "height and width in pixels", 64),
     Setting("frame_stride", _CLIPS, _WHOLE, "use every N-th frame of a folder's videos", 1),
     Setting(
         "fps",
@@ -177,26 +197,22 @@ SETTINGS = (
         "share of the noise that all frames have in common",
         0.5,
     ),
-    _other_on_latents(
+    _differing(
         "base_channels",
         _MODEL,
         _PER_LEVEL,
         "channels of the base network, or of the plain video model",
         (80, 160, 272),
     ),
-    _other_on_latents(
+    _differing(
         "residual_channels",
         _DECOMPOSED,
         _PER_LEVEL,
         "channels of the residual network",
         (64, 96, 112),
     ),
-    _other_on_latents(
-        "layers_per_block", _MODEL, _PER_LEVEL, "residual blocks of each level", (0, 1, 1)
-    ),
-    _other_on_latents(
-        "patch_size", _MODEL, _WHOLE, "pixels or latents of a patch, along each side", 4
-    ),
+    _differing("layers_per_block", _MODEL, _PER_LEVEL, "residual blocks of each level", (0, 1, 1)),
+    _differing("patch_size", _MODEL, _WHOLE, "pixels or latents of a patch, along each side", 4),
     Setting(
         "base_path",
         _DECOMPOSED,
@@ -205,11 +221,11 @@ SETTINGS = (
         None,
         "clean, or stepwise with --clean-share 0",
     ),
-    Setting(
+    _differing(
         "train",
         _DECOMPOSED,
         choice(NETWORKS_TRAINED),
-        "train both networks, or one; the other is then that of --init-from",
+        "train both networks, or one; the other is then that of --init-from or --base",
         TrainingOptions.train,
     ),
     Setting(
@@ -304,8 +320,11 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
     defaults = OBJECTIVE_DEFAULTS.get(objective, {})
     if settings["autoencoder"] is not None:
         defaults = defaults | _ON_LATENTS
-        if settings["data"] not in (None, "mocap"):
-            defaults = defaults | _OF_FOLDERS
+    elif settings["base"] is not None:
+        defaults = defaults | _ON_PUBLISHED
+        settings["train"] = settings["train"] or _ON_PUBLISHED["train"]
+    if settings["data"] not in (None, "mocap"):
+        defaults = defaults | _OF_FOLDERS
     if settings["train"] == "residual":
         defaults = defaults | {"clean_share": 1.0}
     options = {field.name for field in fields(TrainingOptions)}
@@ -381,7 +400,11 @@ def _check_parts(settings: dict[str, Any]) -> None:
     if settings["keep_encoder"] and not (settings["init_from"] or settings["resume"]):
         raise UsageError("--keep-encoder needs --init-from: a fresh encoder is not worth keeping")
     given = [name for name in ("autoencoder", "text_encoder") if settings[name] is not None]
-    if len(given) == 1:
+    if settings["base"] is not None:
+        for name in (*given, *(["base_channels"] * (settings["base_channels"] is not None))):
+            raise UsageError(f"{flag(name)} cannot go with --base, which has its own")
+        given = ["base"]
+    elif len(given) == 1:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
     if settings["objective"] == "distill":
         given = given or [settings["from"]]  # the teacher decides
@@ -391,6 +414,9 @@ def _check_parts(settings: dict[str, Any]) -> None:
                 raise UsageError(f"{flag(name)} needs rendered clips, and --data is a folder")
     if not given and settings["cell_weight"] != 1:
         raise UsageError("--cell-weight needs --autoencoder: pixels weigh alike")
+    alone = settings["train"] == "residual" and settings["base"] is None
+    if settings["objective"] == "decomposed" and alone and settings["clean_share"] != 1:
+        raise UsageError("--train residual without --base: clean_share must be 1")
     for name in ("max_hours", "max_minutes"):
         if settings[name] is not None and not settings[name] >= 0:
             raise UsageError(f"{flag(name)} must not be negative, got {settings[name]}")

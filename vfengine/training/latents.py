@@ -55,6 +55,7 @@ class Encodes(Protocol):
 
     device: torch.device
     latent_channels: int
+    at_once: int  # frames in a call of a network
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 [..., H, W, 3] -> fp16 [..., C, h, w], of mean 0 and variance 1."""
@@ -128,7 +129,7 @@ def make_latents(
     """
     autoencoder, text = parts.digests()
     null = coder.states([""])[0]
-    at_once = _CLIPS_AT_ONCE[coder.device.type]
+    at_once = min(_CLIPS_AT_ONCE[coder.device.type], coder.at_once)
 
     def made(kind: str, numbers: range, only_base: bool) -> Latents:
         span = f"{numbers.start}-{numbers.stop}"

@@ -35,11 +35,21 @@ class Objective:
     networks: dict[str, nn.Module]
 
     def __init__(
-        self, config: CheckpointConfig, options: TrainingOptions, device: torch.device | str
+        self,
+        config: CheckpointConfig,
+        options: TrainingOptions,
+        device: torch.device | str,
+        given: Mapping[str, nn.Module] | None = None,
     ):
+        """given: networks that are not new; a foreign one that is not given has no part in it"""
         self.config, self.options, self.device = config, options, torch.device(device)
         self.schedule: NoiseSchedule = config.noise_schedule()
-        self.networks = {name: net.to(device) for name, net in build_networks(config).items()}
+        given = given or {}
+        self.networks = {
+            name: given[name] if name in given else build_network(config, name).to(device)
+            for name in config.networks
+            if name in given or name not in config.foreign
+        }
         has_classes = config.unet_config(config.networks[0]).num_classes is not None
         self.condition = "class_labels" if has_classes else "context"
 
@@ -100,8 +110,9 @@ class Decomposed(Objective):
     The configuration records the clean_share that it is trained with.
     """
 
-    def __init__(self, config, options, device):
-        super().__init__(replace(config, clean_share=options.clean_share), options, device)
+    def __init__(self, config, options, device, given=None):
+        options.check_base(config.published is not None or options.teacher_steps > 0)
+        super().__init__(replace(config, clean_share=options.clean_share), options, device, given)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -133,7 +144,7 @@ class Decomposed(Objective):
 
     def _clip_losses(self, batch: BatchSampler) -> Losses:
         """The joint loss on B clips."""
-        base, residual = self.networks["base"], self.networks["residual"]
+        base, residual = self.networks.get("base"), self.networks["residual"]
         options, lam = self.options, self.config.lam
         x, condition, figure = batch.clips(options.batch_size)
         m = base_index(x.shape[1])
@@ -149,7 +160,7 @@ class Decomposed(Objective):
             z[:, m] += signal * jitter
             return paint(z, t)
 
-        alone = options.train == "residual"  # exact everywhere: no estimate of b is needed
+        alone = options.only_exact_bases  # no estimate of b is needed
         base_loss, residual_loss = joint_loss(
             (lambda z, t: torch.zeros_like(z)) if alone else self._model(base, condition),
             residual_model,
@@ -161,7 +172,7 @@ class Decomposed(Objective):
             lam=lam,
             exact_base=exact,
             weights=(
-                self.clean_weight(t, 1.0, base.data_std),
+                self.clean_weight(t, 1.0, self.config.base_std),
                 self.clean_weight(t, 1 - lam, residual.data_std),
             ),
             cell_weights=self._cells(figure, m),
@@ -214,7 +225,7 @@ class Decomposed(Objective):
         noise = decomposed_noise(
             clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
         )
-        models = [self._model(networks[n], condition, null) for n in ("base", "residual")]
+        models = [self._model(networks.get(n), condition, null) for n in ("base", "residual")]
         steps = {"schedule": self.schedule, "num_inference_steps": steps}
         if self.options.train == "base":
             return sample_base(models[0], noise.base, **steps).final[:, None]

@@ -45,7 +45,8 @@ class TrainingOptions:
     base_jitter      largest standard deviation of the noise on those clips' base frames, which is
                      drawn uniformly: a generated base frame is not as clean as a real one
     train            "both" networks, or "base" or "residual" alone, so that two processes may train
-                     one each; the residual network alone sees the exact base noise on every clip
+                     one each; the residual network alone sees the exact base noise on every clip,
+                     unless the base network is a published one
     timestep_shift   s: timesteps are drawn at s u / (1 + (s-1) u) of the schedule, u uniform; above
                      1 more of them have much noise (Esser et al. 2024, arXiv 2403.03206, eq. 23)
     cell_weight      weight of the cells that the figure fills, beside 1 of all others
@@ -97,13 +98,24 @@ class TrainingOptions:
             raise ValueError(f"adversary must be finite and not negative, got {self.adversary}")
         if self.train not in NETWORKS_TRAINED:
             raise ValueError(f"train must be one of {NETWORKS_TRAINED}, got {self.train!r}")
-        if self.train == "residual" and self.clean_share != 1 and not self.teacher_steps:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
+
+    @property
+    def only_exact_bases(self) -> bool:
+        """Whether no step asks the base network."""
+        return self.train == "residual" and self.clean_share == 1
+
+    def check_base(self, is_trained: bool) -> None:
+        """ValueError where the residual network alone would be shown what a new network says.
+
+        is_trained: whether the base network is a published one, or a teacher's
+        """
+        if self.train == "residual" and not (is_trained or self.only_exact_bases):
             raise ValueError(
                 "train='residual' shows the exact base noise alone: clean_share must be 1, "
                 f"got {self.clean_share}"
             )
-        if self.precision not in PRECISIONS:
-            raise ValueError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, constant, linear to zero over the last `decay` share of the steps."""

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import DecomposedConfig, PlainConfig
 from ..models import UNetConfig, vdm_config
 from .parts import Parts
 
+if TYPE_CHECKING:
+    from .published import PublishedParts
+
 
 @dataclass(frozen=True)
 class Shape:
     """What the user decides about a model's clips and networks; see --help.
 
-    height and width are `size`, of pixels
+    height and width are `size`, of pixels; base_channels is None of a published base network
     """
 
     num_frames: int
     size: int
     fps: float
-    base_channels: Sequence[int]
+    base_channels: Sequence[int] | None
     residual_channels: Sequence[int] | None
     layers_per_block: Sequence[int]
     patch_size: int
@@ -70,17 +74,18 @@ def pixel_model(
 
 
 def latent_model(
-    shape: Shape, parts: Parts, prompts: dict[str, str], residual_std: float
+    shape: Shape, parts: Parts | PublishedParts, prompts: dict[str, str], residual_std: float
 ) -> DecomposedConfig:
     """Cells attend to each other and to the prompt: in the base network at every level.
 
     In the residual network they do below the finest level, and there frames attend to each other;
-    at the finest, temporal convolutions tell frames of their neighbours.
+    at the finest, temporal convolutions tell frames of their neighbours. Published parts have a
+    base network of their own, and a schedule.
 
     prompts: what each label stands for
     residual_std: see `latents.residual_std`
 
-    Raises ValueError for a size that the autoencoder has no latents of.
+    Raises ValueError for a size that the autoencoder has no latents of, or a network no levels.
     """
     levels, channels = len(shape.layers_per_block), parts.autoencoder.latent_channels
     scale = parts.autoencoder.scale
@@ -90,7 +95,7 @@ def latent_model(
     base = UNetConfig(
         in_channels=channels,
         out_channels=channels + 1,
-        block_out_channels=shape.base_channels,
+        block_out_channels=shape.base_channels or shape.residual_channels,
         layers_per_block=shape.layers_per_block,
         patch_size=shape.patch_size,
         spatial_attention=(True,) * levels,
@@ -108,19 +113,16 @@ def latent_model(
         temporal_conv=(True,) * levels,
         frame_embedding=True,
     )
-    return DecomposedConfig(
-        height=shape.size // scale,
-        width=shape.size // scale,
-        channels=channels,
+    values = {
         **_clips(shape, tuple(prompts)),
-        **parts.entries(),
-        prompts=tuple(prompts.values()),
-        base=base,
-        residual=residual,
-        base_std=1.0,
-        residual_std=residual_std,
-        **_decomposition(shape),
-    )
+        **{"height": shape.size // scale, "width": shape.size // scale, "channels": channels},
+        **{"base": base, "residual": residual, "base_std": 1.0, "residual_std": residual_std},
+        **{"prompts": tuple(prompts.values()), **_decomposition(shape), **parts.entries()},
+    }
+    multiple = scale * math.lcm(values["base"].size_multiple, residual.size_multiple)
+    if shape.size % multiple:
+        raise ValueError(f"--size must be a multiple of {multiple}, got {shape.size}")
+    return DecomposedConfig(**values)
 
 
 def _clips(shape: Shape, labels: tuple[str, ...]) -> dict:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from .report import StepReport, means_by_t
 from .samples import Showcase, write_labels, write_prompts
 from .updates import Updates
 
+if TYPE_CHECKING:
+    from .published import PublishedParts
+
 # entries of decomposed models that the names of plain models' states include
 _ONCE_IN_PLAIN_MODELS = {
     **{"lam": None, "base": None, "residual": None},
@@ -30,6 +34,7 @@ _ONCE_IN_PLAIN_MODELS = {
 }
 # entries that configurations gained; where there are none, states have the name that they had
 _LATER = ("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts", "distilled")
+_LATER += ("published",)
 
 
 class Trainer:
@@ -52,7 +57,7 @@ class Trainer:
         labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         *,
-        parts: Parts | None = None,
+        parts: Parts | PublishedParts | None = None,
         showcase: Showcase | None = None,
         objective: Callable[..., Objective] | None = None,
     ):
@@ -66,13 +71,15 @@ class Trainer:
         self.options, self.device, self.steps_done = options, torch.device(device), 0
         torch.manual_seed(options.seed)
         make = OBJECTIVES[config.objective] if objective is None else objective
-        self.objective = make(config, options, device)
+        given = {} if parts is None else parts.networks(config, options, self.device)
+        self.objective = make(config, options, device, **({"given": given} if given else {}))
         self.config, self.networks = self.objective.config, self.objective.networks
         trained = {name: self.networks[name] for name in self.objective.trained}
-        fixed = [net for name, net in self.networks.items() if name not in trained]
-        for network in fixed:
+        fixed = {name: net for name, net in self.networks.items() if name not in trained}
+        for network in fixed.values():
             network.eval().requires_grad_(False)
-        self.updates = Updates(trained, options, fixed)
+        kept = [net for name, net in fixed.items() if name not in config.foreign]
+        self.updates = Updates(trained, options, kept)
         self.averaged = {**self.networks, **self.updates.averaged}
         self.parameters, self.averages = self.updates.parameters, self.updates.averages
         self.optimizer = self.updates.optimizer
@@ -136,7 +143,7 @@ class Trainer:
         config = read_config(folder)
         fresh = []
         for name, source in self.objective.sources(config).items():
-            if only not in (None, name):
+            if only not in (None, name) or {name, source} & {*self.config.foreign, *config.foreign}:
                 continue
             state = read_weights(folder, source, config)
             for net in (self.networks[name], self.averaged[name]):
@@ -151,7 +158,8 @@ class Trainer:
 
         A network that is not trained has the weights that it started from.
         """
-        states = [self.averaged[name].unet.state_dict() for name in self.config.networks]
+        names = [name for name in self.config.networks if name not in self.config.foreign]
+        states = [self.averaged[name].unet.state_dict() for name in names]
         parts = None if self._parts is None else self._parts.files()
         return save_checkpoint(folder, self.config, *states, parts=parts)
 
@@ -188,6 +196,8 @@ class Trainer:
         named = (sorted(values.items()), self.data.shape, self.options.seed)
         if self.objective.trained != self.config.networks:
             named = (*named, self.objective.trained)
+        if self._parts is not None:
+            named = (*named, *self._parts.identity())
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
