@@ -362,6 +362,11 @@ class DecomposedConfig(CheckpointConfig):
                 raise TypeError(f"published must be a PublishedBase, got {self.published!r}")
             if self.autoencoder is None or self.text_encoder is None:
                 raise ValueError("a published base network needs an autoencoder and a text_encoder")
+            if self.base.out_channels != self.channels:
+                raise ValueError(
+                    f"a published base network makes {self.channels} channels, as the clips have, "
+                    f"not {self.base.out_channels}"
+                )
         check_number("lam", self.lam, lambda lam: 0 <= lam < 1)
         check_number("base_std", self.base_std, positive)
         check_number("residual_std", self.residual_std, positive)

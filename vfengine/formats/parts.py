@@ -228,7 +228,7 @@ def _entries(folder: Path, form: str, *names: str) -> dict[str, Any]:
     entries = read_json(file)
     if entries.get("format") in (kind._format for kind in KINDS.values()):  # a whole model's
         if entries.get("published"):
-            raise ValueError(f"{folder} has the parts of a published model, which --base takes")
+            raise ValueError(f"{folder} has a published model's {names[0]}, none of its own")
         own = {name: entries[name] for name in ("sha256", *names) if entries.get(name)}
         entries = {"format": form, **own}
     if entries.get("format") != form:

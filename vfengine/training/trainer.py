@@ -143,9 +143,9 @@ class Trainer:
         config = read_config(folder)
         fresh = []
         for name, source in self.objective.sources(config).items():
-            if only not in (None, name) or {name, source} & {*self.config.foreign, *config.foreign}:
+            if only not in (None, name) or name in self.config.foreign:
                 continue
-            state = read_weights(folder, source, config)
+            state = {} if source in config.foreign else read_weights(folder, source, config)
             for net in (self.networks[name], self.averaged[name]):
                 own = net.unet.state_dict()
                 fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
