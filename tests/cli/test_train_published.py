@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from published_images import SIDE, image_networks, save_images
+from published_images import SIDE, image_networks, save_decomposed, save_images
 from test_train import weights_of
 
 from vfengine.cli import generate, train
@@ -81,6 +81,13 @@ def test_wrong_usage_of_a_base_ends_in_one_line(command, tmp_path, capsys, flags
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not output.exists()
+
+
+def test_such_a_model_is_no_teacher(images, command, tmp_path, capsys):
+    model = save_decomposed(tmp_path / "model", images)
+    asked = ["--objective", "distill", "--from", str(model), "--steps", "2"]
+    assert train.main([*asked, *command[2:4], "--output", str(tmp_path / "new")]) == 2
+    assert "a model on a published base network cannot be distilled" in capsys.readouterr().err
 
 
 def test_folders_of_other_shapes_are_refused(images, command, tmp_path, capsys):

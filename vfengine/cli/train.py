@@ -130,6 +130,8 @@ def _follow_teacher(settings: argparse.Namespace) -> None:
     config = read_config(folder)
     if not isinstance(config, DecomposedConfig):
         raise ValueError(f"{folder}: only decomposed models are distilled, not a VDM*")
+    if config.published is not None:
+        raise ValueError(f"{folder}: a model on a published base network cannot be distilled")
     settings.num_frames, settings.fps = config.num_frames, config.fps
     settings.size, width = config.picture_size
     if settings.size != width:
