@@ -58,6 +58,10 @@ class ModelInfo:
     device: str
     dtype: str
 
+    def steps_range(self, limit: int) -> tuple[int, int]:
+        """Least and largest num_inference_steps; limit: the server's, where the model has none."""
+        return (min(self.only_steps), max(self.only_steps)) if self.only_steps else (1, limit)
+
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelInfo:
         """Of its fields, as they come out of JSON. Raises KeyError or TypeError for others."""

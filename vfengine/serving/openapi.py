@@ -73,8 +73,10 @@ def _fields(info: ModelInfo, bounds: Bounds) -> dict[str, Schema]:
         "residual_seed": _integer(0, 2**64 - 1, "seed of the motion"),
         "num_frames": _integer(1, bounds.frames(info), "frames of the clip"),
         "fps": _number(1, MAX_FPS, "frames a second"),
-        "num_inference_steps": _integer(1, bounds.steps, "steps of the solver"),
-        "guidance_scale": _number(0, 100, "scale of classifier-free guidance; 1 is off"),
+        "num_inference_steps": _integer(*info.steps_range(bounds.steps), "steps of the solver"),
+        "guidance_scale": _number(
+            *info.guidance_range, "scale of classifier-free guidance; 1 is off"
+        ),
         "solver": {"type": "string", "enum": list(info.solvers)},
         "eta": _number(0, 1, "share of new noise in each step of ddim"),
         "base_path": {"type": "string", "enum": list(info.base_paths) or ["clean"]},

@@ -18,7 +18,7 @@ export function setUp(info, { shownVideo, onError }) {
   const prompts = model.takes_prompts;
   $("prompt-field").hidden = !prompts;
   $("label-field").hidden = prompts || model.labels.length === 0;
-  $("negative-field").hidden = !prompts;
+  $("negative-field").hidden = !prompts || !model.takes_negatives;
   $("picture-field").hidden = !model.animates_pictures;
   $("base_seed-field").hidden = !model.has_base;
   if (!model.has_base) $("motion-name").textContent = "Seed";
@@ -30,7 +30,11 @@ export function setUp(info, { shownVideo, onError }) {
   const scales = Array.from({ length: model.max_scale }, (_, index) => index + 1);
   fill($("size"), scales.map(sizeAt), (size) => size.replace("x", " × "));
   bound($("seconds"), { min: frames(1), max: frames(model.max_num_frames), step: frames(1) });
-  bound($("num_inference_steps"), { max: model.max_num_inference_steps });
+  bound($("num_inference_steps"), {
+    min: model.min_num_inference_steps,
+    max: model.max_num_inference_steps,
+  });
+  bound($("guidance_scale"), { min: model.min_guidance_scale, max: model.max_guidance_scale });
   reset();
 
   $("label-offer").addEventListener("change", () => {
