@@ -11,8 +11,12 @@ from seeded import normal
 from test_base_unet import save_peer
 
 import vfengine as vf
+from vfengine.cli import serve_settings
+from vfengine.cli.bench import _model_settings, bench_parser
+from vfengine.cli.serve import _engine_flags
 from vfengine.cli.settings import read_settings
 from vfengine.files import write_tensors
+from vfengine.formats.lora_files import parse_lora
 from vfengine.media.metadata import read_metadata
 
 LAYER = "down.1.0.spatial.attn1.to_q"
@@ -88,6 +92,15 @@ def test_files_of_settings_have_lists_and_lines_have_none(tmp_path):
         file.write_text(wrong)
         with pytest.raises(ValueError, match=r"must be|expected FILE"):
             read_settings(["--config", str(file)])
+
+
+def test_servers_and_benches_take_it():
+    settings = serve_settings.read_settings(["--lora", "a.safetensors:2", "--lora=b"])
+    assert [word for word in _engine_flags(settings) if "lora" in word] == [
+        "--lora=a.safetensors:2.0",
+        "--lora=b:1.0",
+    ]
+    assert _model_settings(bench_parser().parse_args(["--lora=b"]))["lora"] == [parse_lora("b")]
 
 
 @pytest.mark.parametrize(
