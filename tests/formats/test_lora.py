@@ -175,13 +175,19 @@ def test_refuses_what_is_no_file_of_lora(file, tmp_path):
         ({"use_dora": True}, "use_dora = True"),
         ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
         ({"lora_alpha": "much"}, "alpha of base.* must be a number, got 'much'"),
+        ({"lora_alpha": float("nan")}, "is not finite"),
+        ({"lora_alpha": 10**400}, "too large for a float"),
+        ({"alpha_pattern": ["to_q"]}, "alpha_pattern must be names and numbers"),
+        ({"alpha_pattern": {"(": 1}}, "adapter: missing"),
     ],
 )
 def test_refuses_other_adapters_of_peft(settings, message, tmp_path):
-    write(tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
-        changes(tmp_path)
+        changes(folder)
 
 
 # -- arguments -------------------------------------------------------------------------------------

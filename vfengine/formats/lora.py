@@ -34,9 +34,10 @@ _WEIGHTS = (  # of a layer: its name, and which of its two matrices
 _ALPHA = re.compile(r"(?P<layer>.+?)(?:\.lora)?\.alpha")
 _PARTS = {"A": "down", "B": "up"}
 _OTHERS = {  # words in the names of what is no LoRA of two matrices
-    **{"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA"},
-    **{"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "a LoRA of three matrices"},
-    **{"lora_embedding_": "a LoRA of embeddings", ".diff": "a difference of whole weights"},
+    **{".lora_magnitude_vector": "DoRA", ".dora_scale": "DoRA"},
+    **{".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".lora_mid": "LoRA of three matrices"},
+    **{".lora_embedding_": "LoRA of embeddings"},
+    **{".diff.": "a difference of whole weights", ".diff_b.": "a difference of biases"},
 }
 _PEFT = "base_model.model."
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -86,7 +87,7 @@ def read_lora(file: LoraFile) -> Lora:
     record, stored = lora_record(file.path), open_weights([weights])
     try:
         layers = _layers(stored, _settings(weights, config), file.scale)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, re.error) as error:
         raise ValueError(f"{file.path}: {error}") from error
     return Lora(file, record, layers)
 
@@ -98,7 +99,7 @@ def _layers(
     alphas: dict[str, float] = {}
     for name in stored.shapes:
         tensor = stored.read(name)
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             raise ValueError(f"{name} is not finite")
         layer, part = _parsed(name)
         if part == "alpha":
@@ -127,6 +128,8 @@ def _layers(
                 f"{layer}: up {list(up.shape)} and down {list(down.shape)} do not fit each other"
             )
         share = alphas[layer] / rank if layer in alphas else _share(layer, rank, settings)
+        if not math.isfinite(scale * share):
+            raise ValueError(f"{layer}: scale times alpha / rank is not finite")
         layers[layer] = Update(up, down, scale * share)
     return layers
 
@@ -134,7 +137,7 @@ def _layers(
 def _parsed(name: str) -> tuple[str, str]:
     """The layer that an entry belongs to, and what it is of it: "up", "down" or "alpha"."""
     for word, kind in _OTHERS.items():
-        if word in name:
+        if word in f"{name}.":
             raise ValueError(f"{name} is of {kind}, which is not supported")
     for form in _WEIGHTS:
         if found := form.fullmatch(name):
@@ -182,6 +185,8 @@ def _share(layer: str, rank: int, settings: Mapping[str, Mapping[str, Any]]) -> 
         if not layer.startswith(prefix):
             continue
         patterns, alpha = values.get("alpha_pattern") or {}, values.get("lora_alpha", rank)
+        if not isinstance(patterns, dict):
+            raise ValueError(f"alpha_pattern must be names and numbers, got {patterns!r}")
         for pattern, value in patterns.items():
             if re.fullmatch(rf"(.*\.)?({pattern})", layer.removeprefix(prefix)):
                 alpha = value
