@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from .flags import UsageError, flag
 from .train_captioned import encoded, read_captioned, tell_left_out
 
 if TYPE_CHECKING:
     from ..formats.checkpoint import CheckpointConfig
     from ..training.lora import LoraTrainer
     from ..training.options import TrainingOptions
+
+
+# What it takes of the settings of models and clips; the others are those of its model.
+_TAKEN = ("objective", "lora", "data", "captions", "frame_stride", "train", "extra_images")
+_TAKEN += ("base_jitter",)
+
+
+def check_lora(settings: Mapping[str, Any], of_models: Iterable[str]) -> None:
+    """UsageError for flags that a LoRA does not take; settings: None unless they are given.
+
+    of_models: the settings of models and clips
+    """
+    if settings["lora"] < 1:
+        raise UsageError(f"--lora must be at least 1, got {settings['lora']}")
+    if settings["data"] in (None, "mocap"):
+        raise UsageError("--lora needs --data DIR, a folder of videos")
+    for name in (*of_models, "init_from", "residual_from"):
+        if settings[name] is not None and name not in _TAKEN:
+            raise UsageError(f"{flag(name)} cannot go with --lora: that is the model's")
 
 
 def lora_training(settings: argparse.Namespace, options: TrainingOptions) -> LoraTrainer:

@@ -22,6 +22,7 @@ from ..names import (
 )
 from ..training.options import LORA_DEFAULTS, OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
+from .train_lora import check_lora
 
 TRAIN = "python -m vfengine.train"
 FPS = 10.0  # of rendered clips, and of videos that state no rate
@@ -72,10 +73,6 @@ _ON_PUBLISHED = {
 _OF_FOLDERS = {"cell_weight": 1.0, "base_images": 0}
 # What decomposed models alone have of the settings of clips and files.
 _OF_DECOMPOSED = ("residual_from", "captions", "base_images", "lora", "model")
-# What a LoRA has of the settings of models and clips; the others are those of --model.
-_OF_LORA = ("objective", "lora", "data", "captions", "frame_stride", "train", "extra_images")
-_OF_LORA += ("base_jitter",)
-_NOT_OF_LORA = ("init_from", "residual_from")
 # What trainings of an autoencoder or a text encoder have of the settings of models.
 _OF_PARTS = ("size", "num_clips")
 # What a student has of its teacher, and what only trainings without a teacher take.
@@ -164,7 +161,6 @@ SETTINGS = (
         _FOLDER,
         "train a residual network for this text-to-image model, in diffusers' format, on its "
         "latents: its UNet is the base network, which stays as it is unless --train says otherwise",
-    ),
     ),
     Setting(
         "lora",
@@ -339,7 +335,8 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
     if settings["data"] not in (None, "mocap"):
         defaults = defaults | _OF_FOLDERS
     if settings["lora"] is not None:
-        _check_lora(settings)
+        groups = (_MODEL, _DECOMPOSED, _CLIPS)
+        check_lora(settings, [setting.name for setting in SETTINGS if setting.group in groups])
         defaults = defaults | LORA_DEFAULTS
     elif settings["model"] is not None:
         raise UsageError("--model is what --lora RANK changes: to train a model, --init-from")
@@ -411,18 +408,6 @@ def _check_distillation(settings: dict[str, Any], given: set[str]) -> None:
     for name in ("clean_share", "cell_weight"):
         if name not in given:
             settings[name] = None
-
-
-def _check_lora(settings: dict[str, Any]) -> None:
-    """UsageError for flags that a LoRA does not take; settings: None unless they are given."""
-    if settings["lora"] < 1:
-        raise UsageError(f"--lora must be at least 1, got {settings['lora']}")
-    if settings["data"] in (None, "mocap"):
-        raise UsageError("--lora needs --data DIR, a folder of videos")
-    for setting in SETTINGS:
-        foreign = setting.group in (_MODEL, _DECOMPOSED, _CLIPS) and setting.name not in _OF_LORA
-        if settings[setting.name] is not None and (foreign or setting.name in _NOT_OF_LORA):
-            raise UsageError(f"{flag(setting.name)} cannot go with --lora: that is the model's")
 
 
 def _check_parts(settings: dict[str, Any]) -> None:
