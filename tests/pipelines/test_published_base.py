@@ -18,6 +18,7 @@ from published_images import (
 )
 
 import vfengine as vf
+from vfengine.files import write_tensors
 from vfengine.formats.checkpoint import load_network, read_config
 from vfengine.pipelines.forecast import forecast
 from vfengine.pipelines.request import SamplingRequest
@@ -278,3 +279,22 @@ def test_an_autoencoder_of_another_architecture_is_refused(checkpoint, images, t
     file.write_text(file.read_text().replace('"norm_num_groups": 4', '"norm_num_groups": 2'))
     with pytest.raises(ValueError, match="the autoencoder beside it is of another architecture"):
         vf.VideoFusionPipeline.from_pretrained(checkpoint, **ON_CPU, base_unet=source)
+
+
+def test_lora_changes_its_networks_by_their_published_names(checkpoint, pipe, networks, tmp_path):
+    layer = networks.text.get_submodule("encoder.layers.0.self_attn.q_proj")
+    walks, pipes = [pipe.walk_base(prompt=PROMPT, num_inference_steps=2).final], {}
+    for name, weight in (
+        ("unet.conv_in", networks.unet.conv_in.weight),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", layer.weight),
+    ):
+        up, down = torch.ones(len(weight), 2, 1, 1), torch.full((2, *weight.shape[1:]), 0.1)
+        up = up[..., 0, 0] if weight.dim() == 2 else up
+        file = tmp_path / f"{name}.safetensors"
+        write_tensors(file, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+        pipes[name] = vf.load_pipeline(checkpoint, lora=file, **ON_CPU)
+        walks.append(pipes[name].walk_base(prompt=PROMPT, num_inference_steps=2).final)
+    assert len({walk.numpy().tobytes() for walk in walks}) == 3
+    unet, text = pipes.values()
+    assert unet.fingerprint != pipe.fingerprint == text.fingerprint
+    assert text.config.sha256["text_encoder"] != pipe.config.sha256["text_encoder"]

@@ -44,7 +44,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 _FROM_GENERATE = (
     *("model", "label", "prompt", "num_inference_steps", "num_frames", "solver"),
-    *("device", "dtype", "no_capture"),
+    *("lora", "device", "dtype", "no_capture"),
 )
 SETTINGS = (
     *(setting for setting in GENERATE_SETTINGS if setting.name in _FROM_GENERATE),
@@ -147,7 +147,7 @@ def _model_settings(settings: argparse.Namespace) -> dict[str, Any]:
     """Those that say which model is opened, as `generate` has them."""
     from ..names import DTYPE_NAMES
 
-    values = {name: getattr(settings, name) for name in ("model", "device", "no_capture")}
+    values = {name: getattr(settings, name) for name in ("model", "lora", "device", "no_capture")}
     return {**values, "dtype": DTYPE_NAMES.get(settings.dtype, settings.dtype)}
 
 

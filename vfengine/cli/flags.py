@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
-            if value == []:  # which some versions make of --name=--
+            if value == [] or value == [[]]:  # which some versions make of --name=--
                 self.error(f"argument {flag(name)}: expected one argument")
         return found, rest
 
@@ -106,6 +106,11 @@ def number(low: float, high: float, metavar: str) -> Kind:
     return Kind(f"number, {low:g} to {high:g}", {"metavar": metavar, "type": convert})
 
 
+def repeated(kind: Kind) -> Kind:
+    """A list of such values: one for each time that the flag is used."""
+    return Kind(f"{kind.words}; repeatable", {**kind.arguments, "action": "append"})
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
@@ -128,6 +133,11 @@ class Setting(NamedTuple):
     def is_switch(self) -> bool:
         """Whether it is true or false, without a value after it."""
         return self.kind in (SWITCH, ON_OFF)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether its value is a list (`repeated`)."""
+        return self.kind.arguments.get("action") == "append"
 
     @property
     def default_words(self) -> str:

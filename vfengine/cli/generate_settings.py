@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 
+from ..formats.lora_files import LoraFile, parse_lora
 from ..names import AUTO, BASE_PATHS, CHROMAS, CODECS, DTYPE_NAMES, FILTERS, SOLVERS
 from ..pipelines.request import SamplingRequest, TextRequest
 from ..pipelines.reuse_every import plain_reuse_every
-from .flags import ON_OFF, SWITCH, Kind, Setting, choice, number, text, whole
+from .flags import ON_OFF, SWITCH, Kind, Setting, choice, number, repeated, text, whole
 
 
 def _every(text: str) -> int | str:
@@ -35,6 +36,19 @@ def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") ->
     return Setting(name, group, kind, help, getattr(request, name), otherwise)
 
 
+def _lora(words: str) -> LoraFile:
+    try:
+        return parse_lora(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+LORA = Setting(
+    "lora",
+    "how",
+    repeated(Kind("file, or file:scale", {"metavar": "FILE:SCALE", "type": _lora})),
+    "add this LoRA to the weights, SCALE times, or once without :SCALE; a folder of PEFT will do",
+)
 SETTINGS = (
     _field("label", "what", text("NAME"), "what to show, one of the names of --list-labels"),
     _field(
@@ -180,6 +194,7 @@ SETTINGS = (
         text("DIR"),
         "use this image UNet, in diffusers' format, in place of the base network",
     ),
+    LORA,
     Setting(
         "base_trajectory",
         "base path",
@@ -253,7 +268,8 @@ DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.nam
 # What a command has once, however many lines of --prompts there are.
 OF_THE_COMMAND = frozenset(
     ("prompts", "resume", "dry_run", "list_labels", "json", "quiet")
-    + ("model", "base_unet", "device", "dtype", "no_capture")
+    + ("model", "base_unet", "lora", "device", "dtype", "no_capture")
 )
 SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
+REPEATED = {setting.name for setting in SETTINGS if setting.is_repeated}
 ON_OFF_SETTINGS = {setting.name for setting in SETTINGS if setting.kind is ON_OFF}

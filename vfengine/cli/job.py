@@ -124,6 +124,7 @@ def open_pipeline(settings: argparse.Namespace) -> Pipeline:
             dtype=dtype,
             capture=not settings.no_capture,
             base_unet=settings.base_unet,
+            lora=settings.lora,
         )
     except MissingPackage as error:
         raise UsageError(str(error)) from error

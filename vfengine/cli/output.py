@@ -302,7 +302,12 @@ def _settings_in_use(job: Job) -> dict[str, Any]:
         values[name] = getattr(job.request, name, None)
     if job.settings.preview:
         values["num_frames"] = 1
-    return values
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON; of a flag that was used several times, a list of texts."""
+    return list(map(str, value)) if isinstance(value, list) else value
 
 
 def peak_process_memory() -> int | None:

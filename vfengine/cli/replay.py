@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
+from ..formats.lora_files import lora_record
 from ..pipelines.clip_settings import FILES, RECORDED, file_record, model_record
 from ..pipelines.conflicts import conflicts
 from .flags import UsageError, flag, one_line
+from .generate_settings import REPEATED
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline import Pipeline
@@ -76,7 +78,9 @@ def read_clip(file: Path, flags: Mapping[str, Any]) -> Clip:
         if suffix.lower() != file.suffix.lower() or "codec" in flags:
             entries.pop(name, None)
     for name in entries.keys() & {*FILES, "base_unet"}:
-        entries[name] = _found(file, name, entries[name], record)
+        entries[name] = _found(file, name, entries[name], record["files"].get(name, {}))
+    if "lora" in entries:
+        entries["lora"] = _loras(file, entries["lora"], record["files"].get("lora"))
     output = file.stem + "-again" + suffix
     return Clip(file, record, entries, output, frozenset(flags))
 
@@ -96,7 +100,7 @@ def check_clip(settings: argparse.Namespace, pipe: Pipeline) -> None:
         same = ("name",)  # of a published model, whose weights have no SHA-256
     if any(theirs.get(name) != ours.get(name) for name in same):
         words = f"{clip.file} was made by model {_model(theirs)}, but {_model(ours)} is in use"
-        if not clip.flags & {"model", "base_unet"}:
+        if not clip.flags & {"model", "base_unet", "lora"}:
             raise UsageError(f"{words}: --model names the folder of another")
         warnings.warn(words, stacklevel=2)
     version, device = clip.record["vfengine"], clip.record.get("device")
@@ -135,17 +139,42 @@ def _record(file: Path) -> dict[str, Any]:
         or not isinstance(record.get("vfengine"), str)
         or not all(isinstance(record.setdefault(name, {}), dict) for name in parts)
         or not record["settings"]
-        or not all(isinstance(found, dict) for found in record["files"].values())
+        or not all(
+            isinstance(found, list if name in REPEATED else dict)
+            for name, found in record["files"].items()
+        )
     ):
         raise UsageError(f"--config {file}: carries no settings of vfengine")
     for name, value in record["settings"].items():
-        if name not in RECORDED or isinstance(value, (dict, list)):
+        if name not in RECORDED or isinstance(value, dict | list) is not (name in REPEATED):
             raise UsageError(f"--config {file}: carries a setting that is unknown: {name!r}")
     return record
 
 
-def _found(file: Path, name: str, value: Any, record: Mapping[str, Any]) -> str:
-    """Where a file or folder that a clip names is: here or beside the clip, with its content."""
+def _loras(file: Path, names: Any, records: Any) -> list[str]:
+    """The LoRA that a clip names, as --lora takes them."""
+    records = records or [{}] * len(names)
+    if len(names) != len(records) or not all(isinstance(found, dict) for found in records):
+        raise UsageError(f"--config {file}: names {len(names)} LoRA, and tells of {len(records)}")
+    found = []
+    for words, record in zip(map(str, names), records, strict=True):
+        name, colon, scale = words.rpartition(":")
+        found.append(_found(file, "lora", name, record, lora_record) + colon + scale)
+    return found
+
+
+def _found(
+    file: Path,
+    name: str,
+    value: Any,
+    record: Mapping[str, Any],
+    record_of: Callable[[Path], Mapping[str, str]] = file_record,
+) -> str:
+    """Where a file or folder that a clip names is: here or beside the clip, with its content.
+
+    record:    what the clip says of its content
+    record_of: what says the same of a file
+    """
     what = f"--config {file}: was made with {flag(name)} {value!r}"
     if not isinstance(value, str) or value in ("", ".", "..") or Path(value).name != value:
         raise UsageError(f"{what}, which is no name of a file")
@@ -156,8 +185,11 @@ def _found(file: Path, name: str, value: Any, record: Mapping[str, Any]) -> str:
         )
     if name == "base_unet":
         return str(there[0])  # the model's fingerprint is of its content
-    wanted = str(record["files"].get(name, {}).get("sha256"))
-    digests = [file_record(path)["sha256"] for path in there if path.is_file()]
+    wanted = str(record.get("sha256"))
+    try:
+        digests = [record_of(path)["sha256"] for path in there if path.is_file() or name == "lora"]
+    except OSError as error:  # a folder that is no LoRA
+        raise UsageError(f"{what}: {one_line(error)}") from error
     for path, digest in zip(there, digests, strict=False):
         if digest == wanted:
             return str(path)

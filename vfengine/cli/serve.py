@@ -144,6 +144,7 @@ def _engine_flags(settings: argparse.Namespace) -> list[str]:
         value = getattr(settings, name)
         if value is not None:
             flags += ["--" + name.replace("_", "-"), str(value)]
+    flags += [f"--lora={file}" for file in settings.lora or ()]
     return [*flags, *(["--no-capture"] if settings.no_capture else [])]
 
 

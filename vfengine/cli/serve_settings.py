@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..names import AUTO, DTYPE_NAMES
 from .flags import SWITCH, Parser, Setting, UsageError, add_flags, choice, number, text, whole
+from .generate_settings import LORA
 
 _MODEL, _ADDRESS, _BOUNDS, _STORE = "model", "address", "bounds", "store"
 _FOLDER, _FILE = text("DIR", Path), text("FILE", Path)
@@ -38,6 +39,7 @@ SETTINGS = (
         _FOLDER,
         "use this image UNet, in diffusers' format, in place of the base network",
     ),
+    LORA._replace(group=_MODEL),
     Setting(
         "device",
         _MODEL,

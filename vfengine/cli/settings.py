@@ -20,6 +20,7 @@ from .generate_settings import (
     MAX_SEED,
     OF_THE_COMMAND,
     ON_OFF_SETTINGS,
+    REPEATED,
     SETTINGS,
     SHOWN,
     SWITCHES,
@@ -176,7 +177,7 @@ def _tokens(
     foreign: settings that the file cannot have
     """
     known = {*DEFAULTS, "seed"} - foreign
-    tokens = {}
+    tokens: dict[str, list[str]] = {}
     for key, value in entries.items():
         name = str(key).replace("-", "_")
         if name in foreign & OF_THE_COMMAND - {"list_labels"}:
@@ -185,14 +186,17 @@ def _tokens(
             raise UsageError(f"unknown entry {key!r}, expected some of {', '.join(sorted(known))}")
         if name in tokens:
             raise UsageError(f"{name} is there twice")
-        switch = name in SWITCHES
+        switch, several = name in SWITCHES, name in REPEATED
         if value is None and (not switch or name in ON_OFF_SETTINGS):
             continue  # null is as good as no entry
-        if switch is not isinstance(value, bool) or isinstance(value, (dict, list)):
-            wanted = "true or false" if switch else "one value"
+        values = value if several and isinstance(value, list) else [value]
+        if any(
+            switch is not isinstance(one, bool) or isinstance(one, (dict, list)) for one in values
+        ):
+            wanted = "true or false" if switch else "a list of values" if several else "one value"
             raise UsageError(f"{name} must be {wanted}, got {one_line(value)}")
         if not switch:
-            tokens[name] = f"--{name}={value}"
+            tokens[name] = [f"--{name}={one}" for one in values]
         elif value or name in ON_OFF_SETTINGS:
-            tokens[name] = flag(name, value)
-    return list(tokens.values())
+            tokens[name] = [flag(name, value)]
+    return [token for written in tokens.values() for token in written]

@@ -22,7 +22,8 @@ from .start import short_name
 from .streams import say, tell
 from .train_captioned import Captioned, encoded, read_captioned, tell_left_out
 from .train_loop import Limit, run, tell_end
-from .train_output import CHECKPOINT, Output, open_output
+from .train_lora import lora_training
+from .train_output import CHECKPOINT, LORA, Output, open_output
 from .train_settings import FPS, TRAIN, read_settings
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ def main(argv: Sequence[str] | None = None, program: str = TRAIN) -> int:
 
 def _train(settings: argparse.Namespace) -> int:
     limit = Limit(settings, time.perf_counter())
-    with open_output(settings.output, settings.resume) as output:
+    made, taken = (CHECKPOINT, "--model") if settings.lora is None else (LORA, "--lora")
+    with open_output(settings.output, settings.resume, made) as output:
         _run(settings, output, limit)
     generates = settings.objective in (*OBJECTIVES, "distill")
-    say(f"{output.checkpoint}" + f": generate with --model {output.checkpoint}" * generates)
+    say(f"{output.checkpoint}" + f": generate with {taken} {output.checkpoint}" * generates)
     return 0 if limit.signal is None else 128 + limit.signal
 
 
@@ -69,7 +71,8 @@ def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
     options = TrainingOptions(**{**values, "precision": _precision(settings)})
     _check(settings)
     settings.rates = None  # of videos: what is said and logged of them
-    training = _TRAININGS[settings.objective](settings, options)
+    made = _TRAININGS[settings.objective] if settings.lora is None else lora_training
+    training = made(settings, options)
     if settings.resume:
         training.restore(output.state)
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,15 +20,16 @@ from .ending import verdict
 from .flags import UsageError, one_line
 from .streams import tell
 
-STATE, CHECKPOINT, LOG = "training.safetensors", "checkpoint", "log.jsonl"
+STATE, LOG = "training.safetensors", "log.jsonl"
+CHECKPOINT, LORA = "checkpoint", "lora.safetensors"  # what a training makes
 
 
 class Output:
     """An --output folder that is this training's alone (`open_output`)."""
 
-    def __init__(self, folder: Path, log: int) -> None:
-        """log: the descriptor of the log, opened to append"""
-        self.state, self.checkpoint = folder / STATE, folder / CHECKPOINT
+    def __init__(self, folder: Path, log: int, product: str = CHECKPOINT) -> None:
+        """log: the descriptor of the log, opened to append; product: see `open_output`"""
+        self.state, self.checkpoint = folder / STATE, folder / product
         self._samples, self._log = folder / "samples", log
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -46,20 +48,16 @@ class Output:
 
         Where the second fails, a state of fewer steps stays beside a checkpoint of more.
         """
-        from ..formats.folders import folder_digest
-
         training.export(self.checkpoint)
-        training.save(self.state, folder_digest(self.checkpoint))
+        training.save(self.state, _digest(self.checkpoint))
 
     def is_current(self) -> bool:
         """Whether there is a state, and its own checkpoint, whole."""
-        from ..formats.folders import folder_digest
-
         if not self.state.exists():
             return False
         with open_tensors(self.state, "training state") as stored:
             named = (stored.metadata() or {}).get("checkpoint")
-        return named is not None and named == folder_digest(self.checkpoint)
+        return named is not None and named == _digest(self.checkpoint)
 
     def samples(self, step: int) -> Path:
         """The file of the samples of a step."""
@@ -72,10 +70,11 @@ class Output:
 
 
 @contextmanager
-def open_output(folder: Path, resume: bool) -> Iterator[Output]:
+def open_output(folder: Path, resume: bool, product: str = CHECKPOINT) -> Iterator[Output]:
     """The folder of --output, made if need be, which no other training has meanwhile.
 
     resume: whether it must hold a state, or must not
+    product: what the training makes there: CHECKPOINT, or LORA
 
     Where nothing has been logged in the end, what was made here is removed again. Raises UsageError
     for a folder that cannot be used; OSError of the machine, such as a full disk.
@@ -90,7 +89,7 @@ def open_output(folder: Path, resume: bool) -> Iterator[Output]:
             if verdict(error).status != 2:
                 raise
             raise UsageError(f"--output {folder}: cannot be used ({one_line(error)})") from error
-        output = Output(folder, log)
+        output = Output(folder, log, product)
         _check(output, resume)
         for written in (folder, output.samples(0).parent):
             sweep(os.path.abspath(written))
@@ -103,6 +102,13 @@ def open_output(folder: Path, resume: bool) -> Iterator[Output]:
         with suppress(OSError):  # up to the first that is not empty
             for path in made:
                 path.rmdir()
+
+
+def _digest(made: Path) -> str:
+    """Names what a checkpoint's folder holds, or a file."""
+    from ..formats.folders import folder_digest
+
+    return hashlib.sha256(made.read_bytes()).hexdigest() if made.is_file() else folder_digest(made)
 
 
 def _locked(file: Path) -> int:
@@ -139,7 +145,10 @@ def _check(output: Output, resume: bool) -> None:
         )
     if resume and not output.state.exists():
         raise UsageError(f"nothing to resume: there is no {output.state}")
-    check_replaceable(output.checkpoint)
+    if output.checkpoint.name == CHECKPOINT:
+        check_replaceable(output.checkpoint)
+    elif output.checkpoint.exists() and not resume:
+        raise UsageError(f"{output.checkpoint} exists: it is not overwritten")
     samples = output.samples(0).parent
     if samples.exists() and not samples.is_dir():
         raise UsageError(f"{samples} exists and is no folder")

@@ -20,8 +20,9 @@ from ..names import (
     STUDENT_STEPS,
     TRAININGS,
 )
-from ..training.options import OBJECTIVE_DEFAULTS, TrainingOptions
+from ..training.options import LORA_DEFAULTS, OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
+from .train_lora import check_lora
 
 TRAIN = "python -m vfengine.train"
 FPS = 10.0  # of rendered clips, and of videos that state no rate
@@ -71,13 +72,14 @@ _ON_PUBLISHED = {
 # … and where clips are a folder's videos, of which neither more base frames nor figures are known.
 _OF_FOLDERS = {"cell_weight": 1.0, "base_images": 0}
 # What decomposed models alone have of the settings of clips and files.
-_OF_DECOMPOSED = ("residual_from", "captions", "base_images")
+_OF_DECOMPOSED = ("residual_from", "captions", "base_images", "lora", "model")
 # What trainings of an autoencoder or a text encoder have of the settings of models.
 _OF_PARTS = ("size", "num_clips")
 # What a student has of its teacher, and what only trainings without a teacher take.
 _OF_TEACHER = (
     *("autoencoder", "text_encoder", "base", "num_frames", "size", "fps", "lam", "base_channels"),
     *("residual_channels", "layers_per_block", "patch_size", "base_path", "timestep_shift"),
+    *("lora", "model"),
 )
 # What a plain video model has of a decomposed model's options.
 _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
@@ -160,6 +162,13 @@ SETTINGS = (
         "train a residual network for this text-to-image model, in diffusers' format, on its "
         "latents: its UNet is the base network, which stays as it is unless --train says otherwise",
     ),
+    Setting(
+        "lora",
+        _DECOMPOSED,
+        Kind("whole number", {"metavar": "RANK", "type": int}),
+        "train a LoRA of this rank of --model, on a folder of videos; --lora of generate takes it",
+    ),
+    Setting("model", "files", _FOLDER, "with --lora: the model", None, "the shipped model"),
     Setting(
         "data",
         _CLIPS,
@@ -325,6 +334,12 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
         settings["train"] = settings["train"] or _ON_PUBLISHED["train"]
     if settings["data"] not in (None, "mocap"):
         defaults = defaults | _OF_FOLDERS
+    if settings["lora"] is not None:
+        groups = (_MODEL, _DECOMPOSED, _CLIPS)
+        check_lora(settings, [setting.name for setting in SETTINGS if setting.group in groups])
+        defaults = defaults | LORA_DEFAULTS
+    elif settings["model"] is not None:
+        raise UsageError("--model is what --lora RANK changes: to train a model, --init-from")
     if settings["train"] == "residual":
         defaults = defaults | {"clean_share": 1.0}
     options = {field.name for field in fields(TrainingOptions)}

@@ -34,6 +34,7 @@ from .checkpoint_config import (
     PlainConfig,
 )
 from .folders import Part, read_tensors, write_folder
+from .lora import Updates, merged
 
 __all__ = [
     "DEFAULT",
@@ -83,10 +84,12 @@ def load_network(
     name: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    updates: Updates | None = None,
 ) -> Generator:
     """A network of a checkpoint, in eval mode on `device`, with exactly its file's weights.
 
-    name: as for `build_network`
+    name:    as for `build_network`
+    updates: of LoRA, added to the weights
 
     Raises FileNotFoundError without the file, ValueError for a name that is none of the model's and
     for a file that is damaged, exchanged or of another architecture.
@@ -106,7 +109,8 @@ def load_network(
             f"{folder / name}.safetensors is of another architecture than its config.json: {odd} "
             f"should be {_shape(expected.get(odd))}, is {_shape(found.get(odd))}"
         )
-    unet.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    state = {k: merged(v, (updates or {}).get(k, ())).to(device, dtype) for k, v in state.items()}
+    unet.load_state_dict(state, assign=True)
     generator = config.generator(name, unet.to(memory_format=torch.channels_last))
     return generator.to(device).eval().requires_grad_(False)
 

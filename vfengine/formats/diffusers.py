@@ -33,6 +33,11 @@ def diffusers_unet(values: Mapping[str, Any], names: Iterable[str] = ()) -> Publ
     return PublishedUNet(config, _layer_names(config, pixel_attention(names)))
 
 
+def diffusers_names(config: UNetConfig) -> PublishedUNet:
+    """The names that diffusers has for the layers of a UNet, whatever format it is stored in."""
+    return PublishedUNet(config, _layer_names(config, pixel_attention(())))
+
+
 def _layer_names(config: UNetConfig, attention: Mapping[str, str]) -> dict[str, str]:
     """The names of our layers in diffusers' files; attention: those in an attention of pixels."""
     layers = {name: name for name in ("conv_in", "transformer_in", "conv_norm_out", "conv_out")}

@@ -26,6 +26,7 @@ from ..sampling.captured_call import CapturedCall
 from . import diffusers, diffusers_autoencoder, diffusers_files, ldm_autoencoder, modelscope
 from . import text_encoder as text
 from .diffusers_files import read_scheduler
+from .lora import Updates
 from .published import MODELSCOPE_PIPELINE, PublishedUNet, read_json
 from .stored import StoredNetwork
 from .tokenizer import ClipTokenizer, open_clip_tokenizer, read_tokenizer
@@ -47,6 +48,7 @@ def load_unet(
     source: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    updates: Updates | None = None,
 ) -> UNet | InferenceUNet:
     """A published UNet, for inference: forward(x, t, context=None, class_labels=None).
 
@@ -54,7 +56,7 @@ def load_unet(
     (vfengine/plan). A CPU without bfloat16 instructions runs it in float32, with a warning.
     """
     device, read = torch.device(device), _read_dtype(dtype, device)
-    return for_inference(read_unet(source, read, device), read, device)
+    return for_inference(read_unet(source, read, device, updates), read, device)
 
 
 def load_autoencoder(
@@ -106,6 +108,7 @@ def load_text_encoder(
     source: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    updates: Updates | None = None,
 ) -> nn.Module:
     """A published text encoder, for inference: forward(ids int64 [B, L]) -> [B, L, D] in `dtype`.
 
@@ -114,6 +117,7 @@ def load_text_encoder(
     source: the folder of a CLIPTextModel, with its tokenizer inside or in tokenizer/ beside it; the
             folder of a diffusers pipeline, or of ModelScope; or a file of open_clip's ViT-H-14
     dtype:  of weights and activations: float32, bfloat16 or float16
+    updates: of LoRA (lora.py), added to the weights
 
     On a CPU its weights are packed (vfengine/plan); without bfloat16 instructions it runs in
     float32, with a warning. On CUDA it is plain PyTorch: it runs once a prompt, on 77 rows. Raises
@@ -126,7 +130,7 @@ def load_text_encoder(
             f"{source}: its tokenizer makes {tokenize.length} tokens of a text, its text encoder "
             f"takes {found.config.max_length}"
         )
-    return ready_text_encoder(found, tokenize, dtype, device)
+    return ready_text_encoder(found, tokenize, dtype, device, updates)
 
 
 def ready_text_encoder(
@@ -134,10 +138,11 @@ def ready_text_encoder(
     tokenize: Callable[[Sequence[str]], Tensor],
     dtype: torch.dtype,
     device: torch.device | str,
+    updates: Updates | None = None,
 ) -> nn.Module:
     """A text encoder for inference, with its tokenizer, as `load_text_encoder` says."""
     device, read = torch.device(device), _read_dtype(dtype, device)
-    encoder = for_inference(found.read(read, device), read, device, PlannedTextEncoder)
+    encoder = for_inference(found.read(read, device, updates), read, device, PlannedTextEncoder)
     encoder.tokenize = tokenize
     return encoder
 
@@ -157,6 +162,7 @@ def read_unet(
     source: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    updates: Updates | None = None,
 ) -> UNet:
     """A published UNet as a module of our own: forward(x, t, context=None, class_labels=None).
 
@@ -165,6 +171,7 @@ def read_unet(
             ModelScope: the folder, or the file text2video_pytorch_model.pth; without a
             configuration.json beside it, the shapes of the weights replace it
     dtype:  of weights and activations: float32, bfloat16 or float16
+    updates: of LoRA (lora.py), added to the weights
 
     A clip's frames come second here, x [B, N, C, H, W]; the context [B, M, C'] serves all of them.
     Weights are read without executing code, and cast one by one: memory holds the network once.
@@ -173,7 +180,7 @@ def read_unet(
     architecture, an entry of the configuration or a set of weights that is not supported.
     """
     _check_dtype("read_unet", dtype)
-    return find_unet(source).read(dtype, device)
+    return find_unet(source).read(dtype, device, updates)
 
 
 def read_unet_config(source: str | Path) -> UNetConfig:

@@ -24,6 +24,7 @@ from ..models.text_encoder import TextEncoderConfig, empty_text_encoder
 from .checkpoint import KINDS, CheckpointConfig
 from .folders import Part, read_tensors, read_text, write_folder
 from .load import ready_autoencoder, ready_text_encoder
+from .lora import Updates
 from .published import read_json
 from .stored import StoredNetwork
 from .text_to_image import load_published_autoencoder, load_published_text_encoder
@@ -65,18 +66,21 @@ def load_checkpoint_text_encoder(
     config: CheckpointConfig,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    updates: Updates | None = None,
 ) -> nn.Module:
     """A checkpoint's text encoder with its tokenizer, as `models.load_text_encoder` gives it.
+
+    updates: of LoRA, added to the weights
 
     Raises what `load_checkpoint_autoencoder` does, for either file.
     """
     if "text_encoder" in config.foreign:
-        return load_published_text_encoder(folder, config, device, dtype)
+        return load_published_text_encoder(folder, config, device, dtype, updates)
     text = read_text(folder, "tokenizer", config.sha256)
     tokenize = _tokenizer(folder, config.text_encoder, text)
     state = read_tensors(folder, "text_encoder", config.sha256)
     found = _stored_text_encoder(folder, config.text_encoder, state)
-    return ready_text_encoder(found, tokenize, dtype, device)
+    return ready_text_encoder(found, tokenize, dtype, device, updates)
 
 
 def _stored_autoencoder(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lora import Updates, merged
 from .weights import StoredWeights, check_weights
 
 
@@ -46,8 +47,12 @@ class StoredNetwork:
     def num_weights(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def read(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    def read(
+        self, dtype: torch.dtype, device: torch.device | str, updates: Updates | None = None
+    ) -> nn.Module:
         """The network with its weights, in eval mode, without gradients; once.
+
+        updates: of LoRA, added to the weights
 
         Weights are cast one by one: memory holds the network once. Raises ValueError for entries
         that are no weights.
@@ -57,7 +62,7 @@ class StoredNetwork:
             tensor = self.weights.read(theirs)
             if not tensor.is_floating_point():
                 raise ValueError(f"{self.file}: {theirs} holds {tensor.dtype}, not weights")
-            tensor = tensor.reshape(shapes[ours])
+            tensor = merged(tensor.reshape(shapes[ours]), (updates or {}).get(ours, ()))
             form = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
             state[ours] = tensor.to(device, dtype, copy=True, memory_format=form)
         self.network.load_state_dict(state, assign=True)

@@ -21,6 +21,7 @@ from . import load
 from .checkpoint_config import DecomposedConfig, Generator
 from .diffusers_files import TRANSFORMERS_FILES, locate
 from .folders import Linked
+from .lora import Updates
 from .published import DIFFUSERS_PIPELINE, Unsupported, read_json
 from .published_base import FOLDERS, PublishedBase
 from .scheduler import PublishedSchedule
@@ -125,16 +126,20 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 def load_base(
-    folder: Path, config: DecomposedConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: DecomposedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    updates: Updates | None = None,
 ) -> Generator:
-    """A model's published base network, in eval mode.
+    """A model's published base network with the updates of LoRA, in eval mode.
 
     This and the functions below raise FileNotFoundError for what is missing; ValueError for files
     that are damaged, exchanged or of another architecture.
     """
     found = find_part(folder, config, "base")
     _check_whole(folder, config, "base")
-    return config.generator("base", found.read(dtype, device)).to(device).eval()
+    return config.generator("base", found.read(dtype, device, updates)).to(device).eval()
 
 
 def load_published_autoencoder(
@@ -153,13 +158,17 @@ def load_published_autoencoder(
 
 
 def load_published_text_encoder(
-    folder: Path, config: DecomposedConfig, device: torch.device | str, dtype: torch.dtype
+    folder: Path,
+    config: DecomposedConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    updates: Updates | None = None,
 ) -> nn.Module:
     """As `parts.load_checkpoint_text_encoder`."""
     found = find_part(folder, config, "text_encoder")
     for name in ("text_encoder", "tokenizer"):
         _check_whole(folder, config, name)
-    return load.ready_text_encoder(found, load.find_tokenizer(folder), dtype, device)
+    return load.ready_text_encoder(found, load.find_tokenizer(folder), dtype, device, updates)
 
 
 def find_part(folder: Path, config: DecomposedConfig, name: str) -> Any:

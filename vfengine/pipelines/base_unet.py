@@ -19,6 +19,7 @@ import torch
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig
 from ..formats.load import fingerprint, read_scheduler, read_unet, read_unet_config
+from ..formats.lora import Updates
 from ..formats.published_base import FOLDERS
 from ..formats.scheduler import base_schedule, diffusers_schedule
 from ..formats.text_to_image import linked_parts, part_config
@@ -38,11 +39,15 @@ class PretrainedBase:
     fingerprint: str
 
     def load(
-        self, schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype
+        self,
+        schedule: NoiseSchedule,
+        device: torch.device,
+        dtype: torch.dtype,
+        updates: Updates | None = None,
     ) -> PretrainedGenerator:
-        """The network; a UNet in memory stays as it is."""
+        """The network, with the updates of LoRA; a UNet in memory stays as it is."""
         if isinstance(self.source, Path):
-            unet = read_unet(self.source, dtype, device)
+            unet = read_unet(self.source, dtype, device, updates)
         elif isinstance(self.source, InferenceUNet):
             unet = self.source
         else:

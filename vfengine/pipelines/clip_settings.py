@@ -3,7 +3,7 @@
     {"vfengine": version, "device": "cpu",
      "model": {"name": folder, "fingerprint": 16 hex digits, "networks": {name: 16 hex digits}},
      "settings": {"label": "walk", "base_seed": 0, …},
-     "files": {"image": {"name": "cat.png", "sha256": 64 hex digits}},
+     "files": {"image": {"name": "cat.png", "sha256": 64 hex digits}, "lora": [{…}, …]},
      "beyond": {"lam": 0.5}}
 
 "settings" are those of the command line, by name, with the values in use. They make this one clip,
@@ -32,7 +32,7 @@ RECORDED = (
     *("label", "prompt", "negative_prompt", "num_frames", "height", "width"),
     *("num_inference_steps", "guidance_scale", "solver", "eta", "seed", "base_seed"),
     *("base_offset", "residual_seed", "sample_offset", "num_videos", "window", "window_overlap"),
-    *("loop", "reuse_every", "base_path", "preview", "base_unet", *FILES, "dtype"),
+    *("loop", "reuse_every", "base_path", "preview", "base_unet", "lora", *FILES, "dtype"),
     *("fps", "scale", "scale_filter", "codec", "crf", "chroma"),
 )
 
@@ -58,7 +58,7 @@ def clip_settings(
     scale, scale_filter: how the frames are enlarged
     codec, crf, chroma:  of `media.codecs.check_encoding`
     """
-    request, files = pipe.fill_defaults(request), dict(files or {})
+    request, files = pipe.fill_defaults(request), dict[str, Any](files or {})
     if isinstance(request, TextRequest):
         settings, beyond = _of_text(request, number, files)
     else:
@@ -69,6 +69,8 @@ def clip_settings(
     if base is not None:
         source = base.source
         settings["base_unet"] = source.resolve().name if isinstance(source, Path) else None
+    if names := pipe.loras.names():
+        settings["lora"], files["lora"] = names, pipe.loras.records()
     settings["dtype"] = str(pipe.dtype).removeprefix("torch.")
     settings |= {"fps": float(pipe.config.fps if fps is None else fps), "scale": scale}
     settings |= {"scale_filter": scale_filter} if scale > 1 else {}

@@ -46,11 +46,11 @@ _SHOWN = "each says what to show"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
     *("guidance_scale", "solver", "eta", "window", "window_overlap", "loop"),
-    *("save_latents", "reuse_every", "num_inference_steps"),
+    *("save_latents", "reuse_every", "num_inference_steps", "lora"),
 )
 
-# base_trajectory, the file of a trajectory, base_unet and latents, a file of finished ones, are
-# settings of the command line
+# base_trajectory, the file of a trajectory, base_unet, lora, and latents, a file of finished ones,
+# are settings of the command line
 CONFLICTS = (
     Conflict("num_residuals", "num_videos", "they share one base path"),
     Conflict("base_cache", "base_trajectory", _CACHE),

@@ -20,6 +20,7 @@ def load_pipeline(
     dtype: torch.dtype | str = AUTO,
     capture: bool = True,
     base_unet: Any = None,
+    lora: Any = None,
 ) -> Pipeline:
     """The pipeline that a folder holds; None is the default checkpoint of the package.
 
@@ -28,6 +29,7 @@ def load_pipeline(
     those of their `from_pretrained`; ValueError for a base_unet of a text-to-video model.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "capture": capture}
+    options["lora"] = lora
     if folder is not None:
         from ..formats.published import holds_pipeline
 

@@ -24,6 +24,7 @@ from ..media.pictures import to_frames
 from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Callback, Run, zero_timings
 from .few_steps import check_guidance, chosen_steps, distilled, network_table
+from .loras import Loras
 from .request import TextRequest, VideoRequest
 from .session import Session
 
@@ -55,12 +56,14 @@ class Pipeline:
     lacks:        for error texts: why it refuses settings that its requests do not have
     labels:       the labels that the model knows
     fingerprint:  16 hex digits that name its first network; None where no file holds its SHA-256
+    loras:        the LoRA that is added to its weights
     """
 
     request_type: ClassVar[type[VideoRequest | TextRequest]]
     lacks: ClassVar[str]
     labels: tuple[str, ...] = ()
     fingerprint: str | None = None
+    loras: Loras = Loras()
     folder: Path
     device: torch.device
     dtype: torch.dtype
@@ -96,21 +99,23 @@ class CheckpointPipeline(Pipeline):
         dtype: torch.dtype,
         capture: bool,
         base: PretrainedBase | None = None,
+        loras: Loras | None = None,
     ) -> None:
-        self.base_unet = base
-        if base is not None:  # base paths and caches name the network that made them
+        self.base_unet, self.loras = base, loras or Loras()
+        if base is not None:
             config = replace(
                 config,
                 sha256={**config.sha256, "base": base.fingerprint},
                 base=replace(config.base, guidance_embedding=False),
                 distilled=distilled(config, ("residual",)) or None,
             )
-        self.config = config
+        self._session = Session(config, folder, device, dtype, capture, base, self.loras.updates)
+        # base paths and caches name the network that made them, with its LoRA
+        self.config = config = replace(config, sha256=self.loras.digests(config.sha256))
         self.schedule = config.noise_schedule()
         self.folder = folder
         self.device = device
         self.dtype = dtype
-        self._session = Session(config, folder, device, dtype, capture, base)
 
     @property
     def labels(self) -> tuple[str, ...]:

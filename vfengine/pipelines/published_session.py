@@ -7,12 +7,15 @@ has no room beside it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.noise import NoisePlace
 from ..diffusion.solvers import SolverTable
 from ..formats.load import load_autoencoder, load_text_encoder, load_unet
+from ..formats.lora import Updates
 from ..formats.text_to_video import TextToVideoModel
 from ..models.denoisers import PretrainedGenerator
 from ..sampling.guidance import Prompts, prompted
@@ -24,13 +27,19 @@ class PublishedSession(Networks):
     """Text encoder, UNet and autoencoder of one model on one device.
 
     capture: on CUDA, replay steps and frames from graphs
+    updates: of LoRA, by network
     """
 
     def __init__(
-        self, model: TextToVideoModel, device: torch.device, dtype: torch.dtype, capture: bool
+        self,
+        model: TextToVideoModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        capture: bool,
+        updates: Mapping[str, Updates] | None = None,
     ) -> None:
         super().__init__(device, dtype, capture)
-        self.model = model
+        self.model, self.updates = model, updates or {}
 
     def sampled(
         self,
@@ -62,11 +71,11 @@ class PublishedSession(Networks):
         """Reads "text", "video" or "decode", in its fastest form."""
         place = self.model.folder, self.dtype, self.device
         if name == "text":
-            return load_text_encoder(*place)
+            return load_text_encoder(*place, self.updates.get(name))
         if name == "decode":
             return load_autoencoder(*place, encodes=False, capture=self.driver.capture)
         published = self.model.schedule
-        unet = load_unet(*place)
+        unet = load_unet(*place, self.updates.get(name))
         denoiser = PretrainedGenerator(unet, published.schedule, published.prediction_type)
         return denoiser.to(self.device).eval()
 

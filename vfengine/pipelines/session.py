@@ -6,6 +6,7 @@ A network is read when it is first needed, and can be released. Its loop is kept
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from ..diffusion.solvers import SolverTable
 from ..files import open_tensors
 from ..formats.checkpoint import CheckpointConfig, load_network
 from ..formats.folders import stored_weights
+from ..formats.lora import Updates
 from ..models import UNet, for_inference
 from ..sampling.finite import check_finite
 from ..sampling.guidance import Condition, ModelSpec, Prompts, guided, prompted, told
@@ -34,6 +36,7 @@ class Session(Networks):
 
     capture: on CUDA, replay steps from graphs
     base:    a base network in place of the checkpoint's own
+    updates: of LoRA, by network
 
     In pairs, the base phase's comes first. Noise is on the device. reuse_every: as in `LoopSpec`.
     """
@@ -46,9 +49,11 @@ class Session(Networks):
         dtype: torch.dtype,
         capture: bool,
         base: PretrainedBase | None = None,
+        updates: Mapping[str, Updates] | None = None,
     ) -> None:
         super().__init__(device, dtype, capture)
         self.config, self.folder, self.pretrained = config, folder, base
+        self.updates = updates or {}
 
     # -- phases --------------------------------------------------------------------------------
 
@@ -130,25 +135,25 @@ class Session(Networks):
 
     def load(self, name: str) -> nn.Module:
         """Reads "base", "residual", "video", "text" or "decode", in its fastest form."""
-        place = self.folder, self.config
+        place, updates = (self.folder, self.config), self.updates.get(name)
         if name in ("text", "decode"):
             from ..formats import parts  # with the formats of published networks
 
             if name == "text":
-                return parts.load_checkpoint_text_encoder(*place, self.device, self.dtype)
+                return parts.load_checkpoint_text_encoder(*place, self.device, self.dtype, updates)
             capture = self.driver.capture
             return parts.load_checkpoint_autoencoder(
                 *place, self.device, self.dtype, capture=capture
             )
         if name == "base" and self.pretrained is not None:
             schedule = self.config.noise_schedule()
-            network = self.pretrained.load(schedule, self.device, self.dtype)
+            network = self.pretrained.load(schedule, self.device, self.dtype, updates)
         elif name in self.config.foreign:
             from ..formats.text_to_image import load_base
 
-            network = load_base(*place, self.device, self.dtype)
+            network = load_base(*place, self.device, self.dtype, updates)
         else:
-            network = load_network(*place, name, self.device, self.dtype)
+            network = load_network(*place, name, self.device, self.dtype, updates)
         if isinstance(network.unet, UNet):
             network.unet = for_inference(network.unet, self.dtype, self.device)
         return network

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..devices import chosen_device, chosen_dtype
 from ..diffusion.noise import NoisePlace, check_seed, residual_noise
 from ..diffusion.solvers import SolverTable
+from ..formats.lora_targets import published_targets
 from ..formats.text_to_video import TextToVideoModel, read_text_to_video
 from ..media.pictures import to_frames
 from ..names import AUTO
@@ -31,6 +33,7 @@ from ..sampling.guidance import Prompts
 from ..sampling.run import Callback, Run
 from ..sampling.windows import choose_windows
 from .latents import LatentsFile
+from .loras import Loras, open_loras
 from .pipeline import Pipeline
 from .published_session import PublishedSession
 from .request import TextRequest
@@ -66,11 +69,16 @@ class TextToVideoPipeline(Pipeline):
     lacks = "a text-to-video model has neither labels nor a base path"
 
     def __init__(
-        self, model: TextToVideoModel, device: torch.device, dtype: torch.dtype, capture: bool
+        self,
+        model: TextToVideoModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        capture: bool,
+        loras: Loras | None = None,
     ) -> None:
-        self.config, self.folder = model, model.folder
+        self.config, self.folder, self.loras = model, model.folder, loras or Loras()
         self.device, self.dtype, self.schedule = device, dtype, model.schedule
-        self._session = PublishedSession(model, device, dtype, capture)
+        self._session = PublishedSession(model, device, dtype, capture, self.loras.updates)
 
     @classmethod
     def from_pretrained(
@@ -80,10 +88,11 @@ class TextToVideoPipeline(Pipeline):
         device: torch.device | str = AUTO,
         dtype: torch.dtype | str = AUTO,
         capture: bool = True,
+        lora: Any = None,
     ) -> TextToVideoPipeline:
         """The pipeline in a folder of diffusers (TextToVideoSDPipeline) or of ModelScope.
 
-        device, dtype, capture: as for `VideoFusionPipeline.from_pretrained`
+        device, dtype, capture, lora: as for `VideoFusionPipeline.from_pretrained`
 
         Nothing is fetched. Every part is found, and names and shapes of all weights are compared
         with its configuration; the weights are read by the first call. Raises FileNotFoundError,
@@ -92,7 +101,9 @@ class TextToVideoPipeline(Pipeline):
         """
         device = chosen_device(device)
         dtype = chosen_dtype(dtype, device)
-        return cls(read_text_to_video(folder), device, dtype, capture)
+        model = read_text_to_video(folder)
+        loras = open_loras(lora, published_targets(model.folder)) if lora else None
+        return cls(model, device, dtype, capture, loras)
 
     def __call__(
         self,

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ from ..sampling.run import Callback
 from ..sampling.two_phase import Motion
 from ..sampling.windows import choose_windows
 from .base_phase import BasePhase
+from .loras import open_loras
 from .pipeline import VideoFusionOutput
 from .plain_video import PlainVideoPipeline
 from .request import SamplingRequest, field_names
@@ -60,6 +62,7 @@ class VideoFusionPipeline(BasePhase):
         capture: bool = True,
         base_unet: str | Path | UNet | InferenceUNet | None = None,
         base_prediction_type: str | None = None,
+        lora: Any = None,
     ) -> VideoFusionPipeline | PlainVideoPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
@@ -81,10 +84,12 @@ class VideoFusionPipeline(BasePhase):
                  residual network alone
         base_prediction_type: what it predicts, "epsilon" or "v_prediction"; None is what the
                  scheduler of its pipeline says, or "epsilon"
+        lora:    LoRA to add to the weights: a path, (path, scale), or a list of these
+                 (docs/lora.md)
 
         Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, and
-        for a device, dtype or base_unet that cannot be used. The first call reads the weights; the
-        files of a base_unet are also read at once, for their SHA-256.
+        for a device, dtype, base_unet or lora that cannot be used. The first call reads the
+        weights; the files of a base_unet and of lora are read at once.
         """
         if isinstance(base_unet, UNet | InferenceUNet):
             device = next(base_unet.parameters()).device if device == AUTO else device
@@ -94,14 +99,19 @@ class VideoFusionPipeline(BasePhase):
         folder = DEFAULT if path is None else Path(path)
         config = read_config(folder)
         kind = {DecomposedConfig: cls, PlainConfig: PlainVideoPipeline}[type(config)]
-        if base_unet is None:
-            if base_prediction_type is not None:
-                raise ValueError("base_prediction_type is that of a base_unet, and none is given")
-            return kind(config, folder, device, dtype, capture)
-        from .base_unet import pretrained_base  # with the formats of published networks
+        base, loras = None, None
+        if base_unet is not None:
+            from .base_unet import pretrained_base  # with the formats of published networks
 
-        base = pretrained_base(base_unet, config, device, dtype, base_prediction_type)
-        return kind(config, folder, device, dtype, capture, base)
+            base = pretrained_base(base_unet, config, device, dtype, base_prediction_type)
+        elif base_prediction_type is not None:
+            raise ValueError("base_prediction_type is that of a base_unet, and none is given")
+        if lora:
+            from ..formats.lora_targets import checkpoint_targets  # with them too
+
+            source = None if base is None else base.source
+            loras = open_loras(lora, checkpoint_targets(config, source, folder))
+        return kind(config, folder, device, dtype, capture, base, loras)
 
     def __call__(
         self,

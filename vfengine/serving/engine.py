@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files import is_of_the_machine
+from ..formats.lora_files import parse_lora
 from .log import log, log_error
 from .model_info import ModelInfo
 from .store import Store
@@ -301,6 +302,7 @@ def _opened(options: argparse.Namespace) -> Pipeline:
         dtype=dtype,
         capture=not options.no_capture,
         base_unet=options.base_unet,
+        lora=options.lora,
     )
     if isinstance(pipe, CheckpointPipeline):  # a published model may be too large for memory
         keep_networks(pipe)
@@ -319,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="a name in torch, or auto")
     parser.add_argument("--base-unet", help="an image UNet in place of the base network")
+    parser.add_argument("--lora", action="append", type=parse_lora, help="LoRA, as FILE:SCALE")
     parser.add_argument("--no-capture", action="store_true", help="no graphs on CUDA")
     return parser
 

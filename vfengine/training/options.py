@@ -20,6 +20,13 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
+# … and where a LoRA is trained
+LORA_DEFAULTS: dict[str, float] = {
+    **{"steps": 100, "batch_size": 4, "extra_images": 8, "learning_rate": 3e-3, "warmup": 20},
+    **{"weight_decay": 0.0, "ema": 0.98, "save_every": 50, "sample_every": 100, "log_every": 10},
+}
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train; recorded with the weights.

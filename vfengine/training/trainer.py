@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
 from .batch import BatchSampler, Latents, Pixels
@@ -74,6 +75,7 @@ class Trainer:
         given = {} if parts is None else parts.networks(config, options, self.device)
         self.objective = make(config, options, device, **({"given": given} if given else {}))
         self.config, self.networks = self.objective.config, self.objective.networks
+        self._prepare()
         trained = {name: self.networks[name] for name in self.objective.trained}
         fixed = {name: net for name, net in self.networks.items() if name not in trained}
         for network in fixed.values():
@@ -83,6 +85,9 @@ class Trainer:
         self.averaged = {**self.networks, **self.updates.averaged}
         self.parameters, self.averages = self.updates.parameters, self.updates.averages
         self.optimizer = self.updates.optimizer
+
+    def _prepare(self) -> None:
+        """Readies the networks, once they are made; what needs no gradient is not trained."""
 
     def step(self) -> StepReport:
         """One optimizer step on the batch of this step."""
@@ -121,8 +126,7 @@ class Trainer:
     def describe(self) -> str:
         """Clips, networks and device, in one line."""
         sizes = [
-            f"{name} {sum(p.numel() for p in self.networks[name].parameters()) / 1e6:.2f} M"
-            for name in self.objective.trained
+            f"{name} {_count(self.networks[name]) / 1e6:.2f} M" for name in self.objective.trained
         ]
         return (
             f"{self.data.shape[0]} clips of {len(self.config.labels)} classes; "
@@ -199,6 +203,11 @@ class Trainer:
         if self._parts is not None:
             named = (*named, *self._parts.identity())
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+
+def _count(network: nn.Module) -> int:
+    """The number of weights that are trained."""
+    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 
 def _check_pixels(config: CheckpointConfig, clips: np.ndarray, labels: np.ndarray) -> None:

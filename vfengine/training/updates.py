@@ -19,7 +19,8 @@ class Updates:
     """Owns the optimizer of some networks, and averaged copies of them.
 
     averaged     the copies by name, in eval mode: the weights that are shipped
-    parameters, averages    the weights of the networks and of their copies, in one order
+    parameters, averages    the weights of the networks that are trained, which are those that take
+                            gradients, and of their copies, in one order
     fixed        weights that are not trained here, and other tensors: a part of the state
     """
 
@@ -37,8 +38,16 @@ class Updates:
             name: copy.deepcopy(network).eval().requires_grad_(False)
             for name, network in networks.items()
         }
-        self.parameters = [p for net in networks.values() for p in net.parameters()]
-        self.averages = [p for net in self.averaged.values() for p in net.parameters()]
+        pairs = [
+            (weight, average)
+            for name, network in networks.items()
+            for weight, average in zip(
+                network.parameters(), self.averaged[name].parameters(), strict=True
+            )
+            if weight.requires_grad
+        ]
+        self.parameters = [weight for weight, _ in pairs]
+        self.averages = [average for _, average in pairs]
         self.optimizer = adamw(
             self.parameters, options.learning_rate, (0.9, 0.99), options.weight_decay
         )
