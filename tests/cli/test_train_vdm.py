@@ -116,4 +116,4 @@ def test_help_tells_the_objectives_apart(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--objective {decomposed,vdm,autoencoder,text}" in text
+    assert "--objective {decomposed,vdm,autoencoder,text,distill}" in text

@@ -134,14 +134,20 @@ class BatchSampler:
     def null(self) -> Tensor:
         """What says nothing of a clip: the null class, int64 [], or the empty prompt's [L, D]."""
         data = self._data
-        return torch.tensor(data.null_class) if isinstance(data, Pixels) else data.null
+        if not isinstance(data, Pixels):
+            return data.null
+        return torch.tensor(data.null_class, dtype=torch.int64, device=self._device)
+
+    def places(self, count: int) -> Tensor:
+        """One number in each of `count` equal parts of 0..1: [count], on the CPU."""
+        whole = torch.arange(count, dtype=torch.int64, device="cpu")
+        return (
+            whole + torch.rand(1, generator=self._generator, dtype=torch.float32, device="cpu")
+        ) / count
 
     def timesteps(self, count: int) -> Tensor:
         """One t in each of `count` equal parts of the (shifted) schedule: int64 [count]."""
-        place = (
-            torch.arange(count, dtype=torch.int64, device="cpu")
-            + torch.rand(1, generator=self._generator, dtype=torch.float32, device="cpu")
-        ) / count
+        place = self.places(count)
         if self._shift != 1:
             place = self._shift * place / (1 + (self._shift - 1) * place)
         return (place * self._num_timesteps).long().clamp(max=self._num_timesteps - 1)

@@ -19,7 +19,7 @@ of the model's base network. Teacher and student each follow the base network of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -93,17 +93,19 @@ class Teacher:
         count = len(timesteps)
         if not self.is_distilled(name):
             parts = max(2, round(self._steps / count))
-            ends = torch.tensor([*timesteps, CLEAN]).double()
-            share = torch.arange(parts + 1).double() / parts
-            return (ends[:-1, None] + share * (ends[1:] - ends[:-1])[:, None]).round().long()
-        own = torch.tensor(self.config.distilled[name].timesteps)
+            rows = [
+                [t + (p - t) * k / parts for k in range(parts + 1)]
+                for t, p in pairwise((*timesteps, CLEAN))
+            ]
+            return _ints(rows)
+        own = _ints(self.config.distilled[name].timesteps)
         if len(own) % count or len(own) == count or tuple(own[:: len(own) // count]) != timesteps:
             raise ValueError(
                 f"{self.folder}: its {name} network takes {len(own)} steps, which are not a "
                 f"multiple of {count}"
             )
         parts = len(own) // count
-        return torch.cat([own, torch.tensor([CLEAN])]).unfold(0, parts + 1, parts)
+        return torch.cat([own, _ints([CLEAN])]).unfold(0, parts + 1, parts)
 
     def _network(self, name: str) -> nn.Module:
         if name not in self._networks:
@@ -190,7 +192,7 @@ class Distillation(Decomposed):
         b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
         exact = (batch.uniform(count) < self.options.clean_share).view(-1, 1, 1, 1)
         jitter = self._jitter(batch, exact.flatten(), b.shape)
-        conditions = self._both(batch, condition)
+        conditions, stepwise = self._both(batch, condition), self.options.clean_share < 1
         z = add_noise(x, combine(b, r, lam), t, schedule)
 
         def seen(z: Tensor, b_hat: Tensor, t: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ class Distillation(Decomposed):
         landed = z
         for first, last in pairwise(times):
             b_hat = b
-            if not bool(exact.all()):
+            if stepwise:
                 of_base = self.teacher.estimate("base", landed[:, m], first, conditions, scales)
                 b_hat = torch.where(exact, b, of_base)
             place = seen(landed, b_hat, first), first
@@ -210,7 +212,7 @@ class Distillation(Decomposed):
             landed = self.jumps.step(landed, combine(b_hat, r_hat, lam), first, last)
 
         b_hat = b
-        if not bool(exact.all()):
+        if stepwise:
             with torch.no_grad():
                 of_base = self.student("base", z[:, m], t, condition, scales)
             b_hat = torch.where(exact, b, of_base)
@@ -238,8 +240,8 @@ class Distillation(Decomposed):
     def _times_of(self, batch: BatchSampler, name: str, count: int) -> Tensor:
         """The teacher's timesteps for each sample, int64 [K+1, B]; as many of each student step."""
         times = self._times[name]
-        place = (torch.arange(count) + batch.uniform(1).cpu()) / count
-        return times[(place * len(times)).long().clamp(max=len(times) - 1)].T.contiguous()
+        parts = (batch.places(count) * len(times)).long().clamp(max=len(times) - 1)
+        return times[parts].T.contiguous()
 
     def _scales(self, batch: BatchSampler, name: str, count: int) -> Tensor:
         """Guidance scales [B], evenly from the range of the student."""
@@ -293,7 +295,7 @@ class Jumps:
     """DDIM's rule between any two timesteps, each sample at its own; -1 is a clean sample."""
 
     def __init__(self, schedule: NoiseSchedule):
-        one = torch.ones(1, dtype=torch.float64)
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
         self._alphas = torch.cat([schedule.alphas_cumprod, one])  # the last is found at -1
 
     def step(self, z: Tensor, eps: Tensor, t: Tensor, p: Tensor) -> Tensor:
@@ -312,3 +314,8 @@ class Jumps:
         c2 = (1 - a_p).sqrt() - c1 * (1 - a_t).sqrt()
         shape = (-1, *[1] * (z.dim() - 1))
         return c1.float().view(shape).to(z.device), c2.float().view(shape).to(z.device)
+
+
+def _ints(values: Sequence) -> Tensor:
+    """int64 on the CPU, rounded."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu").round().long()
