@@ -146,9 +146,9 @@ def test_motions_walk_once(cli, monkeypatch):
     walks = []
     walk = Session.base
 
-    def counted(self, noise, condition, table, place, run):
+    def counted(self, noise, condition, table, place, run, reuse_every):
         walks.append(place.sample_offset)
-        return walk(self, noise, condition, table, place, run)
+        return walk(self, noise, condition, table, place, run, reuse_every)
 
     monkeypatch.setattr(Session, "base", counted)
     cli(*WALK, "--num-residuals", 5, "--batch-size", 2)

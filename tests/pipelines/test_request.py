@@ -161,6 +161,7 @@ RULES = [
             "--loop",
             "--save-latents s.safetensors",
             "--reuse-every 2",
+            "--lora x.safetensors",
         )
     ),
     (

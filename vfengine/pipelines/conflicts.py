@@ -46,7 +46,7 @@ _SHOWN = "each says what to show"
 _SAMPLED = (  # settings of text-to-video models that say how to sample
     *("prompt", "negative_prompt", "num_videos", "num_frames", "height", "width"),
     *("guidance_scale", "solver", "eta", "window", "window_overlap", "loop"),
-    *("save_latents", "reuse_every", "num_inference_steps", "lora"),
+    *("save_latents", "reuse_every", "lora", "num_inference_steps"),
 )
 
 # base_trajectory, the file of a trajectory, base_unet, lora, and latents, a file of finished ones,

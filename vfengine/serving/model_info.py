@@ -66,4 +66,4 @@ class ModelInfo:
     def of(cls, values: dict[str, Any]) -> ModelInfo:
         """Of its fields, as they come out of JSON. Raises KeyError or TypeError for others."""
         lists = ("labels", "solvers", "base_paths", "only_steps", "guidance_range")
-        return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
+        return cls(**{**values, **{name: tuple(values[name]) for name in lists if name in values}})
