@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from few_step_models import save_student
 
 import vfengine as vf
 from vfengine.diffusion.base_path import BaseTrajectory
@@ -83,3 +84,21 @@ def test_base_here_and_residual_on_the_cpu(overlap, capture, device):
     out = clip(device, overlap_phases=overlap, capture=capture)
     assert out.device.type == "cpu"
     assert (out - clip("cpu")).abs().max() <= 2 * CLOSE  # of -1..1
+
+
+@pytest.mark.parametrize("base_path", ["clean", "stepwise"])
+def test_a_distilled_model_is_captured_as_any_other(base_path, device, tmp_path):
+    """In its own steps, told the guidance scale: as step by step, and as on the CPU."""
+    folder, clips = save_student(tmp_path / "student"), {}
+    for place, capture in ((device, True), (device, False), ("cpu", False)):
+        pipe = VideoFusionPipeline.from_pretrained(
+            folder, device=place, dtype=FP32, capture=capture
+        )
+        for scale in (1.0, 3.0):
+            out = pipe("walk", guidance_scale=scale, base_path=base_path, output_type="pt")
+            clips[place, capture, scale] = out.frames.cpu()
+    for scale in (1.0, 3.0):
+        captured = clips[device, True, scale]
+        assert_same(captured, clips[device, False, scale], CLOSE, "captured")
+        assert (captured - clips["cpu", False, scale]).abs().max() <= CLOSE
+    assert (clips["cpu", False, 1.0] - clips["cpu", False, 3.0]).abs().max() > 10 * CLOSE
