@@ -8,6 +8,8 @@ from published_images import SIDE, image_networks, save_decomposed, save_images
 from test_train import weights_of
 
 from vfengine.cli import generate, train
+from vfengine.cli.flags import UsageError
+from vfengine.cli.train_settings import read_settings
 from vfengine.formats.checkpoint import read_config
 from vfengine.media.video import read_video, write_video
 
@@ -105,3 +107,10 @@ def test_folders_of_other_shapes_are_refused(images, command, tmp_path, capsys):
     image_networks().unet.save_pretrained(folder / "unet")
     assert train.main(asked) == 2
     assert str(weights) in capsys.readouterr().err
+
+
+def test_latents_may_be_said_beside_what_says_so_itself():
+    given = ["--output", "out", "--data", "videos"]
+    assert read_settings([*given, "--latents", "--base", "sd"]).base is not None
+    with pytest.raises(UsageError, match="--latents needs --base, or --autoencoder"):
+        read_settings([*given, "--latents"])

@@ -17,11 +17,11 @@ from ..names import (
     NETWORKS_TRAINED,
     OBJECTIVES,
     PRECISIONS,
-    STUDENT_STEPS,
     TRAININGS,
 )
 from ..training.options import LORA_DEFAULTS, OBJECTIVE_DEFAULTS, TrainingOptions
 from .flags import SWITCH, Kind, Parser, Setting, UsageError, add_flags, choice, flag, text
+from .train_distill import OF_TEACHER, check_distillation
 from .train_lora import check_lora
 
 TRAIN = "python -m vfengine.train"
@@ -75,12 +75,6 @@ _OF_FOLDERS = {"cell_weight": 1.0, "base_images": 0}
 _OF_DECOMPOSED = ("residual_from", "captions", "base_images", "lora", "model")
 # What trainings of an autoencoder or a text encoder have of the settings of models.
 _OF_PARTS = ("size", "num_clips")
-# What a student has of its teacher, and what only trainings without a teacher take.
-_OF_TEACHER = (
-    *("autoencoder", "text_encoder", "base", "num_frames", "size", "fps", "lam", "base_channels"),
-    *("residual_channels", "layers_per_block", "patch_size", "base_path", "timestep_shift"),
-    *("lora", "model"),
-)
 # What a plain video model has of a decomposed model's options.
 _OF_VDM = {"extra_images": 0, "clean_share": 0, "base_jitter": 0}
 
@@ -161,6 +155,13 @@ SETTINGS = (
         _FOLDER,
         "train a residual network for this text-to-image model, in diffusers' format, on its "
         "latents: its UNet is the base network, which stays as it is unless --train says otherwise",
+    ),
+    Setting(
+        "latents",
+        _DECOMPOSED,
+        SWITCH,
+        "train on latents, as --base, or --autoencoder and --text-encoder, say themselves",
+        False,
     ),
     Setting(
         "lora",
@@ -355,7 +356,7 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
     if objective in OBJECTIVES and settings["data"] == "mocap" and settings["fps"] is None:
         settings["fps"] = FPS
     if objective == "distill":
-        _check_distillation(settings, given=vars_given)
+        check_distillation(settings, given=vars_given)
     if objective == "decomposed" and settings["base_path"] is None:
         settings["base_path"] = "clean" if settings["clean_share"] > 0 else "stepwise"
     _check_parts(settings)
@@ -369,7 +370,7 @@ def _takes(objective: str, setting: Setting) -> bool:
     if setting.group == _DISTILLED:
         return objective == "distill"
     if objective == "distill":
-        return setting.name not in _OF_TEACHER
+        return setting.name not in OF_TEACHER
     if objective == "decomposed" or setting.name == "objective":
         return True
     foreign = setting.group == _DECOMPOSED or setting.name in _OF_DECOMPOSED
@@ -379,35 +380,6 @@ def _takes(objective: str, setting: Setting) -> bool:
     if objective == "text":
         foreign |= setting.name in ("size", "sample_every", "clips_cache")
     return not foreign
-
-
-def _check_distillation(settings: dict[str, Any], given: set[str]) -> None:
-    """Names the student's steps, and leaves to the teacher what it decides unless it is given.
-
-    Raises UsageError for what no student can have.
-    """
-    if settings["from"] is None:
-        raise UsageError("--objective distill needs --from FOLDER, the teacher")
-    if settings["steps"] not in STUDENT_STEPS:
-        known = ", ".join(map(str, STUDENT_STEPS))
-        raise UsageError(
-            f"--steps of --objective distill must be one of {known}: how many the "
-            f"student takes; got {settings['steps']}"
-        )
-    scales = settings["guidance_range"]
-    if len(scales) != 2 or not 0 <= scales[0] <= scales[1] <= 100:
-        raise UsageError(
-            f"--guidance-range must be two scales in 0..100, the least first, got "
-            f"{','.join(map(str, scales))}"
-        )
-    if settings["teacher_steps"] < 2 * settings["steps"]:
-        raise UsageError(
-            f"--teacher-steps must be at least twice --steps, got {settings['teacher_steps']}"
-        )
-    settings["student_steps"], settings["steps"] = settings["steps"], settings["updates"]
-    for name in ("clean_share", "cell_weight"):
-        if name not in given:
-            settings[name] = None
 
 
 def _check_parts(settings: dict[str, Any]) -> None:
@@ -423,6 +395,8 @@ def _check_parts(settings: dict[str, Any]) -> None:
         raise UsageError("--autoencoder and --text-encoder go together: latents have captions")
     if settings["objective"] == "distill":
         given = given or [settings["from"]]  # the teacher decides
+    if settings["latents"] and not given:
+        raise UsageError("--latents needs --base, or --autoencoder and --text-encoder")
     if given and settings["data"] != "mocap":
         for name in ("cell_weight", "base_images"):
             if settings[name] not in (None, _OF_FOLDERS[name]):
