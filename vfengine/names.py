@@ -12,7 +12,7 @@ CHROMAS = ("420", "444")  # colours at a quarter of the pixels, or at each
 OBJECTIVES = ("decomposed", "vdm")  # kinds of models; "vdm" is plain video diffusion
 # and of the parts of models on latents; "distill" makes few steps of a model's many
 TRAININGS = (*OBJECTIVES, "autoencoder", "text", "distill")
-STUDENT_STEPS = (1, 2, 4, 8)  # that a network can be distilled to
+STUDENT_STEPS = (1, 2, 4, 8, 16)  # that a network can be distilled to
 PRECISIONS = ("bf16", "fp32")  # of training
 NETWORKS_TRAINED = ("both", "base", "residual")  # of a decomposed model
 

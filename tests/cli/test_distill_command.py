@@ -96,7 +96,7 @@ def test_a_model_of_latents_is_distilled_on_its_own_latents(tmp_path):
     "flags, words",
     [
         ([], "needs --from FOLDER"),
-        (["--from", "x", "--steps", "3"], "must be one of 1, 2, 4, 8"),
+        (["--from", "x", "--steps", "3"], "must be one of 1, 2, 4, 8, 16"),
         (["--from", "x", "--guidance-range", "4,1"], "the least first"),
         (["--from", "x", "--guidance-range", "1"], "two scales"),
         (["--from", "x", "--guidance-range", "1,1000"], "in 0..100"),

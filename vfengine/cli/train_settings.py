@@ -270,7 +270,9 @@ SETTINGS = (
     Setting("sample_every", "files", _STEPS, "write a sheet of samples; 0 writes none", 2000),
     Setting("log_every", "files", _STEPS, "write a line of the log", 50),
     _option(
-        "steps", "training", "optimizer steps; of --objective distill, the student's: 1, 2, 4 or 8"
+        "steps",
+        "training",
+        "optimizer steps; of --objective distill, the student's: 1, 2, 4, 8 or 16",
     ),
     _option("batch_size", "training", "clips of a step"),
     _option(
