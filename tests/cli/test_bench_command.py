@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from few_step_models import save_student
 from latent_models import save_latent_model
 from published_folders import small_diffusers_folder
 
@@ -15,8 +16,8 @@ def measured(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     """Runs the command: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*argv, model=tiny_checkpoint):
-        fixed = ["--model", str(model), "--num-inference-steps", "2", "--device", "cpu"]
+    def run(*argv, model=tiny_checkpoint, steps=("--num-inference-steps", "2")):
+        fixed = ["--model", str(model), *steps, "--device", "cpu"]
         status = bench.main([*fixed, *map(str, argv)])
         return status, *capsys.readouterr()
 
@@ -49,6 +50,12 @@ def test_figures_of_a_decomposed_model(measured):
     assert "'cartwheel', 5 frames, 2 steps of unipc" in second and "first clip" in third
     assert "clips/s" in head and "phases" in head
     assert [row[:15].strip() for row in rows] == ["batch of 2", "warm clip", "another motion"]
+
+
+def test_steps_that_nobody_gave_are_the_model_s(measured, tmp_path):
+    status, out, _ = measured("--repeats", 1, model=save_student(tmp_path / "few"), steps=())
+    assert status == 0
+    assert ", 4 frames, 4 steps of ddim" in out
 
 
 @pytest.mark.parametrize(

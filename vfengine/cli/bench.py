@@ -168,8 +168,10 @@ class _Bench:
         given = [name for name, value in values.items() if value is not None]
         pipe.check_fields([name for name in given if name in ("label", "prompt")])
         self.values = {name: values[name] for name in given}
-        if settings.num_frames is None:
-            self.values["num_frames"] = pipe.config.num_frames
+        filled = pipe.fill_defaults(pipe.request_type(**self.values))
+        self.values |= {
+            name: getattr(filled, name) for name in ("num_frames", "num_inference_steps")
+        }
 
     def clip(self, size: int, **changes: Any) -> dict[str, Any]:
         """One batch: its seconds, and those of its phases; the output under "output"."""
