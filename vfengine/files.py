@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -178,6 +179,16 @@ def check_writable(path: str | Path) -> Path:
 
 
 # -- JSON ------------------------------------------------------------------------------------------
+
+
+def sha256_of(*files: Path) -> str:
+    """The SHA-256 of the bytes of files, one after the other, in hex; raises OSError."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while piece := opened.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def parse_json(text: str) -> Any:

@@ -178,12 +178,18 @@ def joint_loss(
         )
     error = (eps - combine(removed, r_hat, lam)).square() * cells  # (5)
     error = error.flatten(2).mean(2)  # [B, N]
-    others = torch.cat([error[:, :m], error[:, m + 1 :]], 1)
-    residual_loss = others.sum(1) / max(others.shape[1], 1)
+    residual_loss = mean_of_others(error)
 
     if weights is not None:
         return base_loss * weights[0], residual_loss * weights[1]
     return base_loss, residual_loss
+
+
+def mean_of_others(error: Tensor) -> Tensor:
+    """The mean over the frames that are not the base frame, of [B, N]; 0 where there is none."""
+    m = base_index(error.shape[1])
+    others = torch.cat([error[:, :m], error[:, m + 1 :]], 1)
+    return others.sum(1) / max(others.shape[1], 1)
 
 
 def _exact_where(exact: bool | Tensor | None, exact_b: Tensor, b_hat: Tensor) -> Tensor:

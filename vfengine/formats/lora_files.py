@@ -6,7 +6,6 @@ file beside its weights, which count as a part of it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,9 +75,7 @@ def lora_parts(path: Path) -> tuple[Path, Path | None]:
 
 def lora_record(path: Path) -> dict[str, str]:
     """Name and SHA-256 of a LoRA that a clip is made with; raises OSError."""
-    digest = hashlib.sha256()
-    for part in filter(None, lora_parts(path)):
-        with part.open("rb") as opened:
-            while piece := opened.read(1 << 20):
-                digest.update(piece)
-    return {"name": path.name or path.resolve().name, "sha256": digest.hexdigest()}
+    from ..files import sha256_of  # with safetensors, which --help does without
+
+    sha256 = sha256_of(*filter(None, lora_parts(path)))
+    return {"name": path.name or path.resolve().name, "sha256": sha256}

@@ -15,13 +15,13 @@ imports torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..files import sha256_of
 from .request import SamplingRequest, TextRequest, VideoRequest
 
 if TYPE_CHECKING:
@@ -104,11 +104,7 @@ def model_record(pipe: Pipeline) -> dict[str, Any]:
 
 def file_record(file: str | Path) -> dict[str, str]:
     """Name and SHA-256 of a file that a clip is made of; raises OSError."""
-    digest = hashlib.sha256()
-    with Path(file).open("rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return {"name": Path(file).name, "sha256": digest.hexdigest()}
+    return {"name": Path(file).name, "sha256": sha256_of(Path(file))}
 
 
 # -- from a request --------------------------------------------------------------------------------

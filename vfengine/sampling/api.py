@@ -16,7 +16,7 @@ from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, Model, frame_weights
 from ..diffusion.noise import NOISE_DTYPES, NoisePlace, check_seed
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import SolverTable, solver_table
+from ..diffusion.solvers import solver_table
 from ..names import BASE_PATHS
 from .driver import Driver
 from .run import Callback, Run
@@ -88,7 +88,7 @@ def sample(
     if overlap_phases and method == "interleaved":
         raise ValueError("overlap_phases=True is of two phases: method must be 'two_phase'")
     models, noises = (base_model, residual_model), (base_noise, residual_noise)
-    table = _table(solver, schedule, num_inference_steps, eta, spacing, timesteps)
+    table = solver_table(solver, schedule, num_inference_steps, eta, spacing, timesteps=timesteps)
     places, motion = (NoisePlace(base_seed), NoisePlace(residual_seed)), Motion(lam)
     driver, run = Driver(capture, backend), _run(callback)
     if method == "interleaved":
@@ -130,7 +130,7 @@ def sample_base(
     """
     _check_noise("base_noise", base_noise, _IMAGES)
     check_seed(base_seed, "base_seed")
-    table = _table(solver, schedule, num_inference_steps, eta, spacing, timesteps)
+    table = solver_table(solver, schedule, num_inference_steps, eta, spacing, timesteps=timesteps)
     place = NoisePlace(base_seed, sample_offset)
     states = Driver(capture, backend).base(base_model, base_noise, table, place, _run(callback))
     return BaseTrajectory(states, table, schedule.fingerprint(), metadata=dict(metadata or {}))
@@ -212,22 +212,11 @@ def sample_video(
     """
     _check_noise("residual_noise", noise, _CLIPS)
     check_seed(seed, "seed")
-    table = _table(solver, schedule, num_inference_steps, eta, spacing, timesteps)
+    table = solver_table(solver, schedule, num_inference_steps, eta, spacing, timesteps=timesteps)
     place = NoisePlace(seed, sample_offset)
     windows = _windows(window, window_overlap)
     driver = Driver(capture, backend)
     return driver.video(model, noise, table, place, _run(callback), windows, loop)
-
-
-def _table(
-    solver: str,
-    schedule: NoiseSchedule,
-    steps: int,
-    eta: float,
-    spacing: str,
-    timesteps: Sequence[int] | None,
-) -> SolverTable:
-    return solver_table(solver, schedule, steps, eta, spacing, timesteps=timesteps)
 
 
 def _windows(window: int | None, overlap: int | None) -> tuple[int | None, int | None] | None:

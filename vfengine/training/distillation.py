@@ -27,16 +27,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.base_path import BaseTrajectory
-from ..diffusion.decompose import add_noise, base_index, combine, remove_base
-from ..diffusion.noise import decomposed_noise
+from ..diffusion.decompose import add_noise, base_index, combine, mean_of_others, remove_base
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import DecomposedConfig, FewSteps, load_network, read_config
 from ..models import UNet
 from ..plan.network import for_inference
-from ..sampling.api import sample_base, sample_residual
 from .batch import BatchSampler
-from .objectives import Decomposed, Losses, clip_shape
+from .objectives import Decomposed, Losses
 from .options import TrainingOptions
 
 CLEAN = -1  # the timestep after the last one: a clean sample
@@ -218,11 +215,7 @@ class Distillation(Decomposed):
             b_hat = torch.where(exact, b, of_base)
         r_hat = self.student("residual", seen(z, b_hat, t), t, condition, scales)
         error = self.jumps.between(z, landed, t, p) - combine(b_hat, r_hat, lam)
-        error = torch.cat([error[:, :m], error[:, m + 1 :]], 1)
-        cells = self._cells(figure, m)
-        if cells is not None:
-            cells = torch.cat([cells[:, :m], cells[:, m + 1 :]], 1)
-        return self._weighed(error, t, "residual", cells), t
+        return self._weighed(error, t, "residual", self._cells(figure, m)), t
 
     def student(self, name: str, z: Tensor, t: Tensor, condition: Tensor, scales: Tensor) -> Tensor:
         """ε̂ of a network of the model's own, told the guidance scale where it is an input."""
@@ -235,7 +228,10 @@ class Distillation(Decomposed):
         """Each sample's loss [B], of errors of ε at t."""
         share = 1.0 if name == "base" else 1 - self.config.lam
         error = error.square() if cells is None else error.square() * cells
-        return error.flatten(1).mean(1) * self.clean_weight(t, share, self.networks[name].data_std)
+        means = (
+            error.flatten(1).mean(1) if name == "base" else mean_of_others(error.flatten(2).mean(2))
+        )
+        return means * self.clean_weight(t, share, self.networks[name].data_std)
 
     def _times_of(self, batch: BatchSampler, name: str, count: int) -> Tensor:
         """The teacher's timesteps for each sample, int64 [K+1, B]; as many of each student step."""
@@ -253,42 +249,13 @@ class Distillation(Decomposed):
         null = batch.null.to(self.device, condition.dtype).expand_as(condition)
         return {self.condition: torch.cat([condition, null])}
 
-    def sample(
-        self,
-        networks: Mapping[str, nn.Module],
-        condition: Tensor,
-        steps: int,
-        null: Tensor | None = None,
-        base: Tensor | None = None,
-    ) -> Tensor:
-        """As `Decomposed.sample`, but each network in the steps that it was made for.
-
-        The residual network animates finished base frames (base_path="clean").
-        """
-        few, own = self.config.distilled, self.options.train
-        noise = decomposed_noise(
-            clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
-        )
-
-        def told(name: str):
-            """The network as (z, t) -> ε̂, and the steps that it takes."""
-            if name not in few:
-                at = {"num_inference_steps": steps}
-                return self._model(networks[name], condition, null), at
-            least, largest = few[name].guidance
-            scale = min(max(SHOWN_SCALE, least), largest)
-            words = {self.condition: condition, "guidance": scale}
-            at = {"timesteps": few[name].timesteps}
-            return lambda z, t: networks[name](z, t.to(z.device), **words), at
-
-        if base is None or own != "residual":
-            model, at = told("base")
-            base = sample_base(model, noise.base, schedule=self.schedule, **at).final
-        if own == "base":
-            return base[:, None]
-        model, at = told("residual")
-        path = BaseTrajectory.from_image(base, schedule=self.schedule, **at)
-        return sample_residual(model, path, noise.residual, lam=self.config.lam)
+    def _shown(self, name, network, condition, steps, null):
+        few = self.config.distilled.get(name)
+        if few is None:
+            return super()._shown(name, network, condition, steps, null)
+        scale = min(max(SHOWN_SCALE, few.guidance[0]), few.guidance[1])
+        told = {self.condition: condition, "guidance": scale}
+        return lambda z, t: network(z, t.to(z.device), **told), {"timesteps": few.timesteps}
 
 
 class Jumps:

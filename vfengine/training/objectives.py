@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..diffusion.decompose import Model, add_noise, base_index, joint_loss
 from ..diffusion.noise import decomposed_noise, residual_noise
 from ..diffusion.schedule import NoiseSchedule
 from ..formats.checkpoint import CheckpointConfig, build_network
-from ..sampling.api import sample, sample_base, sample_residual, sample_video
+from ..sampling.api import sample_base, sample_residual, sample_video
 from .batch import BatchSampler
 from .options import TrainingOptions
 
@@ -225,18 +226,28 @@ class Decomposed(Objective):
         noise = decomposed_noise(
             clip_shape(self.config, condition), base_seed=0, residual_seed=1, device=self.device
         )
-        models = [self._model(networks.get(n), condition, null) for n in ("base", "residual")]
-        steps = {"schedule": self.schedule, "num_inference_steps": steps}
-        if self.options.train == "base":
-            return sample_base(models[0], noise.base, **steps).final[:, None]
-        lam = self.config.lam
-        if self.options.train == "residual":
-            if base is None:
-                base = sample_base(models[0], noise.base, **steps).final
-            path = BaseTrajectory.from_image(base, **steps)
-            return sample_residual(models[1], path, noise.residual, lam=lam)
-        base_path = self.config.base_path
-        return sample(*models, noise.base, noise.residual, lam=lam, base_path=base_path, **steps)
+        own, path = self.options.train, None
+        if base is None or own != "residual":
+            model, at = self._shown("base", networks.get("base"), condition, steps, null)
+            path = sample_base(model, noise.base, schedule=self.schedule, **at)
+            base = path.final
+        if own == "base":
+            return base[:, None]
+        model, at = self._shown("residual", networks["residual"], condition, steps, null)
+        if own == "residual" or self.config.base_path == "clean":
+            path = BaseTrajectory.from_image(base, schedule=self.schedule, **at)
+        return sample_residual(model, path, noise.residual, lam=self.config.lam)
+
+    def _shown(
+        self,
+        name: str,
+        network: nn.Module,
+        condition: Tensor,
+        steps: int,
+        null: Tensor | None,
+    ) -> tuple[Model, dict[str, Any]]:
+        """A network as (z, t) -> ε̂, and which steps it takes, as `sample_base` is told them."""
+        return self._model(network, condition, null), {"num_inference_steps": steps}
 
 
 class PlainVideo(Objective):
