@@ -81,11 +81,12 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(teacher, videos, tmp_pat
     assert ends[0] == ends[1]
 
 
-def test_a_model_of_latents_is_distilled_on_its_own_latents(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_of_latents_is_distilled_on_its_own_latents(precision, tmp_path):
     teacher = save_latent_model(tmp_path / "teacher", latent_config(base_path="clean"))
     command = [*FAST, "--from", str(teacher), "--output", str(tmp_path / "run"), "--steps", "1"]
     command += ["--num-clips", "3", "--captions", "2", "--base-images", "4", "--sample-every", "0"]
-    assert train.main(command) == 0
+    assert train.main([*command, "--precision", precision]) == 0
     config = read_config(tmp_path / "run" / "checkpoint")
     assert config.distilled["residual"].timesteps == (999,)
     pipe = VideoFusionPipeline.from_pretrained(tmp_path / "run" / "checkpoint", **ON_CPU)

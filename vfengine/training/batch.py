@@ -121,14 +121,17 @@ class BatchSampler:
     def clips(self, count: int, only_base: bool = False) -> Samples:
         """`count` clips fp32 [B, N, C, H, W] or base frames [B, C, H, W], and their conditions.
 
-        Pixels are in -1..1. A condition is what networks take as the argument data.condition.
+        Pixels are in -1..1. A condition is what networks take as the argument data.condition: int64
+        labels, or fp32 states (torch.cat refuses fp16 where autocast is on).
         """
         m = base_index(self._data.shape[1]) if only_base else None
         x, condition, figure = self._data.take(self._rng, count, self._dropout, m)
         x = self._placed(x)
         x = pixels_to_network(x) if x.dtype == torch.uint8 else x.float()
         figure = None if figure is None else self._placed(figure).float()
-        return Samples(x.contiguous(), self._placed(condition), figure)
+        condition = self._placed(condition)
+        condition = condition.float() if condition.is_floating_point() else condition
+        return Samples(x.contiguous(), condition, figure)
 
     @property
     def null(self) -> Tensor:
