@@ -176,7 +176,7 @@ def blurred_and_noisy(clips: np.ndarray) -> np.ndarray:
 
 
 def of_scenes(pipeline: VideoFusionPipeline, options: argparse.Namespace) -> Subject:
-    """The model's clips of scenes, and these scenes rendered."""
+    """Scenes rendered, and what the model's autoencoder makes of them."""
     config, rounds = pipeline.config, range(options.per_action)
     actions = known_actions(pipeline)
     renderer = Renderer(config.picture_size[0], config.num_frames)
@@ -196,25 +196,26 @@ def of_scenes(pipeline: VideoFusionPipeline, options: argparse.Namespace) -> Sub
         folder = options.work / f"coded-{config.sha256['autoencoder'][:12]}-{kind}"
         real = clips["real"].reshape(len(rounds), len(actions), *clips["real"].shape[1:])
         clips["real, coded"] = kept_clips(folder, rounds, lambda i: through(real[i]))
-    scenes = [scenes_of(PROMPT_SEED, actions, i) for i in rounds]
-    clips |= generated_clips(pipeline, scenes, clips["real"], options)
-    flat = [scene for part in scenes for scene in part]
+    flat = [scene for i in rounds for scene in scenes_of(PROMPT_SEED, actions, i)]
     indices = np.array([ACTIONS.index(scene.action) for scene in flat])
     return Subject(flat, indices, real_clips(REFERENCE_SEED), clips)
 
 
 def of_real_clips(pipeline: VideoFusionPipeline, options: argparse.Namespace) -> Subject:
-    """The model's clips of its labels, beside the first real clips of a file."""
+    """The first real clips of a file, of the model's labels in turns."""
     actions = known_actions(pipeline)
     count = options.per_action * len(actions)
     real = np.load(options.real_clips, mmap_mode="r")
     if len(real) < 2 * count:
         raise ValueError(f"{options.real_clips}: expected {2 * count} clips, found {len(real)}")
-    clips = {"real": np.array(real[:count])}
-    scenes = [scenes_of(PROMPT_SEED, actions, i) for i in range(options.per_action)]
-    clips |= generated_clips(pipeline, scenes, clips["real"], options)
     indices = [ACTIONS.index(action) for action in actions] * options.per_action
+    clips = {"real": np.array(real[:count])}
     return Subject(None, np.array(indices), np.array(real[count : 2 * count]), clips)
+
+
+def loaded(model: Path, options: argparse.Namespace) -> VideoFusionPipeline:
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    return VideoFusionPipeline.from_pretrained(model, dtype=dtype)
 
 
 def known_actions(pipeline: VideoFusionPipeline) -> list[str]:
@@ -222,58 +223,60 @@ def known_actions(pipeline: VideoFusionPipeline) -> list[str]:
 
 
 def generated_clips(
-    pipeline: VideoFusionPipeline,
-    scenes: list[list[Scene]],
-    real: np.ndarray,
-    options: argparse.Namespace,
-) -> dict[str, np.ndarray]:
-    """The model's clips of rounds of scenes by contender, one for each base path."""
-    config, found = pipeline.config, {}
+    pipeline: VideoFusionPipeline, real: np.ndarray, sampling: Sampling, options: argparse.Namespace
+) -> np.ndarray:
+    """The model's clips of the scenes of these real ones."""
+    actions = known_actions(pipeline)
+    scenes = [scenes_of(PROMPT_SEED, actions, i) for i in range(options.per_action)]
     real = real.reshape(len(scenes), -1, *real.shape[1:])
-    for base_path in options.base_path or [config.base_path]:
-        way = (base_path, options.steps, options.solver, options.guidance_scale, options.seed)
-        sampling = Sampling(*way, options.reuse_every)
-        folder = options.work / f"generated-{base_path}-{sampling.key(config)}"
-
-        def make(i: int, sampling: Sampling = sampling) -> np.ndarray:
-            return generated(pipeline, scenes[i], real[i], sampling, i)
-
-        clips = kept_clips(folder, range(len(scenes)), make)
-        first = clips[: len(scenes[0])]
-        write_video(folder / "first.png", first.reshape(-1, *first.shape[2:]))
-        found[f"generated, {base_path}"] = clips
-    return found
+    folder = options.work / f"generated-{sampling.base_path}-{sampling.key(pipeline.config)}"
+    clips = kept_clips(
+        folder,
+        range(len(scenes)),
+        lambda i: generated(pipeline, scenes[i], real[i], sampling, i),
+    )
+    first = clips[: len(scenes[0])]
+    write_video(folder / "first.png", first.reshape(-1, *first.shape[2:]))
+    return clips
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
-def _every(text: str) -> int | str:
+def every(text: str) -> int | str:
     return plain_reuse_every(text, SamplingRequest.sampled)
+
+
+def add_judges(parser: argparse.ArgumentParser) -> None:
+    """Flags of the judges, of how much they read and of where all is kept."""
+    add = parser.add_argument
+    add("--work", type=Path, help="folder that keeps judges and clips")
+    add("--json", type=Path, metavar="FILE", help="write machine and rows there")
+    add("--per-action", type=int, default=20, help="clips of each action")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--judge-clips", type=int, default=2000, help="that the action judge learns from")
+    add("--judge-scenes", type=int, default=3000, help="that the attribute judge learns from")
+    about = "of the attribute judge's training; the action judge's takes half as many"
+    add("--judge-steps", type=int, default=800, help=about)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, default=DEFAULT, help="checkpoint folder; default: the package's")
-    add("--work", type=Path, required=True, help="folder that keeps judges and clips")
-    add("--json", type=Path, metavar="FILE", help="write machine and rows there")
+    add_judges(parser)
     add("--sheet", type=Path, metavar="FILE", help="write the first clips there, as .png")
-    add("--per-action", type=int, default=20, help="clips of each action")
     add("--base-path", choices=("clean", "stepwise", REAL), nargs="+", help="default: the model's")
     add("--steps", type=int, default=50)
     add("--solver", choices=SOLVERS, default="ddim")
     add("--guidance-scale", type=float, default=2.0)
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--reuse-every", type=_every, default=1, metavar="N", help="N, or base=N,residual=N")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--judge-clips", type=int, default=2000, help="that the action judge learns from")
-    add("--judge-scenes", type=int, default=3000, help="that the attribute judge learns from")
-    about = "of the attribute judge's training; the action judge's takes half as many"
-    add("--judge-steps", type=int, default=800, help=about)
+    add("--reuse-every", type=every, default=1, metavar="N", help="N, or base=N,residual=N")
     about = "uint8 [M, N, H, W, 3] of the model's actions in turns, .npy, for rendered clips"
     add("--real-clips", type=Path, metavar="FILE", help=about)
     options = parser.parse_args(arguments)
+    if not options.work:
+        parser.error("--work FOLDER is needed")
     if options.sheet and options.real_clips:
         parser.error("--sheet shows rendered scenes, and --real-clips takes their place")
     return options
@@ -286,11 +289,15 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         raise ValueError(f"expected a decomposed model, got {config.objective}")
     options.work.mkdir(parents=True, exist_ok=True)
     motion, look = judges(options)
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    pipeline = VideoFusionPipeline.from_pretrained(options.model, dtype=dtype)
+    pipeline = loaded(options.model, options)
     subject = (of_real_clips if options.real_clips else of_scenes)(pipeline, options)
+    real, made = subject.clips["real"], []
+    for base_path in options.base_path or [config.base_path]:
+        way = (options.steps, options.solver, options.guidance_scale, options.seed)
+        sampling = Sampling(base_path, *way, options.reuse_every)
+        made.append(f"generated, {base_path}")
+        subject.clips[made[-1]] = generated_clips(pipeline, real, sampling, options)
     rows = judged(subject, motion, look)
-    made = [name for name in subject.clips if name.startswith("generated")]
     print(table(rows))
     asked = [name for name in made if not name.endswith(REAL)]
     print(verdicts(rows, [target for name in asked for target in targets(name)]))

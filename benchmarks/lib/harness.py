@@ -194,9 +194,11 @@ def verdicts(rows: Sequence[Row], targets: Sequence[Target]) -> str:
         row = figures.get((target.case, target.contender, target.metric))
         if row is None:
             continue
-        ratio = target.value / row.value if target.at_most else row.value / target.value
         goal = f"{'at most' if target.at_most else 'at least'} {target.value:,.2f} {row.unit}"
-        verdict = "reached" if ratio >= 1 else f"SHORT by {1 - ratio:.0%}"
+        low, high = sorted((row.value, target.value))
+        reached = target.value == (high if target.at_most else low)
+        missing = (high - low) / abs(high) if high else 0.0
+        verdict = "reached" if reached else f"SHORT by {missing:.0%}"
         what = f"{target.case}, {target.contender}: {target.metric}"
         lines.append(f"{what} {row.value:,.2f} {row.unit}, {goal}: {verdict}")
     return "\n".join(lines)
