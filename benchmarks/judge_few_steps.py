@@ -1,11 +1,12 @@
 """What fewer steps cost in quality and save in seconds: of a model, and of its students.
 
     python benchmarks/judge_few_steps.py --work FOLDER [--students FOLDER …] [--steps 1 2 4 8 20 50]
-        [--reuse-every 2 3 residual=3] [--json FILE] [--plot FILE.png]
+        [--solver ddim unipc] [--reuse-every 2 3 residual=3] [--json FILE] [--plot FILE.png]
     python benchmarks/judge_few_steps.py --draw FILE.json --plot FILE.png
 
 The judges and the clips are those of judge_model.py, and stay in FOLDER. A student takes the steps
-that it was distilled to; features are reused in as many steps as are most. Seconds are medians of
+that it was distilled to; a network of it that was not distilled takes as many. Only the first
+solver takes the most steps. Features are reused in these. Seconds are medians of
 a warm clip's, networks loaded, a clip of each way a turn: run it on a quiet machine.
 
 A verdict compares with the most steps: what is to be large may be a tenth less, and what is to be
@@ -29,6 +30,7 @@ from lib.plots import COLOURS, WIDTH, footer, plt, save
 
 from vfengine import VideoFusionPipeline
 from vfengine.formats.checkpoint import DEFAULT
+from vfengine.names import SOLVERS
 
 # What is drawn: case and metric, how it is called, and whether more of it is better.
 SHOWN = (
@@ -40,8 +42,9 @@ SHOWN = (
     ("distances", "kernel, look", "kernel distance, look", False),
 )
 KERNEL_MOTION = ("distances", "kernel, motion", "", False)  # judged, not drawn
-PLAIN, STUDENT, REUSED = "not distilled", "distilled", "features reused"
-LINES = {PLAIN: "#4477aa", STUDENT: "#cc3311", REUSED: "#228833"}
+STUDENT, PART, REUSED = "distilled", "base network distilled", "features reused"
+LINES = {STUDENT: "#cc3311", PART: "#aa3377", REUSED: "#228833"}
+OF_SOLVERS = ("#4477aa", "#66ccee", "#ccbb44", "#888888", "#000000")
 TOLERANCE = 0.1
 
 
@@ -63,19 +66,22 @@ def ways(options: argparse.Namespace) -> list[Way]:
     """All that is compared; the first is the one with most steps."""
     pipeline = judge_model.loaded(options.model, options)
     most, path = max(options.steps), pipeline.config.base_path
-    plain = Sampling(path, most, options.solver, options.guidance_scale, options.seed)
+    plain = Sampling(path, most, options.solver[0], options.guidance_scale, options.seed)
     found = [
-        Way(PLAIN, str(steps), pipeline, replace(plain, steps=steps))
+        Way(solver, str(steps), pipeline, replace(plain, solver=solver, steps=steps))
+        for solver in options.solver
         for steps in sorted(set(options.steps), reverse=True)
+        if steps < most or solver == plain.solver
     ]
     for folder in options.students:
         student = judge_model.loaded(folder, options)
-        few = student.config.distilled
-        if not few or len(few) < len(student.config.networks):
-            raise ValueError(f"{folder}: expected a student, whose networks are all distilled")
-        steps = max(len(network.timesteps) for network in few.values())
-        sampling = replace(plain, steps=steps, solver=few["base"].solver)
-        found.append(Way(STUDENT, str(steps), student, sampling))
+        few = student.config.distilled or {}
+        if "base" not in few:
+            raise ValueError(f"{folder}: expected a student, whose base network is distilled")
+        steps = len(few["base"].timesteps)
+        how = {"base_path": student.config.base_path, "solver": few["base"].solver}
+        sampling = replace(plain, steps=steps, **how)
+        found.append(Way(STUDENT if "residual" in few else PART, str(steps), student, sampling))
     for every in options.reuse_every:
         found.append(Way(REUSED, f"every {every}", pipeline, replace(plain, reuse_every=every)))
     return found
@@ -125,13 +131,16 @@ def draw(file: Path, plot: Path) -> None:
     report = json.loads(file.read_text())
     values = {(r["case"], r["contender"], r["metric"]): r["value"] for r in report["rows"]}
     names = [name for case, name, _ in values if case == "clip"]
+    lines = dict.fromkeys(name.rpartition(", ")[0] for name in names)
+    plain = [line for line in lines if line not in LINES]
+    colours = dict(zip(plain, OF_SOLVERS, strict=False)) | LINES
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 6.2), layout="constrained")
     for axis, (case, metric, title, more) in zip(axes.flat, SHOWN, strict=True):
-        for line, colour in LINES.items():
+        for line, colour in colours.items():
             points = sorted(
                 (values["clip", name, "seconds"], values[case, name, metric], name)
                 for name in names
-                if name.startswith(line)
+                if name.startswith(f"{line}, ")
             )
             if not points:
                 continue
@@ -171,7 +180,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=DEFAULT, help="checkpoint folder; default: the package's")
     add("--students", type=Path, nargs="+", default=[], metavar="FOLDER", help="distilled from it")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 20, 50], help="of the model itself")
-    add("--solver", default="ddim", help="of the model itself")
+    about = "of the model itself, the usual one first"
+    add("--solver", choices=SOLVERS, nargs="+", default=["ddim"], help=about)
     about = "N, or base=N,residual=N: ways to reuse features in the most steps"
     add("--reuse-every", type=judge_model.every, nargs="+", default=[], metavar="N", help=about)
     add("--guidance-scale", type=float, default=2.0)

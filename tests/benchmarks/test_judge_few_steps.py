@@ -17,17 +17,30 @@ FEW += ["--per-action", "1", "--turns", "1"]
 @pytest.mark.filterwarnings("ignore:a prompt is cut", "ignore:the text encoder does not know")
 def test_ways_are_judged_timed_and_drawn(tmp_path, capsys):
     model, student = save_latent_model(tmp_path / "m"), save_latent_student(tmp_path / "s")
+    part = save_latent_student(tmp_path / "p", ("base",))
     file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
-    command = ["--model", str(model), "--students", str(student), "--work", str(tmp_path / "w")]
-    command += ["--steps", "2", "6", "--reuse-every", "residual=3", *FEW]
+    command = ["--model", str(model), "--students", str(student), str(part)]
+    command += [
+        "--steps",
+        "2",
+        "6",
+        "--solver",
+        "ddim",
+        "unipc",
+        "--reuse-every",
+        "residual=3",
+        *FEW,
+    ]
+    command += ["--work", str(tmp_path / "w")]
     rows = judge_few_steps.main([*command, "--json", str(file), "--plot", str(plot)])
-    ways = ["not distilled, 6", "not distilled, 2", "distilled, 4"]
+    ways = ["ddim, 6", "ddim, 2", "unipc, 2", "distilled, 4"]
+    ways += ["base network distilled, 4"]
     ways += ["features reused, every base=1,residual=3"]
     assert [row.contender for row in rows if row.case == "clip"] == ways
     judged = {row.contender for row in rows if row.case == "distances"}
     assert judged >= {*ways, "real", "real, coded"}
     said = capsys.readouterr().out
-    assert "actions, distilled, 4: right" in said and "distilled, 6: right" not in said
+    assert "actions, distilled, 4: right" in said and "ddim, 6: right" not in said
     assert json.loads(file.read_text())["rows"][0] == vars(rows[0])
     with Image.open(plot) as drawn:
         assert drawn.size == (1000, 620)
@@ -50,7 +63,7 @@ def test_bounds_are_a_tenth_from_the_most_steps():
 def test_a_model_that_is_no_student_is_named(tmp_path):
     model = save_latent_model(tmp_path / "m")
     command = ["--model", str(model), "--students", str(model), "--work", str(tmp_path / "w"), *FEW]
-    with pytest.raises(ValueError, match="m: expected a student, whose networks are all distilled"):
+    with pytest.raises(ValueError, match="m: expected a student, whose base network is"):
         judge_few_steps.main(command)
 
 

@@ -76,6 +76,17 @@ class SolverTable:
         return hash(self.fingerprint())
 
 
+def usual_spacing(solver: str) -> str:
+    """The spacing of timesteps that a solver takes where a model does not name its own.
+
+    Solvers of higher order are for few steps: these begin at T-1, where a state is noise alone.
+    "leading" would begin them at T - T / steps, whose states are not ("Common Diffusion Noise
+    Schedules and Sample Steps Are Flawed", Lin et al. 2024, arXiv 2305.08891).
+    benchmarks/bench_solvers.py measures it.
+    """
+    return "leading" if solver in ("ddim", "ddpm") else "trailing"
+
+
 def solver_table(
     solver: str,
     schedule: NoiseSchedule,

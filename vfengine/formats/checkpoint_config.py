@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.solvers import SolverTable, solver_table
+from ..diffusion.solvers import SolverTable, solver_table, usual_spacing
 from ..files import parse_json
 from ..models import (
     AutoencoderConfig,
@@ -245,12 +245,12 @@ class CheckpointConfig(ABC):
         timesteps: Sequence[int] | None = None,
     ) -> SolverTable:
         """What a solver does, step by step, on the model's schedule; see `solver_table`."""
-        how = self._timesteps() | {"timesteps": timesteps}
+        how = self._timesteps(solver) | {"timesteps": timesteps}
         return solver_table(solver, self.noise_schedule(), num_inference_steps, eta, **how)
 
-    def _timesteps(self) -> dict[str, Any]:
+    def _timesteps(self, solver: str) -> dict[str, Any]:
         """The arguments of `solver_table` that say which timesteps the networks are asked at."""
-        return {}
+        return {"spacing": usual_spacing(solver)}
 
     def fingerprint(self) -> str:
         """16 hex digits that name its first network; base paths of another one are refused."""
@@ -389,8 +389,10 @@ class DecomposedConfig(CheckpointConfig):
     def foreign(self) -> tuple[str, ...]:
         return () if self.published is None else self.published.parts
 
-    def _timesteps(self) -> dict[str, Any]:
-        return {} if self.published is None else self.published.timesteps
+    def _timesteps(self, solver: str) -> dict[str, Any]:
+        if self.published is None:
+            return super()._timesteps(solver)
+        return self.published.timesteps
 
     def generator(self, name: str, unet: UNet) -> Generator:
         schedule = self.noise_schedule()
