@@ -132,7 +132,7 @@ def test_networks_of_different_steps_go_by_the_finished_frame(half):
     assert phases == {"base": 4, "residual": 7}
     assert out.trajectory.timesteps.tolist() == TIMESTEPS
     for settings in ({"base_path": "stepwise"}, {"overlap_phases": True}):
-        with pytest.raises(ValueError, match="4 steps and the residual network 50"):
+        with pytest.raises(ValueError, match="4 steps of ddim from t = 999, and the residual network 50 steps of"):
             pipe("walk", **settings)
     with pytest.raises(ValueError, match="distilled to 4 steps"):
         pipe.preview("walk", num_inference_steps=7)

@@ -28,6 +28,7 @@ import torch
 from ..devices import chosen_device, chosen_dtype, usable_device
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, frame_weights
+from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import DEFAULT, DecomposedConfig, PlainConfig, read_config
 from ..media.pictures import Picture, to_uint8
 from ..models import UNet
@@ -283,8 +284,8 @@ class VideoFusionPipeline(BasePhase):
         own, walked = (self._table(request, name) for name in ("residual", "base"))
         if own != walked:
             raise ValueError(
-                f"the base network takes {len(walked)} steps and the residual network "
-                f"{len(own)}: base_path must be 'clean', and phases cannot overlap"
+                f"the base network takes {_steps(walked)}, and the residual network {_steps(own)}: "
+                "base_path must be 'clean', and phases cannot overlap"
             )
 
     def _sampled_phases(self, request: SamplingRequest) -> tuple[str, ...]:
@@ -305,3 +306,7 @@ class VideoFusionPipeline(BasePhase):
     def _motion(self, request: SamplingRequest) -> Motion:
         windows = (request.window, request.window_overlap) if request.window else None
         return Motion(request.lam, windows, request.base_path == "clean", request.loop)
+
+
+def _steps(table: SolverTable) -> str:
+    return f"{len(table)} steps of {table.solver} from t = {int(table.timesteps[0])}"
