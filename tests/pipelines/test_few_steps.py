@@ -131,8 +131,13 @@ def test_networks_of_different_steps_go_by_the_finished_frame(half):
     pipe("walk", num_inference_steps=7, callback=lambda p, d, total: phases.update({p: total}))
     assert phases == {"base": 4, "residual": 7}
     assert out.trajectory.timesteps.tolist() == TIMESTEPS
+    other = pipe("walk", num_inference_steps=7, solver="unipc")
+    assert other.trajectory.table.solver == "ddim"
+    assert not np.array_equal(other.frames, pipe("walk", num_inference_steps=7).frames)
+    with pytest.raises(ValueError, match="distilled for the solver ddim: unipc"):
+        pipe.preview("walk", solver="unipc")
     for settings in ({"base_path": "stepwise"}, {"overlap_phases": True}):
-        with pytest.raises(ValueError, match="4 steps of ddim from t = 999, and the residual network 50 steps of"):
+        with pytest.raises(ValueError, match="from t = 999, and the residual network 50 steps"):
             pipe("walk", **settings)
     with pytest.raises(ValueError, match="distilled to 4 steps"):
         pipe.preview("walk", num_inference_steps=7)

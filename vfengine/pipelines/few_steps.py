@@ -6,7 +6,7 @@ no others. Its guidance scale is an input, within the range that it was trained 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..diffusion.solvers import SolverTable
 from ..formats.checkpoint import CheckpointConfig, FewSteps
@@ -30,29 +30,50 @@ def network_table(
 ) -> SolverTable:
     """The steps of a network, where so many are asked for; None: as many as are usual for it.
 
-    Raises ValueError for steps, a solver or an eta that it was not made for.
+    A solver and an eta are those of networks that are not distilled, if the model has any: the
+    others keep to their own.
+
+    Raises ValueError for a solver or an eta that no network was made for.
     """
-    few = (config.distilled or {}).get(name)
+    found = config.distilled or {}
+    few = found.get(name)
     if few is None:
         return config.table(solver, DEFAULT_STEPS if steps is None else steps, eta)
-    if solver != few.solver:
-        raise ValueError(f"the {name} network was distilled for the solver {few.solver}: {solver}")
-    if eta:
-        raise ValueError(f"the {name} network was distilled: its steps add no noise, but eta={eta}")
-    return config.table(solver, len(few.timesteps), timesteps=few.timesteps)
+    if len(found) == len(config.networks):
+        _check_solver({name: few}, solver, eta)
+    return config.table(few.solver, len(few.timesteps), timesteps=few.timesteps)
 
 
-def chosen_steps(config: CheckpointConfig, names: Iterable[str], steps: int | None) -> int:
+def _check_solver(found: Mapping[str, FewSteps], solver: str, eta: float) -> None:
+    for name, few in found.items():
+        if solver != few.solver:
+            raise ValueError(
+                f"the {name} network was distilled for the solver {few.solver}: {solver}"
+            )
+        if eta:
+            raise ValueError(
+                f"the {name} network was distilled: its steps add no noise, but eta={eta}"
+            )
+
+
+def chosen_steps(
+    config: CheckpointConfig,
+    names: Iterable[str],
+    steps: int | None,
+    solver: str = "ddim",
+    eta: float = 0.0,
+) -> int:
     """The number of steps of a request whose networks are these; None: the usual one.
 
-    A number is that of networks that are not distilled, if there are any.
+    Number, solver and eta are those of networks that are not distilled, if there are any.
 
-    Raises ValueError for steps that all of them were not made for.
+    Raises ValueError for what all of them were not made for.
     """
     names = tuple(names)
     found = distilled(config, names)
     if not found or len(found) < len(names):
         return DEFAULT_STEPS if steps is None else steps
+    _check_solver(found, solver, eta)
     made_for = sorted({len(few.timesteps) for few in found.values()})
     if steps is None:
         return made_for[-1]

@@ -231,7 +231,8 @@ class CheckpointPipeline(Pipeline):
         """The steps of a request; ValueError for how a distilled network cannot be sampled."""
         names = self._sampled_phases(request)
         check_guidance(self.config, names, request)
-        return chosen_steps(self.config, names, request.num_inference_steps)
+        how = request.num_inference_steps, request.solver, request.eta
+        return chosen_steps(self.config, names, *how)
 
     def _clip_place(self, request: VideoRequest) -> NoisePlace:
         check_seed(request.residual_seed, "residual_seed")
