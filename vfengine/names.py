@@ -3,6 +3,7 @@
 AUTO = "auto"  # the device, dtype or precision that suits the machine
 
 SOLVERS = ("ddim", "ddpm", "dpmsolver", "dpmsolver++", "unipc")
+DEFAULT_STEPS = 50  # of ddim, where a model names no others
 BASE_PATHS = ("stepwise", "clean")  # by the base network's estimates, or by the finished base frame
 OUTPUT_TYPES = ("np", "pt", "pil")  # formats of a pipeline's frames
 TEXT_OUTPUT_TYPES = (*OUTPUT_TYPES, "latent")  # and those of a text-to-video pipeline's

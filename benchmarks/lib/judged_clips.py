@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +53,8 @@ class Sampling:
         way = asdict(self)
         if self.reuse_every == 1:
             del way["reuse_every"]  # clips of before it was there are found again
-        told = json.dumps([config.to_json(), way])
+        # what is usual changes no clip, as all is said here
+        told = json.dumps([replace(config, usual_steps=None).to_json(), way])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 

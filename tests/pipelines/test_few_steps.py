@@ -1,16 +1,19 @@
 """Distilled models: sampled in the steps that they were made for, and in no others."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, save_tiny
+from conftest import ON_CPU, save_random, save_tiny, tiny_config
 from few_step_models import save_latent_student, save_student
 
 import vfengine as vf
 from vfengine.diffusion.noise import base_noise, residual_noise
-from vfengine.formats.checkpoint import load_network, read_config
+from vfengine.formats.checkpoint import DecomposedConfig, load_network, read_config
+from vfengine.formats.few_steps import UsualSteps
+from vfengine.pipelines.clip_settings import clip_settings
 from vfengine.pipelines.forecast import forecast
 from vfengine.pipelines.request import SamplingRequest
 from vfengine.pipelines.together import sample_together
@@ -248,3 +251,71 @@ def test_a_network_without_its_embedding_is_refused(student, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="base is distilled, but has no guidance_embedding"):
         read_config(tmp_path)
+
+
+# -- the usual steps -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    steps = UsualSteps(solver="unipc", num_inference_steps=5)
+    config = tiny_config(base_path="clean", usual_steps=steps)
+    return save_random(tmp_path_factory.mktemp("usual") / "tiny", config)
+
+
+@pytest.mark.parametrize(
+    "asked, taken",
+    [
+        ({}, (5, "unipc", 0.0)),
+        ({"num_inference_steps": 3}, (3, "unipc", 0.0)),
+        ({"solver": "unipc"}, (5, "unipc", 0.0)),
+        ({"solver": "ddim"}, (50, "ddim", 0.0)),
+        ({"eta": 0.5}, (50, "ddim", 0.5)),
+        ({"solver": "ddpm", "num_inference_steps": 4}, (4, "ddpm", 0.0)),
+    ],
+)
+def test_a_checkpoint_names_its_usual_steps(asked, taken, usual):
+    pipe = loaded(usual)
+    table = pipe.preview("walk", **asked).trajectory.table
+    assert (len(table), table.solver) == taken[:2]
+    filled = pipe.fill_defaults(SamplingRequest(label="walk", **asked))
+    assert (filled.num_inference_steps, filled.solver, filled.eta) == taken
+    assert clip_settings(pipe, filled)["settings"]["solver"] == taken[1]
+
+
+def test_a_model_that_names_no_steps_takes_fifty_of_ddim(tiny_checkpoint):
+    table = loaded(tiny_checkpoint).preview("walk").trajectory.table
+    assert (len(table), table.solver) == (50, "ddim")
+
+
+def test_an_eta_beside_a_solver_without_noise_is_refused(usual):
+    with pytest.raises(ValueError, match="unipc is deterministic"):
+        loaded(usual)("walk", solver="unipc", eta=0.5)
+
+
+def test_the_usual_steps_are_kept_in_the_folder(usual, tmp_path):
+    config = read_config(usual)
+    assert config.usual_steps == UsualSteps(solver="unipc", num_inference_steps=5)
+    assert DecomposedConfig.from_json(config.to_json()) == config
+    for changed, words in (
+        ({"solver": "euler"}, "solver must be one of"),
+        ({"num_inference_steps": 0}, "must be an int from 1 to 1000, got 0"),
+        ({"num_inference_steps": True}, "must be an int from 1 to 1000, got True"),
+        ({"steps": 3}, "unexpected keyword argument"),
+    ):
+        values = json.loads(config.to_json())
+        values["usual_steps"] = changed
+        with pytest.raises(ValueError, match=words):
+            DecomposedConfig.from_json(json.dumps(values))
+    with pytest.raises(TypeError, match="usual_steps must be UsualSteps"):
+        replace(config, usual_steps=8)
+
+
+def test_paths_of_the_usual_steps_are_followed_and_others_named(usual):
+    pipe = loaded(usual)
+    clip = pipe("walk")
+    again = pipe("walk", trajectory=pipe.preview("walk").trajectory)
+    assert np.array_equal(again.frames, clip.frames)
+    other = pipe.preview("walk", solver="ddim", num_inference_steps=5).trajectory
+    with pytest.raises(ValueError, match="made with solver ddim, but unipc is asked for"):
+        pipe("walk", trajectory=other)

@@ -315,7 +315,8 @@ def test_defaults_are_filled_in_by_the_model(tiny_checkpoint, clean_checkpoint):
     assert pipe.fill_defaults(SamplingRequest()).base_path == "clean"
     assert pipe.fill_defaults(SamplingRequest(base_path="stepwise")).base_path == "stepwise"
     preview = SamplingRequest(preview=True)
-    assert vars(pipe.fill_defaults(preview)) == {**vars(preview), "num_inference_steps": 50}
+    steps = {"num_inference_steps": 50, "solver": "ddim"}
+    assert vars(pipe.fill_defaults(preview)) == {**vars(preview), **steps}
 
 
 # -- plain video models ----------------------------------------------------------------------------

@@ -170,7 +170,7 @@ class _Bench:
         self.values = {name: values[name] for name in given}
         filled = pipe.fill_defaults(pipe.request_type(**self.values))
         self.values |= {
-            name: getattr(filled, name) for name in ("num_frames", "num_inference_steps")
+            name: getattr(filled, name) for name in ("num_frames", "num_inference_steps", "solver")
         }
 
     def clip(self, size: int, **changes: Any) -> dict[str, Any]:

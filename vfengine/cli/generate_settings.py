@@ -74,7 +74,7 @@ SETTINGS = (
         "how",
         _COUNT,
         "steps of the solver",
-        "50, or those that a distilled model was made for",
+        "the model's: 8 of unipc for the one that is included; of another solver 50",
     ),
     _field(
         "guidance_scale",
@@ -93,7 +93,13 @@ SETTINGS = (
     ),
     _field("base_seed", "what", _SEED, "seed of the base frame"),
     _field("residual_seed", "what", _SEED, "seed of the motion"),
-    _field("solver", "how", choice(SOLVERS), "solver of the sampling steps"),
+    _field(
+        "solver",
+        "how",
+        choice(SOLVERS),
+        "solver of the sampling steps",
+        "the model's: unipc for the one that is included, else ddim",
+    ),
     _field("eta", "how", number(0, 1, "ETA"), "share of new noise in each step of ddim"),
     _field(
         "reuse_every",

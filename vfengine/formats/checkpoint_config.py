@@ -30,7 +30,7 @@ from ..models import (
 from ..models.denoisers import PretrainedGenerator
 from ..names import BASE_PATHS
 from .checks import check_number, object_of, positive
-from .few_steps import FewSteps
+from .few_steps import FewSteps, UsualSteps
 from .published_base import FOLDERS, PublishedBase
 
 Generator = BaseGenerator | PretrainedGenerator | ResidualGenerator | VideoGenerator
@@ -41,15 +41,16 @@ _ENTRIES = (
     *("base", "residual", "base_std", "residual_std", "base_path", "clean_share"),
     *("video", "video_std"),
     *("autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts", "distilled"),
-    *("published", "sha256"),
+    *("usual_steps", "published", "sha256"),
 )
 _LATER = (
     *("clean_share", "autoencoder", "latent_mean", "latent_std", "text_encoder", "prompts"),
-    *("distilled", "published"),
+    *("distilled", "usual_steps", "published"),
 )
 _PART_CONFIGS = {
     "autoencoder": AutoencoderConfig,
     "text_encoder": TextEncoderConfig,
+    "usual_steps": UsualSteps,
     "published": PublishedBase,
 }
 
@@ -71,6 +72,7 @@ class CheckpointConfig(ABC):
     prompts     what each label stands for
 
     distilled   by name, the networks that were distilled to few steps; None: there are none
+    usual_steps how others are sampled where nobody says; None: in 50 steps of DDIM
 
     Of its kind:
     objective   what it was trained for, as --objective takes it: "decomposed" or "vdm"
@@ -97,6 +99,7 @@ class CheckpointConfig(ABC):
     text_encoder: TextEncoderConfig | None = None
     prompts: tuple[str, ...] | None = None
     distilled: dict[str, FewSteps] | None = None
+    usual_steps: UsualSteps | None = None
 
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "channels"):
@@ -127,6 +130,8 @@ class CheckpointConfig(ABC):
                 )
             self._check_condition(name, unet)
         self._check_distilled()
+        if not isinstance(self.usual_steps, UsualSteps | None):
+            raise TypeError(f"usual_steps must be UsualSteps, got {self.usual_steps!r}")
 
     def _check_distilled(self) -> None:
         """ValueError unless networks that were distilled, and no others, are told the guidance."""

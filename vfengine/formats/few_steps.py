@@ -1,11 +1,27 @@
-"""What the configuration of a distilled network says of its steps."""
+"""What a model's configuration says of steps: those of a distilled network, and the usual ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..names import DEFAULT_STEPS, SOLVERS
 from .checks import check_number, object_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualSteps:
+    """How a model is sampled where nobody says; one that names nothing takes 50 steps of DDIM."""
+
+    solver: str = "ddim"
+    num_inference_steps: int = DEFAULT_STEPS
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}")
+        steps = self.num_inference_steps
+        if type(steps) is not int or not 1 <= steps <= 1000:
+            raise ValueError(f"num_inference_steps must be an int from 1 to 1000, got {steps!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

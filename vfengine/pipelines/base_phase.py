@@ -37,7 +37,7 @@ class BasePhase(CheckpointPipeline):
         guidance_scale: float = 2.0,
         base_seed: int = 0,
         num_videos: int = 1,
-        solver: str = "ddim",
+        solver: str | None = None,
         eta: float = 0.0,
         sample_offset: int = 0,
         base_cache: str | Path | None = None,
@@ -88,7 +88,7 @@ class BasePhase(CheckpointPipeline):
         image: Picture,
         *,
         num_inference_steps: int | None = None,
-        solver: str = "ddim",
+        solver: str | None = None,
         eta: float = 0.0,
     ) -> BaseTrajectory:
         """The base path of an image, cropped in the middle and resized to the model's size.
@@ -105,7 +105,7 @@ class BasePhase(CheckpointPipeline):
         num_clips: int = 1,
         *,
         num_inference_steps: int | None = None,
-        solver: str = "ddim",
+        solver: str | None = None,
         eta: float = 0.0,
         base_path: str | None = None,
     ) -> None:

@@ -227,12 +227,12 @@ class CheckpointPipeline(Pipeline):
         how = request.num_inference_steps, request.solver, request.eta
         return network_table(self.config, name, *how)
 
-    def _chosen_steps(self, request: VideoRequest) -> int:
-        """The steps of a request; ValueError for how a distilled network cannot be sampled."""
+    def _chosen_steps(self, request: VideoRequest) -> dict[str, object]:
+        """Its steps, by their fields; ValueError for how a distilled network cannot be sampled."""
         names = self._sampled_phases(request)
         check_guidance(self.config, names, request)
         how = request.num_inference_steps, request.solver, request.eta
-        return chosen_steps(self.config, names, *how)
+        return chosen_steps(self.config, names, *how)._asdict()
 
     def _clip_place(self, request: VideoRequest) -> NoisePlace:
         check_seed(request.residual_seed, "residual_seed")

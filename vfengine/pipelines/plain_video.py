@@ -57,7 +57,7 @@ class PlainVideoPipeline(CheckpointPipeline):
         """
         self._check_prompts(request)
         frames = self.config.num_frames if request.num_frames is None else request.num_frames
-        return replace(request, num_frames=frames, num_inference_steps=self._chosen_steps(request))
+        return replace(request, num_frames=frames, **self._chosen_steps(request))
 
     def _sampled_phases(self, request: VideoRequest) -> tuple[str, ...]:
         return ("video",)

@@ -71,7 +71,7 @@ class VideoRequest(_Sampled):
     residual_seed: int = 1
     output_type: str = "np"
     num_videos: int = 1
-    solver: str = "ddim"
+    solver: str | None = None
     eta: float = 0.0
     sample_offset: int = 0
     reuse_every: ReuseEvery = 1

@@ -106,7 +106,7 @@ def sample_together(
 
 
 def _with_steps(pipe: VideoFusionPipeline, look: SamplingRequest) -> SamplingRequest:
-    return replace(look, num_inference_steps=pipe._chosen_steps(look))
+    return replace(look, **pipe._chosen_steps(look))
 
 
 def keep_networks(pipe: CheckpointPipeline) -> None:

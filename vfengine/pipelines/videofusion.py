@@ -130,7 +130,7 @@ class VideoFusionPipeline(BasePhase):
         output_type: str = "np",
         num_videos: int = 1,
         num_residuals: int = 1,
-        solver: str = "ddim",
+        solver: str | None = None,
         eta: float = 0.0,
         lam: Lam | None = None,
         trajectory: BaseTrajectory | None = None,
@@ -152,8 +152,8 @@ class VideoFusionPipeline(BasePhase):
                         encoder, whose labels stand for prompts; a negative prompt for each label
                         or prompt, or one for all
         num_frames:     N; None is what the model was trained on
-        num_inference_steps: None: 50, or the steps that a distilled model was made for, which takes
-                        no others
+        num_inference_steps: None: as many as the checkpoint names for its solver, else 50. A model
+                        that was distilled takes no others than it was made for
         guidance_scale: s of classifier-free guidance, ε_u + s (ε_c - ε_u), in [0, 100]; 1 is off
         base_seed, residual_seed: seeds of the base frames' noise and of each frame's own noise
         base_offset:    sample whose base path the first clip follows; None is the clip's own, or
@@ -162,7 +162,8 @@ class VideoFusionPipeline(BasePhase):
                         animated); None is the one that the checkpoint names
         num_residuals:  K clips along one base path, each with its own residual noise, B = K; needs
                         one label and one video
-        solver, eta:    see `solvers.solver_table`
+        solver, eta:    see `solvers.solver_table`; None: the checkpoint's, or "ddim", which alone
+                        takes an eta
         lam:            λ, a number or [N]; None is the λ of training
         trajectory:     a base path of 1 or B clips, in place of the base phase; see
                         `check_trajectory`
@@ -252,7 +253,7 @@ class VideoFusionPipeline(BasePhase):
         checkpoint's own base_path, and for a prompt that the model cannot take.
         """
         self._check_prompts(request)
-        request = replace(request, num_inference_steps=self._chosen_steps(request))
+        request = replace(request, **self._chosen_steps(request))
         if request.preview:
             return request
         config, offload = self.config, request.offload_base

@@ -186,7 +186,6 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
         num_frames=config.num_frames,
         fps=config.fps,
         guidance_scale=request.guidance_scale,
-        solver=request.solver,
         **_sampling(pipe),
         base_paths=BASE_PATHS if decomposed else (),
         base_path=config.base_path if decomposed else None,
@@ -202,20 +201,26 @@ def model_info(pipe: Pipeline, name: str, batch_size: int) -> ModelInfo:
 
 def _sampling(pipe: Pipeline) -> dict[str, Any]:
     """How a model can be sampled: any model, or one that was distilled."""
-    from ..names import SOLVERS
-    from ..pipelines.few_steps import DEFAULT_STEPS, chosen_steps
+    from ..names import DEFAULT_STEPS, SOLVERS
+    from ..pipelines.few_steps import chosen_steps
+    from ..pipelines.request import TextRequest
 
-    found = getattr(pipe.config, "distilled", None) or {}
+    if issubclass(pipe.request_type, TextRequest):
+        return {"steps": DEFAULT_STEPS, "solver": TextRequest.solver, "solvers": SOLVERS}
+    usual = chosen_steps(pipe.config, pipe.config.networks)
+    found = pipe.config.distilled or {}
     if not found:
-        return {"steps": DEFAULT_STEPS, "solvers": SOLVERS}
+        steps = {"steps": usual.num_inference_steps, "solver": usual.solver}
+        return {**steps, "solvers": SOLVERS}
     names, ranges = pipe.config.networks, [few.guidance for few in found.values()]
     steps = {len(few.timesteps) for few in found.values()} if len(found) == len(names) else ()
     return {
-        "steps": chosen_steps(pipe.config, names, None),
+        "steps": usual.num_inference_steps,
+        "solver": usual.solver,
         "only_steps": tuple(sorted(steps)),
         "guidance_range": (max(least for least, _ in ranges), min(most for _, most in ranges)),
         "takes_negatives": False,
-        "solvers": ("ddim",),
+        "solvers": (usual.solver,),
     }
 
 

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..names import DEFAULT_STEPS
 from .bodies import choice, real, switch, text, whole
 from .errors import ApiError, bad, shown
 from .jobs import FORMATS, Job, JobSettings
@@ -284,10 +285,9 @@ def _solver(
     guidance = real(values, "guidance_scale", 0, 100)
     solver = choice(values, "solver", info.solvers)
     eta = real(values, "eta", 0, 1)
+    usual = info.steps if solver in (None, info.solver) else DEFAULT_STEPS
     chosen = {
-        "num_inference_steps": min(info.steps, bounds.steps)
-        if old is None
-        else old.num_inference_steps,
+        "num_inference_steps": min(usual, bounds.steps) if old is None else old.num_inference_steps,
         "guidance_scale": info.guidance_scale if old is None else old.guidance_scale,
         "solver": info.solver if old is None else old.solver,
     }

@@ -189,7 +189,7 @@ class Trainer:
     def _identity(self) -> str:
         """Names the model and the amount of data that a state belongs to."""
         values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        del values["sha256"]
+        del values["sha256"], values["usual_steps"]
         for name in _LATER:
             if values.get(name, 0) is None:
                 del values[name]
