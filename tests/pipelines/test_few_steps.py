@@ -319,3 +319,9 @@ def test_paths_of_the_usual_steps_are_followed_and_others_named(usual):
     other = pipe.preview("walk", solver="ddim", num_inference_steps=5).trajectory
     with pytest.raises(ValueError, match="made with solver ddim, but unipc is asked for"):
         pipe("walk", trajectory=other)
+
+
+def test_a_server_takes_the_usual_steps(usual):
+    info = model_info(loaded(usual), "usual", 1)
+    assert (info.steps, info.solver, info.only_steps) == (5, "unipc", ())
+    assert "ddim" in info.solvers

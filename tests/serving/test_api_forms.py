@@ -189,6 +189,22 @@ def test_solvers():
     assert refusal(made, PLAIN, prompt="jump", base_path="clean").param == "base_path"
 
 
+def test_the_usual_steps_are_those_of_the_models_solver():
+    few = replace(INFO, steps=8, solver="unipc", solvers=("ddim", "unipc"))
+
+    def taken(**values):
+        settings = made(few, prompt="jump", **values).settings
+        return settings.solver, settings.num_inference_steps
+
+    assert taken() == taken(solver="unipc") == ("unipc", 8)
+    assert taken(solver="ddim") == ("ddim", min(50, BOUNDS.steps))
+    assert taken(num_inference_steps=5) == ("unipc", 5)
+    assert taken(eta=0.5) == ("ddim", min(50, BOUNDS.steps))
+    assert refusal(made, few, prompt="jump", eta=0.5, solver="unipc").param == "eta"
+    source = job_of(made(few, prompt="jump", num_inference_steps=5), few)
+    assert remixed(source, few, prompt="run").settings.num_inference_steps == 5
+
+
 def test_loops():
     assert not made(prompt="jump").settings.loop
     for on in (True, "true"):

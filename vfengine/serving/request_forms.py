@@ -285,6 +285,8 @@ def _solver(
     guidance = real(values, "guidance_scale", 0, 100)
     solver = choice(values, "solver", info.solvers)
     eta = real(values, "eta", 0, 1)
+    if eta and solver is None and old is None:
+        solver = "ddim"
     usual = info.steps if solver in (None, info.solver) else DEFAULT_STEPS
     chosen = {
         "num_inference_steps": min(usual, bounds.steps) if old is None else old.num_inference_steps,
