@@ -202,7 +202,7 @@ def test_the_usual_steps_are_those_of_the_models_solver():
     assert taken(eta=0.5) == ("ddim", min(50, BOUNDS.steps))
     assert refusal(made, few, prompt="jump", eta=0.5, solver="unipc").param == "eta"
     source = job_of(made(few, prompt="jump", num_inference_steps=5), few)
-    assert remixed(source, few, prompt="run").settings.num_inference_steps == 5
+    assert remixed(source, few, prompt="walk").settings.num_inference_steps == 5
 
 
 def test_loops():
