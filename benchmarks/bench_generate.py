@@ -1,5 +1,7 @@
 """The default clip from the shipped model: seconds from a cold start, by phase, and by dtype.
 
+In its usual steps, and in 50 of DDIM. `clip` is a warm one: networks loaded, after another one.
+
 Also the difference between clips made on one thread and on two: the noise is the same bit for bit,
 but convolutions and matrix products add in another order.
 
@@ -14,8 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +36,15 @@ from vfengine.pipelines.videofusion import to_uint8
 
 LABEL = "cartwheel"
 PHASES = ("startup", "load", "text", "base", "residual", "decode", "write", "total")
+WAYS = ({}, {"num_inference_steps": 50, "solver": "ddim"})
+TARGETS = (
+    Target("command, bfloat16, usual steps", "vfengine", "total", 6, at_most=True),
+    Target("clip, bfloat16", "usual steps", "time", 2, at_most=True),
+)
 SHARED = "times the fair share"
 
 
-def command(dtype: str, steps: int, rounds: int) -> list[Row]:
+def command(dtype: str, how: dict[str, Any], rounds: int) -> list[Row]:
     """Medians over runs of `python -m vfengine.generate --json`, each a process of its own."""
     records = []
     for _ in range(rounds):
@@ -42,11 +52,12 @@ def command(dtype: str, steps: int, rounds: int) -> list[Row]:
             output = Path(folder) / f"{LABEL}.mp4"
             arguments = ["--label", LABEL, "--output", str(output), "--json", "--device", "cpu"]
             arguments += ["--dtype", dtype]
-            arguments += ["--num-inference-steps", str(steps)]
+            for name, value in how.items():
+                arguments += [f"--{name.replace('_', '-')}", str(value)]
             run = [sys.executable, "-m", "vfengine.generate", *arguments]
             done = subprocess.run(run, check=True, capture_output=True, text=True)
             records.append(json.loads(done.stdout))
-    case = f"command, {dtype}, {steps} steps"
+    case = f"command, {dtype}, {named(how)}"
     rows = [
         Row(case, "vfengine", phase, statistics.median(r["timings"][phase] for r in records), "s")
         for phase in PHASES
@@ -55,16 +66,36 @@ def command(dtype: str, steps: int, rounds: int) -> list[Row]:
     return [*rows, Row(case, "vfengine", "peak memory", peak / 2**20, "MiB")]
 
 
-def threads(dtype: torch.dtype, steps: int) -> list[Row]:
+def named(how: dict[str, Any]) -> str:
+    return " ".join(map(str, how.values())) or "usual steps"
+
+
+def warm(dtype: torch.dtype, ways: Sequence[dict[str, Any]], rounds: int = 5) -> list[Row]:
+    """Medians of a clip's seconds; the ways take turns."""
+    pipeline = VideoFusionPipeline.from_pretrained(device="cpu", dtype=dtype)
+    pipeline.keep_parts()
+    contenders = {named(how): partial(pipeline, LABEL, offload_base=False, **how) for how in ways}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-1, rounds):  # the first loads everything and is not counted
+        for name, clip in contenders.items():
+            started = time.perf_counter()
+            clip()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - started)
+    case = f"clip, {str(dtype).removeprefix('torch.')}"
+    return [Row(case, name, "time", statistics.median(found), "s") for name, found in times.items()]
+
+
+def threads(dtype: torch.dtype, how: dict[str, Any]) -> list[Row]:
     """Pixels of the clip sampled on one thread against those on two."""
     clips, before = [], torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
         pipeline = VideoFusionPipeline.from_pretrained(device="cpu", dtype=dtype)
-        clips.append(to_uint8(pipeline(LABEL, num_inference_steps=steps).frames).astype(np.int16))
+        clips.append(to_uint8(pipeline(LABEL, **how).frames).astype(np.int16))
     torch.set_num_threads(before)
     difference = np.abs(clips[0] - clips[1])
-    case = f"1 thread against 2, {str(dtype).removeprefix('torch.')}, {steps} steps"
+    case = f"1 thread against 2, {str(dtype).removeprefix('torch.')}, {named(how)}"
     return [
         Row(case, "vfengine", "largest", float(difference.max()), "of 255"),
         Row(case, "vfengine", "mean", float(difference.mean()), "of 255"),
@@ -72,16 +103,18 @@ def threads(dtype: torch.dtype, steps: int) -> list[Row]:
     ]
 
 
-def measure(steps: int = 50, rounds: int = 3) -> list[Row]:
+def measure(rounds: int = 3) -> list[Row]:
     rows = []
     for dtype in ("float32", "bfloat16"):
-        rows += command(dtype, steps, rounds)
-        rows += threads(getattr(torch, dtype), steps)
+        for how in WAYS:
+            rows += command(dtype, how, rounds)
+        rows += warm(getattr(torch, dtype), WAYS)
+        rows += threads(getattr(torch, dtype), WAYS[0])
     return rows
 
 
 def busy(count: int, rounds: int = 3) -> list[Row]:
-    """Seconds of the warm default clip, alone and with `count` neighbours in turns."""
+    """Seconds of a warm clip of 50 steps of DDIM, alone and with `count` neighbours in turns."""
     dtype = str(chosen_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     rows, fair = [], fair_share(count)
     for threads in sorted({1, torch.get_num_threads()}):
@@ -123,7 +156,7 @@ def bench_busy_machine(benchmark, short):
     """One clip beside two neighbours."""
     pipeline = VideoFusionPipeline.from_pretrained(device="cpu")
     with neighbours(2):
-        steps = {"num_inference_steps": 2 if short else 50}
+        steps = {"solver": "ddim", "num_inference_steps": 2 if short else 50}
         benchmark.pedantic(pipeline, args=(LABEL,), kwargs=steps, rounds=1)
 
 
@@ -132,7 +165,7 @@ if __name__ == "__main__":
     parser.add_argument("--neighbours", type=int, metavar="K", help="beside K busy processes")
     count = parser.parse_known_args()[0].neighbours
     if count is None:
-        main(measure, __doc__)
+        main(measure, __doc__, TARGETS)
     else:
         cases = [f"clip, {dtype}, {count} neighbours" for dtype in ("bfloat16", "float32")]
         targets = [Target(case, "vfengine", SHARED, 1.3, at_most=True) for case in cases]

@@ -113,7 +113,7 @@ class Maker:
     """The shipped model: uint8 clips [N, H, W, 3], and the seconds of their residual phase."""
 
     def __init__(self, steps: int) -> None:
-        self.how = {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
+        self.how = {"solver": "ddim", "num_inference_steps": steps, "guidance_scale": GUIDANCE}
         self.pipeline = VideoFusionPipeline.from_pretrained(device=DEVICE, dtype=torch.bfloat16)
 
     def path(self, label: str) -> BaseTrajectory:

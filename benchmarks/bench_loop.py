@@ -80,7 +80,7 @@ def make(
     clips, seconds = defaultdict(list), defaultdict(list)
     for label in plan.labels:
         for seed in plan.seeds:
-            how = {"num_inference_steps": plan.steps}
+            how = {"solver": "ddim", "num_inference_steps": plan.steps}
             path = pipeline.walk_base(label, base_seed=seed, **how)
             how |= {"trajectory": path, "residual_seed": seed + 1, "offload_base": False}
             for name in (CLIP, LOOP):

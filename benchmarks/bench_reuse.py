@@ -73,6 +73,7 @@ def clips(turns: int, steps: int, contenders: tuple[ReuseEvery, ...] = EVERY) ->
 
         for every in contenders:
             how = {
+                "solver": "ddim",
                 "num_inference_steps": steps if turn >= 0 else min(steps, 6),
                 "offload_base": False,
             }

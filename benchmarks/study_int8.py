@@ -193,7 +193,8 @@ def generate(config: DecomposedConfig, options: argparse.Namespace, make: Make) 
         network = load_network(options.model, config, name)
         network.unet = make(name, network.unet)
         pipeline._session.networks[name] = network  # in place of the one that it would read
-    steps = {"num_inference_steps": options.num_inference_steps, "offload_base": False}
+    steps = {"solver": "ddim", "num_inference_steps": options.num_inference_steps}
+    steps["offload_base"] = False
     return to_uint8(pipeline(options.label, **steps).frames)
 
 
