@@ -5,8 +5,8 @@
     python benchmarks/judge_few_steps.py --draw FILE.json --plot FILE.png
 
 The judges and the clips are those of judge_model.py, and stay in FOLDER. A student takes the steps
-that it was distilled to; a network of it that was not distilled takes as many. Only the first
-solver takes the most steps. Features are reused in these. Seconds are medians of
+that it was distilled to; a network of it that was not distilled takes as many, of the last solver.
+Only the first solver takes the most steps. Features are reused in these. Seconds are medians of
 a warm clip's, networks loaded, a clip of each way a turn: run it on a quiet machine.
 
 A verdict compares with the most steps: what is to be large may be a tenth less, and what is to be
@@ -79,7 +79,8 @@ def ways(options: argparse.Namespace) -> list[Way]:
         if "base" not in few:
             raise ValueError(f"{folder}: expected a student, whose base network is distilled")
         steps = len(few["base"].timesteps)
-        how = {"base_path": student.config.base_path, "solver": few["base"].solver}
+        solver = few["base"].solver if "residual" in few else options.solver[-1]
+        how = {"base_path": student.config.base_path, "solver": solver}
         sampling = replace(plain, steps=steps, **how)
         found.append(Way(STUDENT if "residual" in few else PART, str(steps), student, sampling))
     for every in options.reuse_every:
