@@ -268,8 +268,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_judges(parser)
     add("--sheet", type=Path, metavar="FILE", help="write the first clips there, as .png")
     add("--base-path", choices=("clean", "stepwise", REAL), nargs="+", help="default: the model's")
-    add("--steps", type=int, default=50)
-    add("--solver", choices=SOLVERS, default="ddim")
+    add("--steps", type=int, help="default: as many as are usual for the model")
+    add("--solver", choices=SOLVERS, help="default: the model's usual one")
     add("--guidance-scale", type=float, default=2.0)
     add("--reuse-every", type=every, default=1, metavar="N", help="N, or base=N,residual=N")
     about = "uint8 [M, N, H, W, 3] of the model's actions in turns, .npy, for rendered clips"
@@ -292,15 +292,18 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     pipeline = loaded(options.model, options)
     subject = (of_real_clips if options.real_clips else of_scenes)(pipeline, options)
     real, made = subject.clips["real"], []
+    asked = SamplingRequest(num_inference_steps=options.steps, solver=options.solver)
+    steps = pipeline.fill_defaults(asked)
     for base_path in options.base_path or [config.base_path]:
-        way = (options.steps, options.solver, options.guidance_scale, options.seed)
+        taken = steps.num_inference_steps, steps.solver
+        way = (*taken, options.guidance_scale, options.seed)
         sampling = Sampling(base_path, *way, options.reuse_every)
         made.append(f"generated, {base_path}")
         subject.clips[made[-1]] = generated_clips(pipeline, real, sampling, options)
     rows = judged(subject, motion, look)
     print(table(rows))
-    asked = [name for name in made if not name.endswith(REAL)]
-    print(verdicts(rows, [target for name in asked for target in targets(name)]))
+    held = [name for name in made if not name.endswith(REAL)]
+    print(verdicts(rows, [target for name in held for target in targets(name)]))
     if options.sheet:
         count = len(np.unique(subject.actions))
         titles = [caption(scene) for scene in subject.scenes[:count]]
