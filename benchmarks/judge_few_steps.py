@@ -27,6 +27,7 @@ import judge_model
 from lib.harness import Row, Target, machine, say, table, verdicts, write_json
 from lib.judged_clips import Sampling
 from lib.plots import COLOURS, WIDTH, footer, plt, save
+from matplotlib.ticker import LogLocator, NullLocator
 
 from vfengine import VideoFusionPipeline
 from vfengine.formats.checkpoint import DEFAULT
@@ -146,20 +147,23 @@ def draw(file: Path, plot: Path) -> None:
             if not points:
                 continue
             x, y, labels = zip(*points, strict=True)
+            rise = 7 if list(colours).index(line) % 2 == 0 else -8  # of labels, in points
             axis.plot(x, y, "o-", color=colour, linewidth=1.5, markersize=4, label=line)
             for place, value, name in points:
                 text = name.removeprefix(f"{line}, ")
                 axis.annotate(
-                    text, (place, value), (0, 5), textcoords="offset points",
-                    ha="center", fontsize=7, color=colour,
+                    text, (place, value), (0, rise), textcoords="offset points",
+                    ha="center", va="center", fontsize=7, color=colour,
                 )  # fmt: skip
         best = values.get((case, "real, coded", metric))
         if best is not None:
             axis.axhline(best, color=COLOURS["reference"], linewidth=1, linestyle="--")
         axis.set_title(title, fontsize=9)
         axis.set_xscale("log")
-        axis.set_yscale("linear" if more else "symlog", **({} if more else {"linthresh": 1}))
+        axis.set_yscale("linear" if more else "symlog", **({} if more else {"linthresh": 10}))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.tick_params(labelsize=8)
         axis.margins(y=0.15)
         axis.grid(color="#dddddd", linewidth=0.6)
