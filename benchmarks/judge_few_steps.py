@@ -42,7 +42,11 @@ SHOWN = (
     ("distances", "Fréchet, look", "Fréchet distance, look", False),
     ("distances", "kernel, look", "kernel distance, look", False),
 )
-KERNEL_MOTION = ("distances", "kernel, motion", "", False)  # judged, not drawn
+JUDGED = (
+    *SHOWN,
+    ("pictures, times real's", "waves below 8 pixels", "", True),
+    ("distances", "kernel, motion", "", False),
+)
 STUDENT, PART, REUSED = "distilled", "base network distilled", "features reused"
 LINES = {STUDENT: "#cc3311", PART: "#aa3377", REUSED: "#228833"}
 OF_SOLVERS = ("#4477aa", "#66ccee", "#ccbb44", "#888888", "#000000")
@@ -120,7 +124,7 @@ def targets(rows: list[Row], most: str, names: list[str]) -> list[Target]:
     values = {(row.case, row.contender, row.metric): row.value for row in rows}
     found = []
     for name in names:
-        for case, metric, _, more in (*SHOWN, KERNEL_MOTION):
+        for case, metric, _, more in JUDGED:
             value = values[case, most, metric]
             worse = TOLERANCE * abs(value)
             bound = value - worse if more else value + worse
@@ -223,7 +227,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     others = [way.name for way in compared[1:]]
     print(verdicts(rows, targets(rows, compared[0].name, others)))
     if options.json:
-        told = {name: str(value) for name, value in vars(options).items()}
+        files = ("work", "json", "model", "students", "plot", "draw")  # of one machine
+        told = {name: str(v) for name, v in vars(options).items() if name not in files}
         write_json(options.json, rows, facts, {"options": told})
     if options.plot:
         draw(options.json, options.plot)

@@ -53,7 +53,10 @@ class Sampling:
         way = asdict(self)
         if self.reuse_every == 1:
             del way["reuse_every"]  # clips of before it was there are found again
-        # what is usual changes no clip, as all is said here
+        usual = config.usual_steps
+        if usual and (own := usual.own_timesteps(self.solver, self.steps)):
+            way["timesteps"] = own
+        # what else is usual changes no clip, as all is said here
         told = json.dumps([replace(config, usual_steps=None).to_json(), way])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 

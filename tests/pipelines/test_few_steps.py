@@ -302,6 +302,13 @@ def test_the_usual_steps_are_kept_in_the_folder(usual, tmp_path):
         ({"num_inference_steps": 0}, "must be an int from 1 to 1000, got 0"),
         ({"num_inference_steps": True}, "must be an int from 1 to 1000, got True"),
         ({"steps": 3}, "unexpected keyword argument"),
+        ({"timesteps": 3}, "must be rows of whole numbers, got 3"),
+        ({"timesteps": [9, 4]}, "must be whole numbers, got 9"),
+        ({"timesteps": [[]]}, "must be whole numbers"),
+        ({"timesteps": [[9, True]]}, "must be whole numbers"),
+        ({"timesteps": [[4, 9]]}, "must descend"),
+        ({"timesteps": [[9, 4], [8, 1]]}, "one row for a number of steps, got two"),
+        ({"timesteps": [[5], [1000, 1]]}, "a row begins at 1000 of 1000 steps"),
     ):
         values = json.loads(config.to_json())
         values["usual_steps"] = changed
@@ -309,6 +316,26 @@ def test_the_usual_steps_are_kept_in_the_folder(usual, tmp_path):
             DecomposedConfig.from_json(json.dumps(values))
     with pytest.raises(TypeError, match="usual_steps must be UsualSteps"):
         replace(config, usual_steps=8)
+
+
+def test_a_model_names_timesteps_for_some_numbers_of_steps(usual):
+    steps = UsualSteps(solver="unipc", num_inference_steps=5, timesteps=((900, 300), (999, 2, 0)))
+    config = replace(read_config(usual), usual_steps=steps)
+    assert DecomposedConfig.from_json(config.to_json()) == config
+    pipe = loaded(usual)
+    pipe.config = config
+    for asked, visited in (
+        ({"num_inference_steps": 2}, [900, 300]),
+        ({"num_inference_steps": 3}, [999, 2, 0]),
+        ({"num_inference_steps": 4}, [999, 749, 499, 249]),
+        ({"num_inference_steps": 2, "solver": "dpmsolver"}, [999, 499]),
+    ):
+        path = pipe.preview("walk", **asked).trajectory
+        assert path.table.timesteps.tolist() == visited
+        clip = pipe("walk", **asked)  # both phases take them
+        assert np.array_equal(pipe("walk", trajectory=path, **asked).frames, clip.frames)
+    named = pipe("walk", num_inference_steps=2)
+    assert not np.array_equal(loaded(usual)("walk", num_inference_steps=2).frames, named.frames)
 
 
 def test_paths_of_the_usual_steps_are_followed_and_others_named(usual):

@@ -50,7 +50,6 @@ _LATER = (
 _PART_CONFIGS = {
     "autoencoder": AutoencoderConfig,
     "text_encoder": TextEncoderConfig,
-    "usual_steps": UsualSteps,
     "published": PublishedBase,
 }
 
@@ -249,7 +248,12 @@ class CheckpointConfig(ABC):
         eta: float = 0.0,
         timesteps: Sequence[int] | None = None,
     ) -> SolverTable:
-        """What a solver does, step by step, on the model's schedule; see `solver_table`."""
+        """What a solver does, step by step, on the model's schedule; see `solver_table`.
+
+        timesteps: None for those that the model names for so many steps, or else the solver's
+        """
+        if timesteps is None and self.usual_steps is not None:
+            timesteps = self.usual_steps.own_timesteps(solver, num_inference_steps)
         how = self._timesteps(solver) | {"timesteps": timesteps}
         return solver_table(solver, self.noise_schedule(), num_inference_steps, eta, **how)
 
@@ -262,8 +266,11 @@ class CheckpointConfig(ABC):
         return self.sha256.get(self.networks[0], "")[:16]
 
     def _check_timesteps(self) -> None:
-        """ValueError for a schedule that is none, or too short for the distilled timesteps."""
+        """ValueError for a schedule that is none, or too short for timesteps that are named."""
         total = self.noise_schedule().num_train_timesteps
+        for first, *_ in () if self.usual_steps is None else self.usual_steps.timesteps:
+            if first >= total:
+                raise ValueError(f"usual_steps: a row begins at {first} of {total} steps")
         for name, few in (self.distilled or {}).items():
             if few.timesteps[0] >= total:
                 raise ValueError(f"distilled: {name} begins at {few.timesteps[0]} of {total} steps")
@@ -288,8 +295,9 @@ class CheckpointConfig(ABC):
                 del values[name]
         for name in self.networks:
             values[name] = values[name].to_dict()
-        for name in _PART_CONFIGS.keys() & values.keys():
-            values[name] = asdict(values[name])
+        for name in (*_PART_CONFIGS, "usual_steps"):
+            if name in values:
+                values[name] = asdict(values[name])
         if "distilled" in values:
             values["distilled"] = {name: asdict(few) for name, few in self.distilled.items()}
         return json.dumps({"format": self._format, **values}, indent=2)
@@ -320,6 +328,8 @@ class CheckpointConfig(ABC):
             for name, part in _PART_CONFIGS.items():
                 if values.get(name) is not None:
                     values[name] = part(**object_of(name, values[name]))
+            if values.get("usual_steps") is not None:
+                values["usual_steps"] = UsualSteps.from_dict(values["usual_steps"])
             if values.get("distilled") is not None:
                 entries = object_of("distilled", values["distilled"])
                 values["distilled"] = {n: FewSteps.from_dict(few) for n, few in entries.items()}

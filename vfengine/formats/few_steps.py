@@ -11,10 +11,15 @@ from .checks import check_number, object_of
 
 @dataclass(frozen=True, kw_only=True)
 class UsualSteps:
-    """How a model is sampled where nobody says; one that names nothing takes 50 steps of DDIM."""
+    """How a model is sampled where nobody says; one that names nothing takes 50 steps of DDIM.
+
+    timesteps   of this solver, where the model has better ones than the solver: a row for a number
+                of steps
+    """
 
     solver: str = "ddim"
     num_inference_steps: int = DEFAULT_STEPS
+    timesteps: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
@@ -22,6 +27,26 @@ class UsualSteps:
         steps = self.num_inference_steps
         if type(steps) is not int or not 1 <= steps <= 1000:
             raise ValueError(f"num_inference_steps must be an int from 1 to 1000, got {steps!r}")
+        if not isinstance(self.timesteps, tuple):
+            raise ValueError(f"timesteps must be rows of whole numbers, got {self.timesteps!r}")
+        for row in self.timesteps:
+            _check_timesteps(row)
+        if len(set(map(len, self.timesteps))) < len(self.timesteps):
+            raise ValueError("timesteps must be one row for a number of steps, got two")
+
+    def own_timesteps(self, solver: str, steps: int) -> tuple[int, ...] | None:
+        """The row for so many steps of a solver; None: there is none."""
+        rows = self.timesteps if solver == self.solver else ()
+        return next((row for row in rows if len(row) == steps), None)
+
+    @classmethod
+    def from_dict(cls, values: object) -> UsualSteps:
+        """Of an object of JSON; ValueError or TypeError for another."""
+        values = _with_tuples(object_of("usual_steps", values), ("timesteps",))
+        if isinstance(rows := values.get("timesteps"), tuple):
+            rows = tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+            values["timesteps"] = rows
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +64,7 @@ class FewSteps:
     teacher: str = ""
 
     def __post_init__(self):
-        steps = self.timesteps
-        if not isinstance(steps, tuple) or not steps or not all(type(t) is int for t in steps):
-            raise ValueError(f"timesteps must be whole numbers, got {steps!r}")
-        if min(steps) < 0 or any(a <= b for a, b in pairwise(steps)):
-            raise ValueError(f"timesteps must descend to 0 or more, got {list(steps)}")
+        _check_timesteps(self.timesteps)
         if self.solver != "ddim":
             raise ValueError(f'solver must be "ddim", got {self.solver!r}')
         if not isinstance(self.guidance, tuple) or len(self.guidance) != 2:
@@ -58,8 +79,19 @@ class FewSteps:
     @classmethod
     def from_dict(cls, values: object) -> FewSteps:
         """Of an object of JSON; ValueError or TypeError for another."""
-        values = dict(object_of("a network's entry", values))
-        for name in ("timesteps", "guidance"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        return cls(**values)
+        names = ("timesteps", "guidance")
+        return cls(**_with_tuples(object_of("a network's entry", values), names))
+
+
+def _check_timesteps(timesteps: object) -> None:
+    if not isinstance(timesteps, tuple) or not timesteps:
+        raise ValueError(f"timesteps must be whole numbers, got {timesteps!r}")
+    if not all(type(t) is int for t in timesteps):
+        raise ValueError(f"timesteps must be whole numbers, got {timesteps!r}")
+    if min(timesteps) < 0 or any(a <= b for a, b in pairwise(timesteps)):
+        raise ValueError(f"timesteps must descend to 0 or more, got {list(timesteps)}")
+
+
+def _with_tuples(values: dict, names: tuple[str, ...]) -> dict:
+    """The entries of JSON, with tuples for the lists of these names."""
+    return {k: tuple(v) if k in names and isinstance(v, list) else v for k, v in values.items()}
