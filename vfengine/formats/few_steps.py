@@ -84,9 +84,8 @@ class FewSteps:
 
 
 def _check_timesteps(timesteps: object) -> None:
-    if not isinstance(timesteps, tuple) or not timesteps:
-        raise ValueError(f"timesteps must be whole numbers, got {timesteps!r}")
-    if not all(type(t) is int for t in timesteps):
+    whole = isinstance(timesteps, tuple) and all(type(t) is int for t in timesteps)
+    if not whole or not timesteps:
         raise ValueError(f"timesteps must be whole numbers, got {timesteps!r}")
     if min(timesteps) < 0 or any(a <= b for a, b in pairwise(timesteps)):
         raise ValueError(f"timesteps must descend to 0 or more, got {list(timesteps)}")
