@@ -3,10 +3,12 @@
 // last two of a sampling loop are made of the others.
 #pragma once
 #include "base_step.h"
+#include "conv3x3_weight_gradient.h"
 #include "decomposed_noise.h"
 #include "decomposed_step.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
+#include "group_norm_silu_backward.h"
 #include "layer_norm.h"
 #include "path_step.h"
 #include "remove_base.h"
@@ -18,19 +20,21 @@
 #include "winograd.h"
 
 // void vf::<instruction set>::<name>_cpu(const <Args>& args, int64_t threads)
-#define VF_CPU_OPS(OP)                          \
-  OP(residual_step, FrameArgs)                  \
-  OP(decomposed_step, FrameArgs)                \
-  OP(remove_base, FrameArgs)                    \
-  OP(decomposed_noise, DecomposedNoiseArgs)     \
-  OP(group_norm_silu, GroupNormSiluArgs)        \
-  OP(layer_norm, LayerNormArgs)                 \
-  OP(geglu, GegluArgs)                          \
-  OP(spatial_attention, SpatialAttentionArgs)   \
-  OP(temporal_attention, TemporalAttentionArgs) \
-  OP(row_matmul, RowMatmulArgs)                 \
-  OP(winograd, WinogradArgs)                    \
-  OP(transformer, TransformerArgs)              \
+#define VF_CPU_OPS(OP)                                    \
+  OP(residual_step, FrameArgs)                            \
+  OP(decomposed_step, FrameArgs)                          \
+  OP(remove_base, FrameArgs)                              \
+  OP(decomposed_noise, DecomposedNoiseArgs)               \
+  OP(group_norm_silu, GroupNormSiluArgs)                  \
+  OP(group_norm_silu_backward, GroupNormSiluBackwardArgs) \
+  OP(layer_norm, LayerNormArgs)                           \
+  OP(geglu, GegluArgs)                                    \
+  OP(spatial_attention, SpatialAttentionArgs)             \
+  OP(temporal_attention, TemporalAttentionArgs)           \
+  OP(row_matmul, RowMatmulArgs)                           \
+  OP(winograd, WinogradArgs)                              \
+  OP(conv3x3_weight_gradient, Conv3x3WeightGradientArgs)  \
+  OP(transformer, TransformerArgs)                        \
   OP(pack_weights, PackWeightsArgs)
 
 // void vf::<name>_cuda(const <Args>& args, int device, void* stream)

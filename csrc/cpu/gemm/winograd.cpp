@@ -16,30 +16,11 @@
 
 #include "cpu/base/parallel.h"
 #include "cpu/gemm/gemm.h"
+#include "cpu/gemm/transforms.h"
 
 namespace vf::VF_ISA {
 
 namespace {
-
-VF_INLINE void transform_in(const F32 (&d)[4], F32 (&t)[4]) {
-  t[0] = d[0] - d[2];
-  t[1] = d[1] + d[2];
-  t[2] = d[2] - d[1];
-  t[3] = d[1] - d[3];
-}
-
-VF_INLINE void transform_out(const F32 (&m)[4], F32 (&y)[2]) {
-  y[0] = m[0] + m[1] + m[2];
-  y[1] = m[1] - m[2] - m[3];
-}
-
-VF_INLINE void transform_taps(const F32 (&g)[3], F32 (&t)[4]) {
-  const F32 half = 0.5f * (g[0] + g[2]);
-  t[0] = g[0];
-  t[1] = half + 0.5f * g[1];
-  t[2] = half - 0.5f * g[1];
-  t[3] = g[2];
-}
 
 template <class T, bool Flat>
 class Block {
