@@ -1,10 +1,10 @@
 // The gradient of the weights of a 3x3 convolution with padding 1 and stride 1, in Winograd's form
 // F(2, 3): 16 products for 4 results in place of 36.
 //
-//   out[o, c, i, j] = sum over pixels (y, x) of grad[y, x, o] x[y + i - 1, x + j - 1, c]
+//   out[o, i, j, c] = sum over pixels (y, x) of grad[y, x, o] x[y + i - 1, x + j - 1, c]
 //
 // x: [items, height, width, channels], grad: [items, height, width, columns], fp32 or bf16; out:
-// fp32 [columns, channels, 3, 3]. Sums in fp32.
+// fp32 [columns, 3, 3, channels]. Sums in fp32.
 #pragma once
 #include <cstdint>
 

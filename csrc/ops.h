@@ -18,6 +18,7 @@
 #include "temporal_attention.h"
 #include "transformer.h"
 #include "winograd.h"
+#include "winograd_weights.h"
 
 // void vf::<instruction set>::<name>_cpu(const <Args>& args, int64_t threads)
 #define VF_CPU_OPS(OP)                                    \
@@ -33,6 +34,7 @@
   OP(temporal_attention, TemporalAttentionArgs)           \
   OP(row_matmul, RowMatmulArgs)                           \
   OP(winograd, WinogradArgs)                              \
+  OP(winograd_weights, WinogradWeightsArgs)               \
   OP(conv3x3_weight_gradient, Conv3x3WeightGradientArgs)  \
   OP(transformer, TransformerArgs)                        \
   OP(pack_weights, PackWeightsArgs)

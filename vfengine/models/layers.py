@@ -4,15 +4,20 @@ Activations are `[B*N, C, H, W]` in channels_last memory, that is rows of C cont
 `[B*N, H*W, C]` for a spatial transformer and `[B, N, H*W, C]` for a temporal one are views of the
 same memory, never copies.
 
-`forward` is for training, in plain PyTorch. A layer has `plan` beside it for inference: the same
-formula as calls of a builder (vfengine/plan), which chooses the kernels. Only the builder knows
-what x and the result are.
+`forward` is for training: in plain PyTorch and, where autograd records, in kernels of our own that
+have a gradient (vfengine/ops/differentiable.py). A layer has `plan` beside it for inference: the
+same formula as calls of a builder (vfengine/plan), which chooses the kernels. Only the builder
+knows what x and the result are.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attend
+from ..ops.conv3x3 import conv3x3_pays, differentiable_conv3x3
+from ..ops.differentiable import records_gradients
+from ..ops.group_norm_silu_backward import differentiable_group_norm_silu
 from .positions import RelativePositionBias
 
 
@@ -24,6 +29,12 @@ def rows(x: Tensor) -> Tensor:
 def images(x: Tensor, height: int, width: int) -> Tensor:
     """[B, H*W, C] -> [B, C, H, W] channels_last, a view."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast would have a convolution take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def zero_(layer: nn.Module) -> nn.Module:
@@ -49,11 +60,29 @@ class GroupNorm(nn.GroupNorm):
         x [B, C, H, W] channels_last; scale, shift [B, C], both or neither. For statistics over all
         frames pass a clip [B, C, N, H*W].
         """
+        if records_gradients(x, self.weight, scale):
+            tables = self.weight.float(), self.bias.float()
+            return differentiable_group_norm_silu(
+                x, self.num_groups, *tables, self.eps, scale, shift, silu
+            )
         weight, bias = self.weight.float(), self.bias.float()
         h = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         if scale is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return (F.silu(h) if silu else h).to(x.dtype)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 of stride 1 with padding 1."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = autocast(x)
+        if records_gradients(x, self.weight) and conv3x3_pays(x, self.weight):
+            return differentiable_conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 class Downsample(nn.Conv2d):
@@ -82,7 +111,7 @@ class PaddedDownsample(nn.Conv2d):
         return build.conv(x, self)
 
 
-class Upsample(nn.Conv2d):
+class Upsample(Conv3x3):
     """3x3 after nearest-neighbour upsampling.
 
     any_size: upsample to the size of the skip, since downsampling rounds odd sizes up; otherwise
@@ -90,7 +119,7 @@ class Upsample(nn.Conv2d):
     """
 
     def __init__(self, channels: int, any_size: bool):
-        super().__init__(channels, channels, 3, padding=1)
+        super().__init__(channels, channels)
         self.any_size = any_size
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -119,12 +148,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = None
         if embed_dim is not None:
             self.time_emb_proj = nn.Linear(embed_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_(Conv3x3(out_channels, out_channels))
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1)
             if in_channels != out_channels

@@ -21,6 +21,7 @@ from ..diffusion.schedule import batch_timesteps, check_input
 from .config import UNetConfig
 from .empty import without_weights
 from .layers import (
+    Conv3x3,
     Downsample,
     GroupNorm,
     PaddedDownsample,
@@ -29,8 +30,10 @@ from .layers import (
     TemporalConv,
     Transformer,
     Upsample,
+    autocast,
     zero_,
 )
+from .patches import from_patches, to_patches
 from .positions import sinusoidal_embedding
 from .topology import Step, shallow_stages, topology
 
@@ -235,7 +238,7 @@ class UNet(Embeddings):
     def __init__(self, config: UNetConfig):
         super().__init__(config)
         widths, folded = config.block_out_channels, config.patch_size**2
-        self.conv_in = nn.Conv2d(config.in_channels * folded, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels * folded, widths[0])
         self.transformer_in = None
         if config.transformer_in_heads is not None:
             self.transformer_in = Transformer(
@@ -251,7 +254,7 @@ class UNet(Embeddings):
             self.get_submodule(step.name.rpartition(".")[0]).append(layer)
             self.steps.append((step, layer))
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], config.norm_eps)
-        self.conv_out = zero_(nn.Conv2d(widths[0], config.out_channels * folded, 3, padding=1))
+        self.conv_out = zero_(Conv3x3(widths[0], config.out_channels * folded))
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -284,8 +287,7 @@ class UNet(Embeddings):
         if context is not None:
             context = context.to(self.dtype)
 
-        h = F.pixel_unshuffle(frames.to(self.dtype), config.patch_size)
-        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(to_patches(autocast(frames.to(self.dtype)), config.patch_size))
         if self.transformer_in is not None:
             h = self.transformer_in(h, num_frames)
         skips = [h]
@@ -298,7 +300,7 @@ class UNet(Embeddings):
             kept=kept,
         )
         h = self.conv_out(self.conv_norm_out(h, silu=True))
-        h = F.pixel_shuffle(h, config.patch_size)
+        h = from_patches(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
 
     def plan(self, build, x, context=None, kept=None):

@@ -2,10 +2,20 @@
 
 from vfengine.ops._clock import Clock
 from vfengine.ops.base_step import base_step, base_step_reference
+from vfengine.ops.conv3x3 import (
+    conv3x3,
+    conv3x3_reference,
+    conv3x3_weight_gradient,
+    conv3x3_weight_gradient_reference,
+)
 from vfengine.ops.decomposed_noise import decomposed_noise, decomposed_noise_reference
 from vfengine.ops.decomposed_step import decomposed_step, decomposed_step_reference
 from vfengine.ops.geglu import geglu, geglu_reference
 from vfengine.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from vfengine.ops.group_norm_silu_backward import (
+    group_norm_silu_backward,
+    group_norm_silu_backward_reference,
+)
 from vfengine.ops.implicit_gemm import implicit_gemm, implicit_gemm_reference
 from vfengine.ops.layer_norm import layer_norm, layer_norm_reference
 from vfengine.ops.model_input import model_input, model_input_reference
@@ -20,6 +30,10 @@ __all__ = [
     "Clock",
     "base_step",
     "base_step_reference",
+    "conv3x3",
+    "conv3x3_reference",
+    "conv3x3_weight_gradient",
+    "conv3x3_weight_gradient_reference",
     "decomposed_noise",
     "decomposed_noise_reference",
     "decomposed_step",
@@ -27,6 +41,8 @@ __all__ = [
     "geglu",
     "geglu_reference",
     "group_norm_silu",
+    "group_norm_silu_backward",
+    "group_norm_silu_backward_reference",
     "group_norm_silu_reference",
     "implicit_gemm",
     "implicit_gemm_reference",

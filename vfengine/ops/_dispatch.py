@@ -199,7 +199,7 @@ _INT = ("an int", as_int)
 _COUNTS = ("num_groups", "num_heads", "num_frames", "base_frame", "stride", "upsample")
 _OTHERS = {
     **dict.fromkeys(_COUNTS, _INT),
-    **dict.fromkeys(("silu", "gated", "conditioned"), ("True or False", _only(bool))),
+    **dict.fromkeys(("silu", "gated", "conditioned", "transposed"), ("True or False", _only(bool))),
     "backend": ("a str", _only(str)),
 }
 

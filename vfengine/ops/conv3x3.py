@@ -5,7 +5,8 @@
 F(2, 3) takes 16 products for 4 results, in place of 36 (Lavin and Gray 2016, arXiv 1509.09308): for
 the results, and, transposed, for the gradients of pixels and of weights. In bf16 what is multiplied
 is rounded once more than in a direct convolution.
-Kernels: csrc/winograd.h, csrc/conv3x3_weight_gradient.h, csrc/cpu/gemm/. There are none for GPUs.
+Kernels: csrc/winograd.h, csrc/winograd_weights.h, csrc/conv3x3_weight_gradient.h, csrc/cpu/gemm/.
+There are none for GPUs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from vfengine.ops._dispatch import (
     register,
     run_native,
 )
-from vfengine.ops._packing import packed_words
 
 _NAME, _GRADIENT = "conv3x3", "conv3x3_weight_gradient"
 _KERNELS = ("cpu",)
@@ -41,14 +41,17 @@ def conv3x3(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    transposed: bool = False,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The convolution of x with weight, plus bias.
 
     x:       [B, C, H, W] in channels_last memory, fp32 or bf16; C is even in bf16
-    weight:  [C', C, 3, 3] in any floating dtype, rounded to x's
+    weight:  [C', C, 3, 3] in any floating dtype; without copies in fp32 in channels_last memory
     bias:    fp32 [C'], or None for 0
+    transposed: x are gradients of the results of a convolution, whose pixels' are the result: x has
+             C' channels, which are even in bf16, the result and bias C
     out:     [B, C', H, W], as x, memory that no argument shares; None: allocated
     backend: "auto", "cpu" or "reference" (vfengine/ops/_dispatch.py)
 
@@ -60,26 +63,37 @@ def conv3x3(
     """
     given = {"bias": bias, "out": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    (backend,) = check_kinds(_NAME, {"x": x, "weight": weight, **given}, backend=backend)
+    tensors = {"x": x, "weight": weight, **given}
+    transposed, backend = check_kinds(_NAME, tensors, transposed=transposed, backend=backend)
     if out is None:
         _check_picture(_NAME, "x", x)
-        out = _picture(x, weight.shape[0])
-    _OP(x, weight, bias, backend, out)
+        _check_weight(weight)
+        channels = weight.shape[1 if transposed else 0]
+        out = torch.empty(
+            (x.shape[0], channels, *x.shape[2:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+    _OP(x, weight, bias, transposed, backend, out)
     return out
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def conv3x3_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> Tensor:
     """The formula of `conv3x3` in plain PyTorch, in fp32, or in fp64 for fp64 pictures.
 
     Returns a new tensor in the dtype it was computed in.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding=1)
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    return convolve(x.to(dtype), weight.to(dtype), bias, padding=1)
 
 
 def conv3x3_weight_gradient(grad: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
-    """The gradient of the weights of `conv3x3`, fp32 [C', C, 3, 3].
+    """The gradient of the weights of `conv3x3`, fp32 [C', C, 3, 3] in channels_last memory.
 
     grad:    [B, C', H, W], that of the results
     x:       [B, C, H, W]; both in channels_last memory, fp32 or bf16 alike
@@ -90,8 +104,12 @@ def conv3x3_weight_gradient(grad: Tensor, x: Tensor, *, backend: str = "auto") -
     (backend,) = check_kinds(_GRADIENT, {"grad": grad, "x": x}, backend=backend)
     for name, picture in (("grad", grad), ("x", x)):
         _check_picture(_GRADIENT, name, picture)
-    shape = (grad.shape[1], x.shape[1], 3, 3)
-    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    out = torch.empty(
+        (grad.shape[1], x.shape[1], 3, 3),
+        dtype=torch.float32,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     _GRADIENT_OP(grad, x, backend, out)
     return out
 
@@ -148,7 +166,7 @@ class _Conv3x3(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         grad = grad.contiguous(memory_format=torch.channels_last)
         return (
-            conv3x3(grad, weight.flip(2, 3).transpose(0, 1)) if of_x else None,
+            conv3x3(grad, weight, transposed=True) if of_x else None,
             conv3x3_weight_gradient(grad, x).to(weight.dtype) if of_weight else None,
             grad.sum((0, 2, 3), dtype=torch.float32) if of_bias else None,
         )
@@ -158,32 +176,48 @@ def _in_tiles(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and native().cpu_has_tiles()
 
 
-def _picture(like: Tensor, channels: int) -> Tensor:
-    shape = (like.shape[0], channels, *like.shape[2:])
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
-
-
-def _run(x, weight, bias, backend, out):
-    _check(x, weight, bias, backend, out)
+def _run(x, weight, bias, transposed, backend, out):
+    _check(x, weight, bias, transposed, backend, out)
     increment_version(out)  # as torch's own ops do, so that autograd sees the write
     check_overlap(_NAME, out, {"x": x, "weight": weight, "bias": bias})
     if choose_backend(_NAME, backend, x.device, _KERNELS) == "reference":
-        out.copy_(conv3x3_reference(x, weight, bias))
+        out.copy_(conv3x3_reference(x, weight, bias, transposed=transposed))
         return
-    words = packed_words(weight.detach().permute(0, 2, 3, 1).flatten(1), x.dtype)
+    words = _transformed(weight, transposed, x.dtype)
     run_native(
         "winograd",
         "cpu",
         x,
-        weights=words.data_ptr(),
-        bias=address(bias),
-        **_sizes(x, weight.shape[0]),
+        **_sizes(x, out.shape[1]),
         x=x.data_ptr(),
+        weights=words.data_ptr(),
+        transformed=True,
+        bias=address(bias),
         out=out.data_ptr(),
         flat=False,
     )
+
+
+def _transformed(weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """The weight as 16 products take it, int32 words."""
+    weight = weight.detach().float().contiguous(memory_format=torch.channels_last)
+    rows, channels = weight.shape[:2]
+    columns, depth = (channels, rows) if transposed else (rows, channels)
+    number = DTYPE_NUMBERS[dtype]
+    words = 16 * native().packed_words(columns, depth, False, number)
+    out = torch.empty(words, dtype=torch.int32, device="cpu")
+    run_native(
+        "winograd_weights",
+        "cpu",
+        weight,
+        weights=weight.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        channels=channels,
+        transposed=transposed,
+        dtype=number,
+    )
+    return out
 
 
 def _run_gradient(grad, x, backend, out):
@@ -222,17 +256,29 @@ def _check_picture(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be fp32 beside a matrix unit, got {x.dtype}")
 
 
-def _check(x, weight, bias, backend, out):
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"{_NAME}: weight must be of floats, got {weight.dtype}")
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.numel() == 0:
+        raise ValueError(f"{_NAME}: weight must be [C', C, 3, 3], got {list(weight.shape)}")
+
+
+def _check(x, weight, bias, transposed, backend, out):
     _check_picture(_NAME, "x", x)
     _check_picture(_NAME, "out", out)
+    _check_weight(weight)
+    made, taken = weight.shape[:2]
+    if transposed:
+        made, taken = taken, made
     batch, channels, height, width = x.shape
-    if weight.ndim != 4 or list(weight.shape[1:]) != [channels, 3, 3] or not len(weight):
+    if channels != taken:
         raise ValueError(
-            f"{_NAME}: weight must be [C', {channels}, 3, 3], got {list(weight.shape)}"
+            f"{_NAME}: x must have the {taken} channels of weight {list(weight.shape)}, "
+            f"got {channels}"
         )
     if x.dtype is torch.bfloat16 and channels % 2:
         raise ValueError(f"{_NAME}: x in bf16 must have an even number of channels, got {channels}")
-    shape = [batch, len(weight), height, width]
+    shape = [batch, made, height, width]
     if list(out.shape) != shape or out.dtype is not x.dtype:
         raise ValueError(
             f"{_NAME}: out must be {x.dtype} {shape}, got {out.dtype} {list(out.shape)}"
@@ -240,7 +286,7 @@ def _check(x, weight, bias, backend, out):
     for name, tensor in (("weight", weight), ("out", out)):
         if tensor.device != x.device:
             raise ValueError(f"{_NAME}: {name} must be on {x.device}, got {tensor.device}")
-    check_table(_NAME, "bias", bias, (len(weight),), x)
+    check_table(_NAME, "bias", bias, (made,), x)
     check_no_grad(_NAME, x, weight, bias, out)
 
 
@@ -256,13 +302,13 @@ def _check_gradient(grad, x, backend, out):
             f"{_GRADIENT}: grad must have the pictures of x {list(x.shape)}, "
             f"got {list(grad.shape)}"
         )
-    shape = (grad.shape[1], x.shape[1], 3, 3)
-    check_tensor(_GRADIENT, "out", out, shape, torch.float32, x.device)
+    shape = (grad.shape[1], 3, 3, x.shape[1])
+    check_tensor(_GRADIENT, "out", out.permute(0, 2, 3, 1), shape, torch.float32, x.device)
     check_no_grad(_GRADIENT, grad, x, out)
 
 
 _OP = register(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, str backend, Tensor(a!) out) -> ()",
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, bool transposed, str backend, Tensor(a!) out) -> ()",
     _run,
     _check,
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfengine.native import vfengine_native
-from vfengine.ops._packing import packed_words
+from vfengine.ops._dispatch import DTYPE_NUMBERS
 
 # Input times output channels, above which a convolution holds no weights but its own.
 _LIGHT = 640 * 640
@@ -34,9 +34,23 @@ def pack(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, epilogue: str | None = None
 ) -> Weights:
     """weight [columns, depth] in any dtype; with geglu [2 columns, depth], values then gates."""
+    weight = weight.to(dtype).contiguous()
     geglu = epilogue == "geglu"
-    packed = packed_words(weight, dtype, geglu)
-    columns = weight.shape[0] // (2 if geglu else 1)
+    columns, depth = weight.shape[0] // (2 if geglu else 1), weight.shape[1]
+    number = DTYPE_NUMBERS[dtype]
+    if dtype is torch.bfloat16 and depth % 2:
+        raise ValueError(f"bfloat16 products take rows of even width, got {depth}; take float32")
+    words = vfengine_native.packed_words(columns, depth, geglu, number)
+    packed = torch.empty(words, dtype=torch.int32, device="cpu")
+    args = vfengine_native.PackWeightsArgs(
+        weights=weight.data_ptr(),
+        out=packed.data_ptr(),
+        columns=columns,
+        depth=depth,
+        geglu=geglu,
+        dtype=number,
+    )
+    vfengine_native.pack_weights_cpu(args, 1)
     bias = None if bias is None else bias.detach().float().contiguous()
     return Weights(packed, bias, columns, epilogue)
 

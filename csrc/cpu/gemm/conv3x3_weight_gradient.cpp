@@ -209,9 +209,10 @@ class WeightGradient {
     return sums_ + (position * vectors_ + vector) * kLanes * stride_;
   }
 
-  // A vector's channels to taps: 9 of a channel lie together in out.
+  // A vector's channels to taps; in out they are neighbours, and here columns are: blocks are
+  // turned.
   void finish(int64_t vector) const {
-    float taps[kLanes][9][kLanes];  // [channel, tap, column]
+    alignas(64) float taps[9][kLanes][kLanes];  // [tap, channel, column]
     const int channels = columns_left(a_.channels, vector * kLanes);
     for (int64_t column = 0; column < a_.columns; column += kLanes) {
       for (int r = 0; r < channels; ++r) {
@@ -226,13 +227,17 @@ class WeightGradient {
         for (int i = 0; i < 3; ++i) {
           F32 g[3];
           transform_to_taps(half[i], g);
-          for (int j = 0; j < 3; ++j) store(taps[r][i * 3 + j], g[j]);
+          for (int j = 0; j < 3; ++j) store(taps[i * 3 + j][r], g[j]);
         }
       }
-      for (int o = 0; o < columns_left(a_.columns, column); ++o) {
-        float* to = a_.out + ((column + o) * a_.channels + vector * kLanes) * 9;
-        for (int r = 0; r < channels; ++r)
-          for (int tap = 0; tap < 9; ++tap) to[r * 9 + tap] = taps[r][tap][o];
+      const int columns = columns_left(a_.columns, column);
+      for (int tap = 0; tap < 9; ++tap) {
+        U32 block[16];  // of columns
+        load_columns_of_words(reinterpret_cast<const char*>(taps[tap]), 4 * kLanes, channels,
+                              kLanes, block);
+        for (int o = 0; o < columns; ++o)
+          store_columns(a_.out + ((column + o) * 9 + tap) * a_.channels + vector * kLanes,
+                        reinterpret_cast<F32>(block[o]), channels);
       }
     }
   }
