@@ -59,19 +59,25 @@ class Objective:
         """The names of the networks that this training changes."""
         return self.config.networks
 
+    def count(self, name: str) -> int:
+        """The samples of a step whose losses a network's loss is the mean of."""
+        return self.options.batch_size + (self.options.extra_images if name == "base" else 0)
+
     def _eps_loss(
         self,
         network: nn.Module,
         x: Tensor,
         condition: Tensor,
         batch: BatchSampler,
+        count: int,
         cells: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """‖ε - ε̂‖² of a network on its own, weighted as `clean_weight`: (loss [B], t [B]).
 
+        count: of the samples of which x are the batch's rows
         cells: factors [B, 1, H, W] or [B, N, 1, H, W] on the squared errors
         """
-        t, eps = batch.timesteps(len(x)), batch.normal(x.shape)
+        t, eps = batch.timesteps(count), batch.normal((count, *x.shape[1:]))
         estimate = self._model(network, condition)(add_noise(x, eps, t, self.schedule), t)
         error = (eps - estimate).square()
         if cells is not None:
@@ -135,7 +141,7 @@ class Decomposed(Objective):
             extra += options.batch_size
         else:
             losses = self._clip_losses(batch)
-        if options.train != "residual" and extra:  # eq. (4) on further base frames
+        if options.train != "residual" and _some(batch.rows(extra)):  # eq. (4) on further base frames
             loss, t = self._image_loss(batch, extra)
             if "base" in losses:
                 loss = torch.cat([losses["base"][0], loss])
@@ -147,12 +153,13 @@ class Decomposed(Objective):
         """The joint loss on B clips."""
         base, residual = self.networks.get("base"), self.networks["residual"]
         options, lam = self.options, self.config.lam
-        x, condition, figure = batch.clips(options.batch_size)
-        m = base_index(x.shape[1])
-        t = batch.timesteps(len(x))
-        b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
-        exact = batch.uniform(len(x)) < options.clean_share
-        jitter = self._jitter(batch, exact, x[:, m].shape)
+        count = options.batch_size
+        x, condition, figure = batch.clips(count)
+        m, of_frames = base_index(x.shape[1]), (count, *x.shape[2:])
+        t = batch.timesteps(count)
+        b, r = batch.normal(of_frames), batch.normal((count, *x.shape[1:]))
+        exact = batch.uniform(count) < options.clean_share
+        jitter = self._jitter(batch, exact, of_frames)
         signal, _ = self.schedule.signal_and_noise(t, x[:, m])
         paint = self._model(residual, condition)
 
@@ -185,7 +192,7 @@ class Decomposed(Objective):
         """The base network's loss on the base frames of `count` clips."""
         x, condition, figure = batch.clips(count, only_base=True)
         cells = self._cells(figure)
-        return self._eps_loss(self.networks["base"], x, condition, batch, cells)
+        return self._eps_loss(self.networks["base"], x, condition, batch, count, cells)
 
     def _cells(self, figure: Tensor | None, m: int | None = None) -> Tensor | None:
         """Factors of cells, of mean 1 in each picture, larger where the figure is; None: all 1.
@@ -202,12 +209,12 @@ class Decomposed(Objective):
         weights = 1 + (self.options.cell_weight - 1) * figure
         return weights / weights.mean((-3, -2, -1), keepdim=True)
 
-    def _jitter(self, batch: BatchSampler, exact: Tensor, shape) -> Tensor:
+    def _jitter(self, batch: BatchSampler, exact: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, C, H, W] for the base frames in the residual network's input.
 
-        Zero for samples with the base network's b̂.
+        Zero for samples with the base network's b̂; shape: that of the whole batch's
         """
-        std = batch.uniform(len(exact), 1, 1, 1) * self.options.base_jitter
+        std = batch.uniform(shape[0], 1, 1, 1) * self.options.base_jitter
         return batch.normal(shape) * std * exact.view(-1, 1, 1, 1)
 
     def sample(
@@ -259,8 +266,9 @@ class PlainVideo(Objective):
         return {"video": config.networks[0]}  # a base network is one without temporal layers
 
     def losses(self, batch: BatchSampler) -> Losses:
-        x, condition, _ = batch.clips(self.options.batch_size)
-        return {"video": self._eps_loss(self.networks["video"], x, condition, batch)}
+        count = self.options.batch_size
+        x, condition, _ = batch.clips(count)
+        return {"video": self._eps_loss(self.networks["video"], x, condition, batch, count)}
 
     def sample(
         self,
@@ -285,6 +293,11 @@ OBJECTIVES = {"decomposed": Decomposed, "vdm": PlainVideo}
 def build_networks(config: CheckpointConfig) -> dict[str, nn.Module]:
     """A model's networks by name, with freshly initialised weights."""
     return {name: build_network(config, name) for name in config.networks}
+
+
+def _some(rows: slice) -> bool:
+    """Whether a slice of rows has any."""
+    return rows.stop > rows.start
 
 
 def clip_shape(config: CheckpointConfig, condition: Tensor) -> tuple[int, ...]:
