@@ -8,6 +8,7 @@ DistributedDataParallel, those of all networks together while the backward pass 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -140,9 +141,11 @@ class Processes(Team):
             raise Lost(_reason(error)) from error
 
     def reducing(self, losses: nn.Module) -> nn.Module:
-        return DistributedDataParallel(
-            losses, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name is not in older torches
+            return DistributedDataParallel(
+                losses, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def postponed(self, losses: nn.Module) -> AbstractContextManager[Any]:
         is_reduced = isinstance(losses, DistributedDataParallel)
@@ -182,4 +185,5 @@ def _is_of_others(error: RuntimeError) -> bool:
 def _reason(error: RuntimeError) -> str:
     """An error of gloo or NCCL in a few words."""
     line = str(error).strip().splitlines()[0]
-    return line.rpartition(".cc:")[2].partition("] ")[2] or line
+    said = line.rpartition(".cc:")[2].partition("] ")[2] or line
+    return said.partition(". ")[0].rstrip(".")
