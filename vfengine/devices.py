@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
@@ -67,6 +69,14 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     from .native import vfengine_native
 
     return vfengine_native.cpu_has_bf16() and vfengine_native.bf16_gain() >= _LEAST_GAIN
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def matmul_in_tf32() -> bool:

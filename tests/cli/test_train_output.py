@@ -31,6 +31,8 @@ from vfengine.training.report import StepReport
 class Counting:
     """A training whose one weight is the number of its steps."""
 
+    device = torch.device("cpu")
+
     def __init__(self, steps=4):
         self.options, self.steps_done = TrainingOptions(steps=steps, warmup=1), 0
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import is_of_the_machine
+from ..training.team import FailedElsewhere
 from .flags import Failure, one_line
 from .streams import Unsaid, tell
 
@@ -54,12 +55,14 @@ def ended(
     files: Sequence[Path] = (),
     less_memory: str = "",
     interrupted: str = "interrupted",
+    speaks: Callable[[], bool] = lambda: True,
 ) -> int:
     """Runs a command; returns its exit status, and tells in one line what went wrong.
 
     run:   returns the exit status, None for 0
     name:  of the command, in front of the line
     files: those that are complete are named behind it
+    speaks: whether it is this process that tells, of several
 
     Raises what is a bug. A pipe that nobody reads is no news unless files were written.
     """
@@ -67,6 +70,8 @@ def ended(
         return run() or 0
     except KeyboardInterrupt:
         status, reason = 130, interrupted
+    except FailedElsewhere as error:
+        return error.status
     except Exception as error:
         found = verdict(error, less_memory)
         if found is None:
@@ -74,6 +79,8 @@ def ended(
         status, reason = found.status, f"error: {found.reason}"
         if isinstance(error, Unsaid) and error.unread and not files:
             return status
+    if not speaks():
+        return status
     complete = f" (complete: {', '.join(map(str, files))})" if files else ""
     tell(f"{name}: {reason}{complete}")
     return status

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..names import AUTO, OBJECTIVES
 from .ending import ended
-from .flags import flag
+from .flags import UsageError, flag
 from .start import short_name
 from .streams import say, tell
 from .train_captioned import Captioned, encoded, read_captioned, tell_left_out
@@ -25,6 +25,7 @@ from .train_loop import Limit, run, tell_end
 from .train_lora import lora_training
 from .train_output import CHECKPOINT, LORA, Output, open_output
 from .train_settings import FPS, TRAIN, read_settings
+from .train_team import execution_of, opened, team_of_process
 
 if TYPE_CHECKING:
     from ..training.batch import Latents
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..training.parts import Parts
     from ..training.published import PublishedParts
     from ..training.samples import Showcase
+    from ..training.team import Team
     from ..training.text import TextTraining
     from ..training.trainer import Trainer
 
@@ -42,34 +44,60 @@ def main(argv: Sequence[str] | None = None, program: str = TRAIN) -> int:
 
     program: how the command was called, for help and errors
     """
+    team = team_of_process()
     return ended(
-        lambda: _train(read_settings(argv, program)),
+        lambda: _train(team, argv, program),
         short_name(program),
-        less_memory="a smaller --batch-size or smaller networks",
+        less_memory="a smaller --batch-size, --accumulate or smaller networks",
         interrupted="interrupted; --resume goes on from the last saved state",
+        speaks=team.speaks,
     )
 
 
-def _train(settings: argparse.Namespace) -> int:
-    limit = Limit(settings, time.perf_counter())
-    made, taken = (CHECKPOINT, "--model") if settings.lora is None else (LORA, "--lora")
-    with open_output(settings.output, settings.resume, made) as output:
-        _run(settings, output, limit)
-    generates = settings.objective in (*OBJECTIVES, "distill")
-    say(f"{output.checkpoint}" + f": generate with {taken} {output.checkpoint}" * generates)
+def _train(team: Team, argv: Sequence[str] | None, program: str) -> int:
+    with opened(team):
+        settings = team.agreed(lambda: read_settings(argv, program))
+        limit = Limit(settings, time.perf_counter())
+        made, taken = (CHECKPOINT, "--model") if settings.lora is None else (LORA, "--lora")
+        if team.restarted:
+            begun = Output(settings.output, made, team).was_begun_by
+            settings.resume = team.of_first(lambda: begun(team.run)) or settings.resume
+        with open_output(settings.output, settings.resume, made, team) as output:
+            _run(settings, output, limit)
+        generates = settings.objective in (*OBJECTIVES, "distill")
+        say(f"{output.checkpoint}" + f": generate with {taken} {output.checkpoint}" * generates)
     return 0 if limit.signal is None else 128 + limit.signal
 
 
 def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
+    training = output.team.agreed(lambda: _made(settings, output))
+    tell(training.describe())
+    if settings.rates is not None:
+        tell(settings.rates)
+    first = training.steps_done
+    run(training, settings, output, limit)
+    tell_end(training, first)
+
+
+def _made(settings: argparse.Namespace, output: Output):
+    """The training that the settings describe, at its first step or at that of its state."""
     from ..devices import usable_device
     from ..training.options import TrainingOptions
 
+    team = output.team
+    settings.device = team.device(settings.device)
     usable_device(settings.device)
     if settings.objective == "distill":
         _follow_teacher(settings)
     values = {field.name: getattr(settings, field.name) for field in fields(TrainingOptions)}
     options = TrainingOptions(**{**values, "precision": _precision(settings)})
     _check(settings)
+    if team.size > 1 and settings.objective in ("autoencoder", "text"):
+        raise UsageError(
+            f"--objective {settings.objective} trains in one process, torchrun started {team.size}"
+        )
+    settings.execution = execution_of(settings, team)
+    settings.execution.check(options)
     settings.rates = None  # of videos: what is said and logged of them
     made = _TRAININGS[settings.objective] if settings.lora is None else lora_training
     training = made(settings, options)
@@ -77,12 +105,7 @@ def _run(settings: argparse.Namespace, output: Output, limit: Limit) -> None:
         training.restore(output.state)
     else:
         _start(training, settings)
-    tell(training.describe())
-    if settings.rates is not None:
-        tell(settings.rates)
-    first = training.steps_done
-    run(training, settings, output, limit)
-    tell_end(training, first)
+    return training
 
 
 def _start(training, settings: argparse.Namespace) -> None:
@@ -105,7 +128,8 @@ def _on_pixels(settings: argparse.Namespace, options: TrainingOptions) -> Traine
 
     clips, labels, names = _pixels(settings)
     config = pixel_model(Shape.of(settings), names, settings.objective)
-    return Trainer(config, options, clips, labels, settings.device)
+    how = {"device": settings.device, "execution": settings.execution}
+    return Trainer(config, options, clips, labels, **how)
 
 
 def _decomposed(settings: argparse.Namespace, options: TrainingOptions) -> Trainer:
@@ -122,7 +146,8 @@ def _on_latents(settings: argparse.Namespace, options: TrainingOptions) -> Train
     latent_model(shape, parts, {}, 1.0)  # refused before clips are made
     told, latents, showcase = _latents(settings, parts)
     config = latent_model(Shape.of(settings), parts, told.prompts, _residual_std(settings, latents))
-    return Trainer(config, options, latents, device=settings.device, parts=parts, showcase=showcase)
+    how = {"device": settings.device, "execution": settings.execution}
+    return Trainer(config, options, latents, parts=parts, showcase=showcase, **how)
 
 
 def _follow_teacher(settings: argparse.Namespace) -> None:
@@ -164,17 +189,17 @@ def _distillation(settings: argparse.Namespace, options: TrainingOptions) -> Tra
     others = None if settings.init_from is None else read_config(settings.init_from)
     how = names, settings.student_steps, settings.guidance_range
     config = distilled_config(teacher.config, *how, others)
-    objective = partial(Distillation, teacher=teacher)
+    how = {"device": settings.device, "execution": settings.execution}
+    how["objective"] = partial(Distillation, teacher=teacher)
     if config.autoencoder is None:
         clips, labels, found = _pixels(settings)
         if unknown := sorted(set(found) - set(config.labels)):
             raise ValueError(f"{folder} knows no class {unknown[0]!r}")
         labels = np.array([config.labels.index(name) for name in found])[labels]
-        return Trainer(config, options, clips, labels, settings.device, objective=objective)
+        return Trainer(config, options, clips, labels, **how)
     parts = Parts.read(folder, folder)
     _, latents, showcase = _latents(settings, parts)
-    more = {"parts": parts, "showcase": showcase, "objective": objective}
-    return Trainer(config, options, latents, device=settings.device, **more)
+    return Trainer(config, options, latents, parts=parts, showcase=showcase, **how)
 
 
 def _latents(
@@ -188,7 +213,8 @@ def _latents(
     if told.rates is not None:
         _choose_fps(settings, told.rates)
     coder = Coder(parts, settings.device)
-    latents = encoded(told, parts, coder, settings)
+    team = settings.execution.team
+    latents = team.in_turn(lambda: encoded(told, parts, coder, settings))
     showcase = None
     if settings.sample_every:
         source, numbers = told.shown()
@@ -316,7 +342,14 @@ def _precision(settings: argparse.Namespace) -> str:
 
 
 def _pixels(settings: argparse.Namespace):
-    """uint8 clips [M, N, H, W, 3], int64 labels [M] and the class names."""
+    """uint8 clips [M, N, H, W, 3], int64 labels [M] and the class names; kept ones are made once.
+
+    Of several processes the first makes them, and the others find them.
+    """
+    return settings.execution.team.in_turn(lambda: _read_pixels(settings))
+
+
+def _read_pixels(settings: argparse.Namespace):
     from tqdm import tqdm
 
     if settings.data == "mocap":

@@ -28,12 +28,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..training.team import Lost
 from .ending import begun
+from .flags import Failure
 from .start import on_stop
 from .streams import tell
 
 if TYPE_CHECKING:
     from ..training.report import StepReport
+    from ..training.team import Team
     from .train_output import Output
 
 
@@ -53,6 +56,14 @@ class Limit:
     @property
     def reached(self) -> bool:
         return self.signal is not None or time.perf_counter() >= self._end
+
+    def reached_by(self, team: Team) -> bool:
+        """Whether any process of a team has reached it: the same answer, and signal, for all."""
+        wish = int(self.reached) if self.signal is None else 128 + self.signal
+        wish = team.largest(wish)
+        if wish > 128:
+            self.signal = wish - 128
+        return wish > 0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -80,36 +91,43 @@ def run(training, settings: argparse.Namespace, output: Output, limit: Limit) ->
     checkpoint, and its samples.
 
     Raises FloatingPointError for a loss that is not finite, Failure for files that cannot be
-    written; what was saved before stays.
+    written, or where another process of the training is gone; what was saved before stays.
     """
     import torch
     from tqdm import tqdm
 
-    options = training.options
+    from ..devices import peak_memory
+
+    options, team = training.options, output.team
     record = {
-        **vars(settings),
+        **{name: value for name, value in vars(settings).items() if name != "execution"},
         **asdict(options),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": team.size,
+        "torchrun": team.run,
     }
     output.log({"start": training.steps_done, **record})
     progress = tqdm(total=options.steps, initial=training.steps_done, unit="step", disable=None)
     reports, since = [], time.perf_counter()
-    with limit.watching(), progress:
-        if (settings.resume or limit.reached) and not output.is_current():
+    with limit.watching(), progress, _loss_of_a_worker_told(training, output):
+        stops = limit.reached_by(team)
+        if (settings.resume or stops) and not output.is_current():
             output.save(training)
             if settings.resume:
                 tell(f"{output.checkpoint} was not that of the state, and has been written anew")
-        if settings.resume and not limit.reached and _shows(training, settings):
-            if not output.samples(training.steps_done).exists():
+        if settings.resume and not stops and _shows(training, settings):
+            if not output.has_samples(training.steps_done):
                 output.write_samples(training)
-        while training.steps_done < options.steps and not limit.reached:
+        while training.steps_done < options.steps and not stops:
             reports.append(training.step())
             progress.update()
             step = training.steps_done
-            saves = step == options.steps or step % settings.save_every == 0 or limit.reached
+            stops = limit.reached_by(team)
+            saves = step == options.steps or step % settings.save_every == 0 or stops
             if saves or step % settings.log_every == 0:
                 line = _summary(step, reports, options.batch_size, time.perf_counter() - since)
+                line["peak_memory_mib"] = peak_memory(training.device) >> 20
                 output.log(line)
                 progress.set_postfix({k: v for k, v in line.items() if isinstance(v, float)})
                 reports, since = [], time.perf_counter()
@@ -120,6 +138,19 @@ def run(training, settings: argparse.Namespace, output: Output, limit: Limit) ->
                 since = time.perf_counter()
 
 
+@contextlib.contextmanager
+def _loss_of_a_worker_told(training, output: Output) -> Iterator[None]:
+    """Failure in place of Lost: another process is gone, and what a run goes on from."""
+    try:
+        yield
+    except Lost as error:
+        saved = output.saved()
+        then = "nothing was saved yet" if saved is None else f"--resume goes on from step {saved}"
+        raise Failure(
+            f"a worker was lost at step {training.steps_done} ({error}); {then}"
+        ) from error
+
+
 def _shows(training, settings: argparse.Namespace) -> bool:
     """Whether samples are due at the step that a training has come to."""
     step, every = training.steps_done, settings.sample_every
@@ -127,10 +158,13 @@ def _shows(training, settings: argparse.Namespace) -> bool:
 
 
 def tell_end(training, first: int) -> None:
-    """One line about a run that stopped before its last step, or that had none to take.
+    """The most memory that this process had, and how a run ended that took not all of its steps.
 
     first: the step that it began at
     """
+    from ..devices import peak_memory
+
+    tell(f"peak memory {peak_memory(training.device) / 2**20:,.0f} MiB")
     done, steps = training.steps_done, training.options.steps
     if done < steps:
         tell(f"stopped after {done} of {steps} steps: the same command with --resume goes on")

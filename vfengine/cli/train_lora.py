@@ -27,6 +27,8 @@ def check_lora(settings: Mapping[str, Any], of_models: Iterable[str]) -> None:
     """
     if settings["lora"] < 1:
         raise UsageError(f"--lora must be at least 1, got {settings['lora']}")
+    if settings["shard"]:
+        raise UsageError("--shard cannot go with --lora: its weights are few")
     if settings["data"] in (None, "mocap"):
         raise UsageError("--lora needs --data DIR, a folder of videos")
     for name in (*of_models, "init_from", "residual_from"):
@@ -56,18 +58,20 @@ def lora_training(settings: argparse.Namespace, options: TrainingOptions) -> Lor
     if height != width:
         raise ValueError(f"{folder}: --lora trains models of square clips, got {height} x {width}")
     settings.size, settings.num_frames = height, config.num_frames
-    place = (folder, config, settings.lora, options)
+    place, execution = (folder, config, settings.lora, options), settings.execution
     if config.text_encoder is None:
-        clips, labels, rates = _labelled(settings, config)
-        training = LoraTrainer(*place, clips, labels, settings.device)
+        clips, labels, rates = execution.team.in_turn(lambda: _labelled(settings, config))
+        training = LoraTrainer(*place, clips, labels, settings.device, execution=execution)
     else:
         parts, told = Parts.read(folder, folder), read_captioned(settings)
         coder, rates = Coder(parts, settings.device), told.rates
-        latents, showcase = encoded(told, parts, coder, settings), None
+        latents = execution.team.in_turn(lambda: encoded(told, parts, coder, settings))
+        showcase = None
         if settings.sample_every:
             source, numbers = told.shown()
             showcase = Showcase.of(source, coder, numbers)
-        training = LoraTrainer(*place, latents, device=settings.device, showcase=showcase)
+        how = {"device": settings.device, "showcase": showcase, "execution": execution}
+        training = LoraTrainer(*place, latents, **how)
     settings.rates = f"{rate_of(rates)[1]}; the model's play at {config.fps:g}"
     return training
 

@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..files import open_tensors, sweep
+from ..training.team import Team
 from .ending import verdict
 from .flags import UsageError, one_line
 from .streams import tell
@@ -25,15 +27,26 @@ CHECKPOINT, LORA = "checkpoint", "lora.safetensors"  # what a training makes
 
 
 class Output:
-    """An --output folder that is this training's alone (`open_output`)."""
+    """An --output folder that is this training's alone (`open_output`).
 
-    def __init__(self, folder: Path, log: int, product: str = CHECKPOINT) -> None:
-        """log: the descriptor of the log, opened to append; product: see `open_output`"""
+    Of several processes all call these methods, and the first alone writes.
+    """
+
+    def __init__(self, folder: Path, product: str = CHECKPOINT, team: Team | None = None) -> None:
+        """product, team: see `open_output`"""
         self.state, self.checkpoint = folder / STATE, folder / product
-        self._samples, self._log = folder / "samples", log
+        self.team = team or Team()
+        self._samples, self._log = folder / "samples", -1
+
+    def opened(self, log: int) -> None:
+        """log: the descriptor of the log, to append to; the first process has it"""
+        self._log = log
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Adds a line of JSON; an OSError leaves no part of it."""
+        self.team.of_first(lambda: self._append(values))
+
+    def _append(self, values: Mapping[str, Any]) -> None:
         line, end = (json.dumps(values, default=str) + "\n").encode(), os.fstat(self._log).st_size
         try:
             while line:
@@ -49,15 +62,34 @@ class Output:
         Where the second fails, a state of fewer steps stays beside a checkpoint of more.
         """
         training.export(self.checkpoint)
-        training.save(self.state, _digest(self.checkpoint))
+        training.save(self.state, self.team.of_first(lambda: _digest(self.checkpoint)))
 
     def is_current(self) -> bool:
         """Whether there is a state, and its own checkpoint, whole."""
-        if not self.state.exists():
-            return False
-        with open_tensors(self.state, "training state") as stored:
-            named = (stored.metadata() or {}).get("checkpoint")
+        return self.team.of_first(self._is_current)
+
+    def _is_current(self) -> bool:
+        named = self._metadata().get("checkpoint")
         return named is not None and named == _digest(self.checkpoint)
+
+    def saved(self) -> int | None:
+        """The steps of the state; None without one."""
+        steps = self._metadata().get("steps_done")
+        return None if steps is None else int(steps)
+
+    def _metadata(self) -> Mapping[str, str]:
+        if not self.state.exists():
+            return {}
+        with open_tensors(self.state, "training state") as stored:
+            return stored.metadata() or {}
+
+    def was_begun_by(self, run: str | None) -> bool:
+        """Whether there is a state, and the last that began here was of this torchrun."""
+        file = self.state.with_name(LOG)
+        if run is None or not (self.state.exists() and file.is_file()):
+            return False
+        lines = [line for line in file.read_text().splitlines() if line.startswith('{"start"')]
+        return bool(lines) and json.loads(lines[-1]).get("torchrun") == run
 
     def samples(self, step: int) -> Path:
         """The file of the samples of a step."""
@@ -65,20 +97,35 @@ class Output:
 
     def write_samples(self, training) -> None:
         """Writes the samples of this step; each file whole, or not at all."""
-        self._samples.mkdir(exist_ok=True)
+        self.team.of_first(lambda: self._samples.mkdir(exist_ok=True))
         training.write_samples(self.samples(training.steps_done))
+
+    def has_samples(self, step: int) -> bool:
+        return self.team.of_first(lambda: self.samples(step).exists())
 
 
 @contextmanager
-def open_output(folder: Path, resume: bool, product: str = CHECKPOINT) -> Iterator[Output]:
+def open_output(
+    folder: Path, resume: bool, product: str = CHECKPOINT, team: Team | None = None
+) -> Iterator[Output]:
     """The folder of --output, made if need be, which no other training has meanwhile.
 
     resume: whether it must hold a state, or must not
     product: what the training makes there: CHECKPOINT, or LORA
+    team:    the processes of the training; None: this one
 
     Where nothing has been logged in the end, what was made here is removed again. Raises UsageError
     for a folder that cannot be used; OSError of the machine, such as a full disk.
     """
+    output = Output(folder, product, team)
+    with ExitStack() as stack:
+        held = partial(_held, output, folder, resume)
+        output.team.of_first(lambda: stack.enter_context(held()))
+        yield output
+
+
+@contextmanager
+def _held(output: Output, folder: Path, resume: bool) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     log = None
     try:
@@ -89,11 +136,11 @@ def open_output(folder: Path, resume: bool, product: str = CHECKPOINT) -> Iterat
             if verdict(error).status != 2:
                 raise
             raise UsageError(f"--output {folder}: cannot be used ({one_line(error)})") from error
-        output = Output(folder, log, product)
+        output.opened(log)
         _check(output, resume)
         for written in (folder, output.samples(0).parent):
             sweep(os.path.abspath(written))
-        yield output
+        yield
     finally:
         if log is not None:
             if not os.fstat(log).st_size:

@@ -46,6 +46,7 @@ _DECOMPOSED = "decomposed models"  # flags that no other objective takes
 _MODEL = "model"  # and those that no autoencoder and no text encoder takes
 _CLIPS = "clips"
 _DISTILLED = "distillation"
+_EXECUTION = "execution"  # flags of what `Trainer` trains
 
 # Defaults of models on latents (training/recipes.py), in place of those on pixels.
 _ON_LATENTS = {
@@ -258,7 +259,35 @@ SETTINGS = (
     ),
     Setting("max_hours", "training", _NUMBER, "stop after so many hours, with everything saved"),
     Setting("max_minutes", "training", _NUMBER, "the same in minutes"),
-    Setting("device", "training", text("NAME"), "device to train on: cpu, cuda, cuda:1 …", "cpu"),
+    Setting(
+        "device",
+        "training",
+        text("NAME"),
+        "device to train on: cpu, cuda, cuda:1 …; under torchrun, cuda is each process's own GPU",
+        "cpu",
+    ),
+    Setting(
+        "accumulate",
+        _EXECUTION,
+        _WHOLE,
+        "parts of a batch, taken one after the other to save memory; the steps stay the same",
+        1,
+    ),
+    Setting(
+        "shard",
+        _EXECUTION,
+        SWITCH,
+        "under torchrun: leave each process its share of weights, averages and moments (FSDP2)",
+        False,
+    ),
+    Setting(
+        "checkpoint_activations",
+        _EXECUTION,
+        SWITCH,
+        "compute stages of the UNets again for the gradient, to save memory",
+        False,
+    ),
+    Setting("compile", _EXECUTION, SWITCH, "make the networks' code with torch.compile", False),
     Setting("resume", "files", SWITCH, "continue from the state in --output", False),
     Setting(
         "init_from",
@@ -371,6 +400,8 @@ def _takes(objective: str, setting: Setting) -> bool:
         return objective == "autoencoder"
     if setting.group == _DISTILLED:
         return objective == "distill"
+    if setting.group == _EXECUTION:
+        return objective in (*OBJECTIVES, "distill")
     if objective == "distill":
         return setting.name not in OF_TEACHER
     if objective == "decomposed" or setting.name == "objective":

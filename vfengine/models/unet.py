@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.decompose import base_index
 from ..diffusion.schedule import batch_timesteps, check_input
@@ -255,6 +256,7 @@ class UNet(Embeddings):
             self.steps.append((step, layer))
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], config.norm_eps)
         self.conv_out = zero_(Conv3x3(widths[0], config.out_channels * folded))
+        self.checkpoints = False  # whether stages are computed again for the gradient
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -295,13 +297,19 @@ class UNet(Embeddings):
         h = self._run_layers(
             skips,
             join=lambda h, skip: torch.cat([h, skip], dim=1),
-            stage=lambda layer, h: layer(h, embedding, num_frames, context),
+            stage=lambda layer, h: self._stage(layer, h, embedding, num_frames, context),
             resample=lambda layer, h, skip: layer(h, skip),
             kept=kept,
         )
         h = self.conv_out(self.conv_norm_out(h, silu=True))
         h = from_patches(h, config.patch_size)
         return h.unflatten(0, (-1, num_frames)) if config.is_video else h
+
+    def _stage(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """A stage, of which training with `checkpoints` keeps the inputs alone."""
+        if self.checkpoints and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
 
     def plan(self, build, x, context=None, kept=None):
         """`forward` on images in patches, as calls of a builder (vfengine/plan/walk.py)."""

@@ -169,7 +169,8 @@ class Distillation(Decomposed):
         x, condition, figure = batch.clips(count, only_base=True)
         times, scales = self._times_of(batch, "base", count), self._scales(batch, "base", count)
         t, p = times[0], times[-1]
-        z = add_noise(x, batch.normal(x.shape), t, self.schedule)
+        noise = batch.normal((count, *x.shape[1:]))
+        z = add_noise(x, noise, t, self.schedule)
         conditions = self._both(batch, condition)
         landed = z
         for a, b in pairwise(times):
@@ -182,13 +183,13 @@ class Distillation(Decomposed):
         """As Algorithm 2 of VideoFusion walks a clip, teacher and student."""
         count, lam, schedule = self.options.batch_size, self.config.lam, self.schedule
         x, condition, figure = batch.clips(count)
-        m = base_index(x.shape[1])
+        m, of_frames = base_index(x.shape[1]), (count, *x.shape[2:])
         times = self._times_of(batch, "residual", count)
         scales = self._scales(batch, "residual", count)
         t, p = times[0], times[-1]
-        b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
+        b, r = batch.normal(of_frames), batch.normal((count, *x.shape[1:]))
         exact = (batch.uniform(count) < self.options.clean_share).view(-1, 1, 1, 1)
-        jitter = self._jitter(batch, exact.flatten(), b.shape)
+        jitter = self._jitter(batch, exact.flatten(), of_frames)
         conditions, stepwise = self._both(batch, condition), self.options.clean_share < 1
         z = add_noise(x, combine(b, r, lam), t, schedule)
 

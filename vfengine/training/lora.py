@@ -89,7 +89,8 @@ class LoraTrainer(Trainer):
             for part, matrix in change.matrices().items()
         }
         notes = {"model": self._own.fingerprint(), "rank": str(self._rank)}
-        write_tensors(file, tensors, {**notes, "steps": str(self.steps_done)})
+        notes["steps"] = str(self.steps_done)
+        self.team.of_first(lambda: write_tensors(file, tensors, notes))
 
     def _identity(self) -> str:
         named = (super()._identity(), self._rank, sorted(self._own.sha256.items()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,19 @@ from .batch import BatchSampler
 from .options import TrainingOptions
 
 Losses = dict[str, tuple[Tensor, Tensor]]  # per network: each sample's loss, and its timestep
+
+
+class Noisy(NamedTuple):
+    """Samples [B, ...] at timesteps t [B] for a network on its own: z is of x and the noise eps.
+
+    cells: factors [B, 1, H, W] or [B, N, 1, H, W] on the squared errors; None: all 1
+    """
+
+    z: Tensor
+    t: Tensor
+    eps: Tensor
+    condition: Tensor
+    cells: Tensor | None
 
 
 class Objective:
@@ -59,25 +72,31 @@ class Objective:
         """The names of the networks that this training changes."""
         return self.config.networks
 
-    def _eps_loss(
+    def count(self, name: str) -> int:
+        """The samples of a step whose losses a network's loss is the mean of."""
+        return self.options.batch_size + (self.options.extra_images if name == "base" else 0)
+
+    def _noisy(
         self,
-        network: nn.Module,
+        batch: BatchSampler,
         x: Tensor,
         condition: Tensor,
-        batch: BatchSampler,
+        count: int,
         cells: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """‖ε - ε̂‖² of a network on its own, weighted as `clean_weight`: (loss [B], t [B]).
+    ) -> Noisy:
+        """Draws the noise of x, the batch's rows of `count` samples, for a network on its own."""
+        t, eps = batch.timesteps(count), batch.normal((count, *x.shape[1:]))
+        return Noisy(add_noise(x, eps, t, self.schedule), t, eps, condition, cells)
 
-        cells: factors [B, 1, H, W] or [B, N, 1, H, W] on the squared errors
-        """
-        t, eps = batch.timesteps(len(x)), batch.normal(x.shape)
-        estimate = self._model(network, condition)(add_noise(x, eps, t, self.schedule), t)
-        error = (eps - estimate).square()
-        if cells is not None:
-            error = error * cells
-        weight = self.clean_weight(t, 1.0, network.data_std)
-        return error.flatten(1).mean(1) * weight, t
+    def _eps_loss(
+        self, noisy: Noisy, estimate: Tensor, data_std: float
+    ) -> tuple[Tensor, Tensor]:
+        """‖ε - ε̂‖² of an estimate ε̂, weighted as `clean_weight`: (loss [B], t [B])."""
+        error = (noisy.eps - estimate).square()
+        if noisy.cells is not None:
+            error = error * noisy.cells
+        weight = self.clean_weight(noisy.t, 1.0, data_std)
+        return error.flatten(1).mean(1) * weight, noisy.t
 
     def _model(self, network: nn.Module, condition: Tensor, null: Tensor | None = None) -> Model:
         """(z, t) -> ε̂ under a condition; with `null`, under guidance of scale 2 away from it."""
@@ -129,41 +148,52 @@ class Decomposed(Objective):
     def losses(self, batch: BatchSampler) -> Losses:
         """The base network's losses on B + extra_images samples, the residual network's on B."""
         options = self.options
-        losses = {}
-        extra = options.extra_images
-        if options.train == "base":
-            extra += options.batch_size
-        else:
-            losses = self._clip_losses(batch)
-        if options.train != "residual" and extra:  # eq. (4) on further base frames
-            loss, t = self._image_loss(batch, extra)
-            if "base" in losses:
-                loss = torch.cat([losses["base"][0], loss])
-                t = torch.cat([losses["base"][1], t])
-            losses["base"] = loss, t
-        return losses
+        if options.train != "base":
+            return self._clip_losses(batch)
+        base = self.networks["base"]
+        images = self._images(batch, options.batch_size + options.extra_images)
+        estimate = self._model(base, images.condition)(images.z, images.t)
+        return {"base": self._eps_loss(images, estimate, base.data_std)}
 
     def _clip_losses(self, batch: BatchSampler) -> Losses:
-        """The joint loss on B clips."""
+        """The joint loss on B clips and, where the base network is trained, eq. (4) on images.
+
+        The base network is called once, on base frames and images.
+        """
         base, residual = self.networks.get("base"), self.networks["residual"]
         options, lam = self.options, self.config.lam
-        x, condition, figure = batch.clips(options.batch_size)
-        m = base_index(x.shape[1])
-        t = batch.timesteps(len(x))
-        b, r = batch.normal(x[:, m].shape), batch.normal(x.shape)
-        exact = batch.uniform(len(x)) < options.clean_share
-        jitter = self._jitter(batch, exact, x[:, m].shape)
+        count = options.batch_size
+        x, condition, figure = batch.clips(count)
+        m, of_frames = base_index(x.shape[1]), (count, *x.shape[2:])
+        t = batch.timesteps(count)
+        b, r = batch.normal(of_frames), batch.normal((count, *x.shape[1:]))
+        exact = batch.uniform(count) < options.clean_share
+        jitter = self._jitter(batch, exact, of_frames)
+        images = None
+        if options.train == "both" and _some(batch.rows(options.extra_images)):
+            images = self._images(batch, options.extra_images)
         signal, _ = self.schedule.signal_and_noise(t, x[:, m])
         paint = self._model(residual, condition)
+        of_images = []
+
+        def base_model(z, t):
+            if options.only_exact_bases:  # no estimate of b is needed
+                return torch.zeros_like(z)
+            if images is None:
+                return self._model(base, condition)(z, t)
+            both = self._model(base, torch.cat([condition, images.condition]))(
+                torch.cat([z, images.z]), torch.cat([t, images.t])
+            )
+            of_images.append(both[len(z) :])
+            return both[: len(z)]
 
         def residual_model(z, t):
             z = z.clone()
             z[:, m] += signal * jitter
             return paint(z, t)
 
-        alone = options.only_exact_bases  # no estimate of b is needed
         base_loss, residual_loss = joint_loss(
-            (lambda z, t: torch.zeros_like(z)) if alone else self._model(base, condition),
+            base_model,
             residual_model,
             x,
             t,
@@ -179,13 +209,15 @@ class Decomposed(Objective):
             cell_weights=self._cells(figure, m),
         )
         losses = {"base": (base_loss, t), "residual": (residual_loss, t)}
+        if images is not None:
+            loss, of_t = self._eps_loss(images, of_images[0], base.data_std)
+            losses["base"] = torch.cat([base_loss, loss]), torch.cat([t, of_t])
         return {name: losses[name] for name in self.trained}
 
-    def _image_loss(self, batch: BatchSampler, count: int) -> tuple[Tensor, Tensor]:
-        """The base network's loss on the base frames of `count` clips."""
+    def _images(self, batch: BatchSampler, count: int) -> Noisy:
+        """The base frames of `count` clips, for the base network alone."""
         x, condition, figure = batch.clips(count, only_base=True)
-        cells = self._cells(figure)
-        return self._eps_loss(self.networks["base"], x, condition, batch, cells)
+        return self._noisy(batch, x, condition, count, self._cells(figure))
 
     def _cells(self, figure: Tensor | None, m: int | None = None) -> Tensor | None:
         """Factors of cells, of mean 1 in each picture, larger where the figure is; None: all 1.
@@ -202,12 +234,12 @@ class Decomposed(Objective):
         weights = 1 + (self.options.cell_weight - 1) * figure
         return weights / weights.mean((-3, -2, -1), keepdim=True)
 
-    def _jitter(self, batch: BatchSampler, exact: Tensor, shape) -> Tensor:
+    def _jitter(self, batch: BatchSampler, exact: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, C, H, W] for the base frames in the residual network's input.
 
-        Zero for samples with the base network's b̂.
+        Zero for samples with the base network's b̂; shape: that of the whole batch's
         """
-        std = batch.uniform(len(exact), 1, 1, 1) * self.options.base_jitter
+        std = batch.uniform(shape[0], 1, 1, 1) * self.options.base_jitter
         return batch.normal(shape) * std * exact.view(-1, 1, 1, 1)
 
     def sample(
@@ -259,8 +291,11 @@ class PlainVideo(Objective):
         return {"video": config.networks[0]}  # a base network is one without temporal layers
 
     def losses(self, batch: BatchSampler) -> Losses:
-        x, condition, _ = batch.clips(self.options.batch_size)
-        return {"video": self._eps_loss(self.networks["video"], x, condition, batch)}
+        count = self.options.batch_size
+        x, condition, _ = batch.clips(count)
+        noisy, video = self._noisy(batch, x, condition, count), self.networks["video"]
+        estimate = self._model(video, condition)(noisy.z, noisy.t)
+        return {"video": self._eps_loss(noisy, estimate, video.data_std)}
 
     def sample(
         self,
@@ -285,6 +320,11 @@ OBJECTIVES = {"decomposed": Decomposed, "vdm": PlainVideo}
 def build_networks(config: CheckpointConfig) -> dict[str, nn.Module]:
     """A model's networks by name, with freshly initialised weights."""
     return {name: build_network(config, name) for name in config.networks}
+
+
+def _some(rows: slice) -> bool:
+    """Whether a slice of rows has any."""
+    return rows.stop > rows.start
 
 
 def clip_shape(config: CheckpointConfig, condition: Tensor) -> tuple[int, ...]:

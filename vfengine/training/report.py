@@ -43,13 +43,13 @@ class StepReport:
         return f"StepReport({self.losses}, {self.by_t})"
 
 
-def means_by_t(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
-    """The mean loss [TIME_BINS] of each fifth of the schedule, on the loss's device.
+def sums_by_t(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
+    """Of each fifth of the schedule, the sum of losses and their number: [2, TIME_BINS].
 
-    loss [B], t int64 [B] on the CPU
+    loss [B], t int64 [B] on the CPU; the sums are on the loss's device
     """
     inside = (t * TIME_BINS // num_timesteps)[None] == torch.arange(
         TIME_BINS, dtype=torch.int64, device="cpu"
     )[:, None]
     inside = inside.to(loss.device, loss.dtype, non_blocking=True)  # [TIME_BINS, B]
-    return (inside * loss).sum(1) / inside.sum(1)
+    return torch.stack([(inside * loss).sum(1), inside.sum(1)])

@@ -48,11 +48,12 @@ class Showcase:
 
 
 def write_prompts(
-    objective: Decomposed, networks: dict, showcase: Showcase, precision: str, file: Path
+    objective: Decomposed, networks: dict, showcase: Showcase, precision: str, file: Path | None
 ) -> None:
     """A clip a prompt under guidance, each above the real one; and the prompts, in a .txt beside.
 
     The base network alone draws base frames, the residual network alone animates real ones.
+    file: None: they are made and not written, by processes that have a share of the weights
     """
     m = base_index(showcase.latents.shape[1])
     with _autocast(objective.device, precision):
@@ -65,18 +66,21 @@ def write_prompts(
         rows = torch.stack([made[:, 0], real[:, 0]])
     else:
         rows = torch.stack([made, real], 1).flatten(0, 1)
+    if file is None:
+        return
     write_sheet(rows, file)
     with replacing(file.with_name("prompts.txt")) as temporary:
         temporary.write_text("\n".join(showcase.prompts) + "\n", encoding="utf-8")
 
 
-def write_labels(objective, networks: dict, precision: str, file: Path) -> None:
-    """Eight classes, one clip a row, in 25 steps."""
+def write_labels(objective, networks: dict, precision: str, file: Path | None) -> None:
+    """Eight classes, one clip a row, in 25 steps; file: as in `write_prompts`."""
     config = objective.config
     labels = torch.arange(min(ROWS, len(config.labels)), device=objective.device, dtype=torch.int64)
     with _autocast(objective.device, precision):
         video = objective.sample(networks, labels, _STEPS)
-    write_sheet(network_to_pixels(video), file)
+    if file is not None:
+        write_sheet(network_to_pixels(video), file)
 
 
 def write_sheet(frames: Tensor, file: Path) -> None:

@@ -7,23 +7,26 @@ takes, bit for bit, the steps of one that was never stopped (same machine, threa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
+from ..models import UNet
 from .batch import BatchSampler, Latents, Pixels
 from .objectives import OBJECTIVES, Losses, Objective
 from .options import TrainingOptions
 from .parts import Parts
-from .report import StepReport, means_by_t
+from .report import StepReport, sums_by_t
 from .samples import Showcase, write_labels, write_prompts
-from .updates import Updates
+from .team import Execution
+from .updates import ALONE, Updates
 
 if TYPE_CHECKING:
     from .published import PublishedParts
@@ -48,6 +51,10 @@ class Trainer:
             its samples show
     objective: made of (config, options, device), as `distillation.Distillation` with its teacher;
             None: that of the model's kind
+    execution: by which processes, and how; each of them has a trainer of the same arguments, and
+            calls the same methods
+
+    Raises ValueError for data that do not fit, and for an execution that cannot be.
     """
 
     def __init__(
@@ -61,7 +68,10 @@ class Trainer:
         parts: Parts | PublishedParts | None = None,
         showcase: Showcase | None = None,
         objective: Callable[..., Objective] | None = None,
+        execution: Execution = ALONE,
     ):
+        execution.check(options)
+        self.execution, self.team = execution, execution.team
         self._parts, self._showcase = parts, showcase
         if isinstance(clips, Latents):
             _check_latents(config, clips)
@@ -72,16 +82,24 @@ class Trainer:
         self.options, self.device, self.steps_done = options, torch.device(device), 0
         torch.manual_seed(options.seed)
         make = OBJECTIVES[config.objective] if objective is None else objective
-        given = {} if parts is None else parts.networks(config, options, self.device)
-        self.objective = make(config, options, device, **({"given": given} if given else {}))
+        made_on = torch.device("cpu") if execution.shard else self.device  # whole, they may not fit
+        given = {} if parts is None else parts.networks(config, options, made_on)
+        self.objective = make(config, options, made_on, **({"given": given} if given else {}))
+        self.objective.device = self.device
         self.config, self.networks = self.objective.config, self.objective.networks
         self._prepare()
         trained = {name: self.networks[name] for name in self.objective.trained}
         fixed = {name: net for name, net in self.networks.items() if name not in trained}
         for network in fixed.values():
-            network.eval().requires_grad_(False)
+            network.to(self.device).eval().requires_grad_(False)
         kept = [net for name, net in fixed.items() if name not in config.foreign]
-        self.updates = Updates(trained, options, kept)
+        if execution.checkpoint_activations:
+            _checkpoint(trained)
+        self.updates = Updates(trained, options, kept, (), execution, self.device)
+        if execution.compile:
+            compile_networks(trained.values(), self.device)
+        self._losses = _Losses(self.objective, trained)
+        self._is_reducing = execution.shard  # FSDP2 does
         self.averaged = {**self.networks, **self.updates.averaged}
         self.parameters, self.averages = self.updates.parameters, self.updates.averages
         self.optimizer = self.updates.optimizer
@@ -90,30 +108,56 @@ class Trainer:
         """Readies the networks, once they are made; what needs no gradient is not trained."""
 
     def step(self) -> StepReport:
-        """One optimizer step on the batch of this step."""
-        k = self.steps_done
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
-        ):
-            losses = self.losses(k)
-        self.updates.apply(sum(loss.mean() for loss, _ in losses.values()), k)
+        """One optimizer step on the batch of this step, of which each process takes its parts.
+
+        Raises `team.Lost` where another process is gone.
+        """
+        k, count = self.steps_done, self.objective.count
+        with self.team.noticing():
+            if not self._is_reducing:
+                self._losses, self._is_reducing = self.team.reducing(self._losses), True
+            told: Tensor | float = 0.0
+            for number in range(self.execution.accumulate):
+                is_last = number == self.execution.accumulate - 1
+                with nullcontext() if is_last else self.team.postponed(self._losses):
+                    with torch.autocast(
+                        self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
+                    ):
+                        losses = self._losses(self.batch_sampler(k, number))
+                    loss = sum(loss.sum() / count(name) for name, (loss, _) in losses.items())
+                    (loss * self.team.size).backward()  # gradients become means over processes
+                told = told + self._told(losses)
+            self.updates.descend(k)
+            sums = dict(zip(losses, self.team.sum_(told), strict=True))
         self.steps_done += 1
-        timesteps = self.objective.schedule.num_train_timesteps
         report = StepReport(
-            {name: loss.detach().mean() for name, (loss, _) in losses.items()},
-            {name: means_by_t(loss.detach(), t, timesteps) for name, (loss, t) in losses.items()},
+            {name: own[0, -1] / count(name) for name, own in sums.items()},
+            {name: own[0, :-1] / own[1, :-1] for name, own in sums.items()},
             step=k,
         )
         if self.device.type == "cpu":  # a GPU is not waited for: whoever reads the report finds out
             _ = report.losses
         return report
 
+    def _told(self, losses: Losses) -> Tensor:
+        """Sums and counts [networks, 2, bins + 1] of losses by fifths, and of all of them."""
+        timesteps = self.objective.schedule.num_train_timesteps
+        rows = []
+        for loss, t in losses.values():
+            own = loss.detach()
+            whole = torch.stack([own.sum(), torch.ones_like(own).sum()])
+            rows.append(torch.cat([sums_by_t(own, t, timesteps), whole[:, None]], 1))
+        return torch.stack(rows)
+
     def losses(self, step: int) -> Losses:
-        """Per-sample losses of a step's batch, and their timesteps: name -> (loss [B], t [B])."""
+        """Per-sample losses of a step's batch, and their timesteps: name -> (loss [B], t [B]).
+
+        Of this process's rows, if there are several.
+        """
         return self.objective.losses(self.batch_sampler(step))
 
-    def batch_sampler(self, step: int) -> BatchSampler:
-        """A sampler for everything random in a step."""
+    def batch_sampler(self, step: int, number: int = 0) -> BatchSampler:
+        """A sampler for everything random in a step, of this process's number-th part."""
         return BatchSampler(
             self.data,
             (self.options.seed, step),
@@ -121,6 +165,7 @@ class Trainer:
             num_timesteps=self.objective.schedule.num_train_timesteps,
             timestep_shift=self.options.timestep_shift,
             device=self.device,
+            part=self.execution.part(number),
         )
 
     def describe(self) -> str:
@@ -131,6 +176,7 @@ class Trainer:
         return (
             f"{self.data.shape[0]} clips of {len(self.config.labels)} classes; "
             f"{' and '.join(sizes)} parameters; {self.options.precision} on {self.device}"
+            + (f", {self.team.size} processes" if self.team.size > 1 else "")
         )
 
     # -- on disk -------------------------------------------------------------------------------
@@ -153,7 +199,8 @@ class Trainer:
             for net in (self.networks[name], self.averaged[name]):
                 own = net.unet.state_dict()
                 fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-                net.unet.load_state_dict(fits, strict=False)
+                for key, value in fits.items():
+                    self.team.fill(own[key], value)
             fresh += [f"{name}.{key}" for key in own if key not in fits]
         return fresh
 
@@ -163,17 +210,24 @@ class Trainer:
         A network that is not trained has the weights that it started from.
         """
         names = [name for name in self.config.networks if name not in self.config.foreign]
-        states = [self.averaged[name].unet.state_dict() for name in names]
-        parts = None if self._parts is None else self._parts.files()
-        return save_checkpoint(folder, self.config, *states, parts=parts)
+        whole, parts = self.team.whole, None if self._parts is None else self._parts.files()
+        states = [
+            {key: whole(value) for key, value in self.averaged[name].unet.state_dict().items()}
+            for name in names
+        ]
+        return self.team.of_first(
+            lambda: save_checkpoint(folder, self.config, *states, parts=parts)
+        )
 
     def write_samples(self, file: Path) -> None:
         """A sheet of clips from the averaged weights (samples.py)."""
-        precision = self.options.precision
-        if self._showcase is None:
-            write_labels(self.objective, self.averaged, precision, file)
+        shown = () if self._showcase is None else (self._showcase,)
+        how = self.objective, self.averaged, *shown, self.options.precision
+        write = write_prompts if shown else write_labels
+        if self.execution.shard:  # networks are called in all processes
+            self.team.agreed(lambda: write(*how, file if self.team.is_first else None))
         else:
-            write_prompts(self.objective, self.averaged, self._showcase, precision, file)
+            self.team.of_first(lambda: write(*how, file))
 
     def save(self, file: Path, checkpoint: str = "") -> None:
         """Writes everything that a run continues from to one .safetensors file, atomically.
@@ -203,6 +257,37 @@ class Trainer:
         if self._parts is not None:
             named = (*named, *self._parts.identity())
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+
+class _Losses(nn.Module):
+    """forward(batch) -> an objective's losses; the module of all weights that are trained."""
+
+    def __init__(self, objective: Objective, trained: dict[str, nn.Module]):
+        super().__init__()
+        self._objective, self.trained = objective, nn.ModuleDict(trained)
+
+    def forward(self, batch: BatchSampler) -> Losses:
+        return self._objective.losses(batch)
+
+
+def _checkpoint(networks: dict[str, nn.Module]) -> None:
+    """Has networks compute their stages again for the gradient; ValueError for other networks."""
+    for name, network in networks.items():
+        if not isinstance(network.unet, UNet):
+            raise ValueError(f"the {name} network has no stages whose activations to checkpoint")
+        network.unet.checkpoints = True
+
+
+def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Has torch.compile make their code, at the first call; ValueError where no compiler works."""
+    try:
+        probe = torch.compile(lambda x: 2 * x + 1)
+        probe(torch.ones(2, device=device, dtype=torch.float32))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"compile needs a compiler that works: {reason}") from error
+    for network in networks:
+        network.compile()
 
 
 def _count(network: nn.Module) -> int:

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from ..files import open_tensors, write_tensors
 from .options import TrainingOptions
+from .team import Execution
+
+
+ALONE = Execution()  # one process, which does all at once
 
 
 class Updates:
@@ -30,14 +34,22 @@ class Updates:
         options: TrainingOptions,
         fixed: Sequence[nn.Module] = (),
         others: Sequence[Tensor] = (),
+        execution: Execution = ALONE,
+        device: torch.device | str = "cpu",
     ):
-        """fixed: networks that are not trained; others: further tensors of the state"""
-        self.options = options
+        """fixed: networks that are not trained; others: further tensors of the state
+
+        device: where each process has its share, if the execution gives it one
+        """
+        self.options, self.team = options, execution.team
         self.fixed = [*(p for net in fixed for p in net.parameters()), *others]
         self.averaged = {
             name: copy.deepcopy(network).eval().requires_grad_(False)
             for name, network in networks.items()
         }
+        if execution.shard:
+            for network in (*networks.values(), *self.averaged.values()):
+                self.team.shard(network, torch.device(device))
         pairs = [
             (weight, average)
             for name, network in networks.items()
@@ -54,16 +66,22 @@ class Updates:
 
     def apply(self, loss: Tensor, step: int) -> None:
         """One optimizer step down this loss, the step-th from 0."""
+        loss.backward()
+        self.descend(step)
+
+    def descend(self, step: int) -> None:
+        """One optimizer step down the gradients that are there, the step-th from 0."""
         options = self.options
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate_at(step)
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():  # a shorter average at first, so that initial weights do not linger
             torch._foreach_lerp_(
-                self.averages, self.parameters, 1 - min(options.ema, (step + 1) / (step + 10))
+                self.team.own(self.averages),
+                self.team.own(self.parameters),
+                1 - min(options.ema, (step + 1) / (step + 10)),
             )
 
     def save(self, file: Path, identity: str, steps_done: int, checkpoint: str = "") -> None:
@@ -71,9 +89,11 @@ class Updates:
 
         identity:   names the model and the data
         checkpoint: names the checkpoint that was exported of this state
+
+        Tensors are whole, however many processes have a share of them.
         """
         tensors = {
-            f"{kind}.{i}": value
+            f"{kind}.{i}": self.team.whole(value)
             for kind, values in self._state().items()
             for i, value in enumerate(values)
         }
@@ -81,7 +101,7 @@ class Updates:
         metadata["options"] = json.dumps(asdict(self.options))
         if checkpoint:
             metadata["checkpoint"] = checkpoint
-        write_tensors(file, tensors, metadata)
+        self.team.of_first(lambda: write_tensors(file, tensors, metadata))
 
     def restore(self, file: Path, identity: str) -> int:
         """Continues from `save`; returns the number of steps that were done.
@@ -94,7 +114,7 @@ class Updates:
                 raise ValueError(f"{file} is the training state of another model or of other data")
             for kind, values in self._state().items():
                 for i, value in enumerate(values):
-                    value.copy_(stored.get_tensor(f"{kind}.{i}"))
+                    self.team.fill(value, stored.get_tensor(f"{kind}.{i}"))
         return int(metadata["steps_done"])
 
     def _state(self) -> dict[str, list[Tensor]]:
