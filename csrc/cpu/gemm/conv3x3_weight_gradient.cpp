@@ -164,15 +164,15 @@ class WeightGradient {
     const T* rows[kNumbers][2][2];
     for (int k = 0; k < kNumbers; ++k) find<2, 0>(a_.grad, a_.columns, tile + k, zeros, rows[k]);
     const auto along = [](const F32(&y)[2], F32(&m)[4]) { transform_results(y, m); };
+    const int64_t step = kBlockWords * stride_, columns = a_.columns;
     for (int64_t panel = 0; panel < panels_.count; ++panel) {
-      const int vectors = panels_.vectors(panel);
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t c = (panels_.first(panel) + v) * kLanes;
+      const int64_t vectors = panels_.vectors(panel), first = panels_.first(panel) * kLanes;
+      uint32_t* const to = gradients_ + first * kBlockWords + word * vectors * kLanes;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t c = first + v * kLanes;
         U32 out[kPositions];
-        transform<2>(rows, c, columns_left(a_.columns, c), along, out);
-        uint32_t* to = gradients_ + panels_.first(panel) * kLanes * kBlockWords +
-                       (word * vectors + v) * kLanes;
-        for (int p = 0; p < kPositions; ++p) store(to + p * kBlockWords * stride_, out[p]);
+        transform<2>(rows, c, columns_left(columns, c), along, out);
+        for (int p = 0; p < kPositions; ++p) store(to + v * kLanes + p * step, out[p]);
       }
     }
   }

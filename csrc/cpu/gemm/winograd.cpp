@@ -178,25 +178,38 @@ class Block {
     });
   }
 
-  // The tile's results for the columns of a panel.
+  // The tile's results for the columns of a panel. What a store could change is read before.
   void write(int64_t tile, int64_t row, int64_t count, int64_t column, int vectors) const {
     constexpr int kResults = Flat ? 1 : 2;
     const Place p = place(tile);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t c = column + v * kLanes;
-      const int n = columns_left(a_.columns, c);
-      const auto sum = [&](int position) {
-        return load<F32>(sums_ + ((position * count + row) * vectors + v) * kLanes);
-      };
+    T* out[2][kResults];
+    const T* residual[2][kResults] = {};
+    const float* bias[2][kResults] = {};
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < kResults; ++j) {
+        const int64_t py = p.y + i, px = p.x + j;
+        const bool inside = py < a_.height && px < a_.width;
+        const int64_t at = (p.item * a_.height + py) * a_.width + px;
+        out[i][j] = inside ? static_cast<T*>(a_.out) + at * a_.columns + column : nullptr;
+        if (a_.residual)
+          residual[i][j] = static_cast<const T*>(a_.residual) + at * a_.columns + column;
+        if (a_.bias)
+          bias[i][j] = a_.bias + column + (a_.bias_rows ? at / a_.bias_rows * a_.bias_stride : 0);
+      }
+    const float* sums = sums_ + row * vectors * kLanes;
+    const int64_t step = count * vectors * kLanes, columns = a_.columns;
+    for (int v = 0; v < vectors; ++v, sums += kLanes) {
+      const int n = columns_left(columns, column + v * kLanes);
       F32 half[2][kAcross];
 #pragma GCC unroll 4
       for (int j = 0; j < kAcross; ++j) {
         F32 m[4], y[2];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) m[i] = sum(i * kAcross + j);
+        for (int i = 0; i < 4; ++i) m[i] = load<F32>(sums + (i * kAcross + j) * step);
         transform_out(m, y);
         half[0][j] = y[0], half[1][j] = y[1];
       }
+#pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         F32 y[2];
         if constexpr (Flat) {
@@ -204,18 +217,12 @@ class Block {
         } else {
           transform_out(half[i], y);
         }
+#pragma GCC unroll 2
         for (int j = 0; j < kResults; ++j) {
-          const int64_t py = p.y + i, px = p.x + j;
-          if (py >= a_.height || px >= a_.width) continue;
-          const int64_t at = (p.item * a_.height + py) * a_.width + px;
-          if (a_.bias) {
-            const float* bias = a_.bias;
-            if (a_.bias_rows) bias += at / a_.bias_rows * a_.bias_stride;
-            y[j] += load_columns(bias + c, n);
-          }
-          if (a_.residual)
-            y[j] += load_columns(static_cast<const T*>(a_.residual) + at * a_.columns + c, n);
-          store_columns(static_cast<T*>(a_.out) + at * a_.columns + c, y[j], n);
+          if (!out[i][j]) continue;
+          if (bias[i][j]) y[j] += load_columns(bias[i][j] + v * kLanes, n);
+          if (residual[i][j]) y[j] += load_columns(residual[i][j] + v * kLanes, n);
+          store_columns(out[i][j] + v * kLanes, y[j], n);
         }
       }
     }
