@@ -120,6 +120,24 @@ def test_autograd_takes_the_kernels(dtype):
     assert_as_close_as_pytorch(of_bias, exact, grad.float().sum((0, 2, 3)))
 
 
+@both_dtypes
+@all_shapes
+def test_a_residual_is_added(shape, dtype):
+    x, weight, bias, residual = drawn(shape, dtype)
+    exact = conv3x3_reference(
+        x.double(), weight.double(), bias.double(), residual=residual.double()
+    )
+    assert_near(conv3x3(x, weight, bias, residual=residual), exact, dtype)
+
+
+def test_a_residual_takes_the_whole_gradient():
+    x, weight, bias, grad = drawn(SHAPES["odd"], torch.float32)
+    residual = torch.randn_like(grad).requires_grad_()
+    y = differentiable_conv3x3(x, weight.requires_grad_(), bias, residual)
+    (found,) = torch.autograd.grad(y, [residual], grad)
+    assert torch.equal(found, grad)
+
+
 def test_only_what_is_needed_is_computed():
     x, weight, bias, grad = drawn(SHAPES["odd"], torch.float32)
     y = differentiable_conv3x3(x, weight.requires_grad_(), bias)
@@ -186,7 +204,7 @@ def test_convolutions_register():
     x, weight, bias, grad = drawn(SHAPES["odd"], torch.float32)
     out, of_weight = torch.empty_like(grad), torch.empty_like(weight)
     ops = torch.ops.vfengine
-    torch.library.opcheck(ops.conv3x3.default, (x, weight, bias, False, "cpu", out))
+    torch.library.opcheck(ops.conv3x3.default, (x, weight, bias, grad, False, "cpu", out))
     arguments = (grad, x, "cpu", of_weight)
     torch.library.opcheck(ops.conv3x3_weight_gradient.default, arguments)
 
@@ -206,6 +224,8 @@ def test_convolutions_register():
         ({"bias": "short"}, ValueError, r"bias must be \[50\]"),
         ({"out": "bf16"}, ValueError, "out must be torch.float32"),
         ({"out": "small"}, ValueError, "out must be"),
+        ({"residual": "small"}, ValueError, "residual must be"),
+        ({"residual": "contiguous"}, ValueError, "residual must be in channels_last memory"),
         ({"transposed": True}, ValueError, "x must have the 50 channels"),
         ({"transposed": 1}, TypeError, "transposed must be True or False"),
         ({"backend": "triton"}, ValueError, "only kernels for cpu"),
@@ -226,6 +246,7 @@ def test_convolutions_refuse(change, error, words):
         },
         "weight": {"long": weight.long(), "taps": weight[..., :2], "channels": weight[:, :33]},
         "bias": {"long": bias.long(), "short": bias[:3]},
+        "residual": {"small": grad[:1], "contiguous": grad.contiguous()},
         "out": {"bf16": grad.bfloat16(), "small": grad[:1]},
     }
     change = {name: made.get(name, {}).get(value, value) for name, value in change.items()}

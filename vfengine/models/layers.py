@@ -78,11 +78,14 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: as the result, to which it is added"""
         x = autocast(x)
         if records_gradients(x, self.weight) and conv3x3_pays(x, self.weight):
-            return differentiable_conv3x3(x, self.weight, self.bias)
-        return super().forward(x)
+            if residual is None or residual.dtype is x.dtype:
+                return differentiable_conv3x3(x, self.weight, self.bias, residual)
+        out = super().forward(x)
+        return out if residual is None else residual + out
 
 
 class Downsample(nn.Conv2d):
@@ -170,7 +173,7 @@ class ResBlock(nn.Module):
                 scale_and_shift = modulation.chunk(2, dim=1)
             else:
                 h = h + modulation[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(self.norm2(h, True, *scale_and_shift))
+        return self.conv2(self.norm2(h, True, *scale_and_shift), self.conv_shortcut(x))
 
     def plan(self, build, x):
         h = build.group_norm(x, self.norm1, silu=True)

@@ -41,15 +41,17 @@ def conv3x3(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     transposed: bool = False,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The convolution of x with weight, plus bias.
+    """The convolution of x with weight, plus bias, plus residual.
 
     x:       [B, C, H, W] in channels_last memory, fp32 or bf16; C is even in bf16
     weight:  [C', C, 3, 3] in any floating dtype; without copies in fp32 in channels_last memory
     bias:    fp32 [C'], or None for 0
+    residual: [B, C', H, W], as x, or None for 0
     transposed: x are gradients of the results of a convolution, whose pixels' are the result: x has
              C' channels, which are even in bf16, the result and bias C
     out:     [B, C', H, W], as x, memory that no argument shares; None: allocated
@@ -61,7 +63,7 @@ def conv3x3(
     kernel cannot take, for bf16 beside a matrix unit, and under autograd: `differentiable_conv3x3`
     has a derivative.
     """
-    given = {"bias": bias, "out": out}
+    given = {"bias": bias, "residual": residual, "out": out}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     tensors = {"x": x, "weight": weight, **given}
     transposed, backend = check_kinds(_NAME, tensors, transposed=transposed, backend=backend)
@@ -75,12 +77,17 @@ def conv3x3(
             device=x.device,
             memory_format=torch.channels_last,
         )
-    _OP(x, weight, bias, transposed, backend, out)
+    _OP(x, weight, bias, residual, transposed, backend, out)
     return out
 
 
 def conv3x3_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """The formula of `conv3x3` in plain PyTorch, in fp32, or in fp64 for fp64 pictures.
 
@@ -89,7 +96,8 @@ def conv3x3_reference(
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
     convolve = F.conv_transpose2d if transposed else F.conv2d
-    return convolve(x.to(dtype), weight.to(dtype), bias, padding=1)
+    out = convolve(x.to(dtype), weight.to(dtype), bias, padding=1)
+    return out if residual is None else out + residual.to(dtype)
 
 
 def conv3x3_weight_gradient(grad: Tensor, x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -144,31 +152,37 @@ def conv3x3_pays(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def differentiable_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def differentiable_conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """`conv3x3` that autograd records; gradients come from the same kernels.
 
     Shapes and dtypes are those of `conv3x3`; the weight's gradient is computed in fp32.
     """
-    return _Conv3x3.apply(x, weight, bias)
+    return _Conv3x3.apply(x, weight, bias, residual)
 
 
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x, weight, bias, residual) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
-        return conv3x3(x, weight, None if bias is None else bias.float())
+        bias = None if bias is None else bias.float()
+        return conv3x3(x, weight, bias, residual=residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad
         grad = grad.contiguous(memory_format=torch.channels_last)
         return (
             conv3x3(grad, weight, transposed=True) if of_x else None,
             conv3x3_weight_gradient(grad, x).to(weight.dtype) if of_weight else None,
             grad.sum((0, 2, 3), dtype=torch.float32) if of_bias else None,
+            grad if of_residual else None,
         )
 
 
@@ -176,12 +190,12 @@ def _in_tiles(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and native().cpu_has_tiles()
 
 
-def _run(x, weight, bias, transposed, backend, out):
-    _check(x, weight, bias, transposed, backend, out)
+def _run(x, weight, bias, residual, transposed, backend, out):
+    _check(x, weight, bias, residual, transposed, backend, out)
     increment_version(out)  # as torch's own ops do, so that autograd sees the write
-    check_overlap(_NAME, out, {"x": x, "weight": weight, "bias": bias})
+    check_overlap(_NAME, out, {"x": x, "weight": weight, "bias": bias, "residual": residual})
     if choose_backend(_NAME, backend, x.device, _KERNELS) == "reference":
-        out.copy_(conv3x3_reference(x, weight, bias, transposed=transposed))
+        out.copy_(conv3x3_reference(x, weight, bias, residual=residual, transposed=transposed))
         return
     words = _transformed(weight, transposed, x.dtype)
     run_native(
@@ -193,6 +207,7 @@ def _run(x, weight, bias, transposed, backend, out):
         weights=words.data_ptr(),
         transformed=True,
         bias=address(bias),
+        residual=address(residual),
         out=out.data_ptr(),
         flat=False,
     )
@@ -249,9 +264,7 @@ def _check_picture(op: str, name: str, x: Tensor) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"{op}: {name} must be [B, C, H, W] and not empty, got {list(x.shape)}")
     if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{op}: {name} must be in channels_last memory, got strides {x.stride()}"
-        )
+        raise ValueError(f"{op}: {name} must be in channels_last memory, got strides {x.stride()}")
     if x.device.type == "cpu" and _in_tiles(x.dtype):
         raise ValueError(f"{op}: {name} must be fp32 beside a matrix unit, got {x.dtype}")
 
@@ -263,9 +276,8 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"{_NAME}: weight must be [C', C, 3, 3], got {list(weight.shape)}")
 
 
-def _check(x, weight, bias, transposed, backend, out):
+def _check(x, weight, bias, residual, transposed, backend, out):
     _check_picture(_NAME, "x", x)
-    _check_picture(_NAME, "out", out)
     _check_weight(weight)
     made, taken = weight.shape[:2]
     if transposed:
@@ -279,15 +291,19 @@ def _check(x, weight, bias, transposed, backend, out):
     if x.dtype is torch.bfloat16 and channels % 2:
         raise ValueError(f"{_NAME}: x in bf16 must have an even number of channels, got {channels}")
     shape = [batch, made, height, width]
-    if list(out.shape) != shape or out.dtype is not x.dtype:
-        raise ValueError(
-            f"{_NAME}: out must be {x.dtype} {shape}, got {out.dtype} {list(out.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("out", out)):
+    pictures = {"out": out} if residual is None else {"out": out, "residual": residual}
+    for name, picture in pictures.items():
+        _check_picture(_NAME, name, picture)
+        if list(picture.shape) != shape or picture.dtype is not x.dtype:
+            raise ValueError(
+                f"{_NAME}: {name} must be {x.dtype} {shape}, "
+                f"got {picture.dtype} {list(picture.shape)}"
+            )
+    for name, tensor in {"weight": weight, **pictures}.items():
         if tensor.device != x.device:
             raise ValueError(f"{_NAME}: {name} must be on {x.device}, got {tensor.device}")
     check_table(_NAME, "bias", bias, (made,), x)
-    check_no_grad(_NAME, x, weight, bias, out)
+    check_no_grad(_NAME, x, weight, bias, residual, out)
 
 
 def _check_gradient(grad, x, backend, out):
@@ -299,8 +315,7 @@ def _check_gradient(grad, x, backend, out):
         )
     if (len(grad), grad.shape[2:]) != (len(x), x.shape[2:]):
         raise ValueError(
-            f"{_GRADIENT}: grad must have the pictures of x {list(x.shape)}, "
-            f"got {list(grad.shape)}"
+            f"{_GRADIENT}: grad must have the pictures of x {list(x.shape)}, got {list(grad.shape)}"
         )
     shape = (grad.shape[1], 3, 3, x.shape[1])
     check_tensor(_GRADIENT, "out", out.permute(0, 2, 3, 1), shape, torch.float32, x.device)
@@ -308,7 +323,8 @@ def _check_gradient(grad, x, backend, out):
 
 
 _OP = register(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, bool transposed, str backend, Tensor(a!) out) -> ()",
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool transposed, "
+    "str backend, Tensor(a!) out) -> ()",
     _run,
     _check,
 )

@@ -88,9 +88,7 @@ class Objective:
         t, eps = batch.timesteps(count), batch.normal((count, *x.shape[1:]))
         return Noisy(add_noise(x, eps, t, self.schedule), t, eps, condition, cells)
 
-    def _eps_loss(
-        self, noisy: Noisy, estimate: Tensor, data_std: float
-    ) -> tuple[Tensor, Tensor]:
+    def _eps_loss(self, noisy: Noisy, estimate: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
         """‖ε - ε̂‖² of an estimate ε̂, weighted as `clean_weight`: (loss [B], t [B])."""
         error = (noisy.eps - estimate).square()
         if noisy.cells is not None:

@@ -15,7 +15,6 @@ from ..files import open_tensors, write_tensors
 from .options import TrainingOptions
 from .team import Execution
 
-
 ALONE = Execution()  # one process, which does all at once
 
 
