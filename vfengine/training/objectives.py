@@ -141,7 +141,9 @@ class Decomposed(Objective):
             extra += options.batch_size
         else:
             losses = self._clip_losses(batch)
-        if options.train != "residual" and _some(batch.rows(extra)):  # eq. (4) on further base frames
+        if options.train != "residual" and _some(
+            batch.rows(extra)
+        ):  # eq. (4) on further base frames
             loss, t = self._image_loss(batch, extra)
             if "base" in losses:
                 loss = torch.cat([losses["base"][0], loss])
