@@ -115,7 +115,7 @@ def test_words_of_a_team(together):
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_parts_have_each_row_once(count, parts):
     rows = [list(range(count))[rows_of(count, (k, parts))] for k in range(parts)]
-    assert sum(rows, []) == list(range(count))
+    assert [row for own in rows for row in own] == list(range(count))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
