@@ -50,7 +50,9 @@ class Processes(Team):
 
     def open(self) -> None:
         with self.noticing():
-            self._store, _, _ = next(rendezvous("env://", timeout=ANSWER))
+            store, _, _ = next(rendezvous("env://", timeout=ANSWER))
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an earlier one left words
+            self._store = dist.PrefixStore(f"start-{start}", store)
             both = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if both else "gloo",

@@ -164,6 +164,9 @@ class Execution:
         return self.team.rank * self.accumulate + number, self.parts
 
 
+ALONE = Execution()  # one process, which takes all of a batch at once
+
+
 def rows_of(count: int, part: tuple[int, int]) -> slice:
     """The rows of `count` that a part has; all parts together have each row once."""
     number, parts = part

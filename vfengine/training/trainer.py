@@ -25,8 +25,8 @@ from .options import TrainingOptions
 from .parts import Parts
 from .report import StepReport, sums_by_t
 from .samples import Showcase, write_labels, write_prompts
-from .team import Execution
-from .updates import ALONE, Updates
+from .team import ALONE, Execution
+from .updates import Updates
 
 if TYPE_CHECKING:
     from .published import PublishedParts

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from ..files import open_tensors, write_tensors
 from .options import TrainingOptions
-from .team import Execution
-
-ALONE = Execution()  # one process, which does all at once
+from .team import ALONE, Execution
 
 
 class Updates:
