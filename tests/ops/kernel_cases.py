@@ -47,6 +47,7 @@ OPS = {  # and the kernels there are of each
     "temporal_attention": KERNELS,
     "layer_norm": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
+    "group_norm_silu_backward": ("cpu", "triton"),
     "layer_norm_backward": ("cpu", "triton"),
     "geglu_backward": ("cpu", "triton"),
     "implicit_gemm": ("triton",),
