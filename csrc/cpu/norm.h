@@ -28,10 +28,10 @@ VF_INLINE void sum_columns(int64_t channels, F32 (&sum)[R], const Body& body) {
   }
 }
 
+// Mean and 1 / deviation of R rows.
 template <class T, int R>
-static inline void layer_norm_block(const T* x, const float* weight, const float* bias, T* out,
-                                    int64_t channels, float eps) {
-  float mean[R], inverse[R];
+VF_INLINE void layer_norm_statistics(const T* x, int64_t channels, float eps, float (&mean)[R],
+                                     float (&inverse)[R]) {
   F32 sum[R] = {}, squares[R] = {};
   sum_columns(channels, sum, [&](int64_t c, int n, F32(&run)[R]) {
 #pragma GCC unroll 4
@@ -55,6 +55,13 @@ static inline void layer_norm_block(const T* x, const float* weight, const float
   for (int r = 0; r < R; ++r) {
     inverse[r] = 1.0f / std::sqrt(sum_of(squares[r]) / float(channels) + eps);
   }
+}
+
+template <class T, int R>
+static inline void layer_norm_block(const T* x, const float* weight, const float* bias, T* out,
+                                    int64_t channels, float eps) {
+  float mean[R], inverse[R];
+  layer_norm_statistics(x, channels, eps, mean, inverse);
   for_columns(channels, [&](int64_t c, int n) {
     const F32 w = weight ? load_columns(weight + c, n) : splat(1.0f);
     const F32 b = bias ? load_columns(bias + c, n) : F32{};

@@ -11,6 +11,11 @@ from vfengine.ops.conv3x3 import (
 from vfengine.ops.decomposed_noise import decomposed_noise, decomposed_noise_reference
 from vfengine.ops.decomposed_step import decomposed_step, decomposed_step_reference
 from vfengine.ops.geglu import geglu, geglu_reference
+from vfengine.ops.geglu_backward import (
+    differentiable_geglu,
+    geglu_backward,
+    geglu_backward_reference,
+)
 from vfengine.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from vfengine.ops.group_norm_silu_backward import (
     group_norm_silu_backward,
@@ -18,6 +23,11 @@ from vfengine.ops.group_norm_silu_backward import (
 )
 from vfengine.ops.implicit_gemm import implicit_gemm, implicit_gemm_reference
 from vfengine.ops.layer_norm import layer_norm, layer_norm_reference
+from vfengine.ops.layer_norm_backward import (
+    differentiable_layer_norm,
+    layer_norm_backward,
+    layer_norm_backward_reference,
+)
 from vfengine.ops.model_input import model_input, model_input_reference
 from vfengine.ops.noise_estimate import noise_estimate, noise_estimate_reference
 from vfengine.ops.path_step import path_step, path_step_reference
@@ -25,6 +35,11 @@ from vfengine.ops.remove_base import remove_base, remove_base_reference
 from vfengine.ops.residual_step import residual_step, residual_step_reference
 from vfengine.ops.spatial_attention import spatial_attention, spatial_attention_reference
 from vfengine.ops.temporal_attention import temporal_attention, temporal_attention_reference
+from vfengine.ops.temporal_attention_backward import (
+    differentiable_temporal_attention,
+    temporal_attention_backward,
+    temporal_attention_backward_reference,
+)
 
 __all__ = [
     "Clock",
@@ -38,7 +53,12 @@ __all__ = [
     "decomposed_noise_reference",
     "decomposed_step",
     "decomposed_step_reference",
+    "differentiable_geglu",
+    "differentiable_layer_norm",
+    "differentiable_temporal_attention",
     "geglu",
+    "geglu_backward",
+    "geglu_backward_reference",
     "geglu_reference",
     "group_norm_silu",
     "group_norm_silu_backward",
@@ -47,6 +67,8 @@ __all__ = [
     "implicit_gemm",
     "implicit_gemm_reference",
     "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_backward_reference",
     "layer_norm_reference",
     "model_input",
     "model_input_reference",
@@ -61,5 +83,7 @@ __all__ = [
     "spatial_attention",
     "spatial_attention_reference",
     "temporal_attention",
+    "temporal_attention_backward",
+    "temporal_attention_backward_reference",
     "temporal_attention_reference",
 ]

@@ -71,15 +71,15 @@ VF_INLINE F32 quick_gelu(F32 x) {
   return x * reciprocal<T>(1.0f + exponential<T>(y * (-1.702f * kExponent<T>)));
 }
 
-// x Φ(x): for fp32 with a rational erf, within a few roundings; for 16-bit rows with a fit of Φ's
-// logit, within 2.5e-5.
+// Φ(x): for fp32 with a rational erf, within a few roundings; for 16-bit rows with a fit of Φ's
+// logit, within 2.5e-5 of gelu.
 template <class T>
-VF_INLINE F32 gelu(F32 x) {
+VF_INLINE F32 normal_cdf(F32 x) {
   if constexpr (sizeof(T) == 2) {
     const F32 y = minimum(x * x, splat(64.0f));
     F32 p = y * -7.03033588e-04f + 7.40112921e-02f;
     p = p * y + 1.59501577f;
-    return x * reciprocal<T>(1.0f + exponential<T>(minimum(x * p * -kLog2E, splat(126.0f))));
+    return reciprocal<T>(1.0f + exponential<T>(minimum(x * p * -kLog2E, splat(126.0f))));
   }
   const F32 z = maximum(minimum(x * 0.70710678f, splat(4.0f)), splat(-4.0f)), t = z * z;
   F32 p = t * 1.91105762e-08f + -1.94231302e-06f;
@@ -92,7 +92,12 @@ VF_INLINE F32 gelu(F32 x) {
   q = q * t + 0.117972359f;
   q = q * t + 0.516894698f;
   q = q * t + 1.0f;
-  return x * (0.5f + 0.5f * maximum(minimum(z * p / q, splat(1.0f)), splat(-1.0f)));
+  return 0.5f + 0.5f * maximum(minimum(z * p / q, splat(1.0f)), splat(-1.0f));
+}
+
+template <class T>
+VF_INLINE F32 gelu(F32 x) {
+  return x * normal_cdf<T>(x);
 }
 
 }  // namespace vf::VF_ISA
