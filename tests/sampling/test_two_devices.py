@@ -56,6 +56,17 @@ def test_a_base_path_crosses_once(pair, memories):
     assert handed_over() == [row] * (STEPS + 1)
 
 
+def test_both_devices_wait_for_each_row_of_the_path(memories):
+    """The first looks at it, the second copies it; the stream that makes rows runs ahead of both."""
+    clip("cuda:0", "cuda:1", overlap_phases=True)
+    calls = memories.cuda.calls
+    for stream in ("main", "main of cuda:1"):
+        assert calls.count(f"{stream} waits for an event of side") == STEPS
+    memories.cuda.calls.clear()
+    clip("cuda:0", "cpu", overlap_phases=True)
+    assert not any("waits for an event" in call for call in calls)  # the CPU itself waits
+
+
 def test_tensors_of_two_memories_do_not_mix(memories):
     """What the other tests rest on."""
     here, there = torch.ones(2, device="cuda:0"), torch.ones(2, device="cuda:1")

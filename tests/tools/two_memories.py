@@ -45,11 +45,15 @@ class Placed(Tensor):
 
 
 class Memories(TorchFunctionMode):
-    """Makes tensors on pretended devices, and notes the copies between memories."""
+    """Makes tensors on pretended devices, and notes the copies between memories.
 
-    def __init__(self) -> None:
+    cuda: notes what streams wait for; those of the second device are called "... of cuda:1"
+    """
+
+    def __init__(self, cuda: StubCuda) -> None:
         super().__init__()
         self.crossed: list[Crossing] = []
+        self.cuda = cuda
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return _call(func, args, kwargs or {}, self.crossed)
@@ -91,7 +95,13 @@ class PlacedNetwork(nn.Module):
 @pytest.fixture
 def memories(monkeypatch):
     """Pretends two CUDA devices, for pipelines and loops that the test makes; yields `Memories`."""
-    StubCuda(monkeypatch)
+    cuda = StubCuda(monkeypatch)
+
+    def current_stream(device: torch.device | None = None) -> StubCuda.Stream:
+        index = 0 if device is None else _indexed(device).index
+        return cuda.Stream(cuda, cuda.here() + (f" of cuda:{index}" if index else ""))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: DEVICES)
     choose, load, place = _dispatch.choose_backend, Session.load, Session.place
@@ -110,7 +120,7 @@ def memories(monkeypatch):
             return PlacedNetwork(load(session, name), device)
 
     monkeypatch.setattr(Session, "load", load_on_the_cpu)
-    with Memories() as found:
+    with Memories(cuda) as found:
         yield found
 
 
