@@ -57,7 +57,7 @@ def test_a_base_path_crosses_once(pair, memories):
 
 
 def test_both_devices_wait_for_each_row_of_the_path(memories):
-    """The first looks at it, the second copies it; the stream that makes rows runs ahead of both."""
+    """The first looks at it, the second copies it; the stream that makes rows runs ahead."""
     clip("cuda:0", "cuda:1", overlap_phases=True)
     calls = memories.cuda.calls
     for stream in ("main", "main of cuda:1"):

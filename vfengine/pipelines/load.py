@@ -31,8 +31,8 @@ def load_pipeline(
     those of their `from_pretrained`; ValueError for a base_unet, base_device or residual_device of
     a text-to-video model.
     """
-    of_phases = {"base_device": base_device, "residual_device": residual_device}
-    of_phases = {"base_unet": base_unet, **of_phases}
+    of_phases: dict[str, Any] = {"base_unet": base_unet}
+    of_phases |= {"base_device": base_device, "residual_device": residual_device}
     options: dict[str, Any] = {"device": device, "dtype": dtype, "capture": capture}
     options["lora"] = lora
     if folder is not None:
