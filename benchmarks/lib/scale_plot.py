@@ -28,7 +28,7 @@ def draw(rows: Sequence[Row], facts: dict, file: Path) -> None:
     _line(axes[0], lines["simulated"], "simulated", SIMULATED, "o")
     if "measured" in lines:
         _line(axes[0], lines["measured"], "measured", MEASURED, "s")
-    _line(axes[1], lines["1,000 clips"], "", COLOURS["bar"], "-")
+    _line(axes[1], lines["price of 1,000"], "", COLOURS["bar"], "-")
     _line(axes[2], lines["wait"], "mean", COLOURS["bar"], "-")
     _line(axes[2], lines["95 % wait"], "95 %", COLOURS["reference"], "--")
     for axis, title in zip(
@@ -42,6 +42,7 @@ def draw(rows: Sequence[Row], facts: dict, file: Path) -> None:
     axes[0].set_yscale("log")
     axes[1].set_ylim(0)
     axes[2].set_yscale("symlog", linthresh=0.01)
+    axes[2].set_ylim(0)
     for axis in (axes[0], axes[2]):
         axis.legend(fontsize=9, frameon=False)
     text = f"seconds measured on {facts['cpu']}, one thread, load average {facts['load_average']}"

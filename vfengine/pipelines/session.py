@@ -77,7 +77,8 @@ class Session(Networks):
         """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W], on `device`."""
         model = self._model("base", condition, run)
         states = self.driver.base(model, noise, table, place, run, reuse_every)
-        return states.to(self.device)  # where the residual phase reads them
+        # where the residual phase reads them
+        return states if self.base_device is None else states.to(self.device)
 
     def residual(
         self,
@@ -129,7 +130,9 @@ class Session(Networks):
         self, name: str, condition: Condition | Prompts, run: Run, lam: Tensor | None = None
     ) -> ModelSpec:
         """The spec of a network under a condition; one that takes no such condition ignores it."""
-        network, condition = self.network(name, run), condition.to(self.place(name))
+        network = self.network(name, run)
+        if self.base_device is not None:  # conditions are made once, for both phases
+            condition = condition.to(self.place(name))
         lam = None if lam is None else tuple(lam.tolist())
         if name in (self.config.distilled or {}):
             return told(network, condition, lam)
