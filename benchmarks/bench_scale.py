@@ -24,6 +24,7 @@ times X, and workers may be lost.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import subprocess
@@ -219,10 +220,14 @@ def predictions(
     return rows
 
 
+@functools.cache
+def figures(short: bool) -> Measured:
+    return measure(rounds=1, calls=4) if short else measure(rounds=3)
+
+
 def bench_scale(benchmark, short, capsys):
     """The figures, and their table; in short for few workers."""
-    how = {"rounds": 1, "calls": 4} if short else {"rounds": 3}
-    measured = benchmark.pedantic(measure, kwargs=how, rounds=1)
+    measured = benchmark.pedantic(figures, args=(short,), rounds=1)
     workers = (1, 4) if short else WORKERS
     rows = predictions(measured, Place(hours_to_loss=1.0), workers, 10)
     benchmark.extra_info["measured"] = asdict(measured)
@@ -234,7 +239,7 @@ def bench_scale(benchmark, short, capsys):
 
 def bench_two_nodes(benchmark, short, capsys):
     """The first points; in short of two steps, whose ratio means nothing."""
-    measured = measure(rounds=1, calls=4)
+    measured = figures(short)
     how = {"clips": 2, "more": ["--num-inference-steps", "2"]} if short else {"clips": 12}
     rows = benchmark.pedantic(check, args=(measured,), kwargs=how, rounds=1)
     with capsys.disabled():

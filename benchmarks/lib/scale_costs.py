@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import statistics
@@ -116,7 +117,7 @@ def _carrying(path: BaseTrajectory, clip_bytes: int, calls: int) -> float:
             return bytes(clip_bytes)
 
     with local_cluster(1, cpus=2) as address:
-        ray.init(address, log_to_driver=False)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             walker, follower = (ray.remote(kind).remote() for kind in (Base, Residual))
             held, waiting, started = ray.put(path), [], 0.0
