@@ -49,13 +49,15 @@ def chosen_devices(
 
     Two names of one device become one. Raises ValueError as `usable_device` does, naming the phase.
     """
-    found = []
+    found = {"base_device": chosen_device(device)}
+    found["residual_device"] = found["base_device"]
     for name, own in (("base_device", base_device), ("residual_device", residual_device)):
-        try:
-            found.append(chosen_device(device if own is None else own))
-        except ValueError as error:
-            raise ValueError(str(error) if own is None else f"{name}: {error}") from error
-    base, residual = found
+        if own is not None:
+            try:
+                found[name] = chosen_device(own)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    base, residual = found.values()
     return (residual if _is_same(base, residual) else base), residual
 
 

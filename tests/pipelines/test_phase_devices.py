@@ -13,11 +13,13 @@ from published_folders import small_diffusers_folder
 from two_memories import Crossing, memories
 
 from vfengine import VideoFusionPipeline, devices
+from vfengine.cli import serve, serve_settings
 from vfengine.media.metadata import read_metadata
 from vfengine.models import UNet
 from vfengine.pipelines.load import load_pipeline
 from vfengine.pipelines.request import SamplingRequest
 from vfengine.pipelines.together import sample_together
+from vfengine.serving import engine
 
 __all__ = ["memories"]
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -152,6 +154,12 @@ def test_a_phase_refuses_devices(cli, flag, name, words):
     assert refused(cli("--label", "walk", flag, name), f"{setting}: {words}")
 
 
+def test_a_device_that_no_phase_uses_is_refused(tiny_checkpoint):
+    both = {"base_device": "cpu", "residual_device": "cpu"}
+    with pytest.raises(ValueError, match=r"^unknown device 'toaster'"):
+        VideoFusionPipeline.from_pretrained(tiny_checkpoint, device="toaster", **both)
+
+
 def test_a_phase_refuses_a_gpu_too_many(tiny_checkpoint, memories):
     with pytest.raises(
         ValueError, match="base_device: device 'cuda:2' asked for, but torch finds 2"
@@ -226,6 +234,12 @@ def test_a_clip_tells_of_the_base_device(cli, memories, tmp_path, capsys):
     assert "was made on 'cpu' with the base on 'cuda', this is cpu: the new clip may differ" in err
     status, _, err = cli("--config", "two.png", "--output", "again.png", "--base-device", "cuda")
     assert (status, err) == (0, "")
+
+
+def test_a_server_hands_devices_to_its_engines():
+    settings = serve_settings.read_settings(["--base-device", "cuda:1", "--residual-device", "cpu"])
+    options = engine._parser().parse_args(["--store", "jobs", *serve._engine_flags(settings)])
+    assert (options.base_device, options.residual_device) == ("cuda:1", "cpu")
 
 
 def test_load_pipeline_takes_devices_of_phases(tiny_checkpoint, memories):
