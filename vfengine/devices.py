@@ -42,13 +42,42 @@ def chosen_device(device: torch.device | str) -> torch.device:
     return usable_device(device)
 
 
-def chosen_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The dtype of networks, where "auto" is bfloat16 if it is faster here, and else float32.
+def chosen_devices(
+    device: torch.device | str,
+    base_device: torch.device | str | None = None,
+    residual_device: torch.device | str | None = None,
+) -> tuple[torch.device, torch.device]:
+    """The devices of the base and the residual phase; None is `device`.
+
+    Two names of one device become one. Raises ValueError as `usable_device` does, naming the phase.
+    """
+    found = {"base_device": chosen_device(device)}
+    found["residual_device"] = found["base_device"]
+    for name, own in (("base_device", base_device), ("residual_device", residual_device)):
+        if own is not None:
+            try:
+                found[name] = chosen_device(own)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    base, residual = found.values()
+    return (residual if _is_same(base, residual) else base), residual
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one: "cuda" is CUDA's current one."""
+    indices = {one.index, other.index}
+    if one == other or one.type != other.type or None not in indices:
+        return one == other
+    return one.type == "cpu" or torch.cuda.current_device() in indices
+
+
+def chosen_dtype(dtype: torch.dtype | str, *devices: torch.device) -> torch.dtype:
+    """The dtype of networks, where "auto" is bfloat16 if it is faster on all devices, else float32.
 
     Raises ValueError for a dtype that is neither "auto" nor one of NETWORK_DTYPES.
     """
     if dtype == AUTO:
-        return torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
+        return torch.bfloat16 if all(map(bfloat16_is_faster, devices)) else torch.float32
     if dtype not in NETWORK_DTYPES:
         raise ValueError(f"dtype must be 'auto' or one of {NETWORK_DTYPES}, got {dtype!r}")
     return dtype

@@ -233,6 +233,7 @@ def test_every_setting_is_recorded_or_changes_no_clip():
     """A new setting belongs in one of the two."""
     no_clip = {"list_labels", "num_residuals", "batch_size", "output", "save_latents", "model"}
     no_clip |= {"base_cache", "overlap_phases", "offload_base", "device", "no_capture", "config"}
+    no_clip |= {"base_device", "residual_device"}
     no_clip |= {"no_metadata", "quiet", "json", "prompts", "resume", "dry_run"}
     assert not no_clip & set(records.RECORDED)
     assert DEFAULTS.keys() <= no_clip | set(records.RECORDED)

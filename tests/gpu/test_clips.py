@@ -86,6 +86,28 @@ def test_base_here_and_residual_on_the_cpu(overlap, capture, device):
     assert (out - clip("cpu")).abs().max() <= 2 * CLOSE  # of -1..1
 
 
+@functools.cache
+def stepwise_on_cpu() -> torch.Tensor:
+    return sample("cpu", FP32, base_path="stepwise").frames
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_pipeline_on_two_devices(overlap, capture, device):
+    """The CPU and a GPU, either way round, and two GPUs where there are."""
+    pairs = [("cpu", device), (device, "cpu")]
+    pairs += [("cuda:0", "cuda:1")] if device == "cuda" and torch.cuda.device_count() > 1 else []
+    how = {"num_inference_steps": STEPS, "output_type": "pt", "base_path": "stepwise"}
+    for base, residual in pairs:
+        places = {"base_device": base, "residual_device": residual}
+        pipe = VideoFusionPipeline.from_pretrained(dtype=FP32, capture=capture, **places)
+        for _ in range(2):
+            out = pipe("cartwheel", overlap_phases=overlap, **how)
+            assert out.frames.device.type == torch.device(residual).type
+            assert out.trajectory.states.device == out.frames.device
+            assert (out.frames.cpu() - stepwise_on_cpu()).abs().max() <= CLOSE
+
+
 @pytest.mark.parametrize("base_path", ["clean", "stepwise"])
 def test_a_distilled_model_is_captured_as_any_other(base_path, device, tmp_path):
     """In its own steps, told the guidance scale: as step by step, and as on the CPU."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .flags import UsageError
 from .job import Task, check_files, open_pipeline, prepare, teller, try_encoder
-from .output import Job, peak_process_memory
+from .output import Job, on_devices, peak_process_memory
 from .streams import say
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def describe(task: Task, base_needed_again: bool = False) -> dict[str, Any]:
         "calls": found.calls,
         "base_path": _base_path(task, found),
         "device": settings.device,
+        "base_device": settings.base_device,
         "dtype": settings.dtype,
         "model": settings.model,
         "model_fingerprint": pipe.fingerprint,
@@ -67,6 +68,7 @@ def describe(task: Task, base_needed_again: bool = False) -> dict[str, Any]:
             "weights": memory.weights,
             "activations": memory.activations,
             "clips": memory.clips,
+            "devices": memory.peaks,
             "peak": memory.peak + (peak_process_memory() or 0),
         },
     }
@@ -109,7 +111,8 @@ def words(told: dict[str, Any]) -> str:
     lines = [
         f"{names}: {len(files)} of {told['width']} x {told['height']} pixels, {frames}, "
         f"{told['seconds']:g} s at {told['fps']:g} frames a second{there}",
-        f"  model     {told['model']}, {told['dtype']} on {told['device']}",
+        f"  model     {told['model']}, {told['dtype']} on "
+        + on_devices(told["device"], told["base_device"]),
     ]
     windows = told["windows"]
     if windows is not None:
@@ -133,6 +136,9 @@ def words(told: dict[str, Any]) -> str:
         f"largest activations {_mega(max(memory['activations'].values()))}; clips "
         f"{_mega(memory['clips'])}; process {_mega(memory['process'] or 0)}"
     )
+    if told["base_device"] is not None:
+        devices = ", ".join(f"{name} {_mega(size)}" for name, size in memory["devices"].items())
+        lines.append(f"  devices   without the process: {devices} MB")
     return "\n".join(lines)
 
 

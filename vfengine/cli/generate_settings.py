@@ -49,6 +49,24 @@ LORA = Setting(
     repeated(Kind("file, or file:scale", {"metavar": "FILE:SCALE", "type": _lora})),
     "add this LoRA to the weights, SCALE times, or once without :SCALE; a folder of PEFT will do",
 )
+PHASE_DEVICES = (
+    Setting(
+        "base_device",
+        "how",
+        text("NAME"),
+        "device of the base phase, with the text encoder",
+        None,
+        "that of --device",
+    ),
+    Setting(
+        "residual_device",
+        "how",
+        text("NAME"),
+        "device of the residual phase, with the decoder",
+        None,
+        "that of --device",
+    ),
+)
 SETTINGS = (
     _field("label", "what", text("NAME"), "what to show, one of the names of --list-labels"),
     _field(
@@ -248,6 +266,7 @@ SETTINGS = (
         "device to compute on: cpu, cuda, cuda:1 …; auto is cuda where there is one, else cpu",
         AUTO,
     ),
+    *PHASE_DEVICES,
     Setting(
         "dtype",
         "how",
@@ -274,7 +293,8 @@ DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.nam
 # What a command has once, however many lines of --prompts there are.
 OF_THE_COMMAND = frozenset(
     ("prompts", "resume", "dry_run", "list_labels", "json", "quiet")
-    + ("model", "base_unet", "lora", "device", "dtype", "no_capture")
+    + ("model", "base_unet", "lora", "device", "base_device", "residual_device")
+    + ("dtype", "no_capture")
 )
 SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
 REPEATED = {setting.name for setting in SETTINGS if setting.is_repeated}

@@ -125,6 +125,8 @@ def open_pipeline(settings: argparse.Namespace) -> Pipeline:
             capture=not settings.no_capture,
             base_unet=settings.base_unet,
             lora=settings.lora,
+            base_device=settings.base_device,
+            residual_device=settings.residual_device,
         )
     except MissingPackage as error:
         raise UsageError(str(error)) from error
@@ -164,12 +166,15 @@ def _takes_text(pipe: Pipeline) -> bool:
 def _complete(settings: argparse.Namespace, pipe: Pipeline) -> argparse.Namespace:
     """The settings with output, its encoding, fps, model, device and dtype filled in."""
     output = _default_output(settings) if settings.output is None else settings.output
+    base = pipe.place("base")
     filled = {
         **encoding_of(settings, output)._asdict(),
         "output": output,
         "fps": pipe.config.fps if settings.fps is None else settings.fps,
         "model": str(pipe.folder),
         "device": str(pipe.device),
+        "base_device": None if base == pipe.device else str(base),
+        "residual_device": None if base == pipe.device else str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     return argparse.Namespace(**{**vars(settings), **filled})

@@ -228,10 +228,16 @@ def summary(job: Job, record: Record) -> str:
     )
     sampled = job.pipe.phases(request) != ("decode",)
     steps = f"{request.num_inference_steps} steps, " if sampled else ""
+    devices = on_devices(settings.device, settings.base_device)
     return (
         f"{names}: {frames}, {steps}"
-        f"{settings.dtype} on {settings.device}, {record.timings['total']:.1f} s ({seconds})"
+        f"{settings.dtype} on {devices}, {record.timings['total']:.1f} s ({seconds})"
     )
+
+
+def on_devices(device: str, base_device: str | None) -> str:
+    """The devices of a run, in words."""
+    return device if base_device is None else f"{base_device} (base) and {device}"
 
 
 def _timed_phases(job: Job, record: Record) -> dict[str, str]:
@@ -256,16 +262,16 @@ def json_line(job: Job, record: Record) -> dict[str, Any]:
     from .. import __version__
 
     pipe, cached = job.pipe, job.settings.base_cache is not None
-    cuda = pipe.device.type == "cuda"
+    cuda = [place for place in {pipe.device, pipe.place("base")} if place.type == "cuda"]
     return {
         "files": [str(file) for file in record.files],
         **_seeds(job),
         "timings": {name: round(seconds, 4) for name, seconds in record.timings.items()},
         "peak_memory": {
             "process": peak_process_memory(),
-            "cuda": torch.cuda.max_memory_allocated(pipe.device) if cuda else None,
+            "cuda": sum(map(torch.cuda.max_memory_allocated, cuda)) if cuda else None,
             # includes the memory that graphs keep
-            "cuda_reserved": torch.cuda.max_memory_reserved(pipe.device) if cuda else None,
+            "cuda_reserved": sum(map(torch.cuda.max_memory_reserved, cuda)) if cuda else None,
         },
         "base_trajectory_read": job.trajectory is not None,
         "base_cache_hit": record.timings["base"] == 0.0 if cached else None,  # for every batch

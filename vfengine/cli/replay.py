@@ -103,12 +103,15 @@ def check_clip(settings: argparse.Namespace, pipe: Pipeline) -> None:
         if not clip.flags & {"model", "base_unet", "lora"}:
             raise UsageError(f"{words}: --model names the folder of another")
         warnings.warn(words, stacklevel=2)
-    version, device = clip.record["vfengine"], clip.record.get("device")
+    version, places = clip.record["vfengine"], (pipe.device.type, pipe.place("base").type)
+    device = clip.record.get("device")
+    made_on = device, clip.record.get("base_device", device)
     if version != __version__:
         words = f"{clip.file} was made by vfengine {version!r}, this is {__version__}"
         warnings.warn(f"{words}: the new clip may differ", stacklevel=2)
-    if device != pipe.device.type:
-        words = f"{clip.file} was made on {device!r}, this is {pipe.device.type}"
+    if made_on != places:
+        theirs, ours = (_kinds(*pair) for pair in (map(repr, made_on), places))
+        words = f"{clip.file} was made on {theirs}, this is {ours}"
         warnings.warn(f"{words}: the new clip may differ", stacklevel=2)
 
 
@@ -197,6 +200,11 @@ def _found(
         f"{what} of SHA-256 {wanted[:16]!r}, but {there[0]} is another file"
         + (f" ({digests[0][:16]})" if digests else "")
     )
+
+
+def _kinds(device: str, base_device: str) -> str:
+    """The kinds of device that a clip was made on, in words."""
+    return device if base_device == device else f"{device} with the base on {base_device}"
 
 
 def _model(record: Mapping[str, Any]) -> str:

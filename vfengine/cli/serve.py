@@ -140,7 +140,7 @@ def _model(workers: Workers) -> ModelInfo:
 def _engine_flags(settings: argparse.Namespace) -> list[str]:
     flags = ["--name", settings.served_model_name]
     flags += ["--device", settings.device, "--dtype", settings.dtype]
-    for name in ("model", "base_unet", "batch_size"):
+    for name in ("model", "base_unet", "base_device", "residual_device", "batch_size"):
         value = getattr(settings, name)
         if value is not None:
             flags += ["--" + name.replace("_", "-"), str(value)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..names import AUTO, DTYPE_NAMES
 from .flags import SWITCH, Parser, Setting, UsageError, add_flags, choice, number, text, whole
-from .generate_settings import LORA
+from .generate_settings import LORA, PHASE_DEVICES
 
 _MODEL, _ADDRESS, _BOUNDS, _STORE = "model", "address", "bounds", "store"
 _FOLDER, _FILE = text("DIR", Path), text("FILE", Path)
@@ -47,6 +47,7 @@ SETTINGS = (
         "device to compute on: cpu, cuda, cuda:1 …; auto is cuda where there is one, else cpu",
         AUTO,
     ),
+    *(setting._replace(group=_MODEL) for setting in PHASE_DEVICES),
     Setting(
         "dtype",
         _MODEL,

@@ -189,7 +189,8 @@ class BasePhase(CheckpointPipeline):
         """The initial noise of the base frames, b [B, C, H, W]."""
         config, offset = self.config, place.sample_offset
         shape = (request.num_paths, config.channels, config.height, config.width)
-        return base_noise(shape, place.seed, sample_offset=offset, device=self.device)
+        device = self._session.base_device or self.device
+        return base_noise(shape, place.seed, sample_offset=offset, device=device)
 
     def _path(self, request: SamplingRequest, states: Tensor, table: SolverTable) -> BaseTrajectory:
         notes = self._notes(request)

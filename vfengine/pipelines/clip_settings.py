@@ -8,9 +8,9 @@
 
 "settings" are those of the command line, by name, with the values in use. They make this one clip,
 whatever batch it was a part of. "files" says which files the settings name. "beyond" holds what the
-command line has no setting for; as "files", it is there only where it says something. The same clip
-has the same text: no path, no date, nothing of the machine but the kind of device. Nothing here
-imports torch.
+command line has no setting for, "base_device" the base network's kind of device where it is
+another; as "files", they are there only where they say something. The same clip has the same text:
+no path, no date, nothing of the machine but the kind of device. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ def clip_settings(
     settings |= {"scale_filter": scale_filter} if scale > 1 else {}
     encoding = {"codec": codec, "crf": crf, "chroma": chroma}
     settings |= {name: value for name, value in encoding.items() if value is not None}
+    base_place = pipe.place("base").type
     return {
         "vfengine": __version__,
         "device": pipe.device.type,
+        **({} if base_place == pipe.device.type else {"base_device": base_place}),
         "model": model_record(pipe),
         "settings": settings,
         **({"files": files} if files else {}),

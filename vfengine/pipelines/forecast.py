@@ -42,13 +42,18 @@ class Memory:
 
     weights, activations: of the network of each phase
     clips: states, noise, base paths and pictures of one batch
-    peak:  the most at one time, without the process itself
+    peaks: of each device the most at one time, without the process itself
     """
 
     weights: dict[str, int]
     activations: dict[str, int]
     clips: int
-    peak: int
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most on all devices together."""
+        return sum(self.peaks.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,19 +228,24 @@ def _memory(pipe: Pipe, part: VideoRequest | TextRequest) -> Memory:
     weights = {phase: _weights(pipe, phase) for phase in phases}
     activations = {phase: _activations(pipe, part, phase) for phase in phases}
     clips = _clips(pipe, part)
-    kept, peak = 0, 0
+    kept, peaks = Counter[str](), {str(pipe.device): 0}
     published, offload = isinstance(pipe, TextToVideoPipeline), getattr(part, "offload_base", False)
     for phase in phases:
+        place, on_cpu = str(pipe.place(phase)), pipe.place(phase).type == "cpu"
         # A checkpoint's weights lie in memory twice while a CPU's kernels get them in their order.
-        read = weights[phase] if pipe.device.type == "cpu" and not published else 0
-        peak = max(peak, kept + weights[phase] + max(activations[phase], read))
-        leaves = pipe.device.type == "cpu" and (
+        read = weights[phase] if on_cpu and not published else 0
+        most = kept[place] + weights[phase] + max(activations[phase], read)
+        peaks[place] = max(peaks.get(place, 0), most)
+        leaves = on_cpu and (
             published
             or (phase == "text" and not pipe._session.stays)
             or (offload and phase in ("base", "residual"))
         )
-        kept += 0 if leaves else weights[phase] + activations[phase]
-    return Memory(weights, activations, clips, peak + clips)
+        kept[place] += 0 if leaves else weights[phase] + activations[phase]
+    peaks[str(pipe.device)] += clips
+    if "base" in phases and pipe.place("base") != pipe.device:
+        peaks[str(pipe.place("base"))] += _path(pipe, part)
+    return Memory(weights, activations, clips, peaks)
 
 
 def _weights(pipe: Pipe, phase: str) -> int:
@@ -249,7 +259,8 @@ def _weights(pipe: Pipe, phase: str) -> int:
         )  # a UNet in memory is there
     else:
         count = stored_weights(pipe.config.place(pipe.folder, _FILES.get(phase, phase)))
-    packed = _PACKED if pipe.device.type == "cpu" and pipe.dtype == torch.float32 else 1.0
+    on_cpu = pipe.place(phase).type == "cpu"
+    packed = _PACKED if on_cpu and pipe.dtype == torch.float32 else 1.0
     return int(count * pipe.dtype.itemsize * packed)
 
 
@@ -296,10 +307,20 @@ def _clips(pipe: Pipe, part: VideoRequest | TextRequest) -> int:
     height, width = _size(pipe, part)
     frames = 1 if getattr(part, "preview", False) else part.num_frames
     pictures = part.num_clips * frames * 3 * height * width
+    # of the clip, its noise and two estimates
+    states = 4 * part.num_clips * frames * _state(pipe, part)
+    path = _path(pipe, part) if isinstance(part, SamplingRequest) else 0
+    return 4 * states + path + (2 * 4 + 1) * pictures
+
+
+def _state(pipe: Pipe, part: VideoRequest | TextRequest) -> int:
+    """Numbers of a frame's state."""
+    height, width = _size(pipe, part)
     scale = 1 if pipe.config.autoencoder is None else pipe.config.autoencoder.scale
     channels = 3 if scale == 1 else pipe.config.autoencoder.latent_channels
-    state = channels * (height // scale) * (width // scale)
-    states = 4 * part.num_clips * frames * state  # of the clip, its noise and two estimates
-    if isinstance(part, SamplingRequest):
-        states += (len(pipe._table(part, "base")) + 1) * part.num_paths * state
-    return 4 * states + (2 * 4 + 1) * pictures
+    return channels * (height // scale) * (width // scale)
+
+
+def _path(pipe: Pipe, part: SamplingRequest) -> int:
+    """Bytes of a batch's base paths."""
+    return 4 * (len(pipe._table(part, "base")) + 1) * part.num_paths * _state(pipe, part)

@@ -21,13 +21,18 @@ def load_pipeline(
     capture: bool = True,
     base_unet: Any = None,
     lora: Any = None,
+    base_device: torch.device | str | None = None,
+    residual_device: torch.device | str | None = None,
 ) -> Pipeline:
     """The pipeline that a folder holds; None is the default checkpoint of the package.
 
     It is a `VideoFusionPipeline` or a `PlainVideoPipeline` for a checkpoint of our own, and a
     `TextToVideoPipeline` for a published text-to-video model. The settings, and what is raised, are
-    those of their `from_pretrained`; ValueError for a base_unet of a text-to-video model.
+    those of their `from_pretrained`; ValueError for a base_unet, base_device or residual_device of
+    a text-to-video model.
     """
+    of_phases: dict[str, Any] = {"base_unet": base_unet}
+    of_phases |= {"base_device": base_device, "residual_device": residual_device}
     options: dict[str, Any] = {"device": device, "dtype": dtype, "capture": capture}
     options["lora"] = lora
     if folder is not None:
@@ -36,9 +41,12 @@ def load_pipeline(
         if holds_pipeline(folder):
             from .text_to_video import TextToVideoPipeline
 
-            if base_unet is not None:
-                raise ValueError(f"{folder}: {TextToVideoPipeline.lacks}, so it takes no base_unet")
+            for name, value in of_phases.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{folder}: {TextToVideoPipeline.lacks}, so it takes no {name}"
+                    )
             return TextToVideoPipeline.from_pretrained(folder, **options)
     from .videofusion import VideoFusionPipeline
 
-    return VideoFusionPipeline.from_pretrained(folder, base_unet=base_unet, **options)
+    return VideoFusionPipeline.from_pretrained(folder, **of_phases, **options)

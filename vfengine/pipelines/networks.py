@@ -24,6 +24,7 @@ _TEXTS = 64  # whose rows are kept, for further batches of a request
 class Networks:
     """Networks by name, each with the loop of its phase; "text" and "decode" are of both sessions.
 
+    device:  of what is made: clips, and base paths once they are walked
     capture: on CUDA, replay steps from graphs
 
     stays: whether text encoder and autoencoder stay in memory on a CPU, as a server wants it; a
@@ -39,10 +40,14 @@ class Networks:
         self.driver = Driver(capture, loops=self.loops, dtype=dtype)
         self._texts: dict[str, Tensor] = {}  # replaced, never changed: threads may read it
 
+    def place(self, name: str) -> torch.device:
+        """The device of a network."""
+        return self.device
+
     # -- texts and pictures ------------------------------------------------------------------------
 
     def embedded(self, texts: Sequence[str], run: Run) -> Tensor:
-        """Texts as networks attend to them, [T, L, D] on the device.
+        """Texts as networks attend to them, [T, L, D] on the text encoder's device.
 
         Rows of the last texts are kept: a further call with them needs no text encoder. A
         UserWarning names words that it does not know, and texts that are longer than it reads.
@@ -52,8 +57,9 @@ class Networks:
         def encode(encoder: nn.Module) -> Tensor:
             run.report("text", 0, 1)
             _warn(encoder.tokenize, unknown)
-            with run.timed("text", self.device), torch.inference_mode():
-                rows = encoder(encoder.tokenize(unknown).to(self.device))
+            device = self.place("text")
+            with run.timed("text", device), torch.inference_mode():
+                rows = encoder(encoder.tokenize(unknown).to(device))
                 return check_finite(rows, "text phase", self.dtype)
 
         # a call on another thread may drop rows from those kept, but none from these
@@ -92,7 +98,7 @@ class Networks:
     def network(self, name: str, run: Run) -> nn.Module:
         """A network from memory or from its files."""
         if name not in self.networks:
-            with run.timed("load", self.device):
+            with run.timed("load", self.place(name)):
                 self.make_room(name)
                 self.networks[name] = self.load(name)
         return self.networks[name]
@@ -109,7 +115,7 @@ class Networks:
         try:
             return work(self.network(name, run))
         finally:
-            if self.device.type == "cpu" and not (keep or self.stays):
+            if self.place(name).type == "cpu" and not (keep or self.stays):
                 self.release(name)
 
     def release(self, name: str) -> None:
@@ -117,7 +123,7 @@ class Networks:
         if self.networks.pop(name, None) is None:
             return
         self.loops.release(name)
-        if self.device.type == "cuda":
+        if self.place(name).type == "cuda":
             empty_cache()
         else:
             return_memory()

@@ -25,6 +25,7 @@ from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Callback, Run, zero_timings
 from .few_steps import check_guidance, chosen_steps, distilled, network_table
 from .loras import Loras
+from .networks import Networks
 from .request import TextRequest, VideoRequest
 from .session import Session
 
@@ -50,8 +51,9 @@ class VideoFusionOutput:
 
 
 class Pipeline:
-    """A model, ready to sample on one device.
+    """A model, ready to sample.
 
+    device:       of clips and base paths, and of all networks but for a base phase elsewhere
     request_type: the dataclass of its requests
     lacks:        for error texts: why it refuses settings that its requests do not have
     labels:       the labels that the model knows
@@ -67,6 +69,11 @@ class Pipeline:
     folder: Path
     device: torch.device
     dtype: torch.dtype
+    _session: Networks
+
+    def place(self, phase: str) -> torch.device:
+        """The device of a phase's network."""
+        return self._session.place(phase)
 
     def keep_parts(self) -> None:
         """Readies the model for many calls: of our own, all of it may stay in memory.
@@ -87,9 +94,10 @@ class Pipeline:
 
 
 class CheckpointPipeline(Pipeline):
-    """A checkpoint of our own, ready to sample on one device."""
+    """A checkpoint of our own, ready to sample."""
 
     request_type: ClassVar[type[VideoRequest]]
+    _session: Session
 
     def __init__(
         self,
@@ -100,6 +108,7 @@ class CheckpointPipeline(Pipeline):
         capture: bool,
         base: PretrainedBase | None = None,
         loras: Loras | None = None,
+        base_device: torch.device | None = None,
     ) -> None:
         self.base_unet, self.loras = base, loras or Loras()
         if base is not None:
@@ -109,7 +118,8 @@ class CheckpointPipeline(Pipeline):
                 base=replace(config.base, guidance_embedding=False),
                 distilled=distilled(config, ("residual",)) or None,
             )
-        self._session = Session(config, folder, device, dtype, capture, base, self.loras.updates)
+        how = device, dtype, capture, base, self.loras.updates, base_device
+        self._session = Session(config, folder, *how)
         # base paths and caches name the network that made them, with its LoRA
         self.config = config = replace(config, sha256=self.loras.digests(config.sha256))
         self.schedule = config.noise_schedule()

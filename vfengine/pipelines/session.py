@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 
 
 class Session(Networks):
-    """The networks of one checkpoint on one device, and the phases that they run.
+    """The networks of one checkpoint, and the phases that they run.
 
     capture: on CUDA, replay steps from graphs
     base:    a base network in place of the checkpoint's own
     updates: of LoRA, by network
+    base_device: of the base network and the text encoder; None: that of the others
 
-    In pairs, the base phase's comes first. Noise is on the device. reuse_every: as in `LoopSpec`.
+    In pairs, the base phase's comes first. Noise is on its phase's device, conditions on any.
+    reuse_every: as in `LoopSpec`.
     """
 
     def __init__(
@@ -50,10 +52,16 @@ class Session(Networks):
         capture: bool,
         base: PretrainedBase | None = None,
         updates: Mapping[str, Updates] | None = None,
+        base_device: torch.device | None = None,
     ) -> None:
         super().__init__(device, dtype, capture)
         self.config, self.folder, self.pretrained = config, folder, base
-        self.updates = updates or {}
+        self.updates, self.base_device = updates or {}, base_device
+
+    def place(self, name: str) -> torch.device:
+        """The device of a network: text encoders go with the base network, decoders do not."""
+        of_base = name in ("text", "base") and self.base_device is not None
+        return self.base_device if of_base else self.device
 
     # -- phases --------------------------------------------------------------------------------
 
@@ -66,9 +74,11 @@ class Session(Networks):
         run: Run,
         reuse_every: int = 1,
     ) -> Tensor:
-        """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W]."""
+        """The base phase on b [B, C, H, W]: its states [S+1, B, C, H, W], on `device`."""
         model = self._model("base", condition, run)
-        return self.driver.base(model, noise, table, place, run, reuse_every)
+        states = self.driver.base(model, noise, table, place, run, reuse_every)
+        # where the residual phase reads them
+        return states if self.base_device is None else states.to(self.device)
 
     def residual(
         self,
@@ -121,6 +131,8 @@ class Session(Networks):
     ) -> ModelSpec:
         """The spec of a network under a condition; one that takes no such condition ignores it."""
         network = self.network(name, run)
+        if self.base_device is not None:  # conditions are made once, for both phases
+            condition = condition.to(self.place(name))
         lam = None if lam is None else tuple(lam.tolist())
         if name in (self.config.distilled or {}):
             return told(network, condition, lam)
@@ -136,26 +148,25 @@ class Session(Networks):
     def load(self, name: str) -> nn.Module:
         """Reads "base", "residual", "video", "text" or "decode", in its fastest form."""
         place, updates = (self.folder, self.config), self.updates.get(name)
+        device = self.place(name)
         if name in ("text", "decode"):
             from ..formats import parts  # with the formats of published networks
 
             if name == "text":
-                return parts.load_checkpoint_text_encoder(*place, self.device, self.dtype, updates)
+                return parts.load_checkpoint_text_encoder(*place, device, self.dtype, updates)
             capture = self.driver.capture
-            return parts.load_checkpoint_autoencoder(
-                *place, self.device, self.dtype, capture=capture
-            )
+            return parts.load_checkpoint_autoencoder(*place, device, self.dtype, capture=capture)
         if name == "base" and self.pretrained is not None:
             schedule = self.config.noise_schedule()
-            network = self.pretrained.load(schedule, self.device, self.dtype, updates)
+            network = self.pretrained.load(schedule, device, self.dtype, updates)
         elif name in self.config.foreign:
             from ..formats.text_to_image import load_base
 
-            network = load_base(*place, self.device, self.dtype, updates)
+            network = load_base(*place, device, self.dtype, updates)
         else:
-            network = load_network(*place, name, self.device, self.dtype, updates)
+            network = load_network(*place, name, device, self.dtype, updates)
         if isinstance(network.unet, UNet):
-            network.unet = for_inference(network.unet, self.dtype, self.device)
+            network.unet = for_inference(network.unet, self.dtype, device)
         return network
 
     def encoded(self, pictures: Tensor, run: Run, keep: bool) -> Tensor:
@@ -174,8 +185,11 @@ class Session(Networks):
 
         On a CPU it is freed unless it is needed again. On CUDA, reading and capturing it again
         takes longer than sampling. It is freed there only if memory has no room for twice the
-        weights that are still to be read: for themselves, and as much again to work in.
+        weights that are still to be read: for themselves, and as much again to work in. On a device
+        of its own nothing else needs its room.
         """
+        if self.place("base") != self.device:
+            return False
         if self.device.type != "cuda":
             return not needed_again
         places = (

@@ -67,6 +67,7 @@ class TextToVideoPipeline(Pipeline):
 
     request_type = TextRequest
     lacks = "a text-to-video model has neither labels nor a base path"
+    _session: PublishedSession
 
     def __init__(
         self,

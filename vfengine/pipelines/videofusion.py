@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..devices import chosen_device, chosen_dtype, usable_device
+from ..devices import chosen_devices, chosen_dtype, usable_device
 from ..diffusion.base_path import BaseTrajectory
 from ..diffusion.decompose import Lam, frame_weights
 from ..diffusion.solvers import SolverTable
@@ -64,6 +64,8 @@ class VideoFusionPipeline(BasePhase):
         base_unet: str | Path | UNet | InferenceUNet | None = None,
         base_prediction_type: str | None = None,
         lora: Any = None,
+        base_device: torch.device | str | None = None,
+        residual_device: torch.device | str | None = None,
     ) -> VideoFusionPipeline | PlainVideoPipeline:
         """The pipeline of a checkpoint folder; None is the default checkpoint of the package.
 
@@ -87,24 +89,32 @@ class VideoFusionPipeline(BasePhase):
                  scheduler of its pipeline says, or "epsilon"
         lora:    LoRA to add to the weights: a path, (path, scale), or a list of these
                  (docs/lora.md)
+        base_device, residual_device: of one phase's networks in place of `device`. The text encoder
+                 goes with the base phase, the autoencoder with the residual phase, and so do clips
+                 and base paths: the residual device is the pipeline's `device`
 
-        Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, and
-        for a device, dtype, base_unet or lora that cannot be used. The first call reads the
-        weights; the files of a base_unet and of lora are read at once.
+        Raises FileNotFoundError for a missing checkpoint; ValueError for one that is broken, for a
+        device, dtype, base_unet or lora that cannot be used, and for the device of a phase that a
+        plain video model has not. The first call reads the weights; the files of a base_unet and of
+        lora are read at once.
         """
         if isinstance(base_unet, UNet | InferenceUNet):
             device = next(base_unet.parameters()).device if device == AUTO else device
             dtype = base_unet.dtype if dtype == AUTO else dtype
-        device = chosen_device(device)
-        dtype = chosen_dtype(dtype, device)
+        base_place, place = chosen_devices(device, base_device, residual_device)
+        dtype = chosen_dtype(dtype, *{base_place, place})
         folder = DEFAULT if path is None else Path(path)
         config = read_config(folder)
         kind = {DecomposedConfig: cls, PlainConfig: PlainVideoPipeline}[type(config)]
+        if kind is PlainVideoPipeline:
+            for name, own in (("base_device", base_device), ("residual_device", residual_device)):
+                if own is not None:
+                    raise ValueError(f"{folder}: {kind.lacks}, so it takes no {name}")
         base, loras = None, None
         if base_unet is not None:
             from .base_unet import pretrained_base  # with the formats of published networks
 
-            base = pretrained_base(base_unet, config, device, dtype, base_prediction_type)
+            base = pretrained_base(base_unet, config, base_place, dtype, base_prediction_type)
         elif base_prediction_type is not None:
             raise ValueError("base_prediction_type is that of a base_unet, and none is given")
         if lora:
@@ -112,7 +122,8 @@ class VideoFusionPipeline(BasePhase):
 
             source = None if base is None else base.source
             loras = open_loras(lora, checkpoint_targets(config, source, folder))
-        return kind(config, folder, device, dtype, capture, base, loras)
+        how = place, dtype, capture, base, loras
+        return kind(config, folder, *how, base_device=None if base_place == place else base_place)
 
     def __call__(
         self,

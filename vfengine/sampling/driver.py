@@ -107,7 +107,7 @@ class Driver:
         run: Run,
         reuse_every: tuple[int, int] = (1, 1),
     ) -> tuple[Tensor, Tensor]:
-        """Both phases at once (overlap.py): the clips, and the base path's states."""
+        """Both phases at once (overlap.py): the clips, and the base path's states beside them."""
         each = [{"backend": self.backend, "reuse_every": every} for every in reuse_every]
         base_spec = BaseSpec.of(noises[0], table, places[0], **each[0])
         with self._loop(base_spec, models[0]) as base:
@@ -119,7 +119,7 @@ class Driver:
                     given = {"base_noise": noises[0], "residual_noise": noises[1]}
                     with self._watched(run, (base, residual), **given) as report:
                         run_overlapped(base, residual, *noises, self.capture, report)
-                return self._result(residual.u), self._result(base.states)
+                return self._result(residual.u), self._result(residual.states)
 
     def interleaved(
         self,

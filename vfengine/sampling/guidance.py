@@ -39,6 +39,10 @@ class Condition:
         """The condition of so many clips, which share that of one."""
         return replace(self, classes=self.classes.expand(batch))
 
+    def to(self, device: torch.device) -> Condition:
+        """The condition of networks on another device."""
+        return replace(self, classes=self.classes.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -61,6 +65,11 @@ class Prompts:
     def expand(self, batch: int) -> Prompts:
         """The prompts of so many clips, which share those of one."""
         rows = (rows.expand(batch, -1, -1) for rows in (self.context, self.negative))
+        return Prompts(*rows, self.guidance_scale)
+
+    def to(self, device: torch.device) -> Prompts:
+        """The prompts of networks on another device."""
+        rows = (rows.to(device) for rows in (self.context, self.negative))
         return Prompts(*rows, self.guidance_scale)
 
 

@@ -167,6 +167,8 @@ def _on_stream(
                 events.append(ahead.record_event())
         if target.type == "cuda":
             torch.cuda.current_stream(target).wait_event(events[k])
+            if target != device:
+                here.wait_event(events[k])  # `look` reads the row where it was made
         else:
             events[k].synchronize()
 

@@ -308,6 +308,8 @@ def _opened(options: argparse.Namespace) -> Pipeline:
         capture=not options.no_capture,
         base_unet=options.base_unet,
         lora=options.lora,
+        base_device=options.base_device,
+        residual_device=options.residual_device,
     )
     if isinstance(pipe, CheckpointPipeline):  # a published model may be too large for memory
         keep_networks(pipe)
@@ -324,6 +326,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", type=float, help="seconds for which a finished clip is kept")
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--base-device", help="of the base phase, in place of --device")
+    parser.add_argument("--residual-device", help="of the residual phase, in place of --device")
     parser.add_argument("--dtype", default="auto", help="a name in torch, or auto")
     parser.add_argument("--base-unet", help="an image UNet in place of the base network")
     parser.add_argument("--lora", action="append", type=parse_lora, help="LoRA, as FILE:SCALE")
