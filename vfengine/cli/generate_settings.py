@@ -257,6 +257,29 @@ SETTINGS = (
     ),
     Setting("no_capture", "how", SWITCH, "run each step without a graph, on CUDA", False),
     Setting(
+        "ray",
+        "cluster",
+        Kind("address", {"metavar": "ADDRESS", "nargs": "?", "const": "local"}),
+        "make the lines of --prompts on a Ray cluster: HOST:PORT, ray://HOST:PORT or auto; without "
+        "ADDRESS a cluster of this machine's cores",
+    ),
+    Setting(
+        "base_workers",
+        "cluster",
+        whole(1, 10_000),
+        "workers that walk base paths",
+        None,
+        "as many as their share of the work asks for",
+    ),
+    Setting(
+        "residual_workers",
+        "cluster",
+        whole(1, 10_000),
+        "workers that follow base paths and write clips",
+        None,
+        "one a core or GPU, as far as memory reaches",
+    ),
+    Setting(
         "config",
         "how",
         text("FILE"),
@@ -275,6 +298,7 @@ DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.nam
 OF_THE_COMMAND = frozenset(
     ("prompts", "resume", "dry_run", "list_labels", "json", "quiet")
     + ("model", "base_unet", "lora", "device", "dtype", "no_capture")
+    + ("ray", "base_workers", "residual_workers")
 )
 SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
 REPEATED = {setting.name for setting in SETTINGS if setting.is_repeated}
