@@ -52,6 +52,7 @@ def both(cli, tmp_path, monkeypatch):
             if more and meanwhile is not None:
                 thread.join()
             found.append((status, lines_of(out), err))
+
         assert files_in(tmp_path / "local") == files_in(tmp_path / "ray")
         return found
 

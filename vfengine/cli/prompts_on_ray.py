@@ -123,7 +123,7 @@ class _RayRun(Run):
         settings, pipe, request, _ = task
         settings.device = self.device
         walks = "base" in pipe.phases(request)
-        if hasattr(request, "offload_base"):
+        if hasattr(request, "offload_base") and not request.preview:
             request = replace(request, offload_base=False)
         batches = Batches(pipe, request, settings.batch_size, base_needed_again=True)
         job = Job(settings, pipe, batches.request)

@@ -43,8 +43,11 @@ class Crew:
 
     def __enter__(self) -> Crew:
         self._thread.start()
-        made = asyncio.run_coroutine_threadsafe(self._hired(), self._loop)
-        self._base, self._residual = made.result()
+        try:
+            asyncio.run_coroutine_threadsafe(self._hired(), self._loop).result()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,14 +77,19 @@ class Crew:
 
     # -- in the thread -----------------------------------------------------------------------------
 
-    async def _hired(self) -> tuple[_Pool, _Pool]:
-        pools = (
-            _Pool("base", BaseWorker, self._sizes.base, self._model, self._tell),
-            _Pool("residual", ResidualWorker, self._sizes.residual, self._model, self._tell),
-        )
+    async def _hired(self) -> None:
+        """Starts all workers, and waits for the first of each kind; ValueError if none can work."""
+        told = (self._model, self._tell)
+        self._base = _Pool("base", BaseWorker, self._sizes.base, *told)
+        self._residual = _Pool("residual", ResidualWorker, self._sizes.residual, *told)
+        pools = [pool for pool in (self._base, self._residual) if pool.kind.count]
         for pool in pools:
             pool.hire()
-        return pools
+        for pool in pools:
+            try:
+                pool.free.put_nowait(await pool.next())
+            except Lost as error:
+                raise ValueError(str(error)) from error
 
     async def _dismissed(self) -> None:
         self._ending = True
@@ -165,7 +173,7 @@ class _Pool:
         from ray.exceptions import RayActorError
 
         for _ in range(MAX_LOSSES):
-            worker = await self._next()
+            worker = await self.next()
             call = getattr(worker, method)
             walks = method == "walk"
             refs = call.options(num_returns=2).remote(order) if walks else call.remote(order, *values)
@@ -183,7 +191,7 @@ class _Pool:
             return (result, refs[1]) if walks else result
         raise Lost(f"{MAX_LOSSES} workers were lost at it: it may need more memory than they have")
 
-    async def _next(self) -> Any:
+    async def next(self) -> Any:
         """A worker that is free; Lost where none is left."""
         while True:
             try:
@@ -225,14 +233,22 @@ class _Pool:
             except (RayError, ValueError, OSError) as error:
                 if not self.left:
                     return  # dismissed
-                cause = getattr(error, "cause", None) or error
-                self.error = f"no {self.name} worker: {' '.join(str(cause).split())[-500:]}"
+                self.error = f"a {self.name} worker cannot work: {_reason(error)}"
                 self.left -= 1
                 if not self.left:
                     self.free.put_nowait(None)
                 else:
-                    self.tell(f"one {self.name} worker less: {self.error}")
+                    self.tell(self.error)
                 return
             self.ready += 1
             self.free.put_nowait(worker)
             return
+
+
+def _reason(error: Exception) -> str:
+    """Why a worker cannot work, in a line; of what Ray tells with a traceback its last one."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if len(lines) > 1 and "No module named" in lines[-1]:
+        return f"{lines[-1]}: each machine needs the same version of vfengine"
+    return lines[-1] if lines else type(cause).__name__
