@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
-import pytest
 from server_process import children
 
 _STORE = 80 * 2**20  # bytes of a node's object store: base paths and clips of tiny models
-ON_CPU = ["--num-inference-steps", "4", "--device", "cpu", "--dtype", "float32"]
 
 
 def start_cluster(nodes: int = 2, cpus: int = 1):
@@ -26,14 +25,6 @@ def start_cluster(nodes: int = 2, cpus: int = 1):
     for _ in range(nodes - 1):
         cluster.add_node(**own)
     return cluster
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A cluster of two nodes of a core each."""
-    found = start_cluster()
-    yield found
-    found.shutdown()
 
 
 def workers_of(cluster, kind: str) -> list[int]:

@@ -2,15 +2,24 @@
 
 import json
 import os
+import socket
+import stat
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import refused
-from ray_cluster import cluster, kill, start_cluster, workers_of
+from latent_models import save_latent_model
+from ray_cluster import kill, start_cluster, workers_of
 from server_process import until
 
 from vfengine.cli.generate import main
+from vfengine.cluster import connect, model
+from vfengine.cluster.model import Source
+from vfengine.cluster.sizes import Needs, sizes
 
 LINES = [
     {"label": "walk"},
@@ -22,6 +31,22 @@ LINES = [
     {"label": "walk", "image": "picture.png"},
     {"label": "walk", "fps": 12, "scale": 2, "codec": "ffv1", "output": "{index}.mkv"},
 ]
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory):
+    """The folder of temporary files of all workers."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def cluster(temporary):
+    """Two nodes of a core each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        found = start_cluster()
+    yield found
+    found.shutdown()
 
 
 def lines_of(text):
@@ -82,3 +107,185 @@ def test_lines_on_two_nodes_have_the_bytes_of_one_machine(cluster, both, picture
         if "error" not in one:
             assert one["timings"].keys() == other["timings"].keys()
             assert other["timings"]["residual"] > 0 or "preview" in lines[one["index"]]
+
+
+def test_a_model_that_a_machine_has_not_is_sent_there(cluster, temporary, both, tmp_path, monkeypatch):
+    folder = save_latent_model(tmp_path / "latent")
+    source = Source.of(folder)
+    moved = replace(source, path=str(tmp_path / "elsewhere" / "latent"))
+    assert source.here() == folder and moved.here() is None
+    monkeypatch.setattr(Source, "of", lambda path: moved)
+    monkeypatch.setattr(Source, "read", lambda self, name: (folder / name).read_bytes())
+    lines = [{"prompt": "a person in red"}, {"prompt": "jumping", "negative_prompt": "blue"}]
+    both(lines, model=folder, ray=("--ray", cluster.address))
+    (sent,) = (temporary / f"vfengine-models-{os.getuid()}").iterdir()
+    assert dict(model._told(sent / "latent")) == source.files
+    assert stat.S_IMODE(sent.parent.stat().st_mode) == 0o700
+
+
+def test_plain_models_have_no_base_workers(cluster, both, tiny_video_checkpoint, cli):
+    argv = {"model": tiny_video_checkpoint, "ray": ("--ray", cluster.address)}
+    both([{"label": "walk", "num_videos": 2}], **argv)
+    flags = ("--ray", cluster.address, "--base-workers", 1)
+    Path("lines").write_text("walk")
+    ended = cli("--prompts", "lines", *flags, model=tiny_video_checkpoint)
+    assert refused(ended, "--base-workers 1: this model has no base network")
+
+
+def test_base_paths_are_kept_and_found_as_on_one_machine(cluster, both, tmp_path):
+    cached = {"base_seed": 5, "base_cache": "paths"}
+    lines = [
+        {"label": "walk", **cached},
+        {"label": "jump", "base_trajectory": "path.safetensors", "num_videos": 2},
+        {"label": "jump", "base_trajectory": "path.safetensors", "residual_seed": 9},
+    ]
+    lines[2]["base_offset"] = 1
+    local, ray = both(lines, "--output", "{index}.webp", ray=("--ray", cluster.address))
+    assert (local[0], ray[0], ray[2]) == (0, 0, "")
+    read = {line["index"]: line["base_trajectory_read"] for line in ray[1]}
+    assert read == {0: False, 1: False, 2: True}
+    assert [line["base_cache_hit"] for line in ray[1] if line["index"] == 0] == [False]
+
+
+def test_a_base_path_of_the_cache_is_not_walked(cluster, cli, tmp_path):
+    line = json.dumps({"label": "walk", "base_cache": "paths", "output": "{index}.webp"})
+    Path("lines.jsonl").write_text(line)
+    assert cli("--prompts", "lines.jsonl")[0] == 0
+    first = Path("0.webp").read_bytes()
+    status, out, err = cli("--prompts", "lines.jsonl", "--ray", cluster.address)
+    assert (status, err) == (0, "") and Path("0.webp").read_bytes() == first
+    (told_of,) = lines_of(out)
+    assert told_of["base_cache_hit"] is True and told_of["timings"]["base"] == 0.0
+
+
+def test_lines_of_a_stream_are_told_before_it_ends(cluster, tiny_checkpoint, tmp_path):
+    """The second line is written once the first one's result has been read."""
+    argv = [sys.executable, "-m", "vfengine.generate", "--prompts", "-", "--ray", cluster.address]
+    argv += ["--model", str(tiny_checkpoint), "--device", "cpu", "--num-inference-steps", "4"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(argv, **pipes) as process:
+        for index, label in enumerate(("walk", "jump")):
+            process.stdin.write(f"{label}\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["files"] == [f"{index:04d}-{label}.mp4"]
+        process.stdin.close()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+
+
+def test_resume_passes_over_what_is_there(cluster, cli):
+    Path("lines").write_text("walk\njump\nwalk")
+    Path("0001-jump.mp4").touch()
+    status, out, _ = cli("--prompts", "lines", "--resume", "--ray", cluster.address)
+    skipped = {line["index"]: line.get("skipped", False) for line in lines_of(out)}
+    assert status == 0 and skipped == {0: False, 1: True, 2: False}
+
+
+# -- what is lost ----------------------------------------------------------------------------------
+
+MANY = [{"label": ("walk", "jump")[k % 2], "num_frames": 24} for k in range(24)]
+
+
+def test_workers_that_are_killed_lose_nothing(cluster, both):
+    def meanwhile(folder):
+        for count, kind in ((1, "ResidualWorker"), (5, "BaseWorker"), (9, "ResidualWorker")):
+            until(lambda count=count: len(list(folder.glob("*.webp"))) >= count, f"clip {count}")
+            until(lambda kind=kind: workers_of(cluster, kind), kind)
+            kill(workers_of(cluster, kind)[0])
+
+    argv = {"ray": ("--ray", cluster.address), "meanwhile": meanwhile}
+    local, ray = both(MANY, **argv)
+    assert local[0] == ray[0] == 0
+    assert sorted(line["index"] for line in ray[1]) == list(range(len(MANY)))
+
+
+def test_a_node_that_is_killed_loses_nothing(both):
+    """With what lay on it; its worker finds no other place, and the run goes on with the rest."""
+    own = start_cluster()
+    try:
+
+        def meanwhile(folder):
+            until(lambda: list(folder.glob("*.webp")), "a clip")
+            (other,) = own.worker_nodes
+            own.remove_node(other, allow_graceful=False)
+
+        argv = {"ray": ("--ray", own.address), "meanwhile": meanwhile}
+        local, ray = both(MANY, **argv)
+    finally:
+        own.shutdown()
+    assert local[0] == ray[0] == 0
+    assert sorted(line["index"] for line in ray[1]) == list(range(len(MANY)))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines_file(cli):
+    """The cli in a folder with a file of a line."""
+    Path("lines").write_text("walk")
+    return cli
+
+
+def test_ray_needs_its_package(lines_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ended = lines_file("--prompts", "lines", "--ray")
+    assert refused(ended, "--ray needs ray, which pip install '.[ray]' brings")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--label", "walk", "--ray"], ["--ray needs --prompts"]),
+        (["--base-workers", "2"], ["--base-workers 2 needs --ray"]),
+        (["--residual-workers", "2"], ["--residual-workers 2 needs --ray"]),
+        (["--ray", "--base-workers", "0"], ["--base-workers", "from 1 to 10000, got '0'"]),
+        (["--ray", "--residual-workers", "-1"], ["--residual-workers", "'-1'"]),
+        (["--ray", "--overlap-phases"], ["--ray cannot go with --overlap-phases"]),
+        (["--ray", "--offload-base"], ["--ray cannot go with --offload-base"]),
+        (["--ray", "--dry-run"], ["--ray cannot go with --dry-run"]),
+        (["--ray", "here"], ["--ray here: expected local, auto, HOST:PORT"]),
+        (["--ray", "ray://"], ["--ray ray://: expected local"]),
+        (["--ray", "host:0"], ["--ray host:0: expected local"]),
+    ],
+)
+def test_flags_that_ray_does_not_go_with(lines_file, argv, words):
+    prompts = [] if "--label" in argv else ["--prompts", "lines"]
+    assert refused(lines_file(*prompts, *argv), *words)
+
+
+def test_ray_gives_each_worker_its_gpu(tiny_checkpoint, capsys, tmp_path):
+    (tmp_path / "lines").write_text("walk")
+    argv = ["--model", str(tiny_checkpoint), "--prompts", str(tmp_path / "lines")]
+    status = main([*argv, "--ray", "--device", "cuda:1"])
+    out, err = capsys.readouterr()
+    assert refused((status, out, err), "--device cuda:1 cannot go with --ray", "--device cuda")
+
+
+def test_an_address_where_nobody_answers(lines_file):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        ended = lines_file("--prompts", "lines", "--ray", address)
+    assert refused(ended, f"--ray {address}: no cluster answers")
+
+
+def test_more_workers_than_the_cluster_holds(cluster, lines_file):
+    ended = lines_file("--prompts", "lines", "--ray", cluster.address, "--residual-workers", 3)
+    assert refused(ended, "--residual-workers 3: the cluster has 2 CPU cores, on 2 machines")
+
+
+def test_a_cluster_that_others_use(cluster, lines_file):
+    with connect.connected(cluster.address):
+        import ray
+
+        holds = ray.remote(num_cpus=1)(Holds)
+        held = [holds.remote() for _ in range(2)]
+        ray.get([one.there.remote() for one in held])
+        with pytest.raises(ValueError, match="need 1 of CPU, but only 0 are free: others use"):
+            sizes([{"CPU": 1, "memory": 8e9}], Needs(1, 1, 0.1)).check_free(connect.free())
+
+
+class Holds:
+    def there(self):
+        return True
