@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pytest
 from server_process import children
 
 _STORE = 80 * 2**20  # bytes of a node's object store: base paths and clips of tiny models
 
 
-def start_cluster(nodes: int = 2, cpus: int = 1):
-    """A `Cluster` of so many nodes, of so many cores each."""
+@contextmanager
+def running_cluster(nodes: int = 2, cpus: int = 1):
+    """A `Cluster` of so many nodes, of so many cores each.
+
+    All its files, and the temporary ones of its workers, are in the folder `temporary`.
+    """
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # a node that is killed is missed after a second or two, not after half a minute
     health = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
     own = {"num_cpus": cpus, "object_store_memory": _STORE}
     head = {**own, "include_dashboard": False, "_system_config": health}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(nodes - 1):
-        cluster.add_node(**own)
-    return cluster
+    with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+        with pytest.MonkeyPatch.context() as patch:  # names of sockets may have 107 bytes
+            for name in ("TMPDIR", "RAY_TMPDIR"):
+                patch.setenv(name, temporary)
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            for _ in range(nodes - 1):
+                cluster.add_node(**own)
+        cluster.temporary = Path(temporary)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 def workers_of(cluster, kind: str) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import refused
 from latent_models import save_latent_model
-from ray_cluster import kill, start_cluster, workers_of
+from ray_cluster import kill, running_cluster, workers_of
 from server_process import until
 
 from vfengine.cli.generate import main
@@ -28,25 +28,15 @@ LINES = [
     {"label": "jump", "preview": True},
     {"label": "walk", "base_path": "clean", "num_frames": 6},
     {"label": "jump", "solver": "dpmsolver++", "eta": 0.0, "sample_offset": 4},
-    {"label": "walk", "image": "picture.png"},
     {"label": "walk", "fps": 12, "scale": 2, "codec": "ffv1", "output": "{index}.mkv"},
 ]
 
 
 @pytest.fixture(scope="module")
-def temporary(tmp_path_factory):
-    """The folder of temporary files of all workers."""
-    return tmp_path_factory.mktemp("temporary")
-
-
-@pytest.fixture(scope="module")
-def cluster(temporary):
+def cluster():
     """Two nodes of a core each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(temporary))
-        found = start_cluster()
-    yield found
-    found.shutdown()
+    with running_cluster() as found:
+        yield found
 
 
 def lines_of(text):
@@ -54,7 +44,8 @@ def lines_of(text):
 
 
 def files_in(folder):
-    return {name: (Path(folder) / name).read_bytes() for name in sorted(os.listdir(folder))}
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture
@@ -94,22 +85,39 @@ def told(line):
 
 
 def test_lines_on_two_nodes_have_the_bytes_of_one_machine(cluster, both, picture, tmp_path):
-    lines = [dict(line) for line in LINES]
-    lines[6]["image"] = str(picture[0])
-    lines += [{"label": "fly"}, {"lable": "walk"}]
+    path = {"label": "jump", "base_trajectory": "path.safetensors", "num_videos": 2}
+    lines = [
+        *LINES,
+        {"label": "walk", "image": str(picture[0])},
+        {"label": "walk", "base_seed": 5, "base_cache": str(tmp_path / "paths")},
+        path,
+        {**path, "num_videos": 1, "base_offset": 1, "residual_seed": 9},  # follows the one before
+        {"label": "fly"},
+        {"lable": "walk"},
+    ]
     local, ray = both(lines, "--seed", 3, ray=("--ray", cluster.address))
     assert local[0] == ray[0] == 1
     assert sorted(local[2].splitlines()) == sorted(ray[2].splitlines())
     by_index = sorted(ray[1], key=lambda line: line["index"])
     assert [line["index"] for line in by_index] == list(range(len(lines)))
+    cached = len(LINES) + 1  # on one machine it was walked, and now found
+    assert local[1][cached]["base_cache_hit"] is False
+    assert by_index[cached]["base_cache_hit"] is True
+    assert by_index[cached]["timings"]["base"] == 0.0
+    local[1][cached]["base_cache_hit"] = True
     for one, other in zip(local[1], by_index, strict=True):
         assert told(one) == told(other)
         if "error" not in one:
             assert one["timings"].keys() == other["timings"].keys()
-            assert other["timings"]["residual"] > 0 or "preview" in lines[one["index"]]
 
 
-def test_a_model_that_a_machine_has_not_is_sent_there(cluster, temporary, both, tmp_path, monkeypatch):
+def test_base_paths_that_workers_walk_are_kept(cluster, both):
+    """In a cache of its own, each batch's under the name that it has on one machine."""
+    line = {"label": "walk", "num_videos": 3, "batch_size": 2, "base_cache": "paths"}
+    both([line, {**line, "residual_seed": 7}], ray=("--ray", cluster.address))
+
+
+def test_a_model_that_a_machine_has_not_is_sent_there(cluster, both, tmp_path, monkeypatch):
     folder = save_latent_model(tmp_path / "latent")
     source = Source.of(folder)
     moved = replace(source, path=str(tmp_path / "elsewhere" / "latent"))
@@ -118,7 +126,7 @@ def test_a_model_that_a_machine_has_not_is_sent_there(cluster, temporary, both, 
     monkeypatch.setattr(Source, "read", lambda self, name: (folder / name).read_bytes())
     lines = [{"prompt": "a person in red"}, {"prompt": "jumping", "negative_prompt": "blue"}]
     both(lines, model=folder, ray=("--ray", cluster.address))
-    (sent,) = (temporary / f"vfengine-models-{os.getuid()}").iterdir()
+    (sent,) = (cluster.temporary / f"vfengine-models-{os.getuid()}").iterdir()
     assert dict(model._told(sent / "latent")) == source.files
     assert stat.S_IMODE(sent.parent.stat().st_mode) == 0o700
 
@@ -132,53 +140,23 @@ def test_plain_models_have_no_base_workers(cluster, both, tiny_video_checkpoint,
     assert refused(ended, "--base-workers 1: this model has no base network")
 
 
-def test_base_paths_are_kept_and_found_as_on_one_machine(cluster, both, tmp_path):
-    cached = {"base_seed": 5, "base_cache": "paths"}
-    lines = [
-        {"label": "walk", **cached},
-        {"label": "jump", "base_trajectory": "path.safetensors", "num_videos": 2},
-        {"label": "jump", "base_trajectory": "path.safetensors", "residual_seed": 9},
-    ]
-    lines[2]["base_offset"] = 1
-    local, ray = both(lines, "--output", "{index}.webp", ray=("--ray", cluster.address))
-    assert (local[0], ray[0], ray[2]) == (0, 0, "")
-    read = {line["index"]: line["base_trajectory_read"] for line in ray[1]}
-    assert read == {0: False, 1: False, 2: True}
-    assert [line["base_cache_hit"] for line in ray[1] if line["index"] == 0] == [False]
-
-
-def test_a_base_path_of_the_cache_is_not_walked(cluster, cli, tmp_path):
-    line = json.dumps({"label": "walk", "base_cache": "paths", "output": "{index}.webp"})
-    Path("lines.jsonl").write_text(line)
-    assert cli("--prompts", "lines.jsonl")[0] == 0
-    first = Path("0.webp").read_bytes()
-    status, out, err = cli("--prompts", "lines.jsonl", "--ray", cluster.address)
-    assert (status, err) == (0, "") and Path("0.webp").read_bytes() == first
-    (told_of,) = lines_of(out)
-    assert told_of["base_cache_hit"] is True and told_of["timings"]["base"] == 0.0
-
-
 def test_lines_of_a_stream_are_told_before_it_ends(cluster, tiny_checkpoint, tmp_path):
     """The second line is written once the first one's result has been read."""
     argv = [sys.executable, "-m", "vfengine.generate", "--prompts", "-", "--ray", cluster.address]
     argv += ["--model", str(tiny_checkpoint), "--device", "cpu", "--num-inference-steps", "4"]
+    argv += ["--resume"]
+    (tmp_path / "0002-walk.mp4").touch()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
     with subprocess.Popen(argv, **pipes) as process:
-        for index, label in enumerate(("walk", "jump")):
+        for index, label in enumerate(("walk", "jump", "walk")):
             process.stdin.write(f"{label}\n")
             process.stdin.flush()
-            assert json.loads(process.stdout.readline())["files"] == [f"{index:04d}-{label}.mp4"]
+            line = json.loads(process.stdout.readline())
+            assert line["files"] == [f"{index:04d}-{label}.mp4"]
+            assert line.get("skipped", False) is (index == 2)
         process.stdin.close()
         assert process.stdout.read() == ""
     assert process.returncode == 0
-
-
-def test_resume_passes_over_what_is_there(cluster, cli):
-    Path("lines").write_text("walk\njump\nwalk")
-    Path("0001-jump.mp4").touch()
-    status, out, _ = cli("--prompts", "lines", "--resume", "--ray", cluster.address)
-    skipped = {line["index"]: line.get("skipped", False) for line in lines_of(out)}
-    assert status == 0 and skipped == {0: False, 1: True, 2: False}
 
 
 # -- what is lost ----------------------------------------------------------------------------------
@@ -201,8 +179,7 @@ def test_workers_that_are_killed_lose_nothing(cluster, both):
 
 def test_a_node_that_is_killed_loses_nothing(both):
     """With what lay on it; its worker finds no other place, and the run goes on with the rest."""
-    own = start_cluster()
-    try:
+    with running_cluster() as own:
 
         def meanwhile(folder):
             until(lambda: list(folder.glob("*.webp")), "a clip")
@@ -211,8 +188,6 @@ def test_a_node_that_is_killed_loses_nothing(both):
 
         argv = {"ray": ("--ray", own.address), "meanwhile": meanwhile}
         local, ray = both(MANY, **argv)
-    finally:
-        own.shutdown()
     assert local[0] == ray[0] == 0
     assert sorted(line["index"] for line in ray[1]) == list(range(len(MANY)))
 
@@ -279,13 +254,7 @@ def test_a_cluster_that_others_use(cluster, lines_file):
     with connect.connected(cluster.address):
         import ray
 
-        holds = ray.remote(num_cpus=1)(Holds)
-        held = [holds.remote() for _ in range(2)]
-        ray.get([one.there.remote() for one in held])
+        group = ray.util.placement_group([{"CPU": 1}] * 2)
+        ray.get(group.ready())
         with pytest.raises(ValueError, match="need 1 of CPU, but only 0 are free: others use"):
             sizes([{"CPU": 1, "memory": 8e9}], Needs(1, 1, 0.1)).check_free(connect.free())
-
-
-class Holds:
-    def there(self):
-        return True
