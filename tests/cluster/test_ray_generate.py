@@ -19,7 +19,7 @@ from server_process import until
 from vfengine.cli.generate import main
 from vfengine.cluster import connect, model
 from vfengine.cluster.model import Source
-from vfengine.cluster.sizes import Needs, sizes
+from vfengine.cluster.sizes import Needs, check_free, sizes
 
 LINES = [
     {"label": "walk"},
@@ -257,4 +257,5 @@ def test_a_cluster_that_others_use(cluster, lines_file):
         group = ray.util.placement_group([{"CPU": 1}] * 2)
         ray.get(group.ready())
         with pytest.raises(ValueError, match="need 1 of CPU, but only 0 are free: others use"):
-            sizes([{"CPU": 1, "memory": 8e9}], Needs(1, 1, 0.1)).check_free(connect.free())
+            found = sizes([{"CPU": 1, "memory": 8e9}], Needs(1, 1, 0.1))
+            check_free([found.base, found.residual], connect.free())

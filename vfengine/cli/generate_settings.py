@@ -28,6 +28,7 @@ _EVERY = Kind("whole number, or `base=N,residual=N`", {"metavar": "N", "type": _
 _SEED = whole(0, 2**64 - 1, "S")
 MAX_SEED = 2**64 - 2  # of --seed, whose successor is a seed too
 _SAMPLE = whole(0, 2**31 - 1, "K")
+RAY_ADDRESS = Kind("address", {"metavar": "ADDRESS", "nargs": "?", "const": "local"})
 
 
 def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") -> Setting:
@@ -259,7 +260,7 @@ SETTINGS = (
     Setting(
         "ray",
         "cluster",
-        Kind("address", {"metavar": "ADDRESS", "nargs": "?", "const": "local"}),
+        RAY_ADDRESS,
         "make the lines of --prompts on a Ray cluster: HOST:PORT, ray://HOST:PORT or auto; without "
         "ADDRESS a cluster of this machine's cores",
     ),

@@ -17,7 +17,7 @@ from ..cluster.connect import check_address, check_package, connected, free, nod
 from ..cluster.crew import Crew
 from ..cluster.model import Model
 from ..cluster.needs import needs_of, probed
-from ..cluster.sizes import sizes
+from ..cluster.sizes import check_free, sizes
 from ..cluster.workers import Made, Order
 from ..files import replacing
 from ..pipelines.batches import Batches
@@ -56,7 +56,7 @@ def on_ray(
             settings.residual_workers,
             memory,
         )
-        size.check_free(free())
+        check_free([size.base, size.residual], free())
         capture = not settings.no_capture
         model = Model.of(
             settings.model, settings.base_unet, settings.lora, device, dtype, capture

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,22 @@ class Model:
         """The sources that this machine has not."""
         return [name for name, source in self.sources.items() if source.here() is None]
 
+    def sent(self) -> dict[str, dict[str, Any]]:
+        """The files of all sources as references of the object store; raises OSError."""
+        return {name: parts(source) for name, source in self.sources.items()}
+
+    def fetched(self, sent: Mapping[str, Mapping[str, Any]]) -> Model:
+        """This model, once this machine has all of it; sent: of `sent`."""
+        import ray
+
+        for name in self.missing():
+            if name not in sent:
+                path = self.sources[name].path
+                raise FileNotFoundError(f"{path}: a worker's machine has it not")
+            contents = ray.get(list(sent[name].values()))
+            self.sources[name].keep(dict(zip(sent[name], contents, strict=True)))
+        return self
+
     def open(self) -> Pipeline:
         """The pipeline, on this machine; raises what `load_pipeline` does."""
         import torch
@@ -128,10 +144,6 @@ class Model:
             base_unet=places.get("base_unet"),
             lora=lora or None,
         )
-
-    def on(self, device: str) -> Model:
-        """The same model on another device."""
-        return replace(self, device=device)
 
 
 def _told(path: Path) -> list[tuple[str, str]]:

@@ -43,31 +43,28 @@ def needs_of(pipe: Pipeline, batch_size: int = 1) -> Needs:
 
 
 def probed(
-    machines: Sequence[Mapping[str, float]], device: str, dtype: str
+    machines: Sequence[Mapping[str, float]], device: str, dtype: str, here: bool = True
 ) -> tuple[str, str, int | None]:
     """Device and dtype of all workers by their names, and a GPU's bytes of memory; None on CPUs.
 
     What "auto" stands for is decided once, for all: the device by whether the cluster has a GPU,
-    the dtype by one of its GPUs, or by this machine's CPU. Raises ValueError for cuda without GPUs.
+    the dtype by one of its GPUs, or by a CPU: this machine's, or, where no torch is to be imported
+    here, any one's. Raises ValueError for cuda without GPUs.
     """
-    import torch
-
-    from ..devices import chosen_dtype
+    import ray
 
     gpus = any(machine.get("GPU", 0) >= 1 for machine in machines)
     if device == "cuda" and not gpus:
         raise ValueError("--device cuda: Ray knows of no GPU in the cluster")
-    if device == "cpu" or not gpus:
-        asked = dtype if dtype == AUTO else getattr(torch, dtype)
-        chosen = chosen_dtype(asked, torch.device("cpu"))
-        return "cpu", str(chosen).removeprefix("torch."), None
-    import ray
-
-    memory, auto = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_gpu).remote())
-    return "cuda", auto if dtype == AUTO else dtype, memory
+    if device != "cpu" and gpus:
+        memory, auto = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_of_gpu).remote())
+        return "cuda", auto if dtype == AUTO else dtype, memory
+    if dtype == AUTO:
+        dtype = _of_cpu() if here else ray.get(ray.remote(num_cpus=0)(_of_cpu).remote())
+    return "cpu", dtype, None
 
 
-def _gpu() -> tuple[int, str]:
+def _of_gpu() -> tuple[int, str]:
     """A GPU's bytes of memory, and the dtype that "auto" is on it."""
     import torch
 
@@ -76,3 +73,12 @@ def _gpu() -> tuple[int, str]:
     device = torch.device("cuda")
     dtype = str(chosen_dtype(AUTO, device)).removeprefix("torch.")
     return torch.cuda.get_device_properties(device).total_memory, dtype
+
+
+def _of_cpu() -> str:
+    """The dtype that "auto" is on a CPU."""
+    import torch
+
+    from ..devices import chosen_dtype
+
+    return str(chosen_dtype(AUTO, torch.device("cpu"))).removeprefix("torch.")

@@ -45,20 +45,19 @@ class Sizes:
     base: Kind
     residual: Kind
 
-    def check_free(self, free: Mapping[str, float]) -> None:
-        """ValueError, naming both, where not one worker of each kind would find room now.
 
-        free: what nobody uses of the cluster
-        """
-        kinds = [kind for kind in (self.base, self.residual) if kind.count]
-        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-        for option, name in names.items():
-            asked = sum(kind.options.get(option, 0) for kind in kinds)
-            if asked > free.get(name, 0):
-                raise ValueError(
-                    f"--ray: the workers need {asked:g} of {name}, but only {free.get(name, 0):g} "
-                    "are free: others use the cluster"
-                )
+def check_free(kinds: Sequence[Kind], free: Mapping[str, float]) -> None:
+    """ValueError, naming both, where not one worker of each kind would find room now.
+
+    free: what nobody uses of the cluster
+    """
+    for option, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory")):
+        asked = sum(kind.options.get(option, 0) for kind in kinds if kind.count)
+        if asked > free.get(name, 0):
+            raise ValueError(
+                f"--ray: the workers need {asked:g} of {name}, but only {free.get(name, 0):g} are "
+                "free: others use the cluster"
+            )
 
 
 def sizes(
@@ -102,6 +101,24 @@ def sizes(
         Kind(base, threads, {"num_cpus": cpus[0], "memory": needs.base}),
         Kind(residual, threads, {"num_cpus": cpus[1], "memory": needs.residual}),
     )
+
+
+def engines(nodes: Sequence[Mapping[str, float]], count: int, on_gpus: bool) -> Kind:
+    """Engines of a server, which hold all networks: a GPU each, or all cores between them.
+
+    Raises ValueError, naming what was asked for and what there is, where they do not fit.
+    """
+    machines = "1 machine" if len(nodes) == 1 else f"{len(nodes)} machines"
+    if on_gpus:
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        if count > gpus:
+            raise ValueError(f"--workers {count}: the cluster has {gpus} GPUs, on {machines}")
+        return Kind(count, 1, {"num_gpus": 1, "num_cpus": 1})
+    threads = _threads(nodes, count)
+    slots = _slots(nodes, threads)
+    if count > slots:
+        raise ValueError(f"--workers {count}: the cluster has {slots} CPU cores, on {machines}")
+    return Kind(count, threads, {"num_cpus": threads})
 
 
 def _on_gpus(
