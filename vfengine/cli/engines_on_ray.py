@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..cluster.connect import connected, free, nodes
+from ..cluster.connect import LOCAL, connected, free, nodes
 from ..cluster.model import Model
 from ..cluster.needs import probed
 from ..cluster.serving import RayWorkers
@@ -33,5 +33,5 @@ def on_ray(settings: argparse.Namespace, store: Store, **told: Any) -> Iterator[
         files = (settings.model, settings.base_unet, settings.lora)
         model = Model.of(*files, device, dtype, capture)
         sent = model.sent() if len(machines) > 1 else {}
-        name, size = settings.served_model_name, settings.batch_size
-        yield RayWorkers(store, model, kind, name=name, sent=sent, batch_size=size, **told)
+        told |= {"name": settings.served_model_name, "batch_size": settings.batch_size}
+        yield RayWorkers(store, model, kind, sent=sent, leaves=settings.ray != LOCAL, **told)

@@ -55,6 +55,7 @@ def connected(address: str) -> Iterator[None]:
     check_address(address)
     # Nothing here reaches for a network but the cluster's own.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster of our own: as this process
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}

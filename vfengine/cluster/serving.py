@@ -27,6 +27,7 @@ from .model import Model
 from .sizes import Kind
 
 _POLL = 5.0  # seconds after which a hand that was not woken looks for work
+_GRACE = 10.0  # seconds that Ray Serve has to end the engines in
 _PAUSE = 1.0  # seconds before the next batch after an engine was lost, or a disk was full
 _LOOK = 1.0  # seconds between two looks at the replicas
 _HOUSEKEEPING = 30.0  # seconds between two looks for what has expired
@@ -37,6 +38,7 @@ class RayWorkers:
 
     kind:     how many engines, their threads, and what each asks Ray for
     sent:     references of the model's files, for machines that lack them
+    leaves:   whether the cluster goes on without this process
     keep:     seconds for which finished clips are kept; None: until they are deleted
     on_event: called, in a thread of its own, with what engines say (serving/engine.py)
     """
@@ -50,6 +52,7 @@ class RayWorkers:
         name: str,
         sent: Mapping[str, Mapping[str, Any]] | None = None,
         batch_size: int | None = None,
+        leaves: bool = True,
         keep: float | None = None,
         unused_paths: float = 7 * 86400.0,
         on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -59,7 +62,7 @@ class RayWorkers:
         self.error: str | None = None
         self.restarts = 0
         self.alive = 0
-        self._kind, self._on_event = kind, on_event
+        self._kind, self._on_event, self._leaves = kind, on_event, leaves
         self._arguments = (model, dict(sent or {}), name, batch_size, kind.threads)
         where = str(store.folder.resolve()).encode()
         self._app = f"vfengine-{hashlib.sha256(where).hexdigest()[:12]}"  # of a store, one
@@ -96,18 +99,24 @@ class RayWorkers:
 
     def stop(self) -> None:
         """Ends all engines; what they were at is queued again."""
-        from ray import serve
-
         self._stopping.set()
         self.wake()
         for thread in self._threads:
             thread.join(_POLL)
-        with contextlib.suppress(Exception):  # of a cluster that has gone
-            serve.delete(self._app, _blocking=False)
-            if not serve.status().applications.keys() - {self._app}:
-                serve.shutdown()
+        if self._leaves:
+            end = threading.Thread(target=self._undeployed, name="end", daemon=True)
+            end.start()
+            end.join(_GRACE)  # a cluster that has gone may never answer
         self.store.recover((), self.keep)
         self.store.let_go()
+
+    def _undeployed(self) -> None:
+        """Ends the engines on a cluster that goes on, and Ray Serve if nobody else uses it."""
+        from ray import serve
+
+        serve.delete(self._app, _blocking=False)
+        if not serve.status().applications.keys() - {self._app}:
+            serve.shutdown()
 
     # -- in threads --------------------------------------------------------------------------------
 
