@@ -8,6 +8,7 @@ same bytes, whoever makes them. An error of a worker's own code is the order's, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -95,11 +96,12 @@ class Crew:
         self._ending = True
         for pool in (self._base, self._residual):
             pool.dismiss()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        _, late = await asyncio.wait(tasks, timeout=_GRACE) if tasks else ((), ())
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        for seconds in (_GRACE, 0.0):  # of a cluster that has gone, a call may never end
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            _, late = await asyncio.wait(tasks, timeout=seconds) if tasks else ((), ())
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     async def _flight(
         self, order: Order, done: Callable[[Made | Exception], None], keeps_path: bool
@@ -162,11 +164,13 @@ class _Pool:
     def dismiss(self) -> None:
         """Ends all workers, so that whatever waits for one ends as well."""
         import ray
+        from ray.exceptions import RayError
 
         self.left, self.error = 0, "the run has ended"
         self.free.put_nowait(None)
         for worker in self.workers:
-            ray.kill(worker)
+            with contextlib.suppress(RayError):  # a cluster that has gone has no workers
+                ray.kill(worker)
 
     async def do(self, method: str, order: Order, *values: Any) -> Any:
         """What a free worker makes of an order; of `walk` timings, and the path's reference."""
@@ -180,6 +184,8 @@ class _Pool:
             try:
                 result = await (refs[0] if walks else refs)
             except RayActorError:
+                if not self.left:
+                    raise  # dismissed
                 self.ready -= 1
                 self.tell(f"a {self.name} worker was lost; what it was at is made again")
                 self._join(worker)
