@@ -31,6 +31,7 @@ def running_cluster(nodes: int = 2, cpus: int = 1):
             for name in ("TMPDIR", "RAY_TMPDIR"):
                 patch.setenv(name, temporary)
             patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.setenv("RAY_worker_niceness", "0")  # or a busy machine's workers never start
             cluster = Cluster(initialize_head=True, head_node_args=head)
             for _ in range(nodes - 1):
                 cluster.add_node(**own)
