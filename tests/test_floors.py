@@ -21,6 +21,7 @@ FLOORS = (
     ("formats",),
     ("pipelines", "training"),
     ("serving",),
+    ("cluster",),
     ("cli",),
     ("generate", "serve", "train", "bench", "eval", "__main__"),  # the doors
 )

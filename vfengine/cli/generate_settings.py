@@ -28,6 +28,7 @@ _EVERY = Kind("whole number, or `base=N,residual=N`", {"metavar": "N", "type": _
 _SEED = whole(0, 2**64 - 1, "S")
 MAX_SEED = 2**64 - 2  # of --seed, whose successor is a seed too
 _SAMPLE = whole(0, 2**31 - 1, "K")
+RAY_ADDRESS = Kind("address", {"metavar": "ADDRESS", "nargs": "?", "const": "local"})
 
 
 def _field(name: str, group: str, kind: Kind, help: str, otherwise: str = "") -> Setting:
@@ -276,6 +277,29 @@ SETTINGS = (
     ),
     Setting("no_capture", "how", SWITCH, "run each step without a graph, on CUDA", False),
     Setting(
+        "ray",
+        "cluster",
+        RAY_ADDRESS,
+        "make the lines of --prompts on a Ray cluster: HOST:PORT, ray://HOST:PORT or auto; without "
+        "ADDRESS a cluster of this machine's cores",
+    ),
+    Setting(
+        "base_workers",
+        "cluster",
+        whole(1, 10_000),
+        "workers that walk base paths",
+        None,
+        "as many as their share of the work asks for",
+    ),
+    Setting(
+        "residual_workers",
+        "cluster",
+        whole(1, 10_000),
+        "workers that follow base paths and write clips",
+        None,
+        "one a core or GPU, as far as memory reaches",
+    ),
+    Setting(
         "config",
         "how",
         text("FILE"),
@@ -294,7 +318,7 @@ DEFAULTS = {setting.name: setting.default for setting in SETTINGS if setting.nam
 OF_THE_COMMAND = frozenset(
     ("prompts", "resume", "dry_run", "list_labels", "json", "quiet")
     + ("model", "base_unet", "lora", "device", "base_device", "residual_device")
-    + ("dtype", "no_capture")
+    + ("dtype", "no_capture", "ray", "base_workers", "residual_workers")
 )
 SWITCHES = {setting.name for setting in SETTINGS if setting.is_switch}
 REPEATED = {setting.name for setting in SETTINGS if setting.is_repeated}

@@ -322,8 +322,11 @@ def try_encoder(job: Job) -> None:
     encoding_of(settings, settings.output, sides)
 
 
-def teller(job: Job) -> Callable[[int], str | None]:
-    """What each clip's file tells of it, by the clip's number; ValueError for what is too long."""
+def teller(job: Job, device: str | None = None) -> Callable[[int], str | None]:
+    """What each clip's file tells of it, by the clip's number; ValueError for what is too long.
+
+    device: where it is made, if the pipeline is elsewhere
+    """
     from ..media.metadata import check_metadata
     from ..pipelines.clip_settings import clip_settings, settings_text
 
@@ -335,7 +338,8 @@ def teller(job: Job) -> Callable[[int], str | None]:
     written = {name: getattr(settings, name) for name in names}
 
     def tell(number: int) -> str:
-        return settings_text(clip_settings(job.pipe, job.request, number, files=files, **written))
+        record = clip_settings(job.pipe, job.request, number, files=files, **written)
+        return settings_text(record if device is None else {**record, "device": device})
 
     try:
         check_metadata(tell(0))

@@ -301,6 +301,7 @@ def _base_seed(job: Job) -> int | None:
 def _settings_in_use(job: Job) -> dict[str, Any]:
     """The settings, with what the request has filled in."""
     of_output = {"prompts", "resume", "dry_run", "list_labels", "json", "quiet"}
+    of_output |= {"ray", "base_workers", "residual_workers"}
     elsewhere = of_output | {"base_seed", "residual_seed"}
     values = {name: getattr(job.settings, name) for name in DEFAULTS if name not in elsewhere}
     filled = ("num_frames", "height", "width", "guidance_scale", "base_path", "offload_base")

@@ -19,7 +19,7 @@ from ..pipelines.request import TextRequest
 from .dry_run import describe, words
 from .ending import verdict
 from .flags import Failure, UsageError, one_line
-from .job import make_clips, open_pipeline, prepare
+from .job import Task, make_clips, open_pipeline, prepare
 from .output import (
     LESS_MEMORY,
     Progress,
@@ -62,9 +62,14 @@ def generate_lines(
                 )
         if fields == [] and lines.count is None:
             raise UsageError(f"--output {settings.output}: needs {{index}}, or lines share a file")
+        if settings.ray is not None:
+            from .prompts_on_ray import on_ray
+
+            on_ray(settings, lines, started, files, name)
+            return
         pipe = open_pipeline(settings)
         pipe.keep_parts()
-        run = _Run(settings, pipe, lines, started, files, name)
+        run = Run(settings, pipe, lines, started, files, name)
         run.check_names()
         run.all()
 
@@ -79,7 +84,7 @@ def _check_template(settings: argparse.Namespace) -> list[str]:
     return fields
 
 
-class _Run:
+class Run:
     """The lines of one command, and what has become of them."""
 
     def __init__(
@@ -113,54 +118,72 @@ class _Run:
 
     def all(self) -> None:
         """Makes every line; in the end Failure if some have failed, Unsaid if one was not told."""
-        with _Bar(self.lines.count, self.settings.quiet) as bar:
-            for line in self.lines.lines:
-                self._line(line, bar)
-                self.started = time.perf_counter()
+        with LinesBar(self.lines.count, self.settings.quiet) as bar:
+            self._lines(bar)
         if self.failed:
             self.files.clear()  # their lines have named them
-            numbers = ", ".join(map(str, self.failed))
+            numbers = ", ".join(map(str, sorted(self.failed)))
             raise Failure(f"{len(self.failed)} of {self.count} lines failed: {numbers}")
         if self.unsaid is not None:
             raise self.unsaid
 
+    def _lines(self, bar: LinesBar) -> None:
+        for line in self.lines.lines:
+            self._line(line, bar)
+            self.started = time.perf_counter()
+
     # -- one line ----------------------------------------------------------------------------------
 
-    def _line(self, line: Line, bar: _Bar) -> None:
+    def _line(self, line: Line, bar: LinesBar) -> None:
         """Makes a line, or tells why not."""
         record = Record(self.started)
         self.count += 1
         try:
-            told = self._made(line, record, bar)
+            begun = self._begun(line, bar)
+            told = begun if isinstance(begun, dict) else self._made(line, begun, record, bar)
         except Exception as error:  # the other lines may go well
-            found = verdict(error, LESS_MEMORY)
-            reason = found.reason if found else f"{type(error).__name__}: {one_line(error)}"
-            self.failed.append(line.number)
-            bar.passed_over()
-            with bar.aside(sys.stderr):
-                tell(f"{self.name}: error: line {line.number}: {reason}")
-            told = {"error": reason, "files": list(map(str, record.files))}
+            told = self._failure(line, error, record, bar)
         finally:
             self.files += record.files
         self._tell(line, told, bar)
 
-    def _made(self, line: Line, record: Record, bar: _Bar) -> dict[str, Any]:
-        """What is told of a line that went well."""
+    def _begun(self, line: Line, bar: LinesBar) -> Task | dict[str, Any]:
+        """The task of a line, checked; what is told of one that needs none."""
         if line.error:
             raise UsageError(line.error)
         settings = self._settings(line)
         self._claim(line, settings)
         check_base_files(settings)
+        self._wait_for(settings)
         task = prepare(settings, self.pipe, makes_folders=True)
         if self.settings.resume and task.is_done:
             bar.passed_over()
             return {"files": list(map(str, task.targets)), "skipped": True}
         if self.settings.dry_run:
             return describe(task, base_needed_again=True)
+        return task
+
+    def _wait_for(self, settings: argparse.Namespace) -> None:
+        """Waits for earlier lines whose files a line reads: here they are complete."""
+
+    def _made(self, line: Line, task: Task, record: Record, bar: LinesBar) -> dict[str, Any]:
+        """What is told of a line that went well."""
         task.targets[0].parent.mkdir(parents=True, exist_ok=True)
         job = make_clips(task, record, bar.of_line(line.number, record), base_needed_again=True)
         bar.made()
         return json_line(job, record)
+
+    def _failure(
+        self, line: Line, error: Exception, record: Record, bar: LinesBar
+    ) -> dict[str, Any]:
+        """Notes that a line has failed; what is told of it."""
+        found = verdict(error, LESS_MEMORY)
+        reason = found.reason if found else f"{type(error).__name__}: {one_line(error)}"
+        self.failed.append(line.number)
+        bar.passed_over()
+        with bar.aside(sys.stderr):
+            tell(f"{self.name}: error: line {line.number}: {reason}")
+        return {"error": reason, "files": list(map(str, record.files))}
 
     def _settings(self, line: Line) -> argparse.Namespace:
         """The settings of a line, with its file; of a model without prompts they are labels."""
@@ -188,7 +211,7 @@ class _Run:
 
     # -- reports -----------------------------------------------------------------------------------
 
-    def _tell(self, line: Line, told: dict[str, Any], bar: _Bar) -> None:
+    def _tell(self, line: Line, told: dict[str, Any], bar: LinesBar) -> None:
         """Prints what has become of a line."""
         settings = self.settings
         if settings.dry_run and not settings.json and "steps" in told:
@@ -213,7 +236,7 @@ class _Shared(UsageError):
 # -- progress --------------------------------------------------------------------------------------
 
 
-class _Bar:
+class LinesBar:
     """One bar over all lines; with the time that is left, where their number is known."""
 
     def __init__(self, count: int | None, quiet: bool) -> None:
@@ -222,7 +245,7 @@ class _Bar:
             form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} lines [{elapsed}<{remaining}]"
         self.bar, self.lines = progress_bar(count, quiet, bar_format=form), 0
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> LinesBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -250,7 +273,7 @@ class _Bar:
 class _LineProgress(Progress):
     """A line's share of the bar."""
 
-    def __init__(self, bar: _Bar, number: int, record: Record) -> None:
+    def __init__(self, bar: LinesBar, number: int, record: Record) -> None:
         self.whole, self.number, self.record = bar, number, record
 
     def __exit__(self, *_: object) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import socket
     from types import FrameType
 
+    from ..cluster.serving import RayWorkers
+    from ..serving.metrics import Metrics
     from ..serving.model_info import ModelInfo
     from ..serving.store import Store
     from ..serving.workers import Workers
@@ -56,6 +58,11 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m vfengine.s
 
 def _serve(settings: argparse.Namespace, program: str) -> int:
     _check_extra()
+    if settings.ray is not None:
+        from ..cluster.connect import check_address, check_package
+
+        check_package()
+        check_address(settings.ray)
     keys = _keys(settings)
     if settings.model is not None and not settings.model.is_dir():
         raise UsageError(f"--model {settings.model}: no such folder")
@@ -84,16 +91,8 @@ def _run(
     from ..serving.http_server import Server
     from ..serving.metrics import Metrics
     from ..serving.request_forms import Bounds
-    from ..serving.workers import Workers
 
     metrics, keep = Metrics(store.count), settings.keep * 3600 if settings.keep else None
-    workers = Workers(
-        store,
-        _engine_flags(settings),
-        count=settings.workers,
-        keep=keep,
-        on_event=metrics.engine_event,
-    )
     options = AppOptions(
         gate=GateOptions(
             keys=keys,
@@ -108,27 +107,45 @@ def _run(
     if not settings.quiet:
         tell(f"{program}: reading {settings.model or 'the shipped model'}")
     try:
-        workers.start()
-        info = _model(workers)
-        if refused := store.refuse_other_models(info.name, keep):
-            tell(f"{program}: jobs of other models, now failed: {refused}")
-        app = create_app(store, info, workers, options, metrics)
-        server = Server(app, ready=lambda: _say_address(listener, settings.host))
-        asyncio.run(server.serve(sockets=[listener]))
+        with _engines(settings, store, keep, metrics) as workers:
+            workers.start()
+            info = _model(workers)
+            if refused := store.refuse_other_models(info.name, keep):
+                tell(f"{program}: jobs of other models, now failed: {refused}")
+            app = create_app(store, info, workers, options, metrics)
+            server = Server(app, ready=lambda: _say_address(listener, settings.host))
+            asyncio.run(server.serve(sockets=[listener]))
     except sqlite3.Error as error:
         raise Failure(f"--store {settings.store}: {one_line(error)}") from error
-    finally:
-        workers.stop()
     if server.interrupted:
         raise KeyboardInterrupt
     return 0
+
+
+@contextmanager
+def _engines(
+    settings: argparse.Namespace, store: Store, keep: float | None, metrics: Metrics
+) -> Iterator[Workers | RayWorkers]:
+    """The engines, not started yet; they are stopped in the end."""
+    told = {"keep": keep, "on_event": metrics.engine_event}
+    with ExitStack() as stack:
+        if settings.ray is None:
+            from ..serving.workers import Workers
+
+            workers = Workers(store, _engine_flags(settings), count=settings.workers, **told)
+        else:
+            from .engines_on_ray import on_ray
+
+            workers = stack.enter_context(on_ray(settings, store, **told))
+        stack.callback(workers.stop)
+        yield workers
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
-def _model(workers: Workers) -> ModelInfo:
+def _model(workers: Workers | RayWorkers) -> ModelInfo:
     """What the engines say of the model once they have read it; UsageError if they cannot."""
     while workers.error is None:
         info = workers.wait_ready(0.5)  # not for ever: a signal must be able to end it

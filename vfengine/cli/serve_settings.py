@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..names import AUTO, DTYPE_NAMES
 from .flags import SWITCH, Parser, Setting, UsageError, add_flags, choice, number, text, whole
-from .generate_settings import LORA, PHASE_DEVICES
+from .generate_settings import LORA, PHASE_DEVICES, RAY_ADDRESS
 
 _MODEL, _ADDRESS, _BOUNDS, _STORE = "model", "address", "bounds", "store"
 _FOLDER, _FILE = text("DIR", Path), text("FILE", Path)
@@ -64,6 +64,13 @@ SETTINGS = (
         "largest number of requests of equal shape that are made at a time",
         None,
         "4 on CUDA, 1 on a CPU",
+    ),
+    Setting(
+        "ray",
+        _MODEL,
+        RAY_ADDRESS,
+        "run the engines on a Ray cluster: HOST:PORT, ray://HOST:PORT or auto; without ADDRESS a "
+        "cluster of this machine's cores",
     ),
     Setting("host", _ADDRESS, text("ADDRESS"), "address to listen at", "127.0.0.1"),
     Setting("port", _ADDRESS, whole(0, 65535), "port to listen at; 0 is any free one", 8000),
@@ -129,6 +136,11 @@ def read_settings(
         settings.served_model_name = "vfengine" if model is None else model.resolve().name
     if not settings.served_model_name.strip() or len(settings.served_model_name) > 200:
         raise UsageError("--served-model-name must have 1 to 200 characters")
+    if settings.ray is not None and ":" in settings.device:
+        raise UsageError(
+            f"--device {settings.device} cannot go with --ray, which gives each engine its GPU: "
+            "--device cuda"
+        )
     return settings
 
 

@@ -66,6 +66,7 @@ def read_settings(argv: Sequence[str], program: str = GENERATE) -> argparse.Name
     settings = argparse.Namespace(**{**DEFAULTS, **config, **flags}, given=given, clip=clip)
     if settings.resume and settings.prompts is None:
         raise UsageError("--resume needs --prompts, whose lines it may pass over")
+    _check_cluster(settings)
     if clip is not None and settings.prompts is not None:
         raise UsageError(f"--prompts cannot go with --config {clip.file}, which is one clip")
     _check_conflicts(settings)
@@ -97,6 +98,23 @@ def line_settings(
     settings = argparse.Namespace(**{**former, **seeds, **values, "given": given})
     _check_conflicts(settings)
     return settings
+
+
+def _check_cluster(settings: argparse.Namespace) -> None:
+    """UsageError for settings of a cluster that mean nothing here."""
+    for name in ("base_workers", "residual_workers"):
+        count = getattr(settings, name)
+        if count is not None and settings.ray is None:
+            raise UsageError(f"{flag(name, count)} needs --ray, on whose cluster they are")
+    if settings.ray is None:
+        return
+    if settings.prompts is None:
+        raise UsageError("--ray needs --prompts, whose lines its workers make")
+    if ":" in settings.device:
+        raise UsageError(
+            f"--device {settings.device} cannot go with --ray, which gives each worker its GPU: "
+            "--device cuda"
+        )
 
 
 def _check_conflicts(settings: argparse.Namespace) -> None:

@@ -10,7 +10,10 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
+
+_own: list[TextIO | None] = []  # stdout, while libraries are to print elsewhere
 
 
 class Unsaid(RuntimeError):
@@ -26,11 +29,22 @@ class Unsaid(RuntimeError):
 
 def say(text: str, end: str = "\n") -> None:
     """Writes a result to stdout at once; raises Unsaid where it cannot, and drops what follows."""
+    stdout = _own[-1] if _own else sys.stdout
     try:
-        _write(sys.stdout, text + end)
+        _write(stdout, text + end)
     except (OSError, ValueError) as error:
-        _drop(sys.stdout)
+        _drop(stdout)
         raise Unsaid(error) from error
+
+
+@contextlib.contextmanager
+def only_results() -> Iterator[None]:
+    """Keeps stdout for what is said: what a library prints there meanwhile is dropped."""
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        _own.append(sys.stdout)
+        stack.callback(_own.pop)
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
 
 
 def tell(text: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..diffusion.base_path import BaseTrajectory
@@ -64,9 +65,33 @@ class BasePhase(CheckpointPipeline):
             preview=True,
             reuse_every=reuse_every,
         )
+        return self.base_path_of(request, callback, timings)
+
+    def base_path_of(
+        self,
+        request: SamplingRequest,
+        callback: Callback | None = None,
+        timings: dict[str, float] | None = None,
+    ) -> BaseTrajectory:
+        """The base path that a request walks: what `sample` would follow, bit for bit.
+
+        timings: a dict to add the seconds to ("load", "base")
+        """
         request = self.fill_defaults(request)
         run = self._run(callback) if timings is None else Run(callback, timings)
         return self._base_phase(request, self._condition(request, run), run)
+
+    def base_cache_key(self, request: SamplingRequest) -> dict[str, object]:
+        """The key in a base cache of the path that a request walks; no network runs.
+
+        ValueError for an unknown label, and for a model that cannot be told from others.
+        """
+        scale = request.guidance_scale
+        if self.config.text_encoder is None:
+            return self._cache_key(request, Condition(self._classes(request), scale))
+        # a key has the prompts' words and number, not their rows
+        rows = torch.empty(request.num_paths, 0, 0, dtype=torch.float32, device="cpu")
+        return self._cache_key(request, Prompts(rows, rows, scale))
 
     def preview(
         self,

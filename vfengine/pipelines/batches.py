@@ -66,6 +66,12 @@ class Batches:
         """How far the request is before its first batch."""
         return Steps("", 0, self._steps_from(0))
 
+    def parts(self) -> Iterator[VideoRequest]:
+        """The request of each batch."""
+        for first in self.firsts:
+            count = min(self.batch_size, self.request.num_clips - first)
+            yield self.request.part(first, count)
+
     def run(self, on_step: Callable[[Steps], None] | None = None) -> Iterator[Batch]:
         """The batches, each made when it is needed; raises what the pipeline raises.
 

@@ -79,6 +79,9 @@ CONFLICTS = (
     Conflict("overlap_phases", "base_path", _OVERLAP, _CLEAN_ERROR, value="clean"),
     Conflict("overlap_phases", "offload_base", _OVERLAP, _OFFLOAD_ERROR, value=True),
     *(Conflict("prompts", other, _LINES) for other in ("latents", "save_latents", "list_labels")),
+    Conflict("ray", "overlap_phases", "workers of their own run the phases of different lines"),
+    Conflict("ray", "offload_base", "no worker holds both networks"),
+    Conflict("ray", "dry_run", "a dry run needs no cluster"),
     *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
     Conflict("prompt", "label", _SHOWN, "a prompt cannot go with a label: each says what to show"),
 )

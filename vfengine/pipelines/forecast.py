@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from ..formats.folders import stored_weights
 from ..models import UNetConfig
 from ..models.autoencoder import AutoencoderConfig
 from ..sampling.cycle import plan_cycle
-from ..sampling.guidance import Condition, Prompts
 from ..sampling.run import Run
 from ..sampling.windows import plan_windows
 from .base_cache import find_path
@@ -98,7 +96,7 @@ def forecast(
         _check(pipe, request)
     starts = _starts(pipe, request)
     steps, calls, found = Counter(), Counter(), 0
-    for index, part in enumerate(_parts(batches)):
+    for index, part in enumerate(batches.parts()):
         work = pipe.work(part)
         shared = request.shares_path and index > 0
         if "base" in work and (shared or _is_cached(pipe, part)):
@@ -117,14 +115,8 @@ def forecast(
         starts,
         _size(pipe, request),
         None if cache is None else found,
-        _memory(pipe, next(_parts(batches))),
+        _memory(pipe, next(batches.parts())),
     )
-
-
-def _parts(batches: Batches) -> Iterator[VideoRequest | TextRequest]:
-    request = batches.request
-    for first in batches.firsts:
-        yield request.part(first, min(batches.batch_size, request.num_clips - first))
 
 
 def _check(pipe: CheckpointPipeline, request: VideoRequest) -> None:
@@ -155,13 +147,7 @@ def _is_cached(pipe: Pipe, part: SamplingRequest) -> bool:
     """Whether a batch's base path is in its cache."""
     if part.base_cache is None:
         return False
-    scale = part.guidance_scale
-    if pipe.config.text_encoder is None:
-        condition = Condition(pipe._classes(part), scale)
-    else:  # a key has the prompts' words and number, not their rows
-        rows = torch.empty(part.num_paths, 0, 0, dtype=torch.float32, device="cpu")
-        condition = Prompts(rows, rows, scale)
-    return find_path(part.base_cache, pipe._cache_key(part, condition)) is not None
+    return find_path(part.base_cache, pipe.base_cache_key(part)) is not None
 
 
 # -- steps and calls -------------------------------------------------------------------------------

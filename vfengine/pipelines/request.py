@@ -199,8 +199,10 @@ class SamplingRequest(VideoRequest):
         return replace(part, trajectory=path)
 
     def following(self, trajectory: BaseTrajectory) -> SamplingRequest:
-        if not self.shares_path:
-            return self
+        return self.along(trajectory) if self.shares_path else self
+
+    def along(self, trajectory: BaseTrajectory) -> SamplingRequest:
+        """The request with a base path of its clips, in place of what would make one."""
         given = {"image": None, "base_cache": None, "overlap_phases": False}
         return replace(self, trajectory=trajectory, **given)
 

@@ -1,0 +1,179 @@
+"""Clips on Ray beside one process on the same cores, and workers that are killed meanwhile.
+
+`vfengine generate --prompts FILE` with `--ray` and without take turns, as whole commands: with the
+start of the cluster, of its workers, and their end. The check comes first: both write the same
+bytes. Each contender makes the clips once in a turn, and the faster of its turns counts.
+
+    python benchmarks/bench_ray.py              # 64 clips, twice each
+    python benchmarks/bench_ray.py --kills 10   # and a run in which ten workers are killed
+
+Seconds    of the command; overhead is what Ray's takes more, in per cent of one process's
+Kills      a worker at a time, by kill -9, at random moments of the run; the bytes must be the same,
+           and each line told once
+
+Under pytest it is 8 clips and one kill; with --short, 2 and one kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lib.harness import Row, Target, main, say, table, verdicts
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "tools"))
+from server_process import children
+
+ALONE, RAY, KILLED = "one process", "Ray", "Ray, killed"
+FLAGS = {ALONE: [], RAY: ["--ray"], KILLED: ["--ray"]}
+PATIENCE = 600.0  # seconds for the first worker
+
+
+@dataclass(frozen=True)
+class Plan:
+    clips: int = 64
+    turns: int = 2
+    kills: int = 0
+    model: str | None = None
+    more: tuple[str, ...] = ()
+
+    @property
+    def case(self) -> str:
+        return f"{self.clips} clips"
+
+
+FULL, REDUCED, LEAST = Plan(), Plan(8, 1, 1), Plan(2, 1, 1, more=("--num-inference-steps", "2"))
+TARGETS = [Target(FULL.case, RAY, "overhead", 10, at_most=True)]
+
+
+def measure(plan: Plan = FULL) -> list[Row]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        lines = [f'{{"seed": {k}, "prompt": "a person walking"}}' for k in range(plan.clips)]
+        (folder / "lines.jsonl").write_text("\n".join(lines))
+        seconds: dict[str, list[float]] = {ALONE: [], RAY: []}
+        for turn in range(plan.turns):
+            for name in seconds if turn % 2 == 0 else reversed(seconds):
+                say(f"{name}, turn {turn + 1} of {plan.turns}")
+                took, files = command(folder, name, plan)
+                seconds[name].append(took)
+                first = expected if (turn, name) != (0, ALONE) else files
+                expected = same(files, first)
+        rows = [Row(plan.case, name, "seconds", min(took), "s") for name, took in seconds.items()]
+        over = 100 * (min(seconds[RAY]) / min(seconds[ALONE]) - 1)
+        rows.append(Row(plan.case, RAY, "overhead", over, "%"))
+        if plan.kills:
+            say(f"{plan.kills} workers are killed")
+            took, files = command(folder, KILLED, plan, min(seconds[RAY]))
+            same(files, expected)
+            rows += [
+                Row(plan.case, KILLED, "seconds", took, "s"),
+                Row(plan.case, KILLED, "kills", plan.kills, ""),
+            ]
+    return rows
+
+
+def command(
+    folder: Path, name: str, plan: Plan, usual: float = 0.0
+) -> tuple[float, dict[str, bytes]]:
+    """Seconds of a command, and its files; RuntimeError where it fails or loses a line.
+
+    usual: seconds of the command without kills, over which the moments of the kills are spread
+    """
+    clips = folder / name.replace(", ", "-").replace(" ", "-")
+    argv = [sys.executable, "-m", "vfengine.generate", "--prompts", str(folder / "lines.jsonl")]
+    argv += ["--output", str(clips / "{index:03d}.mp4"), "--json", *FLAGS[name], *plan.more]
+    argv += [] if plan.model is None else ["--model", plan.model]
+    began = time.perf_counter()
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killer = threading.Thread(target=kill_some, args=(process, plan, usual))
+    if name == KILLED:
+        killer.start()
+    out, err = process.communicate()
+    took = time.perf_counter() - began
+    if name == KILLED:
+        killer.join()
+    if process.returncode:
+        raise RuntimeError(f"{name}: status {process.returncode}: {err[-2000:]}")
+    told = sorted(json.loads(line)["index"] for line in out.splitlines())
+    if told != list(range(plan.clips)):
+        raise RuntimeError(f"{name}: lines {told} were told, of {plan.clips}")
+    if name == KILLED and err.count("was lost") < plan.kills:
+        raise RuntimeError(f"{plan.kills} were to be killed: {err[-2000:]}")
+    return took, {file.name: file.read_bytes() for file in sorted(clips.iterdir())}
+
+
+def same(files: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, bytes]:
+    """RuntimeError for other files than those expected."""
+    other = [name for name in expected if files.get(name) != expected[name]]
+    if other or files.keys() != expected.keys():
+        raise RuntimeError(f"other bytes: {other or sorted(files)}")
+    return expected
+
+
+def kill_some(process: subprocess.Popen, plan: Plan, usual: float) -> None:
+    """Kills a worker at a time, at moments that a seed spreads over the command's usual time."""
+    chance = random.Random(0)
+    end = time.monotonic() + PATIENCE
+    while not workers(process.pid) and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    for moment in sorted(chance.uniform(0.0, 0.8 * usual) for _ in range(plan.kills)):
+        time.sleep(max(0.0, moment - (time.monotonic() - began)))
+        killed = False
+        while not killed and process.poll() is None:
+            found = workers(process.pid)
+            if found:
+                pid = chance.choice(found)
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    killed = True
+                except ProcessLookupError:
+                    continue
+            else:
+                time.sleep(0.05)
+
+
+def workers(pid: int) -> list[int]:
+    """Process ids of the workers that are at work in a command's own cluster."""
+    found = []
+    for raylet in children(pid):
+        for child in children(raylet):
+            try:
+                title = Path(f"/proc/{child}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith((b"ray::BaseWorker.", b"ray::ResidualWorker.")):
+                found.append(child)
+    return found
+
+
+def bench_ray(benchmark, capsys, short):
+    plan = LEAST if short else REDUCED
+    rows = benchmark.pedantic(measure, kwargs={"plan": plan}, rounds=1)
+    benchmark.extra_info["rows"] = [vars(row) for row in rows]
+    with capsys.disabled():
+        print(f"\n{table(rows)}\n{verdicts(rows, TARGETS)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", help="folder of a model; the shipped one unless given")
+    parser.add_argument("--clips", type=int, default=FULL.clips)
+    parser.add_argument("--turns", type=int, default=FULL.turns)
+    parser.add_argument("--kills", type=int, default=FULL.kills)
+    flags = parser.parse_known_args()[0]
+    plan = Plan(flags.clips, flags.turns, flags.kills, flags.model)
+    targets = [Target(plan.case, RAY, "overhead", 10, at_most=True)]
+    main(partial(measure, plan), __doc__, targets, parser)
