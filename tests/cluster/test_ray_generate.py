@@ -219,6 +219,8 @@ def test_ray_needs_its_package(lines_file, monkeypatch):
         (["--ray", "--overlap-phases"], ["--ray cannot go with --overlap-phases"]),
         (["--ray", "--offload-base"], ["--ray cannot go with --offload-base"]),
         (["--ray", "--dry-run"], ["--ray cannot go with --dry-run"]),
+        (["--ray", "--base-device", "cpu"], ["--ray cannot go with --base-device"]),
+        (["--ray", "--residual-device", "cpu"], ["--ray cannot go with --residual-device"]),
         (["--ray", "here"], ["--ray here: expected local, auto, HOST:PORT"]),
         (["--ray", "ray://"], ["--ray ray://: expected local"]),
         (["--ray", "host:0"], ["--ray host:0: expected local"]),

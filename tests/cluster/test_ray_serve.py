@@ -160,6 +160,8 @@ def test_engines_on_ray_need_its_package(serve_cli, monkeypatch):
         (["--ray", "nowhere"], ["--ray nowhere: expected local, auto, HOST:PORT"]),
         (["--ray", "127.0.0.1:1"], ["--ray 127.0.0.1:1: no cluster answers"]),
         (["--ray", "--device", "cuda:1"], ["--device cuda:1 cannot go with --ray"]),
+        (["--ray", "--base-device", "cpu"], ["--base-device cannot go with --ray"]),
+        (["--ray", "--residual-device", "cpu"], ["--residual-device cannot go with --ray"]),
     ],
 )
 def test_flags_of_a_server_that_ray_does_not_go_with(serve_cli, argv, words):

@@ -21,7 +21,7 @@ from ..cluster.sizes import check_free, sizes
 from ..cluster.workers import Made, Order
 from ..files import replacing
 from ..pipelines.batches import Batches
-from .flags import Failure, UsageError, one_line
+from .flags import Failure, one_line
 from .job import Task, open_pipeline, teller, try_encoder
 from .output import Job, Record, json_line, write_trajectory
 from .prompt_lines import Line, Lines

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..names import AUTO, DTYPE_NAMES
-from .flags import SWITCH, Parser, Setting, UsageError, add_flags, choice, number, text, whole
+from .flags import SWITCH, Parser, Setting, UsageError, add_flags, choice, flag, number, text, whole
 from .generate_settings import LORA, PHASE_DEVICES, RAY_ADDRESS
 
 _MODEL, _ADDRESS, _BOUNDS, _STORE = "model", "address", "bounds", "store"
@@ -136,6 +136,11 @@ def read_settings(
         settings.served_model_name = "vfengine" if model is None else model.resolve().name
     if not settings.served_model_name.strip() or len(settings.served_model_name) > 200:
         raise UsageError("--served-model-name must have 1 to 200 characters")
+    for device in ("base_device", "residual_device"):
+        if settings.ray is not None and getattr(settings, device) is not None:
+            raise UsageError(
+                f"{flag(device)} cannot go with --ray: each engine has a device of its own"
+            )
     if settings.ray is not None and ":" in settings.device:
         raise UsageError(
             f"--device {settings.device} cannot go with --ray, which gives each engine its GPU: "

@@ -82,6 +82,8 @@ CONFLICTS = (
     Conflict("ray", "overlap_phases", "workers of their own run the phases of different lines"),
     Conflict("ray", "offload_base", "no worker holds both networks"),
     Conflict("ray", "dry_run", "a dry run needs no cluster"),
+    Conflict("ray", "base_device", "each worker has a device of its own"),
+    Conflict("ray", "residual_device", "each worker has a device of its own"),
     *(Conflict("latents", other, _FINISHED) for other in _SAMPLED),
     Conflict("prompt", "label", _SHOWN, "a prompt cannot go with a label: each says what to show"),
 )
