@@ -50,6 +50,7 @@ OPS = {  # and the kernels there are of each
     "group_norm_silu_backward": ("cpu", "triton"),
     "layer_norm_backward": ("cpu", "triton"),
     "geglu_backward": ("cpu", "triton"),
+    "temporal_attention_backward": ("cpu", "triton"),
     "implicit_gemm": ("triton",),
     "spatial_attention": ("cpu", "triton"),
     "model_input": ("triton",),

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from ..ops.attention import attend
 from ..ops.conv3x3 import conv3x3_pays, differentiable_conv3x3
 from ..ops.differentiable import records_gradients
+from ..ops.geglu_backward import differentiable_geglu
 from ..ops.group_norm_silu_backward import differentiable_group_norm_silu
+from ..ops.layer_norm_backward import differentiable_layer_norm, layer_norm_pays
+from ..ops.temporal_attention_backward import (
+    differentiable_temporal_attention,
+    temporal_attention_takes,
+)
 from .positions import RelativePositionBias
 
 
@@ -70,6 +76,16 @@ class GroupNorm(nn.GroupNorm):
         if scale is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return (F.silu(h) if silu else h).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm of rows [..., C], in our kernels where autograd records and they are faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if records_gradients(x, self.weight) and layer_norm_pays(x):
+            tables = self.weight.float(), self.bias.float()
+            return differentiable_layer_norm(x.contiguous(), *tables, self.eps)
+        return super().forward(x)
 
 
 class Conv3x3(nn.Conv2d):
@@ -246,6 +262,12 @@ class Attention(nn.Module):
         out = self.to_out(attend(q, k, v, bias).transpose(-3, -2).flatten(-2))
         return out.view_as(x)
 
+    def over_frames(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """self(x, bias=bias) of each pixel's frames, x [B, N, H*W, C], which nothing permutes."""
+        qkv = F.linear(x, torch.cat([layer.weight for layer in (self.to_q, self.to_k, self.to_v)]))
+        bias = None if bias is None else bias.float().contiguous()
+        return self.to_out(differentiable_temporal_attention(qkv, self.heads, bias))
+
 
 class PixelAttention(nn.Module):
     """x + attention(norm(x)): the pixels of an image attend to each other."""
@@ -271,7 +293,10 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(mult * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        h = self.proj(x)
+        if records_gradients(h):
+            return self.out(differentiable_geglu(h.contiguous()))
+        value, gate = h.chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
     def plan(self, build, x, residual, then=None):
@@ -294,17 +319,17 @@ class TransformerBlock(nn.Module):
         for name, layer in ends.items():
             self.add_module(name, layer)
         self.axis = axis
-        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, head_dim)
+        self.norm1, self.attn1 = LayerNorm(channels), Attention(channels, head_dim)
         self.norm2 = self.attn2 = self.norm3 = self.ff = self.bias = None
         if axis == "space" and config.context_dim:
-            self.norm2 = nn.LayerNorm(channels)
+            self.norm2 = LayerNorm(channels)
             self.attn2 = Attention(channels, head_dim, config.context_dim)
         if axis == "time" and config.temporal_self_attentions == 2:
-            self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, head_dim)
+            self.norm2, self.attn2 = LayerNorm(channels), Attention(channels, head_dim)
         if axis == "time" and config.position_buckets:
             self.bias = RelativePositionBias(self.attn1.heads, config.position_buckets)
         if config.feed_forward_mult:
-            self.norm3 = nn.LayerNorm(channels)
+            self.norm3 = LayerNorm(channels)
             self.ff = FeedForward(channels, config.feed_forward_mult)
 
     def forward(
@@ -312,14 +337,18 @@ class TransformerBlock(nn.Module):
         h: Tensor,
         num_frames: int,
         context: Tensor | None = None,
+        frames_first: bool = False,
     ) -> Tensor:
         """h -> the same shape; context [B, M, C'] or None.
 
-        h is [B*N, H*W, C]; over time [B, H*W, N, C].
+        h is [B*N, H*W, C]; over time [B, H*W, N, C], or [B, N, H*W, C] with frames_first.
         """
         for norm, attention, source, bias in self.attentions(context):
             bias = None if bias is None else bias(num_frames, h.device)
-            h = h + attention(norm(h), source, bias)
+            if frames_first:
+                h = h + attention.over_frames(norm(h), bias)
+            else:
+                h = h + attention(norm(h), source, bias)
         if self.ff is not None:
             h = h + self.ff(self.norm3(h))
         return h
@@ -384,14 +413,17 @@ class Transformer(TransformerBlock):
         else:
             h = rows(self.norm(x))  # [B*N, H*W, C]
             h = h.unflatten(0, (-1, num_frames)) if over_time else h
-        if over_time:
+        recorded = over_time and records_gradients(h, self.proj_in.weight)
+        frames_first = recorded and temporal_attention_takes(num_frames, self.attn1.head_dim)
+        if over_time and not frames_first:
             h = h.transpose(1, 2)  # [B, H*W, N, C], the memory stays
-        h = super().forward(self.proj_in(h), num_frames, context)
+        h = super().forward(self.proj_in(h), num_frames, context, frames_first)
         for block in self.rest:
-            h = block(h, num_frames, context)
+            h = block(h, num_frames, context, frames_first)
         h = self.proj_out(h)
-        if over_time:
-            h = h.transpose(1, 2).flatten(0, 1)
+        if over_time and not frames_first:
+            h = h.transpose(1, 2)
+        h = h.flatten(0, 1) if over_time else h
         return x + images(h, height, width)
 
     def plan(self, build, x, context=None):

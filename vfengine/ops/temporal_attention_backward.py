@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from vfengine.ops._dispatch import (
     DTYPE_NUMBERS,
+    MAX_HEAD_DIM,
     address,
     check_dtype,
     check_head_dim,
@@ -93,6 +94,11 @@ def temporal_attention_backward_reference(
     return torch.stack(grads, -3).flatten(-3), None if bias is None else s.sum((0, 1))
 
 
+def temporal_attention_takes(num_frames: int, head_dim: int) -> bool:
+    """Whether there are kernels for so many frames and heads of this dimension."""
+    return num_frames <= MAX_FRAMES and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+
+
 def differentiable_temporal_attention(
     qkv: Tensor, num_heads: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -168,7 +174,8 @@ def _check(grad, qkv, bias, num_heads, backend, out, grad_bias):
     if frames > MAX_FRAMES:
         raise ValueError(f"{_NAME}: expected at most {MAX_FRAMES} frames, got {frames}")
     check_head_dim(_NAME, width // (3 * num_heads))
-    for name, tensor, channels in (("qkv", qkv, width), ("grad", grad, width // 3), ("out", out, width)):
+    for name, tensor in (("qkv", qkv), ("grad", grad), ("out", out)):
+        channels = width // 3 if tensor is grad else width
         check_tensor(_NAME, name, tensor, (*leading, channels), qkv.dtype, qkv.device)
     if (bias is None) != (grad_bias is None):
         raise ValueError(f"{_NAME}: expected bias and grad_bias, or neither")
