@@ -41,6 +41,7 @@ QUICK = (
 )
 NOT_QUICK = (
     *("sampling/test_capture.py", "cli/test_train.py", "cli/test_train_vdm.py"),
+    "cli/test_train_distributed.py",
     *("cli/test_text_to_video_command.py", "pipelines/test_text_to_video.py"),
     *("cli/test_replay.py", "media/test_codecs.py"),
     *("pipelines/test_published_text_to_video.py", "pipelines/test_published_width.py"),

@@ -28,6 +28,7 @@ FLOORS = (
 STRANGERS = {("models", "plan"), ("plan", "models"), ("sampling", "models")}  # on one floor
 WITHOUT_TORCH = (
     *("names", "arguments", "files", "pipelines.request", "training.options", "cli.settings"),
+    *("training.team", "cli.train_team"),
     *("serving.model_info", "serving.store", "serving.workers", "serving.frames", "serving.watch"),
     *("serving.app", "cli.serve"),
 )
