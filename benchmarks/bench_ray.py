@@ -63,13 +63,13 @@ def measure(plan: Plan = FULL) -> list[Row]:
         lines = [f'{{"seed": {k}, "prompt": "a person walking"}}' for k in range(plan.clips)]
         (folder / "lines.jsonl").write_text("\n".join(lines))
         seconds: dict[str, list[float]] = {ALONE: [], RAY: []}
+        expected: dict[str, bytes] | None = None
         for turn in range(plan.turns):
             for name in seconds if turn % 2 == 0 else reversed(seconds):
                 say(f"{name}, turn {turn + 1} of {plan.turns}")
                 took, files = command(folder, name, plan)
                 seconds[name].append(took)
-                first = expected if (turn, name) != (0, ALONE) else files
-                expected = same(files, first)
+                expected = same(files, expected)
         rows = [Row(plan.case, name, "seconds", min(took), "s") for name, took in seconds.items()]
         over = 100 * (min(seconds[RAY]) / min(seconds[ALONE]) - 1)
         rows.append(Row(plan.case, RAY, "overhead", over, "%"))
@@ -114,8 +114,9 @@ def command(
     return took, {file.name: file.read_bytes() for file in sorted(clips.iterdir())}
 
 
-def same(files: dict[str, bytes], expected: dict[str, bytes]) -> dict[str, bytes]:
-    """RuntimeError for other files than those expected."""
+def same(files: dict[str, bytes], expected: dict[str, bytes] | None) -> dict[str, bytes]:
+    """The files expected; RuntimeError for others. None expects what comes first."""
+    expected = files if expected is None else expected
     other = [name for name in expected if files.get(name) != expected[name]]
     if other or files.keys() != expected.keys():
         raise RuntimeError(f"other bytes: {other or sorted(files)}")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from command_line import refused
 from ray_cluster import kill, running_cluster, workers_of
+from server_process import ServerProcess, ask, until
 from serving_engines import engine_of, run_all
 from serving_jobs import add, files_of, settings_of
-from server_process import ServerProcess, ask, until
 
 from vfengine.cli import serve
 from vfengine.cluster.desk import Desk

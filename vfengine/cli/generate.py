@@ -46,7 +46,11 @@ def main(
 
 def _run(settings: argparse.Namespace, started: float, files: list[Path], name: str) -> None:
     # imported here, so that --help needs none of them
-    if settings.prompts is not None:
+    if settings.ray is not None:
+        from .prompts_on_ray import generate_on_ray
+
+        generate_on_ray(settings, started, files, name)
+    elif settings.prompts is not None:
         from .prompts import generate_lines
 
         generate_lines(settings, started, files, name)

@@ -41,13 +41,18 @@ if TYPE_CHECKING:
 
 
 def generate_lines(
-    settings: argparse.Namespace, started: float, files: list[Path], name: str
+    settings: argparse.Namespace,
+    started: float,
+    files: list[Path],
+    name: str,
+    make: Callable[..., None] | None = None,
 ) -> None:
     """Makes the clips of all lines and reports each line.
 
     started: `time.perf_counter()` at the moment that times count from
     files:   a list, to which complete files are added
     name:    of the program, for errors of lines
+    make:    makes the lines, of which all that no model is needed for is checked; None: here
 
     Raises ValueError or OSError for bad input before the first line is made; Failure in the end if
     lines have failed, naming them.
@@ -62,16 +67,16 @@ def generate_lines(
                 )
         if fields == [] and lines.count is None:
             raise UsageError(f"--output {settings.output}: needs {{index}}, or lines share a file")
-        if settings.ray is not None:
-            from .prompts_on_ray import on_ray
+        (make or _make_here)(settings, lines, started, files, name)
 
-            on_ray(settings, lines, started, files, name)
-            return
-        pipe = open_pipeline(settings)
-        pipe.keep_parts()
-        run = Run(settings, pipe, lines, started, files, name)
-        run.check_names()
-        run.all()
+
+def _make_here(settings: argparse.Namespace, lines: Lines, *told: Any) -> None:
+    """told: started, files and name of `generate_lines`"""
+    pipe = open_pipeline(settings)
+    pipe.keep_parts()
+    run = Run(settings, pipe, lines, *told)
+    run.check_names()
+    run.all()
 
 
 def _check_template(settings: argparse.Namespace) -> list[str]:

@@ -25,21 +25,26 @@ from .flags import Failure, one_line
 from .job import Task, open_pipeline, teller, try_encoder
 from .output import Job, Record, json_line, write_trajectory
 from .prompt_lines import Line, Lines
-from .prompts import LinesBar, Run
+from .prompts import LinesBar, Run, generate_lines
 from .streams import only_results, tell
 
 if TYPE_CHECKING:
     from ..diffusion.base_path import BaseTrajectory
 
 
-def on_ray(
-    settings: argparse.Namespace, lines: Lines, started: float, files: list[Path], name: str
+def generate_on_ray(
+    settings: argparse.Namespace, started: float, files: list[Path], name: str
 ) -> None:
-    """Makes the clips of all lines on a cluster; the arguments and errors of `generate_lines`."""
+    """`generate_lines` on a cluster; also ValueError for one that cannot be used, or not so."""
     check_package()
     check_address(settings.ray)
+    generate_lines(settings, started, files, name, _make_on_ray)
+
+
+def _make_on_ray(settings: argparse.Namespace, lines: Lines, *told: Any) -> None:
+    """told: started, files and name of `generate_lines`"""
     pipe = open_pipeline(argparse.Namespace(**{**vars(settings), "device": "cpu"}))
-    run = _RayRun(settings, pipe, lines, started, files, name)
+    run = _RayRun(settings, pipe, lines, *told)
     run.check_names()
     with only_results(), connected(settings.ray):
         machines = nodes()
@@ -58,9 +63,7 @@ def on_ray(
         )
         check_free([size.base, size.residual], free())
         capture = not settings.no_capture
-        model = Model.of(
-            settings.model, settings.base_unet, settings.lora, device, dtype, capture
-        )
+        model = Model.of(settings.model, settings.base_unet, settings.lora, device, dtype, capture)
         with Crew(size, model, run.note) as crew:
             run.crew = crew
             run.all()

@@ -178,9 +178,9 @@ class _Pool:
 
         for _ in range(MAX_LOSSES):
             worker = await self.next()
-            call = getattr(worker, method)
             walks = method == "walk"
-            refs = call.options(num_returns=2).remote(order) if walks else call.remote(order, *values)
+            call = getattr(worker, method).options(num_returns=2 if walks else 1)
+            refs = call.remote(order, *values)
             try:
                 result = await (refs[0] if walks else refs)
             except RayActorError:
