@@ -77,13 +77,14 @@ SECTIONS = (  # in the order of their worth
     Section("table4", 5, 60, 150),
     Section("kernels", 6, 25, 60),
     Section("network_ops", 7, 40, 90),
-    Section("memory", 8, 45, 120),
-    Section("peers", 9, 35, 120),
-    Section("unet3d", 10, 60, 150),
-    Section("variants", 11, 40, 90),
-    Section("counters", 12, 15, 70),
-    Section("sanitizers", 13, 100, 170, checks=True),
-    Section("train", 14, 270, 450),
+    Section("steps", 8, 30, 60),
+    Section("memory", 9, 45, 120),
+    Section("peers", 10, 35, 120),
+    Section("unet3d", 11, 60, 150),
+    Section("variants", 12, 40, 90),
+    Section("counters", 13, 15, 70),
+    Section("sanitizers", 14, 100, 170, checks=True),
+    Section("train", 15, 270, 450),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 

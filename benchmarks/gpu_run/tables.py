@@ -33,6 +33,10 @@ TITLES = {  # section -> heading, and what it shows; in the order of the page
     "peers": ("Peers", "torch.compile on our VDM*, beside our loop of it."),
     "unet3d": ("diffusers' UNet3D", "As it comes, compiled, and its weights in our network."),
     "variants": ("Variants", ""),
+    "steps": (
+        "Training steps",
+        "The default recipe on pixels: kernels launched one by one, and replayed from a graph.",
+    ),
     "train": (
         "Training",
         "The default model's training, cut off by the clock. Its weights are not in this page.",

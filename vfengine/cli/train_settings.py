@@ -288,6 +288,7 @@ SETTINGS = (
         False,
     ),
     Setting("compile", _EXECUTION, SWITCH, "make the networks' code with torch.compile", False),
+    Setting("capture", _EXECUTION, SWITCH, "with CUDA: replay each step from a CUDA graph", False),
     Setting("resume", "files", SWITCH, "continue from the state in --output", False),
     Setting(
         "init_from",
@@ -390,6 +391,8 @@ def read_settings(argv: Sequence[str] | None, program: str = TRAIN) -> argparse.
         check_distillation(settings, given=vars_given)
     if objective == "decomposed" and settings["base_path"] is None:
         settings["base_path"] = "clean" if settings["clean_share"] > 0 else "stepwise"
+    if settings["capture"] and not settings["device"].startswith("cuda"):
+        raise UsageError(f"--capture needs --device cuda, got {settings['device']}")
     _check_parts(settings)
     return argparse.Namespace(**settings)
 
@@ -400,6 +403,8 @@ def _takes(objective: str, setting: Setting) -> bool:
         return objective == "autoencoder"
     if setting.group == _DISTILLED:
         return objective == "distill"
+    if setting.name == "capture":
+        return objective in OBJECTIVES
     if setting.group == _EXECUTION:
         return objective in (*OBJECTIVES, "distill")
     if objective == "distill":

@@ -16,7 +16,8 @@ from .ending import verdict
 from .flags import Failure
 from .start import on_stop
 
-EXECUTION = ("accumulate", "shard", "checkpoint_activations", "compile")  # flags, and its fields
+# flags, and its fields
+EXECUTION = ("accumulate", "shard", "checkpoint_activations", "compile", "capture")
 
 
 def team_of_process() -> Team:

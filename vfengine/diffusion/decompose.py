@@ -43,6 +43,12 @@ def frame_weights(
 
     Raises ValueError for another length or a value outside [0, 1].
     """
+    m = base_index(num_frames)
+    if isinstance(lam, float | int) and not isinstance(lam, bool) and 0 <= lam <= 1:
+        device = "cpu" if device is None else device  # written there: a captured step copies none
+        weights = torch.full((num_frames,), lam, dtype=torch.float32, device=device)
+        weights[m].fill_(1.0)
+        return weights
     try:
         dtype = None if hasattr(lam, "dtype") or isinstance(lam, bool) else torch.float32
         weights = torch.as_tensor(lam, dtype=dtype, device=getattr(lam, "device", "cpu")).detach()
@@ -56,7 +62,7 @@ def frame_weights(
     if not bool(((weights >= 0) & (weights <= 1)).all()):  # also false for NaN
         raise ValueError(f"lam must be in [0, 1], got {weights.tolist()}")
     weights = weights.expand(num_frames).clone()
-    weights[base_index(num_frames)] = 1.0
+    weights[m] = 1.0
     return weights.to(device, non_blocking=True)
 
 

@@ -267,12 +267,9 @@ def _weights_on_device(lam: Lam, num_frames: int, device: torch.device) -> Tenso
 
     A captured step can neither copy from the host nor read values of the device.
     """
-    if isinstance(lam, Tensor) and lam.device == device and lam.shape == (num_frames,):
-        weights = lam.to(torch.float32, copy=True)
-    elif isinstance(lam, (int, float)) and not isinstance(lam, bool) and 0 <= lam <= 1:
-        weights = torch.full((num_frames,), lam, dtype=torch.float32, device=device)
-    else:
+    if not (isinstance(lam, Tensor) and lam.device == device and lam.shape == (num_frames,)):
         return frame_weights(lam, num_frames, device=device)
+    weights = lam.to(torch.float32, copy=True)
     weights[base_index(num_frames)].fill_(1.0)
     return weights
 

@@ -80,7 +80,7 @@ def captured(step: Step, device: torch.device, before: Step, count: int = 1) -> 
             for _ in range(count):
                 step()
 
-        with _on(stream):
+        with on_stream(stream):
             with torch.inference_mode(), _cudnn_searches():
                 for _ in range(_WARM_UP_STEPS):
                     before()
@@ -100,13 +100,25 @@ def captured_after(first: CapturedStepper, device: torch.device, call: Step) -> 
     """
     with exclusive, torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
-        with _on(first.stream):
+        with on_stream(first.stream):
             _capture(graph, first.stream, call, first.graph.pool())
     return CapturedStepper(graph.replay, first.count, graph=graph, stream=first.stream)
 
 
+def captured_once(call: Step, stream: torch.cuda.Stream, device: torch.device) -> CapturedStepper:
+    """A CUDA graph of a call that has been warmed up on this stream, and may take gradients.
+
+    Raises RuntimeError for a call that cannot be captured.
+    """
+    with exclusive, torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with on_stream(stream):
+            _capture(graph, stream, call, gradients=True)
+    return CapturedStepper(graph.replay, graph=graph, stream=stream)
+
+
 @contextmanager
-def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """The `with` block runs on this stream, after and before what the current one does."""
     here = torch.cuda.current_stream()
     try:
@@ -123,8 +135,11 @@ def _capture(
     stream: torch.cuda.Stream,
     call: Step,
     pool: tuple[int, int] | None = None,
+    gradients: bool = False,
 ) -> None:
-    """Captures the call, which runs in inference mode; the capture begins outside of it.
+    """Captures the call, which runs in inference mode unless it takes gradients.
+
+    The capture begins outside of that mode.
 
     Torch before 2.11 creates the graph's generator state where the capture begins. If that is in
     inference mode, no capture can begin outside of it while the graph lives
@@ -135,7 +150,7 @@ def _capture(
         with (
             torch.inference_mode(False),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode),
-            torch.inference_mode(),
+            torch.inference_mode(not gradients),
         ):
             call()
     except torch.OutOfMemoryError:

@@ -107,7 +107,7 @@ class Latents:
         return Samples(self.clips[places], context, figure)
 
     def _index(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.clips.device, non_blocking=True)
+        return placed(torch.from_numpy(values), self.clips.device)
 
 
 class BatchSampler:
@@ -194,4 +194,11 @@ class BatchSampler:
         return self._placed(numbers[self.rows(shape[0])])
 
     def _placed(self, values: Tensor) -> Tensor:
-        return values.to(self._device, non_blocking=True)
+        return placed(values, self._device)
+
+
+def placed(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device. Nobody waits: CUDA reads them from memory that is pinned."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

@@ -142,6 +142,8 @@ def distilled_config(
 class Distillation(Decomposed):
     """The students of a teacher's networks, those that options.train names."""
 
+    captures = False  # the way of the teacher is walked with numbers of the host
+
     def __init__(
         self,
         config: DecomposedConfig,

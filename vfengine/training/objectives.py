@@ -47,6 +47,7 @@ class Objective:
     """
 
     networks: dict[str, nn.Module]
+    captures = True  # whether a CUDA graph can hold its losses: their draws alone change
 
     def __init__(
         self,

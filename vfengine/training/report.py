@@ -46,10 +46,10 @@ class StepReport:
 def sums_by_t(loss: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
     """Of each fifth of the schedule, the sum of losses and their number: [2, TIME_BINS].
 
-    loss [B], t int64 [B] on the CPU; the sums are on the loss's device
+    loss [B], t int64 [B] on any device; the sums are on the loss's
     """
     inside = (t * TIME_BINS // num_timesteps)[None] == torch.arange(
-        TIME_BINS, dtype=torch.int64, device="cpu"
+        TIME_BINS, dtype=torch.int64, device=t.device
     )[:, None]
     inside = inside.to(loss.device, loss.dtype, non_blocking=True)  # [TIME_BINS, B]
     return torch.stack([(inside * loss).sum(1), inside.sum(1)])

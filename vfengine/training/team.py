@@ -126,6 +126,7 @@ class Execution:
     shard                   whether each process keeps a share of weights, averages and moments
     checkpoint_activations  whether stages of the UNets are computed again for the gradient
     compile                 whether torch.compile makes the networks' code
+    capture                 whether steps are replays of a CUDA graph (captured.py)
     """
 
     team: Team = field(default_factory=Team)
@@ -133,6 +134,7 @@ class Execution:
     shard: bool = False
     checkpoint_activations: bool = False
     compile: bool = False
+    capture: bool = False
 
     def check(self, options: TrainingOptions) -> None:
         """ValueError for what cannot be, or not with these options."""
@@ -142,6 +144,10 @@ class Execution:
             raise ValueError("shard needs several processes: torchrun --nproc-per-node K")
         if self.shard and self.compile:
             raise ValueError("shard cannot go with compile: weights come and go between layers")
+        if self.capture and self.team.size > 1:
+            raise ValueError(f"capture is of one process, got {self.team.size}")
+        if self.capture and self.compile:
+            raise ValueError("capture cannot go with compile: nobody has tried them together")
         if self.shard and 0 < options.extra_images < self.parts:
             raise ValueError(
                 f"extra_images must be 0 or at least {self.parts} with shard, where all parts call "

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..formats.checkpoint import CheckpointConfig, read_config, read_weights, save_checkpoint
 from ..models import UNet
 from .batch import BatchSampler, Latents, Pixels
+from .captured import CapturedSteps, ScheduleOnDevice, StaticBatch
 from .objectives import OBJECTIVES, Losses, Objective
 from .options import TrainingOptions
 from .parts import Parts
@@ -103,6 +105,10 @@ class Trainer:
         self.averaged = {**self.networks, **self.updates.averaged}
         self.parameters, self.averages = self.updates.parameters, self.updates.averages
         self.optimizer = self.updates.optimizer
+        self._captured: CapturedSteps | None = None
+        if execution.capture:
+            self._check_capture()
+            self._captured = self._capture()
 
     def _prepare(self) -> None:
         """Readies the networks, once they are made; what needs no gradient is not trained."""
@@ -116,19 +122,10 @@ class Trainer:
         with self.team.noticing():
             if not self._is_reducing:
                 self._losses, self._is_reducing = self.team.reducing(self._losses), True
-            told: Tensor | float = 0.0
-            for number in range(self.execution.accumulate):
-                is_last = number == self.execution.accumulate - 1
-                with nullcontext() if is_last else self.team.postponed(self._losses):
-                    with torch.autocast(
-                        self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
-                    ):
-                        losses = self._losses(self.batch_sampler(k, number))
-                    loss = sum(loss.sum() / count(name) for name, (loss, _) in losses.items())
-                    (loss * self.team.size).backward()  # gradients become means over processes
-                told = told + self._told(losses)
-            self.updates.descend(k)
-            sums = dict(zip(losses, self.team.sum_(told), strict=True))
+            self.updates.set_rates(k)
+            take = partial(self._take, partial(self.batch_sampler, k))
+            told = take() if self._captured is None else self._captured(k)
+            sums = dict(zip(self.objective.trained, self.team.sum_(told), strict=True))
         self.steps_done += 1
         report = StepReport(
             {name: own[0, -1] / count(name) for name, own in sums.items()},
@@ -138,6 +135,36 @@ class Trainer:
         if self.device.type == "cpu":  # a GPU is not waited for: whoever reads the report finds out
             _ = report.losses
         return report
+
+    def _take(self, batch: Callable[[int], BatchSampler | StaticBatch]) -> Tensor:
+        """An optimizer step on this process's parts of a batch, by their numbers; what it tells."""
+        told: Tensor | float = 0.0
+        for number in range(self.execution.accumulate):
+            is_last = number == self.execution.accumulate - 1
+            with nullcontext() if is_last else self.team.postponed(self._losses):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
+                ):
+                    losses = self._losses(batch(number))
+                means = {n: loss.sum() / self.objective.count(n) for n, (loss, _) in losses.items()}
+                loss = sum(means.values()) * self.team.size
+                loss.backward()  # gradients become means over processes
+            told = told + self._told(losses)
+        self.updates.descend()
+        return told
+
+    def _capture(self) -> CapturedSteps:
+        """Readies all that a step reads to stay where it is."""
+        self.updates.keep_rates_on(self.device)
+        self.objective.schedule = ScheduleOnDevice(self.objective.schedule, self.device)
+        parts = self.execution.accumulate
+        return CapturedSteps(self._take, self.batch_sampler, parts, self.options.steps, self.device)
+
+    def _check_capture(self) -> None:
+        if self.device.type != "cuda":
+            raise ValueError(f"capture needs a CUDA device, got {self.device}")
+        if not self.objective.captures:
+            raise ValueError(f"a step of {type(self.objective).__name__} cannot be captured")
 
     def _told(self, losses: Losses) -> Tensor:
         """Sums and counts [networks, 2, bins + 1] of losses by fifths, and of all of them."""

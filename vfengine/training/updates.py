@@ -60,26 +60,45 @@ class Updates:
         self.optimizer = adamw(
             self.parameters, options.learning_rate, (0.9, 0.99), options.weight_decay
         )
+        self._rate: Tensor | None = None  # of AdamW; None: a number is enough
+        self._share: Tensor | float = 0.0  # of the weights in their averages
+
+    def keep_rates_on(self, device: torch.device) -> None:
+        """The rates of each step are tensors from now on, which a captured step finds in place."""
+        self._rate, self._share = (
+            torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"], group["capturable"] = self._rate, True
 
     def apply(self, loss: Tensor, step: int) -> None:
         """One optimizer step down this loss, the step-th from 0."""
+        self.set_rates(step)
         loss.backward()
-        self.descend(step)
+        self.descend()
 
-    def descend(self, step: int) -> None:
-        """One optimizer step down the gradients that are there, the step-th from 0."""
-        options = self.options
+    def set_rates(self, step: int) -> None:
+        """What `descend` does next is the step-th step from 0."""
+        rate = self.options.learning_rate_at(step)
+        # a shorter average at first, so that initial weights do not linger
+        share = 1 - min(self.options.ema, (step + 1) / (step + 10))
+        if self._rate is not None:
+            self._rate.fill_(rate)
+            self._share.fill_(share)
+            return
+        self._share = share
         for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate_at(step)
-        torch.nn.utils.clip_grad_norm_(self.parameters, options.gradient_clip)
+            group["lr"] = rate
+
+    def descend(self) -> None:
+        """One optimizer step down the gradients that are there."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():  # a shorter average at first, so that initial weights do not linger
-            torch._foreach_lerp_(
-                self.team.own(self.averages),
-                self.team.own(self.parameters),
-                1 - min(options.ema, (step + 1) / (step + 10)),
-            )
+        averages, weights = self.team.own(self.averages), self.team.own(self.parameters)
+        share = self._share if self._rate is None else [self._share] * len(averages)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, share)
 
     def save(self, file: Path, identity: str, steps_done: int, checkpoint: str = "") -> None:
         """Writes everything that a run continues from to one .safetensors file, atomically.
