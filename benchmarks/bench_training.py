@@ -1,4 +1,4 @@
-"""Training on this machine: clips a second, losses and memory, by this vfengine and without its kernels.
+"""Training on this machine: clips a second, losses and memory, with our kernels and without.
 
 The contenders take turns, a step each, and train on the same clips with the same noise:
 
@@ -7,7 +7,7 @@ PyTorch's kernels  the same steps, with PyTorch's kernels throughout
 vfengine, before   an older one, of --before, a checkout or a PYTHONPATH with one
 
 Cases: the default recipe, on pixels, and that of the shipped model, on latents (random clips: their
-content costs nothing). --processes: clips a second of torchrun with 1 and 2 processes, a thread each.
+content costs nothing). --processes: clips a second of torchrun's 1 and 2 processes, a thread each.
 """
 
 import argparse
@@ -200,13 +200,12 @@ def processes(
             rows.append(Row("torchrun, pixels", f"{count} of one thread", SPEED, speed, ""))
     first = rows[0].value
     return rows + [
-        Row(row.case, row.contender, "times one process", row.value / first, "x") for row in rows[1:]
+        Row(row.case, row.contender, "times one process", row.value / first, "x")
+        for row in rows[1:]
     ]
 
 
-def measure(
-    rounds: int = 8, before: str | None = None, with_processes: bool = False
-) -> list[Row]:
+def measure(rounds: int = 8, before: str | None = None, with_processes: bool = False) -> list[Row]:
     if with_processes:
         return processes()
     rows = []
@@ -239,7 +238,9 @@ if __name__ == "__main__":
         sys.exit()
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--before", type=check_before, metavar="PATH", help="an older vfengine")
-    parser.add_argument("--rounds", type=int, default=8, metavar="N", help="steps of each contender")
+    parser.add_argument(
+        "--rounds", type=int, default=8, metavar="N", help="steps of each contender"
+    )
     parser.add_argument("--processes", action="store_true", help="torchrun, and nothing else")
     given, _ = parser.parse_known_args()
     run = partial(measure, given.rounds, given.before, given.processes)

@@ -208,7 +208,7 @@ def apply_kernel(
 
 
 def launch(grad: Tensor, *arguments) -> None:
-    """Write grad_x into out, and sums. The arguments are those of the op, checked; see `launches`."""
+    """Write grad_x into out, and sums. Arguments are those of the op, checked; see `launches`."""
     for kernel, grid, values, constants in launches(grad, *arguments):
         launch_kernel(kernel, grid, values, constants)
 

@@ -1,4 +1,4 @@
-"""A captured training whose tensors are fake CUDA ones (fake_cuda.py), for an audit of its steps."""
+"""A captured training whose tensors are fake CUDA ones (fake_cuda.py), to audit its steps."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

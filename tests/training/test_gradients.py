@@ -1,4 +1,4 @@
-"""A training's gradients from our kernels beside those of PyTorch's; the networks' calls of a step."""
+"""A training's gradients from our kernels beside PyTorch's, and a step's calls of its networks."""
 
 import numpy as np
 import pytest

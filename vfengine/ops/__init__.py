@@ -7,6 +7,7 @@ from vfengine.ops.conv3x3 import (
     conv3x3_reference,
     conv3x3_weight_gradient,
     conv3x3_weight_gradient_reference,
+    differentiable_conv3x3,
 )
 from vfengine.ops.decomposed_noise import decomposed_noise, decomposed_noise_reference
 from vfengine.ops.decomposed_step import decomposed_step, decomposed_step_reference
@@ -18,6 +19,7 @@ from vfengine.ops.geglu_backward import (
 )
 from vfengine.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from vfengine.ops.group_norm_silu_backward import (
+    differentiable_group_norm_silu,
     group_norm_silu_backward,
     group_norm_silu_backward_reference,
 )
@@ -53,7 +55,9 @@ __all__ = [
     "decomposed_noise_reference",
     "decomposed_step",
     "decomposed_step_reference",
+    "differentiable_conv3x3",
     "differentiable_geglu",
+    "differentiable_group_norm_silu",
     "differentiable_layer_norm",
     "differentiable_temporal_attention",
     "geglu",

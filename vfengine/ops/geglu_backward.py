@@ -68,7 +68,7 @@ def geglu_backward_reference(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def differentiable_geglu(x: Tensor) -> Tensor:
-    """`geglu` of x, recorded by autograd; `geglu_backward` is its derivative, which has none itself.
+    """`geglu` of x, recorded by autograd; its derivative, `geglu_backward`, has none itself.
 
     Raises what `geglu` raises; RuntimeError where it is to be differentiated twice.
     """
