@@ -1,10 +1,11 @@
-// The gradients of y = xhat weight + bias, xhat = (x - mu) / dev, dev = sqrt(var + eps), of every row
+// The gradients of y = xhat weight + bias, xhat = (x - mu) / dev, dev = sqrt(var + eps), of every
+// row
 //
 //   grad_x = (w - mean(w) - xhat mean(w xhat)) / dev      w = grad weight, means over a row
 //   grad_weight = sum(grad xhat), grad_bias = sum(grad)   sums over all rows
 //
-// grad, x, out (grad_x): [rows, channels]; weight: [channels] or null, for 1; tables: [2, channels],
-// grad_weight and grad_bias. Everything in fp32; the tables are sums of chunks of rows.
+// grad, x, out (grad_x): [rows, channels]; weight: [channels] or null, for 1; tables: [2,
+// channels], grad_weight and grad_bias. Everything in fp32; the tables are sums of chunks of rows.
 #pragma once
 #include <cstdint>
 

@@ -61,10 +61,9 @@ static void layer_norm_backward(const LayerNormBackwardArgs& a, int64_t threads)
     const int64_t last = std::min(a.rows, (task + 1) * block);
     float* tables = partial.data() + task * size;
     const auto rows = [&](auto count, int64_t r) {
-      layer_norm_backward_block<T, decltype(count)::value>(grad + r * a.channels,
-                                                           x + r * a.channels, a.weight,
-                                                           out + r * a.channels, tables, a.channels,
-                                                           a.eps);
+      layer_norm_backward_block<T, decltype(count)::value>(
+          grad + r * a.channels, x + r * a.channels, a.weight, out + r * a.channels, tables,
+          a.channels, a.eps);
     };
     int64_t r = task * block;
     for (; r + kNormRows <= last; r += kNormRows) rows(std::integral_constant<int, kNormRows>(), r);
