@@ -57,7 +57,9 @@ def test_command_trains_a_vdm(trained):
     assert (start["objective"], start["extra_images"], start["lam"]) == ("vdm", 0, None)
     assert [line["step"] for line in logged] == [2, 4]
     for line in logged:
-        assert line.keys() == {"step", "video", "video_by_t", "clips_per_second"}
+        assert line.keys() == {
+            *("step", "video", "video_by_t", "clips_per_second", "peak_memory_mib")
+        }
         assert line["video"] > 0 and len(line["video_by_t"]) == 5
 
 
