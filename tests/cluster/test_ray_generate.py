@@ -247,6 +247,21 @@ def test_an_address_where_nobody_answers(lines_file):
     assert refused(ended, f"--ray {address}: no cluster answers")
 
 
+def test_an_address_of_another_server(lines_file):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        ended = lines_file("--prompts", "lines", "--ray", address)
+    assert refused(ended, f"--ray {address}: what answers there is no cluster")
+
+
+def test_a_cluster_of_another_version(cluster, lines_file, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "__version__", "2.0.0")
+    ended = lines_file("--prompts", "lines", "--ray", cluster.address)
+    assert refused(ended, f"--ray {cluster.address}: Version mismatch", "2.0.0")
+
+
 def test_more_workers_than_the_cluster_holds(cluster, lines_file):
     ended = lines_file("--prompts", "lines", "--ray", cluster.address, "--residual-workers", 3)
     assert refused(ended, "--residual-workers 3: the cluster has 2 CPU cores, on 2 machines")

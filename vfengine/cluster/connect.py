@@ -42,6 +42,20 @@ def check_address(address: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"--ray {address}: no cluster answers ({reason})") from error
+    if os.environ.get("RAY_USE_TLS", "0") != "1" and not _speaks_grpc(f"{host}:{port}"):
+        raise ValueError(f"--ray {address}: what answers there is no cluster")
+
+
+def _speaks_grpc(target: str) -> bool:
+    """Whether a server speaks Ray's protocol; Ray itself would try for minutes to find out."""
+    import grpc
+
+    with grpc.insecure_channel(target) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 @contextmanager
