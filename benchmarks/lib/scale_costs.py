@@ -33,7 +33,7 @@ STORE = 80 * 2**20  # bytes of a local node's object store
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a clip: seconds on one core, and bytes."""
+    """Of a clip: seconds of a core, and bytes."""
 
     base: float
     residual: float
@@ -44,7 +44,10 @@ class Measured:
 
 
 def measure(rounds: int = 5, calls: int = 200) -> Measured:
-    """Of the shipped model, on one core of this machine; medians."""
+    """Of the shipped model, on one core of this machine; medians.
+
+    Seconds are this process's own, all threads together, so that neighbours count little.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,16 +64,15 @@ def _measured(folder: Path, rounds: int, calls: int) -> Measured:
     prompts = [f"{one} {other}" for one in pipe.config.prompts for other in pipe.config.prompts]
     for prompt in prompts[: rounds + 1]:  # a new one each: its rows are not known yet
         request = SamplingRequest(prompt=prompt, offload_base=False)
-        started = time.perf_counter()
-        timings: dict[str, float] = {}
-        path = pipe.walk_base(prompt=prompt, timings=timings)
-        walked = time.perf_counter()
+        started = time.process_time()
+        path = pipe.walk_base(prompt=prompt)
+        walked = time.process_time()
         out = pipe(prompt=prompt, offload_base=False, trajectory=path)
         record = settings_text(clip_settings(pipe, request))
         file = folder / "clip.mp4"
         write_video(file, to_uint8(out.frames)[0], pipe.config.fps, metadata=record)
         base.append(walked - started)
-        residual.append(time.perf_counter() - walked)
+        residual.append(time.process_time() - walked)
     order = len(pickle.dumps(request)) + len(record)
     clip = file.read_bytes()
     checks = _checking(pipe, folder, clip, max(calls // 4, 1))
@@ -90,7 +92,7 @@ def _checking(pipe: VideoFusionPipeline, folder: Path, clip: bytes, calls: int) 
     command = read_settings(["--prompts", "-", "--output", str(folder / "{index}.mp4")])
     seconds = []
     for k in range(calls):
-        started = time.perf_counter()
+        started = time.process_time()
         entries = {"label": pipe.labels[k % len(pipe.labels)], "output": str(folder / f"{k}.mp4")}
         settings = line_settings(command, entries, k)
         task = prepare(settings, pipe)
@@ -100,12 +102,12 @@ def _checking(pipe: VideoFusionPipeline, folder: Path, clip: bytes, calls: int) 
             file.write_bytes(clip)
         record = Record(started, list(task.targets), {"base": 0.0, "total": 0.0})
         json.dumps(json_line(job, record))
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return statistics.median(seconds)
 
 
 def _carrying(path: BaseTrajectory, clip_bytes: int, calls: int) -> float:
-    """Seconds of Ray for a clip: both workers' calls, its path and its file, without any work."""
+    """Seconds in which Ray calls both workers for a clip, and gets its file; they do no work."""
     import ray
 
     class Base:
@@ -123,12 +125,12 @@ def _carrying(path: BaseTrajectory, clip_bytes: int, calls: int) -> float:
             held, waiting, started = ray.put(path), [], 0.0
             for k in range(calls + 2 * AHEAD):
                 if k == 2 * AHEAD:  # the workers are there
-                    started = time.perf_counter()
+                    started = time.process_time()
                 waiting.append(follower.follow.remote(walker.walk.remote(held)))
                 if len(waiting) > 2 * AHEAD:
                     ray.get(waiting.pop(0))
             ray.get(waiting)
-            return (time.perf_counter() - started) / calls
+            return (time.process_time() - started) / calls
         finally:
             ray.shutdown()
 
