@@ -20,7 +20,6 @@ from vfengine import VideoFusionPipeline
 from vfengine.cli.job import prepare, teller
 from vfengine.cli.output import Job, Record, json_line
 from vfengine.cli.settings import line_settings, read_settings
-from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.files import replacing
 from vfengine.media.video import write_video
 from vfengine.pipelines.clip_settings import clip_settings, settings_text
@@ -76,12 +75,13 @@ def _measured(folder: Path, rounds: int, calls: int) -> Measured:
     order = len(pickle.dumps(request)) + len(record)
     clip = file.read_bytes()
     checks = _checking(pipe, folder, clip, max(calls // 4, 1))
-    carries = _carrying(path, len(clip), calls)
+    path_bytes = len(pickle.dumps(path))
+    carries = _carrying(path_bytes, len(clip), calls)
     return Measured(
         base=statistics.median(base[1:]),  # the first reads the weights
         residual=statistics.median(residual[1:]),
         driver=checks + carries,
-        path_bytes=len(pickle.dumps(path)),
+        path_bytes=path_bytes,
         clip_bytes=len(clip),
         order_bytes=order,
     )
@@ -106,27 +106,27 @@ def _checking(pipe: VideoFusionPipeline, folder: Path, clip: bytes, calls: int) 
     return statistics.median(seconds)
 
 
-def _carrying(path: BaseTrajectory, clip_bytes: int, calls: int) -> float:
+def _carrying(path_bytes: int, clip_bytes: int, calls: int) -> float:
     """Seconds in which Ray calls both workers for a clip, and gets its file; they do no work."""
     import ray
 
     class Base:
-        def walk(self, path: BaseTrajectory) -> BaseTrajectory:
-            return path
+        def walk(self) -> bytes:
+            return bytes(path_bytes)
 
     class Residual:
-        def follow(self, path: BaseTrajectory) -> bytes:
+        def follow(self, path: bytes) -> bytes:
             return bytes(clip_bytes)
 
     with local_cluster(1, cpus=2) as address:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             walker, follower = (ray.remote(kind).remote() for kind in (Base, Residual))
-            held, waiting, started = ray.put(path), [], 0.0
+            waiting, started = [], 0.0
             for k in range(calls + 2 * AHEAD):
                 if k == 2 * AHEAD:  # the workers are there
                     started = time.process_time()
-                waiting.append(follower.follow.remote(walker.walk.remote(held)))
+                waiting.append(follower.follow.remote(walker.walk.remote()))
                 if len(waiting) > 2 * AHEAD:
                     ray.get(waiting.pop(0))
             ray.get(waiting)
