@@ -30,6 +30,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ from lib.scale_costs import AHEAD, Measured, local_cluster, measure, read_measur
 from lib.scale_plot import draw
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+PATIENCE = 900.0  # seconds for a command of --check
 LOAD = 0.8  # of the predicted rate, at which clips arrive where waiting is simulated
 
 
@@ -175,10 +177,18 @@ def commanded(address: str, clips: int, in_flight: int, more: Sequence[str]) -> 
         command += ["--output", f"{folder}/{{index}}.mp4", "--json", "--ray", address, *more]
         told: list[float] = []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if "error" in json.loads(line):
-                    raise RuntimeError(f"a line failed: {line}")
-                told.append(time.perf_counter())
+            end = threading.Timer(PATIENCE, process.kill)
+            end.start()
+            try:
+                for line in process.stdout:
+                    if "error" in json.loads(line):
+                        raise RuntimeError(f"a line failed: {line}")
+                    told.append(time.perf_counter())
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                end.cancel()
         if process.returncode or len(told) != clips:
             raise RuntimeError(f"status {process.returncode}, {len(told)} of {clips} clips")
     aside = min(in_flight, (clips - 2) // 2)

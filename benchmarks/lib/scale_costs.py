@@ -20,7 +20,6 @@ from vfengine import VideoFusionPipeline
 from vfengine.cli.job import prepare, teller
 from vfengine.cli.output import Job, Record, json_line
 from vfengine.cli.settings import line_settings, read_settings
-from vfengine.diffusion.base_path import BaseTrajectory
 from vfengine.files import replacing
 from vfengine.media.video import write_video
 from vfengine.pipelines.clip_settings import clip_settings, settings_text
@@ -33,7 +32,7 @@ STORE = 80 * 2**20  # bytes of a local node's object store
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a clip: seconds on one core, and bytes."""
+    """Of a clip: seconds of a core, and bytes."""
 
     base: float
     residual: float
@@ -44,7 +43,10 @@ class Measured:
 
 
 def measure(rounds: int = 5, calls: int = 200) -> Measured:
-    """Of the shipped model, on one core of this machine; medians."""
+    """Of the shipped model, on one core of this machine; medians.
+
+    Seconds are this process's own, all threads together, so that neighbours count little.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,25 +63,25 @@ def _measured(folder: Path, rounds: int, calls: int) -> Measured:
     prompts = [f"{one} {other}" for one in pipe.config.prompts for other in pipe.config.prompts]
     for prompt in prompts[: rounds + 1]:  # a new one each: its rows are not known yet
         request = SamplingRequest(prompt=prompt, offload_base=False)
-        started = time.perf_counter()
-        timings: dict[str, float] = {}
-        path = pipe.walk_base(prompt=prompt, timings=timings)
-        walked = time.perf_counter()
+        started = time.process_time()
+        path = pipe.walk_base(prompt=prompt)
+        walked = time.process_time()
         out = pipe(prompt=prompt, offload_base=False, trajectory=path)
         record = settings_text(clip_settings(pipe, request))
         file = folder / "clip.mp4"
         write_video(file, to_uint8(out.frames)[0], pipe.config.fps, metadata=record)
         base.append(walked - started)
-        residual.append(time.perf_counter() - walked)
+        residual.append(time.process_time() - walked)
     order = len(pickle.dumps(request)) + len(record)
     clip = file.read_bytes()
     checks = _checking(pipe, folder, clip, max(calls // 4, 1))
-    carries = _carrying(path, len(clip), calls)
+    path_bytes = len(pickle.dumps(path))
+    carries = _carrying(path_bytes, len(clip), calls)
     return Measured(
         base=statistics.median(base[1:]),  # the first reads the weights
         residual=statistics.median(residual[1:]),
         driver=checks + carries,
-        path_bytes=len(pickle.dumps(path)),
+        path_bytes=path_bytes,
         clip_bytes=len(clip),
         order_bytes=order,
     )
@@ -90,7 +92,7 @@ def _checking(pipe: VideoFusionPipeline, folder: Path, clip: bytes, calls: int) 
     command = read_settings(["--prompts", "-", "--output", str(folder / "{index}.mp4")])
     seconds = []
     for k in range(calls):
-        started = time.perf_counter()
+        started = time.process_time()
         entries = {"label": pipe.labels[k % len(pipe.labels)], "output": str(folder / f"{k}.mp4")}
         settings = line_settings(command, entries, k)
         task = prepare(settings, pipe)
@@ -100,35 +102,35 @@ def _checking(pipe: VideoFusionPipeline, folder: Path, clip: bytes, calls: int) 
             file.write_bytes(clip)
         record = Record(started, list(task.targets), {"base": 0.0, "total": 0.0})
         json.dumps(json_line(job, record))
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return statistics.median(seconds)
 
 
-def _carrying(path: BaseTrajectory, clip_bytes: int, calls: int) -> float:
-    """Seconds of Ray for a clip: both workers' calls, its path and its file, without any work."""
+def _carrying(path_bytes: int, clip_bytes: int, calls: int) -> float:
+    """Seconds in which Ray calls both workers for a clip, and gets its file; they do no work."""
     import ray
 
     class Base:
-        def walk(self, path: BaseTrajectory) -> BaseTrajectory:
-            return path
+        def walk(self) -> bytes:
+            return bytes(path_bytes)
 
     class Residual:
-        def follow(self, path: BaseTrajectory) -> bytes:
+        def follow(self, path: bytes) -> bytes:
             return bytes(clip_bytes)
 
     with local_cluster(1, cpus=2) as address:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             walker, follower = (ray.remote(kind).remote() for kind in (Base, Residual))
-            held, waiting, started = ray.put(path), [], 0.0
+            waiting, started = [], 0.0
             for k in range(calls + 2 * AHEAD):
                 if k == 2 * AHEAD:  # the workers are there
-                    started = time.perf_counter()
-                waiting.append(follower.follow.remote(walker.walk.remote(held)))
+                    started = time.process_time()
+                waiting.append(follower.follow.remote(walker.walk.remote()))
                 if len(waiting) > 2 * AHEAD:
                     ray.get(waiting.pop(0))
             ray.get(waiting)
-            return (time.perf_counter() - started) / calls
+            return (time.process_time() - started) / calls
         finally:
             ray.shutdown()
 
