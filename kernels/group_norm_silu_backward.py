@@ -17,7 +17,7 @@ from vfengine.ops.group_norm_silu import chunk_plan
 from .group_norm_silu import ENTRIES, MAX_BLOCK, TILE, channel_kernel, group_kernel
 from .launch import launch_kernel, wait_for_inputs
 
-PARTS = 16  # chunks that are added up at a time
+PARTS = 8  # chunks that are added up at a time
 
 
 @triton.jit

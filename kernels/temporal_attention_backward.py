@@ -225,13 +225,14 @@ def launches(
     if tiles > 1:
         rows = torch.empty((sequences, num_heads, 3, frames), **memory)
     inputs = (grad, qkv, qkv if bias is None else bias, out)
+    held = block * block_d * grad.element_size()  # bytes of a tile
     constants = {
         "D": head_dim,
         "WIDTH": width,
         "BIAS": bias is not None,
         "BLOCK": block,
         "BLOCK_D": block_d,
-        "num_warps": 1 if block == 16 and block_d <= 32 else 4,
+        "num_warps": 8 if held >= 8192 else 2 if block == 16 and block_d <= 32 else 4,
         "num_stages": 1,
     }
     scale = head_dim**-0.5

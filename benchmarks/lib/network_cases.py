@@ -19,6 +19,19 @@ def normal(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(*size, generator=random).to(DEVICE, dtype)
 
 
+def backward_of(function: Callable[..., Tensor], *inputs: Tensor, grad: Tensor) -> Callable:
+    """A call of PyTorch's own backward of function(*inputs), that returns the first's gradient."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        y = function(*leaves)
+
+    def call() -> Tensor:
+        with torch.inference_mode(False):
+            return torch.autograd.grad(y, leaves, grad, retain_graph=True)[0]
+
+    return call
+
+
 def measure_op(
     case: str,
     op: str,

@@ -18,12 +18,16 @@ from triton_tools import Compiled, specialise
 from vfengine.kernels import (
     attention,
     geglu,
+    geglu_backward,
     group_norm_silu,
+    group_norm_silu_backward,
     layer_norm,
+    layer_norm_backward,
     model_input,
     noise_estimate,
     spatial_attention,
     temporal_attention,
+    temporal_attention_backward,
 )
 from vfengine.ops.group_norm_silu import make_workspace
 
@@ -118,6 +122,79 @@ def test_geglu_moves_16_bytes_an_instruction(dtype, arch):
     assert compiled.loads == {16: 2 * vectors}
     assert compiled.stores == {16: vectors}
     assert_no_local_memory(compiled, registers=64)
+
+
+def compiled(launches: list[tuple], arch: int) -> list[Compiled]:
+    return [
+        specialise(kernel, *arguments, arch=arch, grid=grid, **constants)
+        for kernel, grid, arguments, constants in launches
+    ]
+
+
+@all_dtypes
+@all_architectures
+def test_gradients_of_group_norm_move_16_bytes_an_instruction(dtype, arch):
+    grad, x, out = (
+        torch.zeros(8, 32, 32, 128, dtype=dtype).permute(0, 3, 1, 2) for _ in range(3)
+    )
+    tables, of_images = torch.zeros(2, 128), torch.zeros(2, 8, 128)
+    numbers = (4, 1e-5, 4, True)
+    *_, sums, merge, apply = compiled(
+        group_norm_silu_backward.launches(
+            grad, x, *tables, *of_images, *numbers, out, torch.zeros(2, 8, 128)
+        ),
+        arch,
+    )
+    tile = 4 * VECTORS[dtype.itemsize]  # of 4096 elements that 128 threads share
+    assert sums.loads[16] >= 2 * tile
+    assert apply.loads[16] >= 2 * tile
+    assert apply.stores == {16: tile}
+    for kernel in (sums, merge, apply):
+        assert kernel.loads[2] == 0
+        assert_no_local_memory(kernel, registers=168)
+
+
+@all_dtypes
+@all_architectures
+@pytest.mark.parametrize("channels", [112, 1280])
+def test_gradients_of_layer_norm_move_16_bytes_an_instruction(dtype, arch, channels):
+    grad, x, out = torch.zeros(3, 4096, channels, dtype=dtype)
+    tables = torch.zeros(channels), 1e-5, out, torch.zeros(2, channels)
+    norm, sums = compiled(layer_norm_backward.launches(grad, x, *tables), arch)
+    assert norm.loads[16] >= 2 * VECTORS[dtype.itemsize]  # of x and grad, at the least
+    assert norm.stores[16] > 0
+    assert norm.loads[2] == norm.stores[2] == 0
+    for kernel in (norm, sums):
+        assert_no_local_memory(kernel, registers=168)
+
+
+@all_dtypes
+@all_architectures
+def test_gradient_of_geglu_moves_16_bytes_an_instruction(dtype, arch):
+    grad = torch.zeros(4096, 448, dtype=dtype)
+    x, out = torch.zeros(2, 4096, 2 * 448, dtype=dtype)
+    grid, arguments, constants = geglu_backward.launch_arguments(grad, x, out)
+    kernel = geglu_backward.geglu_backward_kernel
+    (kernel,) = compiled([(kernel, grid, arguments, constants)], arch)
+    vectors = VECTORS[dtype.itemsize]
+    assert kernel.loads == {16: 3 * vectors}
+    assert kernel.stores == {16: 2 * vectors}
+    assert_no_local_memory(kernel, registers=64)
+
+
+@all_dtypes
+@all_architectures
+@pytest.mark.parametrize(("frames", "head_dim"), [(16, 16), (64, 128), (128, 256)])
+def test_gradients_of_temporal_attention_fit(dtype, arch, frames, head_dim):
+    qkv, out = torch.zeros(2, 1, frames, 64, 3 * 2 * head_dim, dtype=dtype)
+    grad = torch.zeros(1, frames, 64, 2 * head_dim, dtype=dtype)
+    bias, grad_bias = torch.zeros(2, 2, frames, frames)
+    launches = temporal_attention_backward.launches(grad, qkv, bias, 2, out, grad_bias)
+    for kernel in compiled(launches, arch):
+        assert kernel.shared <= SHARED
+        assert kernel.loads[16] + kernel.loads[8] > 0
+        assert kernel.loads[2] == kernel.stores[2] == 0
+        assert kernel.usage["LOCAL"] == kernel.usage["STACK"] == 0
 
 
 def temporal(dtype: torch.dtype, arch: int, frames: int, head_dim: int) -> Compiled:

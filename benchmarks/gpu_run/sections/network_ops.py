@@ -9,13 +9,16 @@ import contextlib
 import os
 
 import bench_geglu
+import bench_geglu_backward
 import bench_group_norm_silu
 import bench_implicit_gemm
 import bench_layer_norm
+import bench_layer_norm_backward
 import bench_model_input
 import bench_noise_estimate
 import bench_spatial_attention
 import bench_temporal_attention
+import bench_temporal_attention_backward
 import torch
 from lib.network_cases import OURS, error_of
 
@@ -29,6 +32,9 @@ OPS = {  # and the backend that its own contender runs on CUDA; "auto": one that
     "noise_estimate": (bench_noise_estimate, "triton"),
     "layer_norm": (bench_layer_norm, "triton"),
     "geglu": (bench_geglu, "triton"),
+    "layer_norm_backward": (bench_layer_norm_backward, "triton"),
+    "geglu_backward": (bench_geglu_backward, "triton"),
+    "temporal_attention_backward": (bench_temporal_attention_backward, "triton"),
     "implicit_gemm": (bench_implicit_gemm, "auto"),
 }
 
