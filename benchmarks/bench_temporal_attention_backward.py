@@ -21,7 +21,7 @@ CASES = {
     f"{name} {dtype}": (shape, DTYPES[dtype]) for name, shape in SHAPES.items() for dtype in DTYPES
 }
 TARGETS = [
-    Target(case, "temporal_attention_backward", "speedup_over_eager", 1.5) for case in CASES
+    Target(case, "temporal_attention_backward", "speedup_over_eager", 1.25) for case in CASES
 ]
 
 

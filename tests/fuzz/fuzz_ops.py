@@ -153,6 +153,19 @@ def _layer_norm(d: Draw) -> Arguments:
     return values | {"eps": d.chance.choice((1e-5, 1e-2))}
 
 
+def _geglu_backward(d: Draw) -> Arguments:
+    shape = tuple(d.size(5) for _ in range(d.chance.randrange(3)))
+    width = d.size(70)
+    values = {"grad": d.normal(*shape, width), "x": d.normal(*shape, 2 * width)}
+    return values | {"out": d.maybe(lambda: d.out(*shape, 2 * width))}
+
+
+def _layer_norm_backward(d: Draw) -> Arguments:
+    values = _layer_norm(d)
+    del values["bias"]
+    return {"grad": d.normal(*values["x"].shape), **values}
+
+
 def _group_norm_silu(d: Draw) -> Arguments:
     groups, frames, rows = d.size(6), d.size(3), d.size(3)
     images = frames * rows
@@ -184,6 +197,13 @@ def _temporal_attention(d: Draw) -> Arguments:
     values = {"qkv": d.normal(b, n, p, 3 * heads * width), "num_heads": heads}
     values |= {"bias": d.maybe(lambda: d.table(heads, n, n))}
     return values | {"out": d.maybe(lambda: d.out(b, n, p, heads * width))}
+
+
+def _temporal_attention_backward(d: Draw) -> Arguments:
+    values = _temporal_attention(d)
+    *leading, width = values["qkv"].shape
+    values["out"] = d.maybe(lambda: d.out(*leading, width))
+    return {"grad": d.normal(*leading, width // 3), **values}
 
 
 def _attend(d: Draw) -> Arguments:
@@ -263,9 +283,16 @@ OPS = {
     "decomposed_noise": (_decomposed_noise, _noise_reference, ("auto", "cpu", "reference")),
     "geglu": (_geglu, None, ("auto", "cpu", "reference")),
     "layer_norm": (_layer_norm, None, ("auto", "cpu", "reference")),
+    "geglu_backward": (_geglu_backward, None, ("auto", "cpu", "reference")),
+    "layer_norm_backward": (_layer_norm_backward, None, ("auto", "cpu", "reference")),
     "group_norm_silu": (_group_norm_silu, None, ("auto", "cpu", "reference")),
     "spatial_attention": (_spatial_attention, None, ("auto", "cpu", "reference")),
     "temporal_attention": (_temporal_attention, None, ("auto", "cpu", "reference")),
+    "temporal_attention_backward": (
+        _temporal_attention_backward,
+        None,
+        ("auto", "cpu", "reference"),
+    ),
     "attend": (_attend, _attend_reference, ("auto", "math", "sdpa")),
     "implicit_gemm": (_implicit_gemm, None, ("reference",)),
     "model_input": (_model_input, _model_input_reference, ("reference",)),
@@ -366,7 +393,8 @@ def _compared(name: str, given: Arguments, backend: str, reference: Callable | N
         op(**given, backend=backend)
         raise AssertionError("taken, though it cannot be copied") from None
     result = op(**given, backend=backend)
-    if not isinstance(result, Tensor) or result.is_meta:
+    results = tensors_of(result)
+    if not results or results[0].is_meta:
         return "meta"
     twin.pop("out", None) if name not in ("model_input", "decomposed_noise") else None
     with torch.no_grad():
@@ -374,20 +402,21 @@ def _compared(name: str, given: Arguments, backend: str, reference: Callable | N
             expected = (reference or getattr(ops, f"{name}_reference"))(**twin)
         except BaseException as error:
             raise AssertionError(f"taken, but its reference raises {error!r}") from error
-    _close(result, expected, "the result")
+    for one, other in zip(results, tensors_of(expected), strict=True):
+        _close(one, other, "the result")
     for key, value in given.items():
-        if key == "out" or value is result:
+        if key == "out" or value is results[0]:
             continue
         written = name in IN_PLACE
         for one, other in zip(
-            _tensors(value), _tensors((twin if written else before)[key]), strict=True
+            tensors_of(value), tensors_of((twin if written else before)[key]), strict=True
         ):
             if not one.is_meta:
                 _close(one, other, key)
     return "done"
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     values = value if isinstance(value, tuple) else (value,)
     return [v for v in values if isinstance(v, Tensor)]
 
