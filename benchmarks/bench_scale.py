@@ -191,7 +191,7 @@ def commanded(address: str, clips: int, in_flight: int, more: Sequence[str]) -> 
                 end.cancel()
         if process.returncode or len(told) != clips:
             raise RuntimeError(f"status {process.returncode}, {len(told)} of {clips} clips")
-    aside = min(in_flight, (clips - 2) // 2)
+    aside = min(in_flight, clips // 4)
     last = clips - 1 - aside
     return (last - aside) / (told[last] - told[aside])
 

@@ -153,6 +153,7 @@ def local_cluster(nodes: int, cpus: int = 1) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     own = {"num_cpus": cpus, "object_store_memory": STORE}
+    tempfile.gettempdir()  # is kept from its first call on: not the folder of a cluster that ends
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as files,
         environment(TMPDIR=files, RAY_TMPDIR=files, RAY_USAGE_STATS_ENABLED="0"),
