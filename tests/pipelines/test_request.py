@@ -174,6 +174,11 @@ RULES = [
         (None, None, f"--prompts p.txt {flags}", f"--prompts cannot go with {flags.split()[0]}: ")
         for flags in ("--latents l.safetensors", "--save-latents s.safetensors", "--list-labels")
     ),
+    *(
+        (None, None, f"--prompts p.txt --ray {flags}", f"--ray cannot go with {flags.split()[0]}: ")
+        for flags in ("--overlap-phases", "--offload-base", "--dry-run")
+        + ("--base-device cpu", "--residual-device cpu")
+    ),
 ]
 
 
