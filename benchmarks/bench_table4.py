@@ -23,6 +23,7 @@ Forms    the script takes every size, clips of many steps and the growth, in som
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
@@ -371,5 +372,14 @@ def bench_table4(benchmark, capsys, short):
         print(f"\n{table(rows)}\n{verdicts(rows, TARGETS)}\nwritten to {REDUCED_JSON}")
 
 
+def training_alone() -> list[Row]:
+    """The rows of training steps, each warmed up."""
+    plans = (Plan("default", steps=50, rounds=3, training=5), Plan("large", 1, 3, training=3))
+    return [row for plan in plans for row in training(plan)]
+
+
 if __name__ == "__main__":
-    main(measure, __doc__, TARGETS)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--training", action="store_true", help="training steps, and nothing else")
+    alone = parser.parse_known_args()[0].training
+    main(training_alone if alone else measure, __doc__, () if alone else TARGETS, parser)
