@@ -107,8 +107,8 @@ class TemporalBackward {
     task_pixels_ = std::max<int64_t>(task_pixels_, (pixels_ + kMostTasks - 1) / kMostTasks);
     bias_.resize(a.heads * frames_ * bias_stride(frames_));
     for (int64_t head = 0; head < a.heads; ++head)
-      transposed_bias<T>(a.bias + head * frames_ * frames_, frames_, frames_,
-                         bias_.data() + head * frames_ * bias_stride(frames_));
+      transposed_bias<float>(a.bias + head * frames_ * frames_, frames_, frames_,
+                             bias_.data() + head * frames_ * bias_stride(frames_));
   }
 
   void run(int64_t threads) {
@@ -156,9 +156,9 @@ class TemporalBackward {
     }
   }
 
-  // softmax over the keys, from scores [keys, queries].
+  // softmax over the keys, from scores [keys, queries]; in fp32 for all dtypes, as grad_bias is.
   void softmax(const float* bias, float* p) const {
-    const float factor = scale_ * kExponent<T>;
+    const float factor = scale_ * kExponent<float>;
     for (int i = 0; i < queries_; i += kLanes) {
       F32 top = splat(-1e30f), total = {};
       for (int key = 0; key < frames_; ++key) {
@@ -170,7 +170,7 @@ class TemporalBackward {
       }
       for (int key = 0; key < frames_; ++key) {
         float* at = p + key * queries_ + i;
-        const F32 e = exponential<T>(load<F32>(at) - top);
+        const F32 e = exponential<float>(load<F32>(at) - top);
         total += e;
         store(at, e);
       }
