@@ -101,7 +101,7 @@ def test_run_ends_with_its_time(command, trained, tmp_path, monkeypatch, capsys)
         return plain(trainer)
 
     monkeypatch.setattr(Trainer, "step", step)
-    clock = iter([0.0] * 4)  # before the first step, and around it
+    clock = iter([0.0] * 2)  # before the first step, and after it
     assert train.main([*command, "--output", str(tmp_path / "run")]) == 0
     done = len(steps)
     assert 0 < done < 4

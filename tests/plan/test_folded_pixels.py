@@ -49,7 +49,7 @@ def test_scale_counts_patches_and_levels(patch):
 def test_it_is_the_unfolded_network_of_more_channels(part):
     module, x = made(part)
     wide = replace(FOLDED, patch_size=1, in_channels=12, out_channels=12)
-    plain = PARTS[part][0](wide)
+    plain = PARTS[part][0](wide).requires_grad_(False)
     plain.load_state_dict(module.state_dict())
     fold = F.pixel_unshuffle(x, 2) if part == "encoder" else x
     expected = plain(fold) if part == "encoder" else F.pixel_shuffle(plain(fold), 2)

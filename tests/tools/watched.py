@@ -115,6 +115,7 @@ def _child(
     case: Case, seed: int, numbers: list[int], folder: Path, trace: Path, write: int
 ) -> None:
     """Never returns."""
+    faulthandler.disable()  # else it leaves handlers that a library has put in place of its own
     faulthandler.enable(trace.open("w"))
     with os.fdopen(write, "w", buffering=1) as pipe:
         for number in numbers:
